@@ -1,0 +1,218 @@
+"""Every error that moescope raises about files, models and data: one tree, one stable code a class.
+
+A wrong argument from Python is a ``ValueError``; ``assert`` is for our own invariants. The docstring of a class is its
+entry in `docs/reference/errors.md`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MoescopeError(Exception):
+    """Base of all errors below; catch it to catch them all.
+
+    Args:
+        subject: Which thing: a path, a layer, a document.
+        problem: What is wrong with it: what was expected and what was found.
+        hint: What to try next.
+    """
+
+    code = "error"
+
+    def __init__(self, subject: object, problem: str, hint: str | None = None) -> None:
+        self.subject = str(subject)
+        self.problem = problem
+        self.hint = hint
+        super().__init__(f"{self.subject}: {problem}")
+
+    def __reduce__(self) -> tuple[type[MoescopeError], tuple[str, str, str | None]]:
+        return type(self), (self.subject, self.problem, self.hint)
+
+    def render(self) -> str:
+        """The lines a terminal shows: ``error[code]: subject: problem``, then the hint."""
+        line = f"error[{self.code}]: {self.subject}: {self.problem}"
+        return f"{line}\nhint: {self.hint}" if self.hint else line
+
+
+class MissingExtra(MoescopeError):
+    """A command needs a package that only an extra installs; the hint says how to install it."""
+
+    code = "missing-extra"
+
+
+class DiskFull(MoescopeError):
+    """The disk is full. Finished parts are kept; the same command goes on once there is room."""
+
+    code = "disk-full"
+
+
+# ------------------------------------------------------------------------------------------------------- corpus
+
+
+class CorpusError(MoescopeError):
+    """Base of the errors about a corpus."""
+
+    code = "corpus"
+
+
+class CorpusNotFound(CorpusError):
+    """There is nothing at the path, or nothing there that a corpus reader knows."""
+
+    code = "corpus-not-found"
+
+
+class CorpusMalformed(CorpusError):
+    """A record of the corpus cannot be read; only raised with ``--strict``, otherwise it is counted and warned of."""
+
+    code = "corpus-malformed"
+
+
+class CorpusField(CorpusError):
+    """The field that should hold the text or the domain is not in the corpus."""
+
+    code = "corpus-field"
+
+
+class CorpusEmpty(CorpusError):
+    """The corpus holds no document with text, or none of its documents yields a token."""
+
+    code = "corpus-empty"
+
+
+# -------------------------------------------------------------------------------------------------------- model
+
+
+class ModelError(MoescopeError):
+    """Base of the errors about a model."""
+
+    code = "model"
+
+
+class ModelNotFound(ModelError):
+    """There is no model checkpoint at the path."""
+
+    code = "model-not-found"
+
+
+class ModelNotMoE(ModelError):
+    """The model has no layer with routed experts."""
+
+    code = "model-not-moe"
+
+
+class ModelUnsupported(ModelError):
+    """The model is a mixture of experts whose routing moescope cannot read exactly; it refuses instead of guessing."""
+
+    code = "model-unsupported"
+
+
+class TokenizerMissing(ModelError):
+    """The checkpoint has no tokenizer that can be loaded."""
+
+    code = "tokenizer-missing"
+
+
+class RouterSilent(ModelError):
+    """A layer with routed experts did not report one row a token in a forward pass, so the record would have holes."""
+
+    code = "router-silent"
+
+
+class RouterNotFinite(ModelError):
+    """A router produced NaN or infinite gate weights, so its choices mean nothing."""
+
+    code = "router-not-finite"
+
+
+# -------------------------------------------------------------------------------------------------------- trace
+
+
+class TraceError(MoescopeError):
+    """Base of the errors about a trace."""
+
+    code = "trace"
+
+
+class TraceNotFound(TraceError):
+    """There is no trace at the path."""
+
+    code = "trace-not-found"
+
+
+class TraceExists(TraceError):
+    """The output exists and is kept; ``--force`` replaces it."""
+
+    code = "trace-exists"
+
+
+class TraceBusy(TraceError):
+    """Another process is writing this trace."""
+
+    code = "trace-busy"
+
+
+class TraceMismatch(TraceError):
+    """An unfinished trace was recorded from another model, corpus or option, so it cannot be resumed with this one."""
+
+    code = "trace-mismatch"
+
+
+class TraceDamaged(TraceError):
+    """A file of the trace is missing, fails its checksum or contradicts the header."""
+
+    code = "trace-damaged"
+
+
+class TraceNewer(TraceError):
+    """The trace was written in a later version of the format than this moescope reads."""
+
+    code = "trace-newer"
+
+
+class NoSuchLayer(TraceError):
+    """The layer asked for is not a layer with routed experts of this model or trace."""
+
+    code = "no-such-layer"
+
+
+class NoSuchDocument(TraceError):
+    """The document asked for is not in the trace."""
+
+    code = "no-such-document"
+
+
+class NoSuchDomain(TraceError):
+    """The domain asked for is not in the trace."""
+
+    code = "no-such-domain"
+
+
+class NotRecorded(TraceError):
+    """The trace lacks what the question needs (gate weights, tokens, sequences)."""
+
+    code = "not-recorded"
+
+
+class OutputExists(MoescopeError):
+    """The output of a report exists and is not one of ours; ``--force`` replaces it."""
+
+    code = "output-exists"
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: Module to import, such as ``torch``.
+        extra: The extra of moescope that installs it, such as ``record``.
+    Raises:
+        MissingExtra: The module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtra(module, "is not installed", f"pip install 'moescope[{extra}]'") from None
