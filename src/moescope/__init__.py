@@ -1,0 +1,61 @@
+"""See where a Mixture-of-Experts language model sends its tokens, and what that is worth.
+
+    import moescope
+
+    trace = moescope.record("path/to/model", "path/to/corpus.jsonl.zst", "pile.moe")
+    tally = moescope.tally(trace)
+    moescope.repeats(tally)
+    moescope.report(trace, "report/")
+
+Importing this package imports nothing else: a name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Document": "corpus",
+    "Tally": "tallying",
+    "Trace": "trace",
+    "claims": "measures",
+    "divergence": "measures",
+    "open_corpus": "corpus",
+    "open_trace": "trace",
+    "record": "record",
+    "repeats": "measures",
+    "report": "report",
+    "shares": "measures",
+    "tally": "tallying",
+    "words": "measures",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from moescope.corpus import Document as Document
+    from moescope.corpus import open_corpus as open_corpus
+    from moescope.measures import claims as claims
+    from moescope.measures import divergence as divergence
+    from moescope.measures import repeats as repeats
+    from moescope.measures import shares as shares
+    from moescope.measures import words as words
+    from moescope.record import record as record
+    from moescope.report import report as report
+    from moescope.tallying import Tally as Tally
+    from moescope.tallying import tally as tally
+    from moescope.trace import Trace as Trace
+    from moescope.trace import open_trace as open_trace
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moescope' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moescope.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

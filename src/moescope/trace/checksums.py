@@ -1,0 +1,119 @@
+"""`SHA256SUMS`: one line a file of the trace, in the format of `sha256sum -c`; the list of what the trace holds.
+
+A file is committed in this order: written under a temporary name, synced, its line appended here and synced, renamed.
+So a kill at any moment leaves either a line without its file (the file was not finished) or a torn last line, never a
+file without its line, and never half a file under its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from moescope.errors import DiskFull, TraceDamaged
+
+FILE_NAME = "SHA256SUMS"
+TEMPORARY = ".part"
+_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_./-]+)")
+
+
+def read(folder: Path) -> dict[str, str]:
+    """The checksum of each listed file by its name; a torn last line is left out.
+
+    Raises:
+        TraceDamaged: A line is not a checksum and a name, or a name leads out of the trace.
+    """
+    try:
+        text = (folder / FILE_NAME).read_bytes().decode("ascii", "replace")
+    except FileNotFoundError:
+        return {}
+    sums: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        match = _LINE.fullmatch(line[:-1])
+        if match is None or match[2].startswith("/") or ".." in match[2].split("/"):
+            raise TraceDamaged(folder, f"{FILE_NAME} line {number} is not a checksum and a file name")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def rewrite(folder: Path, sums: dict[str, str]) -> None:
+    """Replace the whole list, atomically."""
+    temporary = folder / (FILE_NAME + TEMPORARY)
+    with no_room(folder), temporary.open("wb") as file:
+        file.write("".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+        _sync(file)
+    temporary.replace(folder / FILE_NAME)
+    _sync_folder(folder)
+
+
+def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:
+    """Write one file of the trace, atomically and listed here; return its checksum.
+
+    Raises:
+        DiskFull: There is no room; nothing is listed and nothing is left behind.
+    """
+    path = folder / name
+    temporary = path.with_name(path.name + TEMPORARY)
+    with no_room(folder):
+        try:
+            with temporary.open("w+b") as file:
+                write(file)
+                _sync(file)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with (folder / FILE_NAME).open("ab") as sums:
+                length = sums.tell()
+                try:
+                    sums.write(f"{digest}  {name}\n".encode())
+                    _sync(sums)
+                except OSError:
+                    os.truncate(folder / FILE_NAME, length)
+                    raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    return digest
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def no_room(folder: Path) -> Iterator[None]:
+    """Say `DiskFull` where the system says that there is no space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                folder,
+                "no space left on the disk; every finished part is kept",
+                "make room and run the same command again: it goes on where it stopped",
+            ) from None
+        raise
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

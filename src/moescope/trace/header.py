@@ -1,0 +1,157 @@
+"""`trace.json`: what was recorded, from which model and corpus, and how; written once, before the first token.
+
+A recording may be resumed only by one whose header is equal, so everything that could change a choice is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moescope.errors import TraceDamaged, TraceNewer, TraceNotFound
+
+FORMAT = "moescope-trace"
+FORMAT_VERSION = 1
+FILE_NAME = "trace.json"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with routed experts.
+
+    Attributes:
+        layer: Index in the whole model, dense layers included.
+        num_experts: Routed experts; their ids are 0 .. num_experts - 1.
+        top_k: Experts chosen a token.
+        module: Path of the experts module in the model, for provenance.
+        num_null_experts: Choices that run no expert (skip, zero-compute); their ids follow the routed ones.
+        num_shared_experts: Experts that always run; never in the ids.
+        ranked: Whether rank 0 is the choice with the largest gate weight; False if the source gave no order.
+    """
+
+    layer: int
+    num_experts: int
+    top_k: int
+    module: str = ""
+    num_null_experts: int = 0
+    num_shared_experts: int = 0
+    ranked: bool = True
+
+    def __post_init__(self) -> None:
+        if self.layer < 0 or self.num_null_experts < 0 or self.num_shared_experts < 0:
+            raise ValueError(f"negative index or number in {self}")
+        if not 1 <= self.top_k <= self.num_experts + self.num_null_experts:
+            raise ValueError(f"layer {self.layer}: top_k {self.top_k} of {self.num_experts} experts is impossible")
+        if self.num_ids > 2**16:
+            raise ValueError(f"layer {self.layer}: {self.num_ids} expert ids do not fit 16 bits")
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids a choice can take: routed experts, then null experts."""
+        return self.num_experts + self.num_null_experts
+
+    def expert_columns(self) -> list[str]:
+        """Names of the columns of chosen experts, rank 0 first: ``L15_0``, ``L15_1`` …"""
+        return [f"L{self.layer}_{rank}" for rank in range(self.top_k)]
+
+    def weight_columns(self) -> list[str]:
+        """Names of the columns of gate weights, rank 0 first: ``W15_0``, ``W15_1`` …"""
+        return [f"W{self.layer}_{rank}" for rank in range(self.top_k)]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The contents of ``trace.json``.
+
+    Attributes:
+        layers: The layers recorded, ascending.
+        weights: Whether gate weights were recorded.
+        model: Name, architecture, fingerprint, dtype … of the model.
+        tokenizer: Class, fingerprint and added tokens.
+        corpus: Name, format, fingerprint, fields and sampling of the corpus.
+        run: Window, batching, device, implementations and library versions.
+    """
+
+    layers: tuple[Layer, ...]
+    weights: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        indices = [layer.layer for layer in self.layers]
+        if not indices or indices != sorted(set(indices)):
+            raise ValueError(f"layers must be ascending, distinct and at least one, not {indices}")
+
+    def to_json(self) -> str:
+        """The text of ``trace.json``."""
+        document = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, path: Path) -> Header:
+        """Parse and validate ``trace.json``; `path` is only named in errors.
+
+        Raises:
+            TraceNotFound: The file is not the header of a trace.
+            TraceNewer: It was written in a later version of the format.
+            TraceDamaged: It is not valid JSON or lacks a field.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise TraceDamaged(path, f"{FILE_NAME} is not valid JSON ({error})") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise TraceNotFound(path, f"{FILE_NAME} does not say that it is a {FORMAT}")
+        version = document.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise TraceDamaged(path, f"{FILE_NAME} has version {version!r}, expected a whole number from 1")
+        if version > FORMAT_VERSION:
+            raise TraceNewer(
+                path,
+                f"written in version {version} of the trace format; this moescope reads up to {FORMAT_VERSION}",
+                "upgrade with `pip install -U moescope`",
+            )
+        try:
+            layers = tuple(Layer(**_checked(Layer, layer)) for layer in document["layers"])
+            values = {f.name: document[f.name] for f in fields(cls) if f.name != "layers"}
+            return cls(layers=layers, **_checked(cls, values))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TraceDamaged(path, f"{FILE_NAME} is not a valid header: {error!r}") from None
+
+    def differences(self, other: Header) -> list[str]:
+        """What differs from `other`, one ``field: this, other`` a line; empty if nothing does."""
+        return list(_differences("", json.loads(self.to_json()), json.loads(other.to_json())))
+
+
+_JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` if each has the type that the dataclass `cls` declares, and none is unknown."""
+    if not isinstance(values, dict):
+        raise TypeError(f"expected an object, found {values!r}")
+    declared = {f.name: str(f.type) for f in fields(cls)}
+    for name, value in values.items():
+        if name not in declared:
+            raise TypeError(f"unknown field {name!r}")
+        expected = _JSON_TYPES[declared[name]]
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            raise TypeError(f"{name} must be {declared[name]}, found {value!r}")
+    return values
+
+
+def _differences(name: str, left: Any, right: Any) -> list[str]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        found: list[str] = []
+        for key in dict.fromkeys([*left, *right]):
+            found += _differences(f"{name}.{key}" if name else key, left.get(key), right.get(key))
+        return found
+    if left == right:
+        return []
+    if isinstance(left, list) and isinstance(right, list):
+        return [f"{name} differ"]
+    return [f"{name}: {left!r}, not {right!r}"]

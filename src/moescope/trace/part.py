@@ -1,0 +1,306 @@
+"""A part of a trace: whole documents, one row a token, as arrays in memory and as one Parquet file.
+
+The columns are ``document, domain, sequence, position, token_id``, then ``L{layer}_{rank}`` (chosen expert; null = the
+assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate weight as executed).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moescope.errors import TraceDamaged
+from moescope.trace.header import Header, Layer
+
+DROPPED = -1
+"""The expert id, in memory, of an assignment that was dropped by capacity; a null in the file."""
+
+TOKEN_COLUMNS = ("document", "domain", "sequence", "position", "token_id")
+ROW_GROUP_TOKENS = 131_072
+_METADATA_KEY = b"moescope"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a trace, one a token; a document's rows are contiguous, in the order of its text.
+
+    Attributes:
+        document: Index of the record in the corpus, shape (token,).
+        domain: Code of the domain, an index into `domain_names`, shape (token,).
+        domain_names: Labels of the domains.
+        sequence: Window within the document, from 0, shape (token,).
+        position: Place within the window, from 0, tokens added by the tokenizer not counted, shape (token,).
+        token_id: Vocabulary id, shape (token,).
+        expert_ids: For each layer the chosen experts, rank 0 first, shape (token, choice); -1 = dropped.
+        gate_weights: For each layer the gate weights, shape (token, choice), dimensionless; empty if not recorded.
+    """
+
+    document: NDArray[np.integer[Any]]
+    domain: NDArray[np.integer[Any]]
+    domain_names: tuple[str, ...]
+    sequence: NDArray[np.integer[Any]]
+    position: NDArray[np.integer[Any]]
+    token_id: NDArray[np.integer[Any]]
+    expert_ids: Mapping[int, NDArray[np.integer[Any]]]
+    gate_weights: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the part."""
+        return len(self.document)
+
+    def document_starts(self) -> NDArray[np.int64]:
+        """Row at which each document starts, with the number of rows at the end, shape (document + 1,)."""
+        return _run_starts(self.document)
+
+    def sequence_starts(self) -> NDArray[np.int64]:
+        """Row at which each sequence starts, with the number of rows at the end, shape (sequence + 1,)."""
+        starts = np.flatnonzero(self.position == 0)
+        return np.append(starts, self.num_tokens).astype(np.int64)
+
+    def rows(self, selected: slice | NDArray[Any]) -> Part:
+        """The part that holds only the selected rows."""
+        return Part(
+            self.document[selected],
+            self.domain[selected],
+            self.domain_names,
+            self.sequence[selected],
+            self.position[selected],
+            self.token_id[selected],
+            {layer: ids[selected] for layer, ids in self.expert_ids.items()},
+            {layer: weights[selected] for layer, weights in self.gate_weights.items()},
+        )
+
+
+def check(part: Part, header: Header) -> None:
+    """Refuse a part that would make the trace lie.
+
+    Raises:
+        ValueError: A shape, an id or the order of the rows is not what the header and the format say.
+    """
+    num_tokens = part.num_tokens
+    if num_tokens == 0:
+        raise ValueError("a part holds at least one token")
+    for name in TOKEN_COLUMNS:
+        column = getattr(part, name)
+        if column.shape != (num_tokens,) or (column < 0).any():
+            raise ValueError(f"{name} must be {num_tokens} numbers from 0, found shape {column.shape}")
+    if part.domain.max() >= len(part.domain_names):
+        raise ValueError(f"domain code {part.domain.max()} has no name")
+    _check_order(part)
+    if set(part.expert_ids) != {layer.layer for layer in header.layers}:
+        raise ValueError(f"expert ids are given for layers {sorted(part.expert_ids)}, the header has others")
+    if header.weights != bool(part.gate_weights):
+        raise ValueError("gate weights must be given exactly if the header says so")
+    for layer in header.layers:
+        ids = part.expert_ids[layer.layer]
+        if ids.shape != (num_tokens, layer.top_k):
+            raise ValueError(f"layer {layer.layer}: ids have shape {ids.shape}, not {(num_tokens, layer.top_k)}")
+        if ids.min() < DROPPED or ids.max() >= layer.num_ids:
+            raise ValueError(f"layer {layer.layer}: id outside 0..{layer.num_ids - 1}: {ids.min()}..{ids.max()}")
+        if header.weights and part.gate_weights[layer.layer].shape != ids.shape:
+            raise ValueError(f"layer {layer.layer}: gate weights and ids differ in shape")
+
+
+def _check_order(part: Part) -> None:
+    """Documents are contiguous; in each, sequences count from 0 and so do the positions of each sequence."""
+    documents = part.document_starts()
+    if len(np.unique(part.document[documents[:-1]])) != len(documents) - 1:
+        raise ValueError("the rows of a document must be contiguous")
+    first = np.zeros(part.num_tokens, bool)
+    first[documents[:-1]] = True
+    sequence, position = part.sequence.astype(np.int64), part.position.astype(np.int64)
+    same_document = ~first[1:]
+    next_position = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
+    next_sequence = (sequence[1:] == sequence[:-1] + 1) & (position[1:] == 0)
+    if not (next_position | next_sequence)[same_document].all():
+        raise ValueError("the rows of a document must be in the order of its text")
+    if sequence[first].any() or position[first].any():
+        raise ValueError("a document starts with sequence 0, position 0")
+    if (part.domain[1:] != part.domain[:-1])[same_document].any():
+        raise ValueError("a document has one domain")
+
+
+def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str, Any]) -> None:
+    """Write a part as Parquet: dictionary pages without a codec for ids, byte-stream-split + zstd for weights.
+
+    A codec on top of dictionary pages saves nothing (measured while designing, `docs/decisions/log.md`). Weights are
+    float32, exact for every executed dtype up to 32 bits; for bf16 the two empty bytes compress away.
+    """
+    columns: dict[str, pa.Array] = {
+        "document": pa.array(part.document.astype(np.uint32)),
+        "domain": pa.DictionaryArray.from_arrays(part.domain.astype(np.int32), list(part.domain_names)).cast(
+            pa.string()
+        ),
+        "sequence": pa.array(part.sequence.astype(np.uint32)),
+        "position": pa.array(part.position.astype(np.uint32)),
+        "token_id": pa.array(part.token_id.astype(np.uint32)),
+    }
+    weight_names: list[str] = []
+    for layer in header.layers:
+        ids = part.expert_ids[layer.layer]
+        dropped = ids == DROPPED if ids.dtype.kind == "i" else None
+        for rank, name in enumerate(layer.expert_columns()):
+            mask = dropped[:, rank] if dropped is not None and dropped[:, rank].any() else None
+            columns[name] = pa.array(ids[:, rank].astype(id_dtype(layer)), mask=mask)
+    if header.weights:
+        for layer in header.layers:
+            weights = part.gate_weights[layer.layer]
+            for rank, name in enumerate(layer.weight_columns()):
+                columns[name] = pa.array(np.ascontiguousarray(weights[:, rank], np.float32))
+                weight_names.append(name)
+    table = pa.table(columns)
+    coded = [name for name in columns if name not in {*weight_names, "position"}]
+    with pq.ParquetWriter(
+        file,
+        table.schema,
+        use_dictionary=coded,
+        column_encoding={"position": "DELTA_BINARY_PACKED", **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT")},
+        compression={name: "zstd" if name in weight_names else "none" for name in columns},
+        dictionary_pagesize_limit=2**22,
+        write_page_checksum=True,
+        write_statistics=list(TOKEN_COLUMNS),
+        store_schema=False,
+    ) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP_TOKENS)
+        writer.add_key_value_metadata({_METADATA_KEY: json.dumps({"progress": progress}).encode()})
+
+
+def id_dtype(layer: Layer) -> type[np.uint8 | np.uint16]:
+    """Width of a layer's expert columns: one byte up to 256 ids, two above."""
+    return np.uint8 if layer.num_ids <= 256 else np.uint16
+
+
+class PartFile:
+    """A part on disk, opened for reading; page checksums are verified on every read.
+
+    Attributes:
+        path: The Parquet file.
+        num_tokens: Its rows.
+        progress: What the recorder noted when it finished the part.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self._header = header
+        with self._damage():
+            metadata = pq.read_metadata(path)
+            names = metadata.schema.names
+            note = json.loads((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
+        expected = [*TOKEN_COLUMNS, *(name for layer in header.layers for name in layer.expert_columns())]
+        if header.weights:
+            expected += [name for layer in header.layers for name in layer.weight_columns()]
+        if names != expected:
+            odd = sorted(set(names) ^ set(expected)) or ["their order"]
+            raise TraceDamaged(path, f"the columns are not those of the header: {', '.join(odd[:5])}")
+        if not isinstance(note, dict) or not isinstance(note.get("progress"), dict):
+            raise TraceDamaged(path, "the note of its recorder is missing")
+        self.progress: dict[str, Any] = note["progress"]
+        self.num_tokens: int = metadata.num_rows
+
+    def read(self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True) -> Part:
+        """Read the token columns and the columns of some layers.
+
+        Args:
+            layers: Layers of the header.
+            weights: Read the gate weights, too.
+            tokens: Read the token ids; otherwise `Part.token_id` is all zero.
+        Raises:
+            TraceDamaged: A page fails its checksum, or a value cannot be right.
+        """
+        layers = tuple(layers)
+        wanted = [name for name in TOKEN_COLUMNS if tokens or name != "token_id"]
+        wanted += [name for layer in layers for name in layer.expert_columns()]
+        wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
+        with self._damage():
+            with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
+                table = file.read(wanted, use_threads=False)
+            if table.num_rows != self.num_tokens:
+                raise ValueError(f"{table.num_rows} rows, expected {self.num_tokens}")
+            domain = table["domain"].combine_chunks()
+            domain = domain.combine_chunks() if isinstance(domain, pa.ChunkedArray) else domain
+            part = Part(
+                _numbers(table, "document"),
+                domain.indices.to_numpy(zero_copy_only=False),
+                tuple(domain.dictionary.to_pylist()),
+                _numbers(table, "sequence"),
+                _numbers(table, "position"),
+                _numbers(table, "token_id") if tokens else np.zeros(self.num_tokens, np.uint32),
+                {layer.layer: _expert_ids(table, layer) for layer in layers},
+                {layer.layer: _gate_weights(table, layer) for layer in layers} if weights else {},
+            )
+            _check_order(part)
+        return part
+
+    def documents(self) -> NDArray[np.integer[Any]]:
+        """The documents of the part in their order, shape (document,)."""
+        with self._damage(), pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            document = _numbers(file.read(["document"], use_threads=False), "document")
+        return document[_run_starts(document)[:-1]]
+
+    def _damage(self) -> _Damage:
+        return _Damage(self.path)
+
+
+class _Damage:
+    """Turns whatever a damaged file makes a reader raise into `TraceDamaged`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise TraceDamaged(self.path, "is missing") from error
+        if isinstance(error, (OSError, ValueError, KeyError, TypeError, pa.ArrowException)):
+            raise TraceDamaged(
+                self.path, f"cannot be read: {error}", "`moescope verify` lists every damaged file of the trace"
+            ) from error
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
+    column = table[name]
+    if column.null_count:
+        raise ValueError(f"column {name} has nulls")
+    return column.to_numpy()  # type: ignore[no-any-return]
+
+
+def _expert_ids(table: pa.Table, layer: Layer) -> NDArray[np.integer[Any]]:
+    """Ids of one layer, shape (token, choice), choices contiguous in memory; signed only if some were dropped."""
+    columns = [table[name] for name in layer.expert_columns()]
+    dropped = any(column.null_count for column in columns)
+    dtype = np.dtype(np.int32 if dropped else id_dtype(layer))
+    ids = np.empty((layer.top_k, table.num_rows), dtype)
+    for rank, column in enumerate(columns):
+        if column.null_count:
+            column = column.cast(pa.int32()).fill_null(DROPPED)
+        if pa.types.is_floating(column.type) or not pa.types.is_integer(column.type):
+            raise ValueError(f"column {layer.expert_columns()[rank]} holds {column.type}")
+        ids[rank] = column.to_numpy()
+    if ids.max(initial=0) >= layer.num_ids:
+        raise ValueError(f"layer {layer.layer} has expert id {ids.max()}, expected at most {layer.num_ids - 1}")
+    return ids.T
+
+
+def _gate_weights(table: pa.Table, layer: Layer) -> NDArray[np.float32]:
+    weights = np.empty((layer.top_k, table.num_rows), np.float32)
+    for rank, name in enumerate(layer.weight_columns()):
+        weights[rank] = _numbers(table, name)
+    return weights.T
+
+
+def _run_starts(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Indices at which a new run of equal values starts, with the length at the end."""
+    if not len(values):
+        return np.zeros(1, np.int64)
+    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return np.concatenate([[0], changes, [len(values)]]).astype(np.int64)

@@ -1,0 +1,272 @@
+"""Reading a trace: by layer, by domain, by document, a part at a time; every page's checksum verified on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged, TraceNotFound
+from moescope.trace import checksums, header, vocabulary
+from moescope.trace.header import Header, Layer
+from moescope.trace.part import Part, PartFile
+from moescope.trace.vocabulary import Vocabulary
+
+PARTS = "parts"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace on disk.
+
+    Attributes:
+        path: Its folder.
+        header: The contents of ``trace.json``.
+        parts: Its finished parts, in order.
+        summary: The totals of the run, or None while the trace is unfinished.
+    """
+
+    path: Path
+    header: Header
+    parts: tuple[PartFile, ...]
+    summary: dict[str, Any] | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the recording came to its end."""
+        return self.summary is not None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The recorded layers, ascending."""
+        return self.header.layers
+
+    @property
+    def num_tokens(self) -> int:
+        """Recorded tokens."""
+        return sum(part.num_tokens for part in self.parts)
+
+    @cached_property
+    def _contents(self) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
+        """Domains in the order they appear; the documents; the part each is in."""
+        domains: dict[str, None] = {}
+        documents = [np.zeros(0, np.int64)]
+        owners = [np.zeros(0, np.int64)]
+        for index, file in enumerate(self.parts):
+            part = file.read((), tokens=False)
+            starts = part.document_starts()[:-1]
+            domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
+            documents.append(part.document[starts].astype(np.int64))
+            owners.append(np.full(len(starts), index))
+        numbers = np.concatenate(documents)
+        if len(np.unique(numbers)) != len(numbers):
+            raise TraceDamaged(self.path, "a document is in two parts")
+        return tuple(domains), numbers, np.concatenate(owners)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains in the order in which they first appear."""
+        return self._contents[0]
+
+    @property
+    def document_numbers(self) -> NDArray[np.int64]:
+        """Indices, in the corpus, of the recorded documents, in the order recorded."""
+        return self._contents[1]
+
+    @property
+    def num_documents(self) -> int:
+        """Recorded documents; those without a token are not in a trace."""
+        return len(self._contents[1])
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Text pieces by token id."""
+        return Vocabulary.read(self.path / vocabulary.FILE_NAME)
+
+    def select_layers(self, layers: Iterable[int] | None) -> tuple[Layer, ...]:
+        """The recorded layers with these indices, ascending; all of them for None.
+
+        Raises:
+            NoSuchLayer: An index is not among the recorded layers.
+        """
+        if layers is None:
+            return self.layers
+        wanted = set(layers)
+        if missing := sorted(wanted - {layer.layer for layer in self.layers}):
+            have = ", ".join(str(layer.layer) for layer in self.layers)
+            raise NoSuchLayer(self.path, f"layer {missing[0]} was not recorded; the trace has layers {have}")
+        return tuple(layer for layer in self.layers if layer.layer in wanted)
+
+    def iter_parts(
+        self, layers: Iterable[int] | None = None, *, domains: Iterable[str] | None = None, weights: bool = False
+    ) -> Iterator[Part]:
+        """Read the trace part by part; memory is that of one part.
+
+        Args:
+            layers: Layers to read, or None for all.
+            domains: Domains to read, or None for all.
+            weights: Read the gate weights, too.
+        Yields:
+            Parts whose domain codes index `domains` of the trace; none is empty.
+        Raises:
+            NoSuchLayer: A layer was not recorded.
+            NoSuchDomain: A domain is not in the trace.
+            NotRecorded: Gate weights are asked for and were not recorded.
+            TraceDamaged: A page fails its checksum.
+        """
+        chosen = self.select_layers(layers)
+        self._need_weights(weights)
+        kept = None if domains is None else [self._domain_code(name) for name in domains]
+        for file in self.parts:
+            part = self.with_trace_domains(file.read(chosen, weights=weights))
+            if kept is not None:
+                part = part.rows(np.isin(part.domain, kept))
+            if part.num_tokens:
+                yield part
+
+    def document(self, number: int, layers: Iterable[int] | None = None, *, weights: bool = False) -> Part:
+        """The rows of one document.
+
+        Args:
+            number: Index of the document in the corpus.
+            layers: Layers to read, or None for all.
+            weights: Read the gate weights, too.
+        Raises:
+            NoSuchDocument: The trace does not hold it.
+        """
+        _, numbers, owners = self._contents
+        place = np.flatnonzero(numbers == number)
+        if not len(place):
+            near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
+            hint = f"documents near it: {', '.join(str(n) for n in sorted(near))}" if len(near) else None
+            raise NoSuchDocument(self.path, f"document {number} is not in the trace ({len(numbers)} are)", hint)
+        self._need_weights(weights)
+        part = self.parts[owners[place[0]]].read(self.select_layers(layers), weights=weights)
+        return self.with_trace_domains(part.rows(part.document == number))
+
+    def with_trace_domains(self, part: Part) -> Part:
+        """The part with its domain codes counted over the whole trace."""
+        if part.domain_names == self.domains:
+            return part
+        place = {name: code for code, name in enumerate(self.domains)}
+        codes = np.array([place.get(name, -1) for name in part.domain_names], np.int32)
+        return Part(
+            part.document,
+            codes[part.domain],
+            self.domains,
+            part.sequence,
+            part.position,
+            part.token_id,
+            part.expert_ids,
+            part.gate_weights,
+        )
+
+    def verify(self) -> list[TraceDamaged]:
+        """Check every file against its checksum and every row against the format.
+
+        Returns:
+            What is wrong, a problem an error; empty if the trace is sound.
+        """
+        return verify(self.path)
+
+    def _need_weights(self, weights: bool) -> None:
+        if weights and not self.header.weights:
+            raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
+
+    def _domain_code(self, name: str) -> int:
+        if name not in self.domains:
+            raise NoSuchDomain(self.path, f"no domain {name!r}; the trace has {', '.join(self.domains)}")
+        return self.domains.index(name)
+
+
+def open_trace(path: Path | str) -> Trace:
+    """Open a trace, finished or not.
+
+    Args:
+        path: Folder of the trace.
+    Raises:
+        TraceNotFound: There is no trace at the path.
+        TraceNewer: It was written in a later version of the format.
+        TraceDamaged: A file is missing or is not what the header says.
+    """
+    path = Path(path)
+    found = read_header(path)
+    sums = checksums.read(path)
+    summary = None
+    if SUMMARY in sums and (path / SUMMARY).exists():
+        try:
+            summary = json.loads((path / SUMMARY).read_bytes())
+        except ValueError:
+            summary = None
+        if not isinstance(summary, dict):
+            raise TraceDamaged(path, f"{SUMMARY} is not a JSON object")
+    elif sums and not (path / list(sums)[-1]).exists():
+        sums.popitem()  # the part at which the recorder is, or was stopped
+    return Trace(path, found, open_parts(path, found, sums), summary)
+
+
+def open_parts(path: Path, found: Header, sums: Mapping[str, str]) -> tuple[PartFile, ...]:
+    """The listed parts of a trace in their order; a gap in their numbers is damage."""
+    names = sorted(name for name in sums if name.startswith(f"{PARTS}/"))
+    for number, name in enumerate(names):
+        if name != part_name(number):
+            raise TraceDamaged(path, f"{part_name(number)} is missing from {checksums.FILE_NAME}")
+    return tuple(PartFile(path / name, found) for name in names)
+
+
+def part_name(number: int) -> str:
+    """Name of a part's file within the trace."""
+    return f"{PARTS}/{number:06d}.parquet"
+
+
+def read_header(path: Path) -> Header:
+    """Read and validate ``trace.json`` of the folder `path`."""
+    file = path / header.FILE_NAME
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        what = "nothing there" if not path.exists() else f"no {header.FILE_NAME} in it"
+        raise TraceNotFound(path, f"is not a trace: {what}", "`moescope record` makes one") from None
+    return Header.from_json(text, path)
+
+
+def verify(path: Path) -> list[TraceDamaged]:
+    """Check every file of a trace against its checksum, and every row against the format."""
+    problems: list[TraceDamaged] = []
+    try:
+        sums = checksums.read(path)
+        complete = (path / SUMMARY).exists()
+    except TraceDamaged as error:
+        return [error]
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {checksums.FILE_NAME}
+    stray = sorted(name for name in present - set(sums) if not name.endswith(checksums.TEMPORARY))
+    problems += [TraceDamaged(path, f"{name} has no line in {checksums.FILE_NAME}") for name in stray]
+    for name, expected in sums.items():
+        if name not in present:
+            if complete or name != list(sums)[-1]:
+                problems.append(TraceDamaged(path, f"{name} is missing"))
+            continue
+        if (digest := checksums.digest_file(path / name)) != expected:
+            problems.append(
+                TraceDamaged(path, f"{name} fails its checksum (expected {expected[:8]}…, found {digest[:8]}…)")
+            )
+    if problems:
+        return problems
+    try:
+        trace = open_trace(path)
+        for file in trace.parts:
+            file.read(trace.layers, weights=trace.header.weights)
+        _ = trace.num_documents, trace.vocabulary
+        tokens = (trace.summary or {}).get("tokens", trace.num_tokens)
+        if tokens != trace.num_tokens:
+            problems.append(TraceDamaged(path, f"holds {trace.num_tokens} tokens, its summary says {tokens}"))
+    except TraceDamaged as error:
+        problems.append(error)
+    return problems

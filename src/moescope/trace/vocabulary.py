@@ -1,0 +1,93 @@
+"""`vocabulary.parquet`: the text piece of every token id, so that a trace can be read without its tokenizer.
+
+``token_id, text, bytes``: `bytes` are exact (a piece may be half a character); `text` is the same decoded, undecodable
+bytes as U+FFFD, for people and SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
+
+from moescope.errors import TraceDamaged
+
+FILE_NAME = "vocabulary.parquet"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Text pieces by token id.
+
+    Attributes:
+        pieces: The exact bytes of each known id.
+
+    Example:
+        >>> vocabulary = Vocabulary({5: b"caf", 9: b"\\xc3", 7: b"\\xa9"})
+        >>> vocabulary.text([5, 9, 7])
+        'café'
+        >>> vocabulary.piece(1)
+        b'<|1|>'
+    """
+
+    pieces: dict[int, bytes]
+
+    @classmethod
+    def from_pieces(cls, pieces: Sequence[bytes]) -> Vocabulary:
+        """The vocabulary in which the id of a piece is its index."""
+        return cls(dict(enumerate(pieces)))
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of an id; an unknown one reads ``<|id|>``."""
+        known = self.pieces.get(int(token_id))
+        return f"<|{int(token_id)}|>".encode() if known is None else known
+
+    def text(self, token_ids: ArrayLike) -> str:
+        """The joined text of some ids; bytes that are no UTF-8 read U+FFFD."""
+        return b"".join(self.piece(token_id) for token_id in np.asarray(token_ids).tolist()).decode(errors="replace")
+
+    @cached_property
+    def num_ids(self) -> int:
+        """One more than the largest known id."""
+        return max(self.pieces, default=-1) + 1
+
+    def write(self, file: BinaryIO) -> None:
+        """Write ``vocabulary.parquet``."""
+        ids = sorted(self.pieces)
+        pieces = [self.pieces[token_id] for token_id in ids]
+        table = pa.table(
+            {
+                "token_id": pa.array(ids, pa.uint32()),
+                "text": pa.array([piece.decode(errors="replace") for piece in pieces], pa.string()),
+                "bytes": pa.array(pieces, pa.binary()),
+            }
+        )
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True, use_dictionary=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Vocabulary:
+        """Read ``vocabulary.parquet``.
+
+        Raises:
+            TraceDamaged: The file is missing or cannot be read.
+        """
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read(["token_id", "bytes"], use_threads=False)
+            return cls(dict(_strict_pairs(table["token_id"].to_pylist(), table["bytes"].to_pylist())))
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise TraceDamaged(path, f"cannot be read: {error}") from None
+
+
+def _strict_pairs(token_ids: list[int], pieces: list[bytes]) -> Iterable[tuple[int, bytes]]:
+    for token_id, piece in zip(token_ids, pieces, strict=True):
+        if not isinstance(token_id, int) or not isinstance(piece, bytes):
+            raise TypeError(f"token id {token_id!r} has piece {piece!r}")
+        yield token_id, piece

@@ -1,0 +1,156 @@
+"""Writing a trace: created or resumed, one whole part at a time, complete once its summary is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from moescope.errors import TraceBusy, TraceExists, TraceMismatch
+from moescope.trace import checksums, header, part, vocabulary
+from moescope.trace.header import Header
+from moescope.trace.part import Part
+from moescope.trace.reader import PARTS, SUMMARY, open_parts, part_name, read_header
+from moescope.trace.vocabulary import Vocabulary
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no advisory locks; there two writers are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+
+class TraceWriter:
+    """Creates a trace, or goes on with an unfinished one that has an equal header.
+
+    Args:
+        path: Folder of the trace.
+        header: What is recorded; a resumed trace must have an equal one.
+        vocabulary: Text pieces of the tokenizer.
+        force: Replace a trace that is complete or has another header. Anything but a trace is never replaced.
+    Raises:
+        TraceExists: The path holds a complete trace, or something else.
+        TraceMismatch: The path holds an unfinished trace with another header; the differing fields are named.
+        TraceBusy: Another process is writing it.
+        DiskFull: There is no room.
+    """
+
+    def __init__(self, path: Path | str, header: Header, vocabulary: Vocabulary, *, force: bool = False) -> None:
+        self.path = Path(path)
+        self.header = header
+        self._lock: int | None = None
+        if self.path.exists() and not self._is_ours():
+            raise TraceExists(self.path, "exists and is not a trace", "choose another output")
+        with checksums.no_room(self.path):
+            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            if force and not self._can_resume():
+                self._clear()
+            self.progress: list[dict[str, Any]] = self._resume()
+            self._create(vocabulary)
+        except BaseException:
+            self.close()
+            raise
+
+    def _is_ours(self) -> bool:
+        """A trace, or the empty folder or the beginnings of one."""
+        if not self.path.is_dir():
+            return False
+        names = {child.name.removesuffix(checksums.TEMPORARY) for child in self.path.iterdir()}
+        return names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}
+
+    def _acquire(self) -> None:
+        if fcntl is None:  # pragma: no cover
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise TraceBusy(self.path, "another process is recording into this trace") from None
+
+    def _can_resume(self) -> bool:
+        if (self.path / SUMMARY).exists():
+            return False
+        return not (self.path / header.FILE_NAME).exists() or read_header(self.path) == self.header
+
+    def _clear(self) -> None:
+        (self.path / checksums.FILE_NAME).unlink(missing_ok=True)  # first: without its list nothing counts as a trace
+        for child in self.path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        (self.path / PARTS).mkdir()
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """Drop what a kill left unfinished; return the progress notes of the finished parts."""
+        if (self.path / SUMMARY).exists():
+            raise TraceExists(self.path, "holds a complete trace, which is kept", "--force records it anew")
+        sums = checksums.read(self.path)
+        if header.FILE_NAME in sums and (self.path / header.FILE_NAME).exists():
+            differences = self.header.differences(read_header(self.path))
+            if differences:
+                raise TraceMismatch(
+                    self.path,
+                    "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
+                    "run the command it was started with, choose another output, or --force to record it anew",
+                )
+        if sums and not (self.path / list(sums)[-1]).exists():
+            sums.popitem()  # it was listed, and the kill came before it was renamed
+        for leftover in self.path.rglob(f"*{checksums.TEMPORARY}"):
+            leftover.unlink()
+        checksums.rewrite(self.path, sums)
+        return [file.progress for file in open_parts(self.path, self.header, sums)]
+
+    def _create(self, vocabulary_: Vocabulary) -> None:
+        sums = checksums.read(self.path)
+        if header.FILE_NAME not in sums:
+            text = self.header.to_json().encode()
+            checksums.commit(self.path, header.FILE_NAME, _writer(text))
+        if vocabulary.FILE_NAME not in sums:
+            checksums.commit(self.path, vocabulary.FILE_NAME, vocabulary_.write)
+
+    def write(self, rows: Part, progress: Mapping[str, Any]) -> None:
+        """Write the next part; when this returns, no kill and no crash can lose it.
+
+        Args:
+            rows: Whole documents.
+            progress: JSON-able note from which the recorder goes on after this part.
+        Raises:
+            ValueError: The part contradicts the header or the format.
+            DiskFull: There is no room; the parts before this one are kept.
+        """
+        part.check(rows, self.header)
+        name = part_name(len(self.progress))
+        checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
+        self.progress.append(dict(progress))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Declare the trace complete.
+
+        Args:
+            summary: JSON-able totals of the run, such as documents, tokens, malformed records, seconds.
+        """
+        text = (json.dumps(dict(summary), indent=1, ensure_ascii=False) + "\n").encode()
+        checksums.commit(self.path, SUMMARY, _writer(text))
+
+    def close(self) -> None:
+        """Let go of the trace; unfinished, it can be resumed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _writer(text: bytes) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(text)
+
+    return write

@@ -1,0 +1,57 @@
+"""Made-up routing for tests: small parts and traces whose every number can be recomputed by a slow loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
+
+VOCABULARY = Vocabulary.from_pieces([f" w{i}".encode() for i in range(50)])
+
+
+def make_part(
+    rng: np.random.Generator,
+    layers: tuple[Layer, ...],
+    lengths: list[int],
+    *,
+    window: int = 16,
+    domains: tuple[str, ...] = ("ArXiv", "Github", "Wikipedia (en)"),
+    first_document: int = 0,
+    weights: bool = False,
+    dropped: float = 0.0,
+) -> Part:
+    """Documents of the given lengths with random distinct experts a token; domains in turn."""
+    num_tokens = sum(lengths)
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    offset = np.concatenate([np.arange(length) for length in lengths])
+    expert_ids, gate_weights = {}, {}
+    for layer in layers:
+        scores = rng.random((num_tokens, layer.num_ids)) * rng.random(layer.num_ids)
+        ids = np.argsort(-scores, axis=1)[:, : layer.top_k].astype(np.int64)
+        if dropped:
+            ids[rng.random(ids.shape) < dropped] = -1
+        expert_ids[layer.layer] = ids
+        gate_weights[layer.layer] = -np.sort(-rng.random(ids.shape).astype(np.float32), axis=1)
+    return Part(
+        (number + first_document).astype(np.uint32),
+        (number + first_document) % len(domains),
+        domains,
+        (offset // window).astype(np.uint32),
+        (offset % window).astype(np.uint32),
+        rng.integers(0, 50, num_tokens).astype(np.uint32),
+        expert_ids,
+        gate_weights if weights else {},
+    )
+
+
+def make_trace(path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True) -> Trace:
+    """Write the parts as a trace."""
+    header = Header(layers, weights=bool(parts[0].gate_weights), model={"name": "synthetic"})
+    with TraceWriter(path, header, VOCABULARY) as writer:
+        for part in parts:
+            writer.write(part, {"documents_read": int(part.document.max()) + 1})
+        if finish:
+            writer.finish({"tokens": sum(part.num_tokens for part in parts)})
+    return open_trace(path)
