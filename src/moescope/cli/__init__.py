@@ -1,0 +1,103 @@
+"""The command line: a module a command, which parses, calls the library and prints.
+
+``cli/<name>.py`` holds one ``command``; ``COMMANDS`` below names it with its line of help, and it is imported only when
+it is run, so ``moescope --help`` is quick and needs no extra. stdout is data; all else goes to stderr. Exit codes: 0
+done, 1 the data or the run is at fault, 2 the command line is, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+import traceback
+import warnings
+from typing import Any, TextIO
+
+import click
+
+import moescope
+from moescope.errors import DiskFull, MoescopeError
+
+COMMANDS = {
+    "record": "Run a model over a corpus and record its routing.",
+    "info": "Show what a trace holds.",
+    "shares": "Show the share of the assignments each expert receives, by domain.",
+    "repeats": "Show how often consecutive tokens go to the same expert.",
+    "words": "Show whether the tokens of a word go to the same expert.",
+    "text": "Show a document with its tokens coloured by expert.",
+    "report": "Write everything as one offline HTML page, with figures and tables.",
+    "verify": "Check every byte of a trace.",
+    "demo": "Record the embedded model on the embedded corpus and write its report.",
+}
+
+
+class _Commands(click.Group):
+    """A group that knows its commands by name, imports them on use and turns errors into lines and exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"moescope.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
+            except MoescopeError as error:
+                _stop(ctx, error.render(), 1)
+            except KeyboardInterrupt:
+                _stop(ctx, "interrupted", 130)
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the reader of a pipe has left: click ends quietly
+                    raise
+                subject = str(error.filename or "output")
+                problem = (error.strerror or str(error)).lower()
+                known = DiskFull if error.errno == errno.ENOSPC else MoescopeError
+                _stop(ctx, known(subject, problem).render(), 1)
+
+
+def _stop(ctx: click.Context, message: str, code: int) -> None:
+    """Say on stderr what ended the command, after the traceback if ``--debug`` asks for it."""
+    if ctx.params.get("debug"):
+        traceback.print_exc()
+    click.echo(message, err=True)
+    ctx.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as a line for users; where in the code it arose is not theirs to know."""
+    click.echo(f"warning: {message}", err=True)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"moescope {moescope.__version__}")
+        ctx.exit()
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version."
+)
+def main(debug: bool) -> None:
+    """See where a Mixture-of-Experts language model sends its tokens, and what that is worth."""

@@ -1,0 +1,63 @@
+"""Arguments and options that several commands share, so that each is named, typed and explained once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Read ``0,15,31``: whole numbers from 0, sorted, each once; None stays None. For ``callback=`` of an option."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise click.BadParameter(f"expected numbers with commas between them, such as 0,15,31; found {value!r}.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+trace_argument = click.argument("trace", type=click.Path(path_type=Path))
+"""``TRACE``: the folder ``moescope record`` wrote. Whether it is one is for ``open_trace`` to say."""
+
+layers_option = click.option(
+    "--layers",
+    "--layer",
+    "layers",
+    callback=parse_integers,
+    metavar="LIST",
+    help="Layers, such as 0,15,31, counted over the whole model.  [default: all]",
+)
+"""``--layers 0,15,31`` -> ``layers``: a tuple of int, or None for all."""
+
+format_option = click.option(
+    "--format",
+    "format",
+    type=click.Choice(["text", "csv", "json", "latex"]),
+    default="text",
+    show_default=True,
+    help="How the result is written to stdout.",
+)
+"""``--format text|csv|json|latex`` -> ``format``."""
+
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+"""``--force`` -> ``force``."""
+
+
+def output_option(default: str | None, help: str) -> Callable[[Command], Command]:
+    """``-o PATH``/``--output PATH`` -> ``output``; required if there is no default."""
+    return click.option(
+        "-o",
+        "--output",
+        "output",
+        type=click.Path(path_type=Path),
+        default=default,
+        required=default is None,
+        show_default=True,
+        metavar="PATH",
+        help=help,
+    )

@@ -1,0 +1,183 @@
+import errno
+import importlib.util
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import moescope
+from moescope import cli
+from moescope.cli.options import format_option, layers_option
+from moescope.errors import NoSuchLayer
+
+RUN_LIGHT = """
+import sys
+import moescope
+from moescope.cli import main
+main(["--help"], standalone_mode=False)
+heavy = {"torch", "transformers", "matplotlib", "numba", "pyarrow", "pandas", "xarray", "scipy"} & set(sys.modules)
+sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
+"""
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Run a function of the test's as the command ``info``."""
+
+    def run(body, *before):
+        command = click.command("info")(body)
+        monkeypatch.setattr(type(cli.main), "get_command", lambda group, ctx, name: command)
+        return CliRunner().invoke(cli.main, [*before, "info"])
+
+    return run
+
+
+def test_help_lists_every_command_with_its_line():
+    result = CliRunner().invoke(cli.main, ["--help"])
+    assert result.exit_code == 0
+    words = " ".join(result.stdout.split())
+    for name, line in cli.COMMANDS.items():
+        assert f"{name} {line}" in words
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_opens_its_help_with_the_line_of_the_table(name):
+    if importlib.util.find_spec(f"moescope.cli.{name}") is None:
+        pytest.skip("not written yet")
+    result = CliRunner().invoke(cli.main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert f" {cli.COMMANDS[name]} " in " ".join(result.stdout.split())
+
+
+def test_importing_moescope_and_asking_for_help_load_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", RUN_LIGHT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_of_ours_is_two_lines_on_stderr_and_exit_1(probe):
+    def fail():
+        raise NoSuchLayer("pile.moe", "has no layer 99", "it has layers 0 to 31")
+
+    result = probe(fail)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error[no-such-layer]: pile.moe: has no layer 99\nhint: it has layers 0 to 31\n"
+
+
+def test_debug_adds_the_traceback(probe):
+    def fail():
+        raise NoSuchLayer("pile.moe", "has no layer 99")
+
+    result = probe(fail, "--debug")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback (most recent call last):")
+    assert result.stderr.endswith("\nerror[no-such-layer]: pile.moe: has no layer 99\n")
+
+
+def test_an_interrupt_is_one_line_and_exit_130(probe):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    result = probe(interrupt)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_full_disk_is_named_whoever_meets_it(probe):
+    def fill():
+        raise OSError(errno.ENOSPC, "No space left on device", "report/index.html")
+
+    result = probe(fill)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error[disk-full]: report/index.html: no space left on device\n",
+    )
+
+
+def test_a_file_we_may_not_read_is_one_line(probe):
+    def refuse():
+        raise PermissionError(errno.EACCES, "Permission denied", "pile.moe/trace.json")
+
+    result = probe(refuse)
+    assert (result.exit_code, result.stderr) == (1, "error[error]: pile.moe/trace.json: permission denied\n")
+
+
+def test_a_bug_of_ours_is_not_hidden(probe):
+    def crash():
+        raise ZeroDivisionError("ours")
+
+    assert isinstance(probe(crash).exception, ZeroDivisionError)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_line_on_stderr_without_our_source(probe):
+    def warn():
+        warnings.warn("val.jsonl: line 3: not JSON", stacklevel=2)
+        click.echo("data")
+
+    result = probe(warn)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "data\n", "warning: val.jsonl: line 3: not JSON\n")
+
+
+def test_an_unknown_command_is_a_fault_of_the_command_line():
+    result = CliRunner().invoke(cli.main, ["shars"])
+    assert result.exit_code == 2
+    assert "No such command 'shars'" in result.stderr
+
+
+ENDLESS = """
+import click
+from moescope.cli import main
+rows = click.Command("info", callback=lambda: [print("row") for _ in range(99999)])
+type(main).get_command = lambda group, ctx, name: rows
+main(["info"])
+"""
+
+
+def test_a_reader_that_leaves_the_pipe_ends_us_quietly():
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -c "$0" | head -n 1', ENDLESS], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("row\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ENDLESS], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, "error[disk-full]: output: no space left on device\n")
+
+
+def test_version_is_the_package_s():
+    result = CliRunner().invoke(cli.main, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"moescope {moescope.__version__}\n")
+
+
+@pytest.mark.parametrize(("given", "layers"), [("0,15,31", (0, 15, 31)), (" 3 , 1,3", (1, 3)), ("7", (7,))])
+def test_layers_are_numbers_with_commas(given, layers):
+    seen = []
+    command = click.command()(layers_option(lambda layers: seen.append(layers)))
+    assert CliRunner().invoke(command, ["--layers", given]).exit_code == 0
+    assert CliRunner().invoke(command, ["--layer", given]).exit_code == 0
+    assert CliRunner().invoke(command, []).exit_code == 0
+    assert seen == [layers, layers, None]
+
+
+@pytest.mark.parametrize("given", ["", "a", "1,,2", "-1", "1.5", "²"])
+def test_anything_else_is_not_a_list_of_layers(given):
+    command = click.command()(layers_option(lambda layers: None))
+    result = CliRunner().invoke(command, ["--layers", given])
+    assert result.exit_code == 2
+    assert f"expected numbers with commas between them, such as 0,15,31; found {given!r}." in result.stderr
+
+
+def test_the_format_is_text_unless_said():
+    command = click.command()(format_option(lambda format: click.echo(format)))
+    assert CliRunner().invoke(command, []).stdout == "text\n"
+    assert CliRunner().invoke(command, ["--format", "csv"]).stdout == "csv\n"
+    assert CliRunner().invoke(command, ["--format", "xml"]).exit_code == 2
