@@ -96,6 +96,12 @@ class ModelNotFound(ModelError):
     code = "model-not-found"
 
 
+class ModelDamaged(ModelError):
+    """The checkpoint cannot be read, or lacks some of the model's weights, which would otherwise be random."""
+
+    code = "model-damaged"
+
+
 class ModelNotMoE(ModelError):
     """The model has no layer with routed experts."""
 
