@@ -1,0 +1,145 @@
+"""Repeats (Table 5, Figure 10): how often consecutive tokens are sent to the same expert.
+
+The unit is the pair of consecutive tokens of one sequence. Three kinds: `first`, both have the same first choice;
+`any`, their sets of top-k experts share at least one; `first_in_next`, the first choice of the earlier token is in the
+set of the later one.
+"""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.measures import statistics
+from moescope.measures.statistics import described
+from moescope.tallying import REPEAT_KINDS, Tally
+
+
+def repeats(tally: Tally) -> xr.Dataset:
+    """Rate of repeated assignments, with the uniform baseline and the marginal null.
+
+    Args:
+        tally: The counts.
+    Returns:
+        * `rate`, `standard_error`, `low`, `high` (domain, layer, kind): repeats over pairs, clustered by document,
+          95 %;
+        * `uniform` (layer, kind): the rate if each token drew its experts uniformly: the paper's dashed line;
+        * `marginal` (domain, layer, kind): the rate of two different tokens drawn at random from the domain, so what
+          the popularity of experts explains without any order (N1); exact from the table of pairs, else from a sample
+          of tokens;
+        * `pairs`, `documents` (domain).
+    Source:
+        Mixtral of Experts, section 5, Table 5 and Figure 10 (`first`, `any`); HOBBIT (arXiv 2411.01433)
+        (`first_in_next`). The intervals and the marginal null are ours.
+    """
+    data = tally.data
+    y, n = data["repeats"].values, data["pairs"].values[:, None, None]
+    documents = data["documents"].values[:, None, None]
+    rate = statistics.ratio(y, n)
+    error = statistics.ratio_standard_error(
+        y,
+        n,
+        data["repeats_squared"].values,
+        data["repeats_by_pairs"].values,
+        data["pairs_squared"].values[:, None, None],
+        documents,
+    )
+    low, high = statistics.proportion_interval(rate, error, documents)
+    dims = ("domain", "layer", "kind")
+    uniform = [
+        uniform_repeats(num_ids, top_k)
+        for num_ids, top_k in zip(data["num_ids"].values.tolist(), data["top_k"].values.tolist(), strict=True)
+    ]
+    return xr.Dataset(
+        {
+            "rate": described(
+                rate, dims, "repeated consecutive assignments", "1", "Mixtral of Experts (arXiv 2401.04088), Table 5"
+            ),
+            "standard_error": described(error, dims, "standard error of the rate", "1"),
+            "low": described(low, dims, "95 % interval, low end", "1"),
+            "high": described(high, dims, "95 % interval, high end", "1"),
+            "uniform": described(uniform, ("layer", "kind"), "rate of uniform independent routing", "1"),
+            "marginal": described(_marginal(tally), dims, "rate of two tokens of the domain drawn at random", "1"),
+            "pairs": ("domain", data["pairs"].values, {"units": "pairs of consecutive tokens"}),
+        },
+        {
+            "domain": data["domain"],
+            "layer": data["layer"],
+            "kind": data["kind"],
+            "num_experts": data["num_experts"],
+            "top_k": data["top_k"],
+            "documents": data["documents"],
+            "tokens": data["tokens"],
+        },
+    )
+
+
+def uniform_repeats(num_experts: int, top_k: int) -> list[float]:
+    """Rates of the three kinds if every token draws its experts uniformly: 1/E, 1 - C(E-k,k)/C(E,k), k/E.
+
+    Example:
+        >>> [round(100 * rate, 2) for rate in uniform_repeats(8, 2)]
+        [12.5, 46.43, 25.0]
+    """
+    disjoint = comb(num_experts - top_k, top_k) / comb(num_experts, top_k)
+    return [1 / num_experts, 1 - disjoint, top_k / num_experts]
+
+
+def _marginal(tally: Tally) -> NDArray[np.float64]:
+    """The rates of two different tokens drawn at random from each domain, shape (domain, layer, kind)."""
+    data = tally.data
+    tokens = data["tokens"].values.astype(float)
+    ordered_pairs = tokens * (tokens - 1)
+    first = data["loads"].sel(choice="first").values.astype(float)
+    members = data["loads"].sel(choice="either").values.astype(float)
+    made_first = data["made"].sel(choice="first").values.astype(float)
+    result = np.full((*data["made"].shape[:2], len(REPEAT_KINDS)), np.nan)
+    for at, (layer, top_k) in enumerate(zip(tally.layers, data["top_k"].values.tolist(), strict=True)):
+        same_first = (first[:, at] * (first[:, at] - 1)).sum(axis=1)
+        # A token's own first choice is in its own set: those pairs of a token with itself are taken out.
+        first_in_set = (first[:, at] * members[:, at]).sum(axis=1) - made_first[:, at]
+        result[:, at, 0] = statistics.ratio(same_first, ordered_pairs)
+        result[:, at, 2] = statistics.ratio(first_in_set, ordered_pairs)
+        if top_k == 1:
+            result[:, at, 1] = result[:, at, 0]
+        elif tally.sample is not None and layer in tally.sample.expert_ids:
+            for domain in range(len(tokens)):
+                result[domain, at, 1] = sets_meet(tally.sample.tokens(domain, layer), tally.data.sizes["expert"])
+        else:
+            sharing = _pairs_meet(data["pair"].isel(layer=at).values, members[:, at])
+            result[:, at, 1] = statistics.ratio(sharing, ordered_pairs)
+    return result
+
+
+def _pairs_meet(pair: NDArray[np.int64], members: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ordered pairs of different tokens whose sets of two share an expert, shape (domain,).
+
+    With a token of the set {a, b}, m_a + m_b - c_ab tokens share an expert, itself among them; with one of the set {a}
+    (its other choice dropped), m_a.
+    """
+    single = np.einsum("dee->de", pair).astype(float)
+    both = (pair + pair.swapaxes(1, 2)).astype(float)  # each token counted at (a, b) and at (b, a)
+    np.einsum("dee->de", both)[:] = 0
+    meeting = members[:, :, None] + members[:, None, :] - both - 1
+    return (both * meeting).sum(axis=(1, 2)) / 2 + (single * (members - 1)).sum(axis=1)
+
+
+def sets_meet(expert_ids: NDArray[np.int32], num_ids: int) -> float:
+    """Probability that two different tokens of a sample share an expert, over all pairs of the sample.
+
+    Args:
+        expert_ids: Chosen experts, shape (token, choice); -1 = dropped.
+        num_ids: One more than the largest id.
+    """
+    num_tokens = len(expert_ids)
+    if num_tokens < 2:
+        return float("nan")
+    chosen = np.zeros((num_tokens, num_ids), np.float32)
+    rows, choices = np.nonzero(expert_ids >= 0)
+    chosen[rows, expert_ids[rows, choices]] = 1
+    meeting = sum(int(np.count_nonzero(chosen[at : at + 1024] @ chosen.T)) for at in range(0, num_tokens, 1024))
+    itself = int(np.count_nonzero(chosen.any(axis=1)))
+    return (meeting - itself) / (num_tokens * (num_tokens - 1))

@@ -1,0 +1,202 @@
+"""Words: whether the tokens of a word, or of indentation, go to one expert, and whether that is more than chance.
+
+The unit is the occurrence of a word with all the tokens that overlap it, and the first choice of each token. Two
+questions are kept apart. *Does the word have an expert?* compares tokens of the word from different documents. *Do the
+tokens of one occurrence stay together?* compares the tokens of a word that the tokenizer cut, against what each token
+id does elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.measures import statistics
+from moescope.measures.statistics import described
+from moescope.tallying import Occurrences, Tally, TokenChoices, find_occurrences
+from moescope.tallying import tally as count
+from moescope.trace import Trace
+
+
+def words(
+    trace: Trace,
+    words: Sequence[str],
+    *,
+    indentation: bool = False,
+    layers: Iterable[int] | None = None,
+    tally: Tally | None = None,
+) -> xr.Dataset:
+    """Which expert a word goes to, and how surely.
+
+    Args:
+        trace: The trace.
+        words: Words, found as whole words with their case; of one or several tokens.
+        indentation: Add a row for the spaces and tabs at the start of lines.
+        layers: Layers, or None for all.
+        tally: The tally of the trace if it is at hand; otherwise it is made.
+    Returns:
+        Dims (word, layer); `occurrences`, `tokens`, `documents`, `multi_token` (word): how many there are, and how many
+        occurrences have at least two tokens.
+
+        * `top_expert`, `top_share`, `top_share_low`, `top_share_high`, `top_share_null`: the expert that most tokens of
+          the word choose first, their share (clustered by document), and that expert's share of all tokens;
+        * `same`, `same_low`, `same_high`, `same_null`: probability that two tokens of the word, from different
+          documents, have the same first choice (jackknife over documents); the same of any two tokens of the trace;
+        * `together`, `together_low`, `together_high`, `together_null`: share of the occurrences of several tokens in
+          which all have the same first choice; the same if each token chose as its id does in the other documents,
+          independently of its neighbours.
+    Raises:
+        ValueError: A word is empty.
+        NoSuchLayer: A layer was not recorded.
+    Source:
+        The claim on `self`, `Question` and indentation in Mixtral of Experts, section 5; definitions and nulls are
+        ours.
+    """
+    chosen = tuple(layer.layer for layer in trace.select_layers(layers))
+    tally = count(trace, chosen) if tally is None else tally
+    found, choices = find_occurrences(trace, words, indentation=indentation, layers=chosen)
+    rows = [[_judge(word, at, choices, tally, layer) for at, layer in enumerate(chosen)] for word in found]
+    table = np.array([[astuple(row) for row in by_layer] for by_layer in rows], float).reshape(
+        len(found), len(chosen), len(_FIELDS)
+    )
+    sizes = {
+        "occurrences": [len(np.unique(word.occurrence)) for word in found],
+        "tokens": [len(word.token_id) for word in found],
+        "documents": [len(np.unique(word.document)) for word in found],
+        "multi_token": [int((_lengths(word) > 1).sum()) for word in found],
+    }
+    return xr.Dataset(
+        {
+            **{name: ("word", np.array(size, np.int64), {"units": name}) for name, size in sizes.items()},
+            **{
+                name: described(table[:, :, at], ("word", "layer"), _FIELDS[name], "expert id" if at == 0 else "1")
+                for at, name in enumerate(_FIELDS)
+            },
+        },
+        {
+            "word": [word.name for word in found],
+            "layer": list(chosen),
+            "num_experts": tally.data["num_experts"].sel(layer=list(chosen)),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    top_expert: float
+    top_share: float
+    top_share_low: float
+    top_share_high: float
+    top_share_null: float
+    same: float
+    same_low: float
+    same_high: float
+    same_null: float
+    together: float
+    together_low: float
+    together_high: float
+    together_null: float
+
+
+_FIELDS = {
+    "top_expert": "most frequent first choice of the word's tokens",
+    "top_share": "share of the word's tokens that choose it first",
+    "top_share_low": "95 % interval, low end",
+    "top_share_high": "95 % interval, high end",
+    "top_share_null": "share of all tokens that choose it first",
+    "same": "probability that two tokens of the word, from different documents, have one first choice",
+    "same_low": "95 % interval, low end",
+    "same_high": "95 % interval, high end",
+    "same_null": "probability that any two tokens of the trace have one first choice",
+    "together": "share of the occurrences of several tokens whose tokens all have one first choice",
+    "together_low": "95 % interval, low end",
+    "together_high": "95 % interval, high end",
+    "together_null": "the same if each token chose as its id does in other documents",
+}
+
+
+def _judge(word: Occurrences, at: int, choices: TokenChoices, tally: Tally, layer: int) -> _Row:
+    nothing = float("nan")
+    loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values.astype(float)
+    marginal = loads / loads.sum()
+    same_null = float((loads * (loads - 1)).sum() / (loads.sum() * (loads.sum() - 1)))
+    choice = word.first_choice[at]
+    made = choice >= 0
+    if not made.any():
+        return _Row(*(nothing,) * 8, same_null, *(nothing,) * 4)
+    documents, place = np.unique(word.document, return_inverse=True)
+    by_document = np.zeros((len(documents), len(loads)))
+    np.add.at(by_document, (place[made], choice[made]), 1)
+    top = int(by_document.sum(axis=0).argmax())
+    top_share = _clustered(by_document[:, top], by_document.sum(axis=1))
+    same = _same_across(by_document)
+    together, together_null = _together(word, at, choices)
+    return _Row(top, *top_share, float(marginal[top]), *same, same_null, *together, together_null)
+
+
+def _clustered(y_G: NDArray[np.float64], n_G: NDArray[np.float64]) -> tuple[float, float, float]:
+    """A ratio over documents with its 95 % interval."""
+    used = n_G > 0
+    y, n = y_G[used], n_G[used]
+    p = statistics.ratio(y.sum(), n.sum())
+    error = statistics.ratio_standard_error(y.sum(), n.sum(), (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
+    low, high = statistics.proportion_interval(p, error, len(n))
+    return float(p), float(low), float(high)
+
+
+def _same_across(count_GE: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Probability that two tokens from different documents agree, with a jackknife interval over documents."""
+    count_GE = count_GE[count_GE.sum(axis=1) > 0]
+    num_documents = len(count_GE)
+    nothing = float("nan")
+    if num_documents < 2:
+        return nothing, nothing, nothing
+    n_G = count_GE.sum(axis=1)
+    total_E, total = count_GE.sum(axis=0), n_G.sum()
+    agree = (total_E**2).sum() - (count_GE**2).sum()
+    pairs = total**2 - (n_G**2).sum()
+    value = agree / pairs
+    if num_documents < 3:
+        return float(value), nothing, nothing
+    # Without document g: the pairs that touch it are gone, in both orders.
+    agree_without = agree - 2 * (count_GE * (total_E - count_GE)).sum(axis=1)
+    pairs_without = pairs - 2 * n_G * (total - n_G)
+    without = statistics.ratio(agree_without, pairs_without)
+    error = np.sqrt((num_documents - 1) / num_documents * ((without - without.mean()) ** 2).sum())
+    half = float(statistics.student_t(num_documents) * error)
+    return float(value), max(0.0, float(value) - half), min(1.0, float(value) + half)
+
+
+def _together(word: Occurrences, at: int, choices: TokenChoices) -> tuple[tuple[float, float, float], float]:
+    """Occurrences of several tokens: the share whose tokens agree, and the share that token ids alone predict."""
+    nothing = float("nan")
+    lengths = _lengths(word)
+    starts = np.cumsum(lengths) - lengths
+    several = np.flatnonzero(lengths > 1)
+    if not len(several):
+        return (nothing, nothing, nothing), nothing
+    agreed, expected = np.zeros(len(several)), np.full(len(several), nothing)
+    predicted: dict[tuple[int, bytes], float] = {}
+    for index, occurrence in enumerate(several):
+        tokens = slice(starts[occurrence], starts[occurrence] + lengths[occurrence])
+        choice = word.first_choice[at, tokens]
+        agreed[index] = choice[0] >= 0 and (choice == choice[0]).all()
+        document, ids = int(word.document[tokens.start]), word.token_id[tokens]
+        key = document, ids.tobytes()
+        if key not in predicted:
+            predicted[key] = choices.agreement(at, document, ids)
+        expected[index] = predicted[key]
+    documents, place = np.unique(word.document[starts[several]], return_inverse=True)
+    y_G = np.bincount(place, agreed, len(documents)).astype(float)
+    n_G = np.bincount(place, minlength=len(documents)).astype(float)
+    null = float(np.nanmean(expected)) if np.isfinite(expected).any() else nothing
+    return _clustered(y_G, n_G), null
+
+
+def _lengths(word: Occurrences) -> NDArray[np.int64]:
+    """Tokens of each occurrence."""
+    return np.unique(word.occurrence, return_counts=True)[1]

@@ -1,0 +1,236 @@
+"""The loops over tokens, compiled by numba; the unit counted is the assignment, the unit of sampling the document.
+
+Shape suffixes: T tokens, K choices a token, E expert ids of the layer (null experts included), D domains, G documents
+of the part, Q sequences of the part, M measures of repetition. C = K + 1 choices: 0 is all ranks together ("either"),
+1 .. K are the ranks. Ids outside 0 .. E - 1 are dropped assignments: they add to no expert and repeat nothing.
+
+Every kernel adds to the sums it is given. The moments are sums over documents of y² and y·n, where y is what a document
+counts and n what it could have counted; with Σy, Σn and Σn² they give the linearised variance of the ratio Σy / Σn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.integer[Any]]
+Sums = NDArray[np.int64]
+
+FIRST, ANY, FIRST_IN_NEXT = 0, 1, 2
+
+
+@numba.njit(cache=True, nogil=True)
+def count_loads(
+    ids_KT: Ids,
+    starts_G: Sums,
+    domain_G: Sums,
+    load_DCE: Sums,
+    load_squared_DCE: Sums,
+    load_by_made_DCE: Sums,
+    made_DC: Sums,
+    made_squared_DC: Sums,
+) -> None:
+    """Count the assignments each expert received and the assignments made, with their document moments.
+
+    Args:
+        ids_KT: Chosen experts, rank 0 first.
+        starts_G: First row of each document, with the number of rows at the end, shape (G + 1,).
+        domain_G: Domain code of each document.
+        load_DCE: Added to: assignments an expert received; then Σy² and Σy·n of the same.
+        made_DC: Added to: assignments made, that is not dropped (n); then Σn².
+    """
+    num_choices = ids_KT.shape[0]
+    num_ids = load_DCE.shape[2]
+    count_CE = np.zeros((num_choices + 1, num_ids), np.int64)
+    for g in range(domain_G.size):
+        count_CE[:] = 0
+        for k in range(num_choices):
+            for t in range(starts_G[g], starts_G[g + 1]):
+                e = np.int64(ids_KT[k, t])
+                if 0 <= e < num_ids:
+                    count_CE[k + 1, e] += 1
+        _add_document(count_CE, domain_G[g], load_DCE, load_squared_DCE, load_by_made_DCE, made_DC, made_squared_DC)
+
+
+@numba.njit(cache=True, nogil=True)
+def count_loads_and_pairs(
+    ids_KT: Ids,
+    starts_G: Sums,
+    domain_G: Sums,
+    load_DCE: Sums,
+    load_squared_DCE: Sums,
+    load_by_made_DCE: Sums,
+    made_DC: Sums,
+    made_squared_DC: Sums,
+    pair_DEE: Sums,
+) -> None:
+    """`count_loads` for two choices of few experts, none dropped: one increment a token in a table of pairs.
+
+    Args:
+        pair_DEE: Added to: tokens by first and second choice. Its E may be at most 16.
+    """
+    num_ids = load_DCE.shape[2]
+    count_CE = np.zeros((3, num_ids), np.int64)
+    # Two tables in turn, so that a run of equal pairs does not wait for its own last increment.
+    even, odd = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    first_T, second_T = ids_KT[0], ids_KT[1]
+    for g in range(domain_G.size):
+        start, end, d = starts_G[g], starts_G[g + 1], domain_G[g]
+        for t in range(start, end - 1, 2):
+            even[((first_T[t] & 15) << 4) | (second_T[t] & 15)] += 1
+            odd[((first_T[t + 1] & 15) << 4) | (second_T[t + 1] & 15)] += 1
+        if (end - start) % 2:
+            even[((first_T[end - 1] & 15) << 4) | (second_T[end - 1] & 15)] += 1
+        count_CE[:] = 0
+        for a in range(num_ids):
+            for b in range(num_ids):
+                count = even[a << 4 | b] + odd[a << 4 | b]
+                count_CE[1, a] += count
+                count_CE[2, b] += count
+                pair_DEE[d, a, b] += count
+        even[:] = 0
+        odd[:] = 0
+        _add_document(count_CE, d, load_DCE, load_squared_DCE, load_by_made_DCE, made_DC, made_squared_DC)
+
+
+@numba.njit(cache=True, nogil=True)
+def count_pairs(ids_KT: Ids, domain_T: Ids, pair_DEE: Sums) -> None:
+    """Count tokens by first and second choice, any number of experts.
+
+    A token with one dropped choice has the set {e} and is counted at (e, e); one with two is not counted.
+    """
+    num_ids = pair_DEE.shape[1]
+    for t in range(domain_T.size):
+        a, b = np.int64(ids_KT[0, t]), np.int64(ids_KT[1, t])
+        if not 0 <= a < num_ids:
+            a = b
+        if not 0 <= b < num_ids:
+            b = a
+        if 0 <= a < num_ids:
+            pair_DEE[domain_T[t], a, b] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_document(
+    count_CE: Sums,
+    d: int,
+    load_DCE: Sums,
+    load_squared_DCE: Sums,
+    load_by_made_DCE: Sums,
+    made_DC: Sums,
+    made_squared_DC: Sums,
+) -> None:
+    num_choices, num_ids = count_CE.shape
+    for c in range(1, num_choices):
+        for e in range(num_ids):
+            count_CE[0, e] += count_CE[c, e]
+    for c in range(num_choices):
+        made = np.int64(0)
+        for e in range(num_ids):
+            made += count_CE[c, e]
+        made_DC[d, c] += made
+        made_squared_DC[d, c] += made * made
+        for e in range(num_ids):
+            y = count_CE[c, e]
+            if y:
+                load_DCE[d, c, e] += y
+                load_squared_DCE[d, c, e] += y * y
+                load_by_made_DCE[d, c, e] += y * made
+
+
+@numba.njit(cache=True, nogil=True)
+def count_repeats(
+    ids_KT: Ids,
+    num_ids: int,
+    starts_Q: Sums,
+    document_Q: Sums,
+    domain_G: Sums,
+    pairs_G: Sums,
+    repeat_DM: Sums,
+    repeat_squared_DM: Sums,
+    repeat_by_pairs_DM: Sums,
+) -> None:
+    """Count the pairs of consecutive tokens that repeat an expert, with their document moments.
+
+    Args:
+        starts_Q: First row of each sequence, with the number of rows at the end; no pair crosses a sequence.
+        document_Q: Document of the part that a sequence belongs to, ascending.
+        pairs_G: Pairs of consecutive tokens in each document (n).
+        repeat_DM: Added to: pairs with the same first choice; whose sets share an expert; in which the first choice of
+            the earlier is in the set of the later. Then Σy² and Σy·n of the same.
+    """
+    num_choices = ids_KT.shape[0]
+    y_M = np.zeros(3, np.int64)
+    last_E = np.full(num_ids, -2, np.int64)  # row at which an expert was last chosen
+    for q in range(document_Q.size):
+        for t in range(starts_Q[q], starts_Q[q + 1]):
+            if t > starts_Q[q]:
+                any_shared = False
+                previous = np.int64(ids_KT[0, t - 1])
+                first_in_next = False
+                for k in range(num_choices):
+                    e = np.int64(ids_KT[k, t])
+                    if 0 <= e < num_ids:
+                        any_shared |= last_E[e] == t - 1
+                        first_in_next |= e == previous
+                first = np.int64(ids_KT[0, t])
+                y_M[FIRST] += first == previous and 0 <= first < num_ids
+                y_M[ANY] += any_shared
+                y_M[FIRST_IN_NEXT] += first_in_next
+            for k in range(num_choices):
+                e = np.int64(ids_KT[k, t])
+                if 0 <= e < num_ids:
+                    last_E[e] = t
+        g = document_Q[q]
+        if q + 1 == document_Q.size or document_Q[q + 1] != g:
+            _add_repeats(y_M, domain_G[g], pairs_G[g], repeat_DM, repeat_squared_DM, repeat_by_pairs_DM)
+
+
+@numba.njit(cache=True, nogil=True)
+def count_repeats_of_two(
+    ids_KT: Ids,
+    starts_Q: Sums,
+    document_Q: Sums,
+    domain_G: Sums,
+    pairs_G: Sums,
+    repeat_DM: Sums,
+    repeat_squared_DM: Sums,
+    repeat_by_pairs_DM: Sums,
+) -> None:
+    """`count_repeats` for two choices, none dropped: no branch and no table in the loop, so it runs in SIMD lanes."""
+    y_M = np.zeros(3, np.int64)
+    a_T, b_T = ids_KT[0], ids_KT[1]
+    for q in range(document_Q.size):
+        first = any_shared = first_in_next = np.int64(0)
+        for block in range(starts_Q[q], starts_Q[q + 1] - 1, 128):
+            f = s = n = np.uint8(0)  # at most 128 a block, so a byte holds it
+            for t in range(block, min(block + 128, starts_Q[q + 1] - 1)):
+                same_first = np.uint8(a_T[t] == a_T[t + 1])
+                first_later = np.uint8(a_T[t] == b_T[t + 1])
+                second_any = np.uint8(b_T[t] == a_T[t + 1]) | np.uint8(b_T[t] == b_T[t + 1])
+                f = np.uint8(f + same_first)
+                n = np.uint8(n + (same_first | first_later))
+                s = np.uint8(s + (same_first | first_later | second_any))
+            first += f
+            any_shared += s
+            first_in_next += n
+        y_M[FIRST] += first
+        y_M[ANY] += any_shared
+        y_M[FIRST_IN_NEXT] += first_in_next
+        g = document_Q[q]
+        if q + 1 == document_Q.size or document_Q[q + 1] != g:
+            _add_repeats(y_M, domain_G[g], pairs_G[g], repeat_DM, repeat_squared_DM, repeat_by_pairs_DM)
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_repeats(
+    y_M: Sums, d: int, pairs: int, repeat_DM: Sums, repeat_squared_DM: Sums, repeat_by_pairs_DM: Sums
+) -> None:
+    for m in range(3):
+        repeat_DM[d, m] += y_M[m]
+        repeat_squared_DM[d, m] += y_M[m] * y_M[m]
+        repeat_by_pairs_DM[d, m] += y_M[m] * pairs
+    y_M[:] = 0

@@ -1,0 +1,289 @@
+"""The tally: counts by domain, layer, choice and expert, and repeats, with the document moments of each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.tallying import kernels
+from moescope.tallying.token_sample import TokenSample
+from moescope.trace import Layer, Part, Trace
+
+REPEAT_KINDS = ("first", "any", "first_in_next")
+"""Same first choice; the sets share an expert; the earlier token's first choice is in the later token's set."""
+
+MAX_PAIR_TABLE_IDS = 128
+"""With two choices of at most this many ids, the tally keeps the exact table of pairs; otherwise a token sample."""
+
+_COLUMNS_A_READ = 64
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over documents from which the measures are computed; add two of disjoint documents with ``+``.
+
+    Attributes:
+        data: The sums, int64:
+
+            * `documents`, `tokens`, `pairs`, `pairs_squared` (domain): documents with a token, tokens, pairs of
+              consecutive tokens of a sequence, and Σ over documents of the square of its pairs;
+            * `made`, `made_squared` (domain, layer, choice): assignments made, and Σn²;
+            * `loads`, `loads_squared`, `loads_by_made` (domain, layer, choice, expert): assignments received, Σy²,
+              Σy·n;
+            * `repeats`, `repeats_squared`, `repeats_by_pairs` (domain, layer, kind): pairs that repeat, Σy², Σy·n;
+            * `pair` (domain, layer, expert, second_expert), where layers have two choices of few experts: tokens by
+              first and second choice, those with one choice dropped at (e, e);
+            * coordinates `num_experts`, `num_ids`, `top_k` (layer).
+        sample: Tokens kept for what sums cannot tell where there is no `pair`; None where it is not needed.
+    """
+
+    data: xr.Dataset
+    sample: TokenSample | None = None
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains counted."""
+        return tuple(self.data["domain"].values.tolist())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers counted."""
+        return tuple(self.data["layer"].values.tolist())
+
+    def __add__(self, other: Tally) -> Tally:
+        """The tally of both; their documents must be disjoint.
+
+        Raises:
+            ValueError: The layers, or their shapes, differ.
+        """
+        if not isinstance(other, Tally):
+            return NotImplemented
+        mine, theirs = self.data, other.data
+        for name in ("layer", "num_experts", "num_ids", "top_k"):
+            if mine[name].values.tolist() != theirs[name].values.tolist():
+                raise ValueError(f"tallies of different layers cannot be added: {name} differs")
+        domains = list(dict.fromkeys([*self.domains, *other.domains]))
+        mine, theirs = (data.reindex(domain=domains, fill_value=0) for data in (mine, theirs))
+        sample = self.sample and self.sample.merge(other.sample, self.domains, other.domains, domains)
+        return Tally(mine + theirs, sample)
+
+    def _repr_html_(self) -> str:
+        return self.data._repr_html_()
+
+
+def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Tally:
+    """Count a trace in one pass.
+
+    Args:
+        trace: The trace, complete or not.
+        layers: Layers to count, or None for all.
+        threads: Parts counted at a time; None for the number of processors.
+    Returns:
+        The tally; its memory does not depend on the number of tokens.
+    Raises:
+        NoSuchLayer: A layer was not recorded.
+        TraceDamaged: A page fails its checksum.
+        ValueError: `threads` is not positive.
+    """
+    chosen = trace.select_layers(layers)
+    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    local = threading.local()
+    accumulators: list[_Sums] = []
+
+    def count(index: int) -> None:
+        if not hasattr(local, "sums"):
+            local.sums = _Sums.zeros(len(trace.domains), chosen)
+            accumulators.append(local.sums)
+        sampled: dict[int, NDArray[np.int32]] = {}
+        for group in _groups(chosen):
+            part = trace.with_trace_domains(trace.parts[index].read(group, tokens=False))
+            local.sums.add(part, chosen, group)
+            if local.sums.sample is not None:
+                fresh = TokenSample.of_part(part, len(trace.domains), [layer for layer in group if _sampled(layer)])
+                sampled |= fresh.expert_ids
+        if local.sums.sample is not None:
+            local.sums.sample.absorb(TokenSample(fresh.hashes, sampled))
+
+    if threads == 1:
+        for index in range(len(trace.parts)):
+            count(index)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(count, range(len(trace.parts))))
+    total = _Sums.zeros(len(trace.domains), chosen)
+    for sums in accumulators:
+        total.merge(sums)
+    return total.labelled(trace.domains, chosen)
+
+
+def choice_labels(top_k: int) -> list[str]:
+    """Names of the choices: all ranks together, then each rank.
+
+    Example:
+        >>> choice_labels(4)
+        ['either', 'first', 'second', 'third', '4th']
+    """
+    return ["either", "first", "second", "third", *(f"{n}th" for n in range(4, top_k + 1))][: top_k + 1]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The arrays that the kernels add to. L layers, S layers with a table of pairs; the rest as in `kernels`."""
+
+    documents_D: NDArray[np.int64]
+    tokens_D: NDArray[np.int64]
+    pairs_D: NDArray[np.int64]
+    pairs_squared_D: NDArray[np.int64]
+    made_LDC: NDArray[np.int64]
+    made_squared_LDC: NDArray[np.int64]
+    loads_LDCE: NDArray[np.int64]
+    loads_squared_LDCE: NDArray[np.int64]
+    loads_by_made_LDCE: NDArray[np.int64]
+    repeats_LDM: NDArray[np.int64]
+    repeats_squared_LDM: NDArray[np.int64]
+    repeats_by_pairs_LDM: NDArray[np.int64]
+    pair_LDEE: NDArray[np.int64]
+    sample: TokenSample | None
+
+    @classmethod
+    def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _Sums:
+        num_choices = 1 + max(layer.top_k for layer in layers)
+        num_ids = max(layer.num_ids for layer in layers)
+        paired = [layer for layer in layers if _has_pair_table(layer)]
+        paired_ids = max((layer.num_ids for layer in paired), default=0)
+        sampled = [layer for layer in layers if _sampled(layer)]
+
+        def zeros(*shape: int) -> NDArray[np.int64]:
+            return np.zeros(shape, np.int64)
+
+        loads = (len(layers), num_domains, num_choices, num_ids)
+        repeats = (len(layers), num_domains, len(REPEAT_KINDS))
+        return cls(
+            documents_D=zeros(num_domains),
+            tokens_D=zeros(num_domains),
+            pairs_D=zeros(num_domains),
+            pairs_squared_D=zeros(num_domains),
+            made_LDC=zeros(*loads[:3]),
+            made_squared_LDC=zeros(*loads[:3]),
+            loads_LDCE=zeros(*loads),
+            loads_squared_LDCE=zeros(*loads),
+            loads_by_made_LDCE=zeros(*loads),
+            repeats_LDM=zeros(*repeats),
+            repeats_squared_LDM=zeros(*repeats),
+            repeats_by_pairs_LDM=zeros(*repeats),
+            pair_LDEE=zeros(len(layers) if paired else 0, num_domains, paired_ids, paired_ids),
+            sample=TokenSample.empty(num_domains, sampled) if sampled else None,
+        )
+
+    def add(self, part: Part, layers: Sequence[Layer], group: Sequence[Layer]) -> None:
+        """Count the layers of `group` in a part; what belongs to no layer is counted with the first group."""
+        starts_G = part.document_starts()
+        domain_G = part.domain[starts_G[:-1]].astype(np.int64)
+        starts_Q = part.sequence_starts()
+        document_Q = np.searchsorted(starts_G, starts_Q[:-1], side="right") - 1
+        pairs_G = np.diff(starts_G) - np.bincount(document_Q, minlength=len(domain_G))
+        if group[0] == layers[0]:
+            num_domains = len(self.documents_D)
+            self.documents_D[:] += np.bincount(domain_G, minlength=num_domains)
+            np.add.at(self.tokens_D, domain_G, np.diff(starts_G))
+            np.add.at(self.pairs_D, domain_G, pairs_G)
+            np.add.at(self.pairs_squared_D, domain_G, pairs_G**2)
+        for layer in group:
+            at = layers.index(layer)
+            ids_KT = part.expert_ids[layer.layer].T
+            used = slice(0, layer.top_k + 1), slice(0, layer.num_ids)
+            loads = (
+                *(sums[at][(slice(None), *used)] for sums in (self.loads_LDCE, self.loads_squared_LDCE)),
+                self.loads_by_made_LDCE[at][(slice(None), *used)],
+                self.made_LDC[at][:, used[0]],
+                self.made_squared_LDC[at][:, used[0]],
+            )
+            repeats = (self.repeats_LDM[at], self.repeats_squared_LDM[at], self.repeats_by_pairs_LDM[at])
+            none_dropped = ids_KT.dtype.kind == "u"  # the reader gives signed ids only if some were dropped
+            if layer.top_k == 2 and layer.num_ids <= 16 and none_dropped:
+                pair = self.pair_LDEE[at][:, : layer.num_ids, : layer.num_ids]
+                kernels.count_loads_and_pairs(ids_KT, starts_G, domain_G, *loads, pair)
+            else:
+                kernels.count_loads(ids_KT, starts_G, domain_G, *loads)
+                if _has_pair_table(layer):
+                    pair = self.pair_LDEE[at][:, : layer.num_ids, : layer.num_ids]
+                    kernels.count_pairs(ids_KT, part.domain, pair)
+            if layer.top_k == 2 and none_dropped:
+                kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+            else:
+                kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+
+    def merge(self, other: _Sums) -> None:
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, np.ndarray):
+                mine += theirs
+            elif mine is not None:
+                mine.absorb(theirs)
+
+    def labelled(self, domains: Sequence[str], layers: Sequence[Layer]) -> Tally:
+        def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.ascontiguousarray(sums_LD.swapaxes(0, 1))
+
+        choices, experts, kinds = ("domain", "layer", "choice"), ("domain", "layer", "choice", "expert"), "kind"
+        variables: dict[str, Any] = {
+            "documents": ("domain", self.documents_D, {"units": "documents"}),
+            "tokens": ("domain", self.tokens_D, {"units": "tokens"}),
+            "pairs": ("domain", self.pairs_D, {"units": "pairs of consecutive tokens"}),
+            "pairs_squared": ("domain", self.pairs_squared_D),
+            "made": (choices, swap(self.made_LDC), {"units": "assignments"}),
+            "made_squared": (choices, swap(self.made_squared_LDC)),
+            "loads": (experts, swap(self.loads_LDCE), {"units": "assignments"}),
+            "loads_squared": (experts, swap(self.loads_squared_LDCE)),
+            "loads_by_made": (experts, swap(self.loads_by_made_LDCE)),
+            "repeats": (("domain", "layer", kinds), swap(self.repeats_LDM), {"units": "pairs of consecutive tokens"}),
+            "repeats_squared": (("domain", "layer", kinds), swap(self.repeats_squared_LDM)),
+            "repeats_by_pairs": (("domain", "layer", kinds), swap(self.repeats_by_pairs_LDM)),
+        }
+        num_ids = self.loads_LDCE.shape[3]
+        if self.pair_LDEE.size:
+            pair = np.zeros((len(layers), len(domains), num_ids, num_ids), np.int64)
+            pair[:, :, : self.pair_LDEE.shape[2], : self.pair_LDEE.shape[3]] = self.pair_LDEE
+            variables["pair"] = (("domain", "layer", "expert", "second_expert"), swap(pair), {"units": "tokens"})
+        coordinates: dict[str, Any] = {
+            "domain": list(domains),
+            "layer": [layer.layer for layer in layers],
+            "choice": choice_labels(max(layer.top_k for layer in layers)),
+            "expert": np.arange(num_ids),
+            "kind": list(REPEAT_KINDS),
+            "num_experts": ("layer", [layer.num_experts for layer in layers]),
+            "num_ids": ("layer", [layer.num_ids for layer in layers]),
+            "top_k": ("layer", [layer.top_k for layer in layers]),
+        }
+        return Tally(xr.Dataset(variables, coordinates), self.sample)
+
+
+def _has_pair_table(layer: Layer) -> bool:
+    return layer.top_k == 2 and layer.num_ids <= MAX_PAIR_TABLE_IDS
+
+
+def _sampled(layer: Layer) -> bool:
+    return layer.top_k > 1 and not _has_pair_table(layer)
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers read together, so that memory stays bounded whatever the number of layers."""
+    groups: list[list[Layer]] = [[]]
+    columns = 0
+    for layer in layers:
+        if groups[-1] and columns + layer.top_k > _COLUMNS_A_READ:
+            groups.append([])
+            columns = 0
+        groups[-1].append(layer)
+        columns += layer.top_k
+    return groups
