@@ -1,0 +1,29 @@
+"""A small Mixture-of-Experts model and a sample corpus, shipped so that everything can be tried offline.
+
+Both are data: a model folder that ``from_pretrained`` reads, and a compressed JSON-lines file in the Pile's format.
+What they are made of is said beside them, in ``model/README.md`` and ``corpus/SOURCES.md``.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def model_path() -> Path:
+    """Return the folder of the mini Mixtral.
+
+    Example:
+        >>> (model_path() / "config.json").is_file()
+        True
+    """
+    return _HERE / "model"
+
+
+def corpus_path() -> Path:
+    """Return the sample corpus: held-out documents of ten domains.
+
+    Example:
+        >>> corpus_path().name
+        'sample.jsonl.zst'
+    """
+    return _HERE / "corpus" / "sample.jsonl.zst"
