@@ -1,0 +1,21 @@
+"""Documents with a domain, streamed from files.
+
+``open_corpus`` finds out what lies at a path and gives a ``Corpus``, which yields one ``Document`` a record, as often
+as asked, always in the same order; ``sample`` draws from it. Each rule has one place:
+
+    layout                             which files a path means, and their format
+    json_lines, parquet, text_files    a file -> its records; a module a format
+    records                            what a record is, and how a field is found in it
+    corpora                            a record -> a document, or one of the ``problems``
+    sampling                           which documents a quota chooses
+
+Text is never repaired: a record that is not exactly readable is left out, reported with its file and line, and counted.
+This room imports nothing of moescope but the errors.
+"""
+
+from moescope.corpus.corpora import Corpus, open_corpus
+from moescope.corpus.documents import Document, Documents
+from moescope.corpus.problems import Problems
+from moescope.corpus.sampling import Sample, sample
+
+__all__ = ["Corpus", "Document", "Documents", "Problems", "Sample", "open_corpus", "sample"]

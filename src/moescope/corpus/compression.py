@@ -1,0 +1,55 @@
+"""The bytes of a file, decompressed as they stream by; zstd and gzip are known by their first bytes, not by name."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+COMPRESSED_BYTES = 1 << 15  # read at a time; small, since all that a piece holds is decompressed at once
+PLAIN_BYTES = 1 << 18
+MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, the largest there is
+
+
+class BrokenFile(Exception):
+    """The compressed data is damaged or cut short; what came before was good."""
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """Yield the plain bytes of a file, piece by piece.
+
+    Raises:
+        BrokenFile: After the last piece that could be decompressed.
+    """
+    with path.open("rb") as file:
+        magic = file.peek(4)[:4]
+        try:
+            if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
+                yield from _decompressed_zstd(file)
+            elif magic[:2] == b"\x1f\x8b":
+                with gzip.open(file) as plain:
+                    yield from iter(partial(plain.read, PLAIN_BYTES), b"")
+            else:
+                yield from iter(partial(file.read, PLAIN_BYTES), b"")
+        except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+            raise BrokenFile(str(error)) from error
+
+
+def _decompressed_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress frame after frame; unlike zstandard's ``stream_reader``, notice when the last one is cut short."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    frame, rest = None, b""
+    while data := rest or file.read(COMPRESSED_BYTES):
+        frame = frame or decompressor.decompressobj()
+        if plain := frame.decompress(data):
+            yield plain
+        rest = frame.unused_data
+        if frame.eof:
+            frame = None
+    if frame is not None:
+        raise EOFError("the zstd stream is cut short")

@@ -1,0 +1,37 @@
+"""Parquet, a row a record; of a file with many columns only the pages of those asked for are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moescope.corpus.records import Record, Unreadable
+
+ROWS = 64  # decoded at a time; documents may be large
+BUFFER_BYTES = 1 << 20  # read at a time from a column; without it pyarrow reads the whole row group
+
+
+def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
+    """Yield the record of each row; where the file cannot be read on, an ``Unreadable`` is the last.
+
+    Args:
+        path: A Parquet file.
+        fields: Columns to read, a dotted path for a part of a struct; None reads all.
+    """
+    try:
+        with (
+            path.open("rb") as file,
+            pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as parquet,
+        ):
+            for batch in parquet.iter_batches(ROWS, columns=fields, use_threads=False):
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for row in range(batch.num_rows):
+                    try:
+                        yield {name: column[row].as_py() for name, column in columns.items()}
+                    except UnicodeDecodeError as error:
+                        yield Unreadable(f"not UTF-8 (byte {error.start + 1} of its string)")
+    except (pa.ArrowException, OSError) as error:
+        yield Unreadable(f"the file cannot be read from here: {str(error).splitlines()[0]}")
