@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, so that each is named, typed and explained once."""
+"""What several commands share: arguments and options, so that each is named, typed and explained once."""
 
 from __future__ import annotations
 
@@ -61,3 +61,13 @@ def output_option(default: str | None, help: str) -> Callable[[Command], Command
         metavar="PATH",
         help=help,
     )
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things in words.
+
+    Example:
+        >>> count(1, "part"), count(2150, "token")
+        ('1 part', '2,150 tokens')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -14,8 +14,8 @@ This room imports nothing of moescope but the errors.
 """
 
 from moescope.corpus.corpora import Corpus, open_corpus
-from moescope.corpus.documents import Document, Documents
+from moescope.corpus.documents import Document
 from moescope.corpus.problems import Problems
 from moescope.corpus.sampling import Sample, sample
 
-__all__ = ["Corpus", "Document", "Documents", "Problems", "Sample", "open_corpus", "sample"]
+__all__ = ["Corpus", "Document", "Problems", "Sample", "open_corpus", "sample"]

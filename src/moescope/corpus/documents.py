@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -22,15 +20,3 @@ class Document:
     domain: str
     text: str
     max_tokens: int | None = None
-
-
-class Documents(Protocol):
-    """What reads like a corpus: a ``Corpus``, a ``Sample``, or a caller's own documents."""
-
-    def __iter__(self) -> Iterator[Document]:
-        """The documents, again and again in the same order."""
-        ...
-
-    def description(self) -> dict[str, Any]:
-        """What identifies them in a trace; JSON-able."""
-        ...

@@ -13,13 +13,15 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moescope.corpus.documents import Document, Documents
+from moescope.corpus.corpora import Corpus
+from moescope.corpus.documents import Document
 from moescope.corpus.problems import Problems
-from moescope.errors import CorpusEmpty
+from moescope.errors import CorpusEmpty, CorpusError
 
 BYTES_PER_TOKEN = 6
 """First guess of how much text a quota of tokens needs; on the high side, as a guess too low costs another pass."""
@@ -32,15 +34,13 @@ class Sample:
     Attributes:
         corpus: Where they come from.
         documents: The documents; the last one of a domain may have ``max_tokens``.
-        num_tokens: Their tokens, up to the quotas; None if nothing was given to count them.
         max_tokens_per_domain: The quota of tokens, or None.
         max_documents_per_domain: The quota of documents, or None.
         seed: What the hashes begin with.
     """
 
-    corpus: Documents
+    corpus: Corpus
     documents: tuple[Document, ...] = field(repr=False)
-    num_tokens: int | None
     max_tokens_per_domain: int | None
     max_documents_per_domain: int | None
     seed: int
@@ -50,14 +50,28 @@ class Sample:
         return iter(self.documents)
 
     @property
-    def problems(self) -> Problems | None:
-        """The records of the corpus that were left out, if it counts them."""
-        return getattr(self.corpus, "problems", None)
+    def path(self) -> Path:
+        """Where the corpus is."""
+        return self.corpus.path
 
-    def fingerprint(self) -> str | None:
+    @property
+    def name(self) -> str:
+        """Name of the corpus."""
+        return self.corpus.name
+
+    @property
+    def format(self) -> str:
+        """Format of the corpus."""
+        return self.corpus.format
+
+    @property
+    def problems(self) -> Problems:
+        """The records of the corpus that were left out."""
+        return self.corpus.problems
+
+    def fingerprint(self) -> str:
         """Digest of the whole corpus; with the quotas and the seed it determines the sample."""
-        fingerprint: str | None = self.corpus.description()["fingerprint"]
-        return fingerprint
+        return self.corpus.fingerprint()
 
     def description(self) -> dict[str, Any]:
         """What identifies the sample in a trace."""
@@ -70,7 +84,7 @@ class Sample:
 
 
 def sample(
-    corpus: Documents,
+    corpus: Corpus,
     *,
     max_tokens_per_domain: int | None = None,
     max_documents_per_domain: int | None = None,
@@ -88,11 +102,11 @@ def sample(
         max_tokens_per_domain: Tokens of each domain; the last document is to be cut there (its ``max_tokens``).
         max_documents_per_domain: Documents of each domain; those without text do not count and are left out.
         seed: Another seed draws another sample.
-        num_tokens: Counts the tokens of a text; called once for each chosen document. Needed for a quota of tokens.
+        num_tokens: Counts the tokens of a text, for a quota of tokens; called once for each chosen document.
     Raises:
-        ValueError: No quota, one below 1, or a quota of tokens without ``num_tokens``; or a corpus that does not yield
-            the same documents again.
+        ValueError: No quota, one below 1, or a quota of tokens without ``num_tokens``.
         CorpusEmpty: The corpus holds no document with text.
+        CorpusError: The corpus changed between two passes.
         CorpusMalformed: A record cannot be read and the corpus is read strictly.
     """
     quotas = [quota for quota in (max_tokens_per_domain, max_documents_per_domain) if quota is not None]
@@ -103,18 +117,15 @@ def sample(
 
     draws = _hashed(corpus, seed, max_tokens_per_domain, max_documents_per_domain)
     if not any(len(draw.numbers) for draw in draws):
-        raise CorpusEmpty(_name(corpus), "it holds no document with text")
+        raise CorpusEmpty(corpus.name, "it holds no document with text")
     while missing := {number for draw in draws for number in draw.candidates()}:
         texts = {document.number: document.text for document in corpus if document.number in missing}
         if len(texts) < len(missing):
-            raise ValueError(
-                "the corpus did not yield the same documents again: it has changed, or can be read only once"
-            )
+            raise CorpusError(corpus.name, "it changed while it was read")
         for draw in draws:
             draw.take(texts, num_tokens)
     documents = tuple(document for draw in draws for document in draw.documents)
-    total = None if num_tokens is None else sum(draw.tokens for draw in draws)
-    return Sample(corpus, documents, total, max_tokens_per_domain, max_documents_per_domain, seed)
+    return Sample(corpus, documents, max_tokens_per_domain, max_documents_per_domain, seed)
 
 
 @dataclass
@@ -144,15 +155,16 @@ class _Draw:
         """Move candidates from ``texts`` to the documents until the quota is full."""
         for number in self.candidates():
             document = Document(number, self.domain, texts.pop(number))
-            tokens = 0 if num_tokens is None else num_tokens(document.text)
-            left = tokens if self.max_tokens is None else self.max_tokens - self.tokens
-            self.documents.append(replace(document, max_tokens=left) if tokens > left else document)
-            self.tokens += min(tokens, left)
+            if self.max_tokens is not None and num_tokens is not None:
+                tokens, left = num_tokens(document.text), self.max_tokens - self.tokens
+                self.tokens += min(tokens, left)
+                document = replace(document, max_tokens=left if tokens > left else None)
+            self.documents.append(document)
             if self.tokens == self.max_tokens:
                 return
 
 
-def _hashed(corpus: Documents, seed: int, max_tokens: int | None, max_documents: int | None) -> list[_Draw]:
+def _hashed(corpus: Corpus, seed: int, max_tokens: int | None, max_documents: int | None) -> list[_Draw]:
     """Read the corpus once, and line up the documents of each domain by hash; domains by name."""
     start = hashlib.blake2b(f"{seed}\n".encode(), digest_size=8)
     columns: defaultdict[str, tuple[array[int], array[int], array[int]]] = defaultdict(
@@ -170,12 +182,8 @@ def _hashed(corpus: Documents, seed: int, max_tokens: int | None, max_documents:
     draws = []
     for domain, (hashes, numbers, lengths) in sorted(columns.items()):
         if not hashes:
-            warnings.warn(f"{_name(corpus)}: domain {domain!r} holds no text", stacklevel=3)
+            warnings.warn(f"{corpus.name}: domain {domain!r} holds no text", stacklevel=3)
         order = np.argsort(np.array(hashes), kind="stable")  # equal texts stay in the order of the corpus
         ends = np.cumsum(np.array(lengths)[order], dtype=np.int64)
         draws.append(_Draw(domain, np.array(numbers)[order], ends, max_tokens, max_documents))
     return draws
-
-
-def _name(corpus: Documents) -> str:
-    return getattr(corpus, "name", "the corpus")

@@ -1,0 +1,112 @@
+"""``moescope info``: what a trace holds, from its header and its token columns; no routing is read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from rich.cells import cell_len
+
+from moescope.cli.options import count, trace_argument
+
+if TYPE_CHECKING:
+    from moescope.trace import Trace
+
+
+@click.command()
+@trace_argument
+@click.option("--format", "format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def command(trace: Path, format: str) -> None:
+    """Show what a trace holds.
+
+    Its model, corpus, layers and domains; as JSON, also everything that was noted about the run.
+    """
+    from moescope.trace import open_trace
+
+    contents = _contents(open_trace(trace))
+    click.echo(json.dumps(contents, indent=1, ensure_ascii=False) if format == "json" else _text(contents))
+
+
+def _contents(trace: Trace) -> dict[str, Any]:
+    """The header and what the parts add up to, JSON-able."""
+    documents, tokens = Counter[str](), Counter[str]()
+    for part in trace.iter_parts(layers=()):
+        tokens.update(_counts(part.domain, part.domain_names))
+        documents.update(_counts(part.domain[part.document_starts()[:-1]], part.domain_names))
+    header = json.loads(trace.header.to_json())
+    return {
+        "trace": trace.path.name,
+        "complete": trace.complete,
+        "parts": len(trace.parts),
+        "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
+        "documents": documents.total(),
+        "tokens": tokens.total(),
+        "assignments": tokens.total() * sum(layer.top_k for layer in trace.layers),
+        "domains": {name: {"documents": documents[name], "tokens": tokens[name]} for name in trace.domains},
+        "summary": trace.summary,
+        **header,
+    }
+
+
+def _counts(codes: np.ndarray[Any, np.dtype[np.integer[Any]]], names: Sequence[str]) -> dict[str, int]:
+    return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
+
+
+def _text(contents: dict[str, Any]) -> str:
+    """The contents for a reader; names come from a model and a corpus, so they are made visible first."""
+    from moescope.report.visible import visible
+
+    documents, tokens = contents["documents"], contents["tokens"]
+    state = "complete" if contents["complete"] else "unfinished"
+    size = f"{contents['bytes'] / 1e6:,.1f} MB"
+    if contents["assignments"]:
+        size += f", {contents['bytes'] / contents['assignments']:.2f} bytes an assignment"
+    corpus = contents["corpus"]
+    facts = {
+        "trace": f"{contents['trace']} ({state}, {count(contents['parts'], 'part')}, {size})",
+        "tokens": f"{tokens:,} of {count(documents, 'document')} in {count(len(contents['domains']), 'domain')}",
+        "layers": "; ".join(_layers(contents["layers"])),
+        "gate weights": "recorded" if contents["weights"] else "not recorded",
+        "model": _pairs(contents["model"]),
+        "corpus": _pairs({name: corpus[name] for name in corpus if name != "sample"}),
+        "sample": _pairs(corpus.get("sample") or {}),
+        "run": _pairs(contents["run"]),
+        "summary": _pairs(contents["summary"] or {}),
+    }
+    lines = [f"{name:<12}  {visible(fact)}" for name, fact in facts.items() if fact]
+
+    rows = [(visible(name), f"{n['documents']:,}", f"{n['tokens']:,}") for name, n in contents["domains"].items()]
+    header = ("domain", "documents", "tokens")
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
+    lines.append("")
+    for name, *numbers in (header, *rows):
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name + " " * (widths[0] - cell_len(name)), *cells]))
+    return "\n".join(lines)
+
+
+def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:
+    """Layers of one shape that follow each other, as ``0-31: top-2 of 8 experts``."""
+    for shape, run in groupby(layers, key=lambda layer: {**layer, "layer": None, "module": None}):
+        indices = [layer["layer"] for layer in run]
+        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else f"{indices[0]}"
+        if indices != list(range(indices[0], indices[-1] + 1)):
+            span = ", ".join(map(str, indices))
+        extra = [
+            f"{shape[f'num_{kind}_experts']} {kind}" for kind in ("shared", "null") if shape[f"num_{kind}_experts"]
+        ]
+        unranked = [] if shape["ranked"] else ["not ranked"]
+        notes = f" ({', '.join(extra + unranked)})" if extra + unranked else ""
+        yield f"{span}: top-{shape['top_k']} of {shape['num_experts']} experts{notes}"
+
+
+def _pairs(notes: dict[str, Any]) -> str:
+    """What was noted, without what is empty; fingerprints cut to what the eye compares."""
+    shown = {name: str(value)[:12] if name == "fingerprint" else value for name, value in notes.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value not in (None, "", {}, []))
