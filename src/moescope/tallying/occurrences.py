@@ -115,7 +115,7 @@ def find_occurrences(
     found: list[list[Occurrences]] = [[] for _ in patterns]
     piece = trace.vocabulary.piece
     for part in trace.iter_parts(chosen):
-        for start, end in _sequences(part):
+        for start, end in pairwise(part.document_starts().tolist()):
             pieces = [piece(token_id) for token_id in part.token_id[start:end].tolist()]
             ends = np.cumsum([len(p) for p in pieces])
             text = b"".join(pieces)
@@ -127,10 +127,6 @@ def find_occurrences(
     return occurrences, _count_choices(trace, chosen, occurrences)
 
 
-def _sequences(part: Part) -> list[tuple[int, int]]:
-    return list(pairwise(part.sequence_starts().tolist()))
-
-
 def _span_tokens(
     name: str,
     layers: tuple[int, ...],
@@ -139,7 +135,7 @@ def _span_tokens(
     ends: NDArray[np.int64],
     spans: NDArray[np.int64],
 ) -> Occurrences:
-    """The tokens of a sequence that overlap the byte spans; a token belongs to the first span it overlaps."""
+    """The tokens of a document that overlap the byte spans; a token belongs to the first span it overlaps."""
     first = np.searchsorted(ends, spans[:, 0], side="right")
     last = np.searchsorted(ends, spans[:, 1], side="left")
     first[1:] = np.maximum(first[1:], last[:-1] + 1)

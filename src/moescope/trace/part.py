@@ -130,10 +130,11 @@ def _check_order(part: Part) -> None:
 
 
 def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str, Any]) -> None:
-    """Write a part as Parquet: dictionary pages without a codec for ids, byte-stream-split + zstd for weights.
+    """Write a part as Parquet, its encodings chosen by measurement (`docs/decisions/log.md`).
 
-    A codec on top of dictionary pages saves nothing (measured while designing, `docs/decisions/log.md`). Weights are
-    float32, exact for every executed dtype up to 32 bits; for bf16 the two empty bytes compress away.
+    Expert columns are dictionary pages without a codec, which would save nothing; token ids and positions gain from
+    zstd; weights are float32, exact for every executed dtype of up to 32 bits, byte-stream-split + zstd, so that the two
+    empty bytes of a bf16 value compress away.
     """
     columns: dict[str, pa.Array] = {
         "document": pa.array(part.document.astype(np.uint32)),
@@ -158,14 +159,21 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
                 columns[name] = pa.array(np.ascontiguousarray(weights[:, rank], np.float32))
                 weight_names.append(name)
     table = pa.table(columns)
-    coded = [name for name in columns if name not in {*weight_names, "position"}]
+    zstd = {"token_id": 9, "position": 3, **dict.fromkeys(weight_names, 3)}
     with pq.ParquetWriter(
         file,
         table.schema,
-        use_dictionary=coded,
-        column_encoding={"position": "DELTA_BINARY_PACKED", **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT")},
-        compression={name: "zstd" if name in weight_names else "none" for name in columns},
+        use_dictionary=[name for name in columns if name not in zstd],
+        column_encoding={
+            "token_id": "PLAIN",
+            "position": "DELTA_BINARY_PACKED",
+            **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT"),
+        },
+        compression={name: "zstd" if name in zstd else "none" for name in columns},
+        compression_level=zstd,
         dictionary_pagesize_limit=2**22,
+        data_page_size=2**20,
+        max_rows_per_page=ROW_GROUP_TOKENS // 2,
         write_page_checksum=True,
         write_statistics=list(TOKEN_COLUMNS),
         store_schema=False,
@@ -221,7 +229,9 @@ class PartFile:
         wanted += [name for layer in layers for name in layer.expert_columns()]
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
         with self._damage():
-            with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
+            with pq.ParquetFile(
+                self.path, page_checksum_verification=True, read_dictionary=["domain"], buffer_size=2**16
+            ) as file:
                 table = file.read(wanted, use_threads=False)
             if table.num_rows != self.num_tokens:
                 raise ValueError(f"{table.num_rows} rows, expected {self.num_tokens}")

@@ -104,13 +104,13 @@ class TraceWriter:
         checksums.rewrite(self.path, sums)
         return [file.progress for file in open_parts(self.path, self.header, sums)]
 
-    def _create(self, vocabulary_: Vocabulary) -> None:
-        sums = checksums.read(self.path)
-        if header.FILE_NAME not in sums:
-            text = self.header.to_json().encode()
-            checksums.commit(self.path, header.FILE_NAME, _writer(text))
-        if vocabulary.FILE_NAME not in sums:
-            checksums.commit(self.path, vocabulary.FILE_NAME, vocabulary_.write)
+    def _create(self, pieces: Vocabulary) -> None:
+        """The files that come before the parts; ``trace.json`` last, for with it the folder is a trace."""
+        if header.FILE_NAME in checksums.read(self.path):
+            return
+        checksums.rewrite(self.path, {})
+        checksums.commit(self.path, vocabulary.FILE_NAME, pieces.write)
+        checksums.commit(self.path, header.FILE_NAME, _writer(self.header.to_json().encode()))
 
     def write(self, rows: Part, progress: Mapping[str, Any]) -> None:
         """Write the next part; when this returns, no kill and no crash can lose it.

@@ -1,0 +1,348 @@
+"""The trace: round trips, damage, interruption, refusal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import VOCABULARY, make_part, make_trace
+
+from moescope import errors
+from moescope.trace import Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
+
+LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
+
+
+def parts(weights: bool = False, dropped: float = 0.0) -> list[Part]:
+    rng = np.random.default_rng(0)
+    first = make_part(rng, LAYERS, [5, 40, 1, 17], weights=weights, dropped=dropped)
+    return [first, make_part(rng, LAYERS, [30, 2], first_document=4, weights=weights, dropped=dropped)]
+
+
+def assert_same_rows(found: Part, expected: Part) -> None:
+    names = [np.array(part.domain_names)[part.domain] for part in (found, expected)]
+    np.testing.assert_array_equal(*names)
+    for column in ("document", "sequence", "position", "token_id"):
+        np.testing.assert_array_equal(getattr(found, column), getattr(expected, column))
+    for ours, theirs in ((found.expert_ids, expected.expert_ids), (found.gate_weights, expected.gate_weights)):
+        assert ours.keys() == theirs.keys()
+        for layer in ours:
+            np.testing.assert_array_equal(ours[layer], theirs[layer])
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.2])
+def test_a_trace_gives_back_every_row_it_was_given(tmp_path: Path, dropped: float) -> None:
+    written = parts(weights=True, dropped=dropped)
+    trace = make_trace(tmp_path / "t.moe", written, LAYERS)
+    for found, expected in zip(trace.iter_parts(weights=True), written, strict=True):
+        assert_same_rows(found, expected)
+    assert (trace.num_tokens, trace.num_documents, trace.complete) == (95, 6, True)
+    assert trace.verify() == []
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    window=st.integers(1, 50),
+    experts=st.integers(1, 520),
+    data=st.data(),
+)
+def test_any_shape_of_model_and_corpus_survives_the_round_trip(tmp_path_factory, seed, lengths, window, experts, data):
+    top_k = data.draw(st.integers(1, min(16, experts)))
+    layers = (Layer(7, experts, top_k),)
+    part = make_part(np.random.default_rng(seed), layers, lengths, window=window)
+    trace = make_trace(tmp_path_factory.mktemp("any") / "t.moe", [part], layers)
+    (found,) = trace.iter_parts()
+    assert_same_rows(found, part)
+
+
+def test_columns_are_plain_parquet_with_one_or_two_bytes_an_id_and_nulls_for_dropped(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(dropped=0.2), LAYERS)
+    table = pq.read_table(trace.parts[0].path)
+    assert table.column_names == [
+        "document", "domain", "sequence", "position", "token_id", "L0_0", "L0_1", "L3_0", "L3_1", "L3_2", "L3_3",
+    ]  # fmt: skip
+    types = {name: str(table.schema.field(name).type) for name in table.column_names}
+    assert (types["L0_0"], types["L3_0"], types["token_id"], types["domain"]) == ("uint8", "uint16", "uint32", "string")
+    assert table["L0_0"].null_count == int((parts(dropped=0.2)[0].expert_ids[0][:, 0] == -1).sum()) > 0
+
+
+def test_the_pages_of_eight_experts_take_less_than_0_40_bytes_an_id(tmp_path: Path) -> None:
+    layers = tuple(Layer(layer, 8, 2) for layer in range(32))
+    rng = np.random.default_rng(1)
+    part = make_part(rng, layers, [512] * 256, window=512)
+    trace = make_trace(tmp_path / "t.moe", [part], layers)
+    assert trace.parts[0].path.stat().st_size / (part.num_tokens * 64) < 0.40
+
+
+def test_reading_one_domain_gives_its_rows_only(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    (part, other) = trace.iter_parts([0], domains=["Github"])
+    assert set(np.array(part.domain_names)[part.domain]) == {"Github"}
+    assert part.num_tokens + other.num_tokens == 40 + 30
+    assert set(part.expert_ids) == {0}
+    with pytest.raises(errors.NoSuchDomain, match="no domain 'Books3'; the trace has ArXiv, Github"):
+        next(trace.iter_parts(domains=["Books3"]))
+
+
+def test_a_document_is_found_in_whichever_part_it_is(tmp_path: Path) -> None:
+    written = parts()
+    trace = make_trace(tmp_path / "t.moe", written, LAYERS)
+    assert_same_rows(trace.document(5), written[1].rows(written[1].document == 5))
+    with pytest.raises(errors.NoSuchDocument, match=r"document 17 is not in the trace \(6 are\)"):
+        trace.document(17)
+
+
+def test_what_was_not_recorded_is_an_error_that_says_so(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    with pytest.raises(errors.NoSuchLayer, match="layer 1 was not recorded; the trace has layers 0, 3"):
+        trace.select_layers([0, 1])
+    with pytest.raises(errors.NotRecorded, match="gate weights were not recorded"):
+        next(trace.iter_parts(weights=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence": np.zeros(63, int)}, "order of its text"),
+        ({"document": np.r_[np.zeros(60, int), 1, 0, 0]}, "contiguous"),
+        ({"position": np.arange(63)}, "order of its text|position 0"),
+        ({"domain": np.arange(63) % 3}, "one domain"),
+        ({"expert_ids": {0: np.full((63, 2), 8), 3: np.zeros((63, 4), int)}}, "outside 0..7"),
+        ({"expert_ids": {0: np.zeros((63, 2), int)}}, "layers"),
+        ({"expert_ids": {0: np.zeros((63, 1), int), 3: np.zeros((63, 4), int)}}, "shape"),
+    ],
+)
+def test_a_part_that_would_make_the_trace_lie_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    good = parts()[0]
+    bad = Part(**{**good.__dict__, **change})
+    with TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY) as writer:
+        with pytest.raises(ValueError, match=message):
+            writer.write(bad, {})
+        writer.write(good, {})
+
+
+def test_every_one_of_200_flipped_bytes_is_found_and_reading_never_gives_other_rows(tmp_path: Path) -> None:
+    written = parts(weights=True)
+    trace = make_trace(tmp_path / "t.moe", written, LAYERS)
+    rng = np.random.default_rng(2)
+    silent = []
+    for _ in range(200):
+        path = trace.parts[rng.integers(2)].path
+        good = path.read_bytes()
+        at = int(rng.integers(len(good)))
+        path.write_bytes(good[:at] + bytes([good[at] ^ int(rng.integers(1, 256))]) + good[at + 1 :])
+        assert open_or_verify(trace.path), f"byte {at} of {path.name}"
+        try:
+            found = list(open_trace(trace.path).iter_parts(weights=True))
+        except errors.TraceDamaged:
+            pass
+        else:
+            for part, expected in zip(found, written, strict=True):
+                try:
+                    assert_same_rows(part, expected)
+                except AssertionError:
+                    silent.append((path.name, at))
+        path.write_bytes(good)
+    assert not silent
+    assert trace.verify() == []
+
+
+def open_or_verify(path: Path) -> list:
+    from moescope.trace.reader import verify
+
+    return verify(path)
+
+
+@pytest.mark.parametrize("name", ["trace.json", "vocabulary.parquet", "summary.json", "parts/000000.parquet"])
+def test_a_missing_or_changed_file_is_named(tmp_path: Path, name: str) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    file = trace.path / name
+    text = file.read_bytes()
+    file.write_bytes(text + b" ")
+    (problem,) = trace.verify()
+    assert f"{name} fails its checksum (expected " in problem.problem
+    file.unlink()
+    assert f"{name} is missing" in [problem.problem for problem in trace.verify()] or name == "summary.json"
+
+
+def test_a_stray_part_is_not_taken_for_one_of_the_trace(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    shutil.copy(trace.path / "parts/000001.parquet", trace.path / "parts/000002.parquet")
+    assert [problem.problem for problem in trace.verify()] == ["parts/000002.parquet has no line in SHA256SUMS"]
+    assert len(open_trace(trace.path).parts) == 2
+
+
+def test_sha256sum_itself_can_check_a_trace(tmp_path: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs the program sha256sum")
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=trace.path).returncode == 0
+
+
+def test_an_unfinished_trace_can_be_read_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first, second = parts()
+    trace = make_trace(tmp_path / "t.moe", [first], LAYERS, finish=False)
+    assert (trace.complete, trace.num_tokens, trace.verify()) == (False, 63, [])
+    with TraceWriter(trace.path, trace.header, VOCABULARY) as writer:
+        assert writer.progress == [{"documents_read": 4}]
+        writer.write(second, {"documents_read": 6})
+        writer.finish({"tokens": 95})
+    whole = make_trace(tmp_path / "whole.moe", [first, second], LAYERS)
+    for name in ("SHA256SUMS", "parts/000001.parquet"):
+        assert (trace.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_writer_killed_between_any_two_system_calls_leaves_a_prefix(tmp_path: Path) -> None:
+    """A child is stopped by SIGKILL at the nth call of fsync, write or rename, for every n until it survives."""
+    written = parts()
+    for n in range(100):
+        path = tmp_path / f"{n}.moe"
+        child = os.fork()
+        if child == 0:
+            _kill_at_call(n)
+            make_trace(path, written, LAYERS)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            break
+        if (path / "trace.json").exists():
+            trace = open_trace(path)
+            assert trace.verify() == []
+            for found, expected in zip(trace.iter_parts(), written, strict=False):
+                assert_same_rows(found, expected)
+        resumed_from = 0
+        with TraceWriter(path, Header(LAYERS, model={"name": "synthetic"}), VOCABULARY, force=True) as writer:
+            resumed_from = len(writer.progress)
+            for part in written[resumed_from:]:
+                writer.write(part, {"documents_read": int(part.document.max()) + 1})
+            writer.finish({"tokens": 95})
+        assert open_trace(path).verify() == []
+        assert open_trace(path).num_tokens == 95
+    assert n > 15
+
+
+def _kill_at_call(n: int) -> None:
+    calls = 0
+
+    def counting(call):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return counted
+
+    os.fsync = counting(os.fsync)
+    Path.replace = counting(Path.replace)
+    Path.open = counting(Path.open)
+
+
+def test_a_full_disk_keeps_every_finished_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = parts()
+    with TraceWriter(tmp_path / "t.moe", Header(LAYERS, model={"name": "synthetic"}), VOCABULARY) as writer:
+        writer.write(first, {"documents_read": 4})
+        with monkeypatch.context() as context:
+            context.setattr(checksums, "_sync", _no_space)
+            with pytest.raises(errors.DiskFull, match="every finished part is kept"):
+                writer.write(second, {"documents_read": 6})
+        assert open_trace(writer.path).num_tokens == 63
+        writer.write(second, {"documents_read": 6})
+        writer.finish({"tokens": 95})
+    assert open_trace(tmp_path / "t.moe").verify() == []
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_another_recording_is_refused_by_the_name_of_what_differs(tmp_path: Path) -> None:
+    make_trace(tmp_path / "t.moe", parts()[:1], LAYERS, finish=False)
+    other = Header(LAYERS, model={"name": "another"})
+    with pytest.raises(errors.TraceMismatch, match="model.name: 'another', not 'synthetic'"):
+        TraceWriter(tmp_path / "t.moe", other, VOCABULARY)
+    with TraceWriter(tmp_path / "t.moe", other, VOCABULARY, force=True) as writer:
+        assert writer.progress == []
+
+
+def test_a_finished_trace_is_kept_unless_forced(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    with pytest.raises(errors.TraceExists, match="complete trace, which is kept"):
+        TraceWriter(trace.path, trace.header, VOCABULARY)
+    assert open_trace(trace.path).num_tokens == 95
+    with TraceWriter(trace.path, trace.header, VOCABULARY, force=True) as writer:
+        assert writer.progress == []
+
+
+def test_something_that_is_no_trace_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(errors.TraceExists, match="is not a trace"):
+            TraceWriter(path, Header(LAYERS), VOCABULARY, force=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_two_recorders_cannot_write_one_trace(tmp_path: Path) -> None:
+    with (
+        TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY),
+        pytest.raises(errors.TraceBusy, match="another process"),
+    ):
+        TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY)
+
+
+def test_a_trace_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    header = json.loads((trace.path / "trace.json").read_text())
+    (trace.path / "trace.json").write_text(json.dumps({**header, "version": 2}))
+    with pytest.raises(errors.TraceNewer) as caught:
+        open_trace(trace.path)
+    assert caught.value.render() == (
+        f"error[trace-newer]: {trace.path}: written in version 2 of the trace format; this moescope reads up to 1\n"
+        "hint: upgrade with `pip install -U moescope`"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"format": "moescope-trace"}', '{"format": "moescope-trace", "version": true}']
+    + ['{"format": "moescope-trace", "version": 1, "layers": [{"layer": 0, "num_experts": 8, "top_k": 9}]}']
+    + ['{"format": "moescope-trace", "version": 1, "layers": "all"}'],
+)
+def test_a_broken_header_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trace.json").write_text(text)
+    with pytest.raises((errors.TraceDamaged, errors.TraceNotFound), match="trace.json"):
+        open_trace(tmp_path)
+
+
+def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(errors.TraceNotFound, match="nothing there"):
+        open_trace(tmp_path / "absent.moe")
+    with pytest.raises(errors.TraceNotFound, match=r"no trace\.json in it"):
+        open_trace(tmp_path)
+
+
+def test_a_list_of_checksums_cannot_lead_out_of_the_trace(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
+    with (trace.path / "SHA256SUMS").open("a") as file:
+        file.write("0" * 64 + "  ../../etc/passwd\n")
+    with pytest.raises(errors.TraceDamaged, match="SHA256SUMS line 6"):
+        open_trace(trace.path)
+
+
+def test_a_vocabulary_joins_pieces_that_are_half_characters() -> None:
+    vocabulary = Vocabulary.from_pieces(["日".encode()[:2], "日".encode()[2:], b"x"])
+    assert vocabulary.text([0, 1, 2]) == "日x"
+    assert vocabulary.text([0, 2]) == "\ufffdx"
