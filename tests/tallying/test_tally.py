@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def slow_tally(parts: list[Part], layer: Layer, domain: str) -> dict[str, np.nda
         sums["made"] += n
         sums["made_squared"] += n**2
         pairs, repeated = 0, np.zeros(3, int)
-        for (s, before), (t, after) in zip(tokens[:-1], tokens[1:], strict=True):
+        for (s, before), (t, after) in pairwise(tokens):
             if s == t:
                 pairs += 1
                 repeated[0] += before[0] == after[0] >= 0

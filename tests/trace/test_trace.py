@@ -19,6 +19,7 @@ from synthetic import VOCABULARY, make_part, make_trace
 
 from moescope import errors
 from moescope.trace import Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
+from moescope.trace.reader import verify
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
 
@@ -143,7 +144,7 @@ def test_every_one_of_200_flipped_bytes_is_found_and_reading_never_gives_other_r
         good = path.read_bytes()
         at = int(rng.integers(len(good)))
         path.write_bytes(good[:at] + bytes([good[at] ^ int(rng.integers(1, 256))]) + good[at + 1 :])
-        assert open_or_verify(trace.path), f"byte {at} of {path.name}"
+        assert verify(trace.path), f"byte {at} of {path.name}"
         try:
             found = list(open_trace(trace.path).iter_parts(weights=True))
         except errors.TraceDamaged:
@@ -157,12 +158,6 @@ def test_every_one_of_200_flipped_bytes_is_found_and_reading_never_gives_other_r
         path.write_bytes(good)
     assert not silent
     assert trace.verify() == []
-
-
-def open_or_verify(path: Path) -> list:
-    from moescope.trace.reader import verify
-
-    return verify(path)
 
 
 @pytest.mark.parametrize("name", ["trace.json", "vocabulary.parquet", "summary.json", "parts/000000.parquet"])
@@ -272,7 +267,7 @@ def _no_space(*_: object) -> None:
 def test_another_recording_is_refused_by_the_name_of_what_differs(tmp_path: Path) -> None:
     make_trace(tmp_path / "t.moe", parts()[:1], LAYERS, finish=False)
     other = Header(LAYERS, model={"name": "another"})
-    with pytest.raises(errors.TraceMismatch, match="model.name: 'another', not 'synthetic'"):
+    with pytest.raises(errors.TraceMismatch, match=r"model\.name: 'another', not 'synthetic'"):
         TraceWriter(tmp_path / "t.moe", other, VOCABULARY)
     with TraceWriter(tmp_path / "t.moe", other, VOCABULARY, force=True) as writer:
         assert writer.progress == []
@@ -317,13 +312,19 @@ def test_a_trace_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"format": "moescope-trace"}', '{"format": "moescope-trace", "version": true}']
-    + ['{"format": "moescope-trace", "version": 1, "layers": [{"layer": 0, "num_experts": 8, "top_k": 9}]}']
-    + ['{"format": "moescope-trace", "version": 1, "layers": "all"}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": "moescope-trace"}',
+        '{"format": "moescope-trace", "version": true}',
+        '{"format": "moescope-trace", "version": 1, "layers": [{"layer": 0, "num_experts": 8, "top_k": 9}]}',
+        '{"format": "moescope-trace", "version": 1, "layers": "all"}',
+    ],
 )
 def test_a_broken_header_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "trace.json").write_text(text)
-    with pytest.raises((errors.TraceDamaged, errors.TraceNotFound), match="trace.json"):
+    with pytest.raises((errors.TraceDamaged, errors.TraceNotFound), match=r"trace\.json"):
         open_trace(tmp_path)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -133,8 +134,8 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
     """Write a part as Parquet, its encodings chosen by measurement (`docs/decisions/log.md`).
 
     Expert columns are dictionary pages without a codec, which would save nothing; token ids and positions gain from
-    zstd; weights are float32, exact for every executed dtype of up to 32 bits, byte-stream-split + zstd, so that the two
-    empty bytes of a bf16 value compress away.
+    zstd; weights are float32, exact for every executed dtype of up to 32 bits, byte-stream-split + zstd, so that the
+    two empty bytes of a bf16 value compress away.
     """
     columns: dict[str, pa.Array] = {
         "document": pa.array(part.document.astype(np.uint32)),
@@ -237,10 +238,13 @@ class PartFile:
                 raise ValueError(f"{table.num_rows} rows, expected {self.num_tokens}")
             domain = table["domain"].combine_chunks()
             domain = domain.combine_chunks() if isinstance(domain, pa.ChunkedArray) else domain
+            names = tuple(domain.dictionary.to_pylist())
+            if domain.null_count or domain.indices.null_count or pc.max(domain.indices).as_py() >= len(names):
+                raise ValueError("column domain has nulls or codes without a name")
             part = Part(
                 _numbers(table, "document"),
                 domain.indices.to_numpy(zero_copy_only=False),
-                tuple(domain.dictionary.to_pylist()),
+                names,
                 _numbers(table, "sequence"),
                 _numbers(table, "position"),
                 _numbers(table, "token_id") if tokens else np.zeros(self.num_tokens, np.uint32),
