@@ -175,25 +175,18 @@ def _together(word: Occurrences, at: int, choices: TokenChoices) -> tuple[tuple[
     """Occurrences of several tokens: the share whose tokens agree, and the share that token ids alone predict."""
     nothing = float("nan")
     lengths = _lengths(word)
-    starts = np.cumsum(lengths) - lengths
-    several = np.flatnonzero(lengths > 1)
-    if not len(several):
+    several = lengths > 1
+    if not several.any():
         return (nothing, nothing, nothing), nothing
-    agreed, expected = np.zeros(len(several)), np.full(len(several), nothing)
-    predicted: dict[tuple[int, bytes], float] = {}
-    for index, occurrence in enumerate(several):
-        tokens = slice(starts[occurrence], starts[occurrence] + lengths[occurrence])
-        choice = word.first_choice[at, tokens]
-        agreed[index] = choice[0] >= 0 and (choice == choice[0]).all()
-        document, ids = int(word.document[tokens.start]), word.token_id[tokens]
-        key = document, ids.tobytes()
-        if key not in predicted:
-            predicted[key] = choices.agreement(at, document, ids)
-        expected[index] = predicted[key]
-    documents, place = np.unique(word.document[starts[several]], return_inverse=True)
-    y_G = np.bincount(place, agreed, len(documents)).astype(float)
+    inside = np.repeat(several, lengths)
+    starts = np.cumsum(lengths[several]) - lengths[several]
+    choice, document = word.first_choice[at, inside], word.document[inside]
+    agreed = (np.minimum.reduceat(choice, starts) == np.maximum.reduceat(choice, starts)) & (choice[starts] >= 0)
+    predicted = np.multiply.reduceat(choices.elsewhere(at, word.token_id[inside], document), starts).sum(axis=1)
+    documents, place = np.unique(document[starts], return_inverse=True)
+    y_G = np.bincount(place, agreed.astype(float), len(documents)).astype(float)
     n_G = np.bincount(place, minlength=len(documents)).astype(float)
-    null = float(np.nanmean(expected)) if np.isfinite(expected).any() else nothing
+    null = float(np.nanmean(predicted)) if np.isfinite(predicted).any() else nothing
     return _clustered(y_G, n_G), null
 
 

@@ -47,35 +47,34 @@ class TokenChoices:
     """First choices of every token whose id occurs in some pattern, counted by document.
 
     Attributes:
-        token_ids: The ids, ascending.
-        rows: For each counted (id, document) pair its place in `token_ids`, shape (pair,).
-        documents: The document of each pair, shape (pair,).
-        counts: First choices of the pair's tokens, shape (layer, pair, expert).
+        token_ids: The ids, ascending, shape (id,).
+        keys: Place in `token_ids` and document, packed as ``place << 32 | document``, ascending, shape (pair,).
+        counts: First choices of the tokens with that id in that document, shape (layer, pair, expert).
     """
 
     token_ids: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    documents: NDArray[np.int64]
+    keys: NDArray[np.int64]
     counts: NDArray[np.int32]
 
-    def agreement(self, layer_index: int, document: int, token_ids: NDArray[np.int64]) -> float:
-        """Probability that tokens with these ids all have one first choice, if each chose as elsewhere, independently.
-
-        "Elsewhere" are the other documents, so that no occurrence predicts itself. NaN if an id has no token there.
+    def elsewhere(
+        self, layer_index: int, token_id: NDArray[np.int64], document: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """How tokens with these ids choose in all other documents, so that no occurrence predicts itself.
 
         Args:
             layer_index: Place of the layer in `counts`.
-            document: The document to leave out.
-            token_ids: Ids among `token_ids` of this object.
+            token_id: Ids among `token_ids`, shape (token,).
+            document: Document to leave out for each, shape (token,).
+        Returns:
+            Share of each first choice, shape (token, expert); NaN where no other document holds the id.
         """
-        product = np.ones(self.counts.shape[2])
-        for token_id in token_ids:
-            kept = (self.rows == np.searchsorted(self.token_ids, token_id)) & (self.documents != document)
-            count = self.counts[layer_index, kept].sum(axis=0)
-            if not count.sum():
-                return float("nan")
-            product *= count / count.sum()
-        return float(product.sum())
+        place = np.searchsorted(self.token_ids, token_id)
+        counts = self.counts[layer_index]
+        total = np.zeros((len(self.token_ids), counts.shape[1]))
+        np.add.at(total, self.keys >> 32, counts)
+        others = total[place] - counts[np.searchsorted(self.keys, _key(place, document))]
+        made = others.sum(axis=1, keepdims=True)
+        return np.divide(others, made, out=np.full(others.shape, np.nan), where=made > 0)
 
 
 def word_pattern(word: str) -> re.Pattern[bytes]:
@@ -168,22 +167,25 @@ def _joined(name: str, layers: tuple[int, ...], pieces: list[Occurrences]) -> Oc
 
 
 def _count_choices(trace: Trace, layers: tuple[int, ...], occurrences: list[Occurrences]) -> TokenChoices:
-    empty: list[NDArray[Any]] = [np.zeros(0, np.int64)]
-    token_ids = np.unique(np.concatenate([*empty, *(o.token_id for o in occurrences)]))
+    token_ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(o.token_id for o in occurrences)]))
     num_ids = max(layer.num_ids for layer in trace.select_layers(layers))
-    rows, documents, counts = list(empty), list(empty), [np.zeros((len(layers), 0, num_ids), np.int32)]
+    keys, counts = [np.zeros(0, np.int64)], [np.zeros((len(layers), 0, num_ids), np.int32)]
     for part in trace.iter_parts(layers):
         kept = np.flatnonzero(np.isin(part.token_id, token_ids))
-        if not len(kept):
-            continue
         place = np.searchsorted(token_ids, part.token_id[kept])
-        pairs, inverse = np.unique(np.stack([part.document[kept].astype(np.int64), place]), axis=1, return_inverse=True)
-        count = np.zeros((len(layers), pairs.shape[1], num_ids), np.int32)
+        key, inverse = np.unique(_key(place, part.document[kept]), return_inverse=True)
+        count = np.zeros((len(layers), len(key), num_ids), np.int32)
         for at, layer in enumerate(layers):
             choice = part.expert_ids[layer][kept, 0].astype(np.int64)
             made = choice >= 0
-            np.add.at(count[at], (inverse.ravel()[made], choice[made]), 1)
-        documents.append(pairs[0])
-        rows.append(pairs[1])
+            cells = np.bincount(inverse[made] * num_ids + choice[made], minlength=count[at].size)
+            count[at] = cells.reshape(count[at].shape)
+        keys.append(key)
         counts.append(count)
-    return TokenChoices(token_ids, np.concatenate(rows), np.concatenate(documents), np.concatenate(counts, axis=1))
+    merged = np.concatenate(keys)
+    order = np.argsort(merged, kind="stable")
+    return TokenChoices(token_ids, merged[order], np.concatenate(counts, axis=1)[:, order])
+
+
+def _key(place: NDArray[np.int64], document: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    return (place.astype(np.int64) << 32) | document.astype(np.int64)
