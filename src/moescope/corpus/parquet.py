@@ -1,4 +1,4 @@
-"""Parquet, a row a record; of a file with many columns only the pages of those asked for are read."""
+"""Parquet, a row a record; of a file with many columns only those asked for are read, and a page of each at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from moescope.corpus.records import Record, Unreadable
 
 ROWS = 64  # decoded at a time; documents may be large
-BUFFER_BYTES = 1 << 20  # read at a time from a column; without it pyarrow reads the whole row group
+BUFFER_BYTES = 1 << 20  # read at a time from a column; without it pyarrow reads all of the column's row group
 
 
 def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
@@ -24,7 +24,9 @@ def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
     try:
         with (
             path.open("rb") as file,
-            pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as parquet,
+            pq.ParquetFile(
+                file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            ) as parquet,
         ):
             for batch in parquet.iter_batches(ROWS, columns=fields, use_threads=False):
                 columns = dict(zip(batch.schema.names, batch.columns, strict=True))
