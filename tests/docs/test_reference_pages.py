@@ -1,0 +1,75 @@
+"""The reference pages say what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from synthetic import make_part, make_trace
+
+from moescope import trace
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def table_rows(page: str, heading: str) -> list[tuple[str, ...]]:
+    """Rows of the table whose first heading cell is `heading`, the code ticks taken off the first cell."""
+    lines = page.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        rows.append((cells[0].strip("`"), *cells[1:]))
+    return rows
+
+
+@pytest.fixture
+def page() -> str:
+    return (DOCS / "reference" / "trace-format.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_the_trace_format_names_the_columns_a_part_has(page: str, tmp_path: Path) -> None:
+    layers = (trace.Layer(15, 8, 2), trace.Layer(16, 300, 1))
+    part = make_part(np.random.default_rng(0), layers, [3], weights=True)
+    written = make_trace(tmp_path / "t.moe", [part], layers)
+    schema = pq.read_schema(written.parts[0].path)
+    documented = {name: kind for name, kind, _ in table_rows(page, "column")}
+    for field in schema:
+        pattern = re.sub(r"(?<=^[LW])\d+_\d+$", "{layer}_{rank}", field.name)
+        assert str(field.type) in documented[pattern], field
+    assert [name for name in documented if "{" not in name] == schema.names[:5]
+    vocabulary = pq.read_schema(written.path / "vocabulary.parquet")
+    second = page[page.index("## `vocabulary.parquet`") :]
+    assert [(row[0], row[1]) for row in table_rows(second, "column")] == [(f.name, str(f.type)) for f in vocabulary]
+
+
+def test_the_page_on_the_trace_format_names_the_keys_of_the_header(page: str) -> None:
+    header = json.loads(trace.Header((trace.Layer(0, 8, 2),)).to_json())
+    assert [row[0] for row in table_rows(page, "key")] == list(header)
+    assert [row[0] for row in table_rows(page, "key of a layer")] == [f.name for f in fields(trace.Layer)]
+    assert f"# The trace format, version {trace.FORMAT_VERSION}" in page
+
+
+def test_the_page_on_errors_is_made_from_their_classes() -> None:
+    spec = importlib.util.spec_from_file_location("make_errors_page", DOCS / "make_errors_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/make_errors_page.py"
+
+
+def test_no_page_links_to_a_page_that_is_not_there() -> None:
+    root = DOCS.parent
+    for page in [*root.glob("*.md"), *DOCS.rglob("*.md"), *root.glob("training/*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.relative_to(root)} links to {target}"
