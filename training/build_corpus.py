@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import html.parser
 import json
+import os
 import random
 import re
 import sqlite3
@@ -168,7 +169,7 @@ def read_mathematics(folder: Path) -> Iterator[Unit]:
                 "--output",
                 str(path),
             ]
-            jobs.append(subprocess.Popen(command))
+            jobs.append(subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": "0"}))
     if any(job.wait() for job in jobs):
         raise RuntimeError("the mathematics generator failed")
     draw = random.Random(0)

@@ -1,14 +1,16 @@
 """Question and answer pairs of the mathematics dataset, generated, one JSON object a line.
 
 The unit is one pair: {"module": ..., "question": ..., "answer": ...}. Each of the generator's 56 training modules
-is drawn ``per_module`` times from a seeded generator. The package is from 2021; three names that it uses have gone
-from sympy and numpy since, and are put back here from outside, without touching its files.
+is drawn ``per_module`` times from seeded generators; Python's hash seed must be 0 to draw the same pairs again. The
+package is from 2021; three names that it uses have gone from sympy and numpy since, and are put back here from
+outside, without touching its files.
 
 Example:
-    python training/dm_mathematics.py --package DIR --seed 1 --per-module 500 --output dm-1.jsonl
+    PYTHONHASHSEED=0 python training/dm_mathematics.py --package DIR --seed 1 --per-module 500 --output dm-1.jsonl
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -23,8 +25,10 @@ def generate(package: Path, seed: int, per_module: int, output: Path) -> int:
     """Write ``per_module`` pairs of every training module to ``output`` and return how many were written."""
     modules = _import_modules(package)
     import numpy as np
+    import sympy
 
     random.seed(seed)
+    sympy.core.random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (the package draws from the global generators)
     written = 0
     with output.open("w", encoding="utf-8") as file:
@@ -60,7 +64,11 @@ def _import_modules(package: Path) -> types.ModuleType:
     source = source.replace("expanded_coefficients.itemset(power, coeffs)", "expanded_coefficients[power] = coeffs")
     exec(compile(source, polynomials.__file__, "exec"), polynomials.__dict__)
     from mathematics_dataset.modules import modules
+    from mathematics_dataset.util import composition
 
+    # Sentences are put in the order of a set of entities, which would hash by their addresses.
+    numbers = itertools.count()
+    composition.Entity.__hash__ = lambda self: self.__dict__.setdefault("_number", next(numbers))
     return modules
 
 
