@@ -347,3 +347,17 @@ def test_a_vocabulary_joins_pieces_that_are_half_characters() -> None:
     vocabulary = Vocabulary.from_pieces(["日".encode()[:2], "日".encode()[2:], b"x"])
     assert vocabulary.text([0, 1, 2]) == "日x"
     assert vocabulary.text([0, 2]) == "\ufffdx"
+
+
+def test_a_kept_trace_of_version_1_reads_as_it_was_written() -> None:
+    trace = open_trace(Path(__file__).parent / "kept" / "version-1.moe")
+    assert trace.verify() == []
+    assert (trace.domains, trace.document_numbers.tolist()) == (("ArXiv", "Github"), [4, 9])
+    assert trace.header.model == {"name": "tiny"}
+    assert trace.layers[0] == Layer(1, 4, 2, "layers.1.experts", num_null_experts=1, num_shared_experts=1)
+    (part,) = trace.iter_parts(weights=True)
+    assert part.expert_ids[1].tolist() == [[0, 4], [3, -1], [1, 2], [2, 0]]
+    assert part.expert_ids[2].tolist() == [[299], [0], [7], [-1]]
+    assert part.gate_weights[1].tolist() == [[0.5, 0.25], [0.75, 0], [0.5, 0.5], [1, 0.125]]
+    assert (part.sequence.tolist(), part.position.tolist()) == ([0, 0, 1, 0], [0, 1, 0, 0])
+    assert trace.vocabulary.text(part.token_id[:3]) == "aé"
