@@ -254,21 +254,21 @@ def test_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_a_file_without_a_record(tmp_path, content):
     (tmp_path / "c.jsonl").write_bytes(content)
-    assert rendered(tmp_path / "c.jsonl", CorpusEmpty) == "error[corpus-empty]: c.jsonl: it holds no record"
+    assert rendered(tmp_path / "c.jsonl", CorpusEmpty) == f"error[corpus-empty]: {tmp_path}/c.jsonl: it holds no record"
 
 
 def test_a_file_of_which_no_record_can_be_read(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"?\n" * 2000)
     assert rendered(tmp_path / "c.jsonl", CorpusEmpty) == (
-        "error[corpus-empty]: c.jsonl: none of its first 1000 records can be read; c.jsonl, line 1: not JSON "
-        "(expecting value, character 1)"
+        f"error[corpus-empty]: {tmp_path}/c.jsonl: none of its first 1000 records can be read; c.jsonl, line 1: not "
+        "JSON (expecting value, character 1)"
     )
 
 
 def test_a_text_field_that_no_record_has(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b'{"body": "x", "meta": {"id": 1, "url": null}}\n')
     assert rendered(tmp_path / "c.jsonl", CorpusField) == (
-        "error[corpus-field]: c.jsonl: no record has the field 'text' for the text\n"
+        f"error[corpus-field]: {tmp_path}/c.jsonl: its first 1000 records have no field 'text' for the text\n"
         "hint: --text-field; fields found: body, meta.id, meta.url"
     )
 
@@ -276,7 +276,7 @@ def test_a_text_field_that_no_record_has(tmp_path):
 def test_a_domain_field_that_no_record_has(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(GOOD)
     assert rendered(tmp_path / "c.jsonl", CorpusField, domain_field="meta.set") == (
-        "error[corpus-field]: c.jsonl: no record has the field 'meta.set' for the domain\n"
+        f"error[corpus-field]: {tmp_path}/c.jsonl: its first 1000 records have no field 'meta.set' for the domain\n"
         "hint: --domain-field; fields found: text, meta.pile_set_name"
     )
 
@@ -284,7 +284,7 @@ def test_a_domain_field_that_no_record_has(tmp_path):
 def test_a_parquet_column_that_is_not_there(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "c.parquet")
     assert rendered(tmp_path / "c.parquet", CorpusField) == (
-        "error[corpus-field]: c.parquet: no record has the field 'text' for the text\n"
+        f"error[corpus-field]: {tmp_path}/c.parquet: its first 1000 records have no field 'text' for the text\n"
         "hint: --text-field; fields found: body, n"
     )
 
@@ -292,7 +292,7 @@ def test_a_parquet_column_that_is_not_there(tmp_path):
 def test_text_files_have_no_fields(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     assert rendered(tmp_path / "a.txt", CorpusField, domain_field="meta") == (
-        "error[corpus-field]: a.txt: its documents are text files, which have no field 'meta'\n"
+        f"error[corpus-field]: {tmp_path}/a.txt: its documents are text files, which have no field 'meta'\n"
         "hint: the domain of a text file is the subfolder it is in"
     )
 

@@ -100,8 +100,8 @@ def test_fields_are_chosen_by_name_or_by_path(tmp_path):
 def test_without_a_domain_there_is_one_named_after_the_file_and_a_warning(tmp_path):
     (tmp_path / "my.notes.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "x", "source": {"url": "y"}}])))
     message = (
-        "my.notes.jsonl.gz: no record has the field 'meta.pile_set_name', so all documents are in one domain, "
-        "'my.notes'; --domain-field chooses another field (fields found: text, source.url)"
+        "my.notes.jsonl.gz: its first 1000 records have no field 'meta.pile_set_name', so all documents are in one "
+        "domain, 'my.notes'; --domain-field chooses another field (fields found: text, source.url)"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         corpus = open_corpus(tmp_path / "my.notes.jsonl.gz")

@@ -119,35 +119,29 @@ def open_corpus(
     if layout.format in ("folder", "text"):
         if given := text_field or domain_field:
             problem = f"its documents are text files, which have no field {given!r}"
-            raise CorpusField(layout.name, problem, "the domain of a text file is the subfolder it is in")
+            raise CorpusField(path, problem, "the domain of a text file is the subfolder it is in")
         return Corpus(path, layout.name, layout.format, None, None, layout.files, Problems(strict))
 
     text_field = text_field or TEXT_FIELD
     wanted = domain_field or PILE_DOMAIN_FIELD
-    fields = _probe(layout, text_field, wanted)
+    fields = _probe(path, layout, text_field, wanted)
     listed = f"fields found: {', '.join(fields)}"
+    lack = f"its first {PROBED} records have no field"
     if text_field not in fields:
-        raise CorpusField(
-            layout.name, f"no record has the field {text_field!r} for the text", f"--text-field; {listed}"
-        )
+        raise CorpusField(path, f"{lack} {text_field!r} for the text", f"--text-field; {listed}")
     if wanted not in fields and domain_field:
-        raise CorpusField(
-            layout.name, f"no record has the field {wanted!r} for the domain", f"--domain-field; {listed}"
-        )
+        raise CorpusField(path, f"{lack} {wanted!r} for the domain", f"--domain-field; {listed}")
     if wanted not in fields:
-        only = layout.files[0].domain
-        warnings.warn(
-            f"{layout.name}: no record has the field {wanted!r}, so all documents are in one domain, {only!r}; "
-            f"--domain-field chooses another field ({listed})",
-            stacklevel=2,
-        )
+        only = f"so all documents are in one domain, {layout.files[0].domain!r}"
+        other = f"--domain-field chooses another field ({listed})"
+        warnings.warn(f"{layout.name}: {lack} {wanted!r}, {only}; {other}", stacklevel=2)
         return Corpus(path, layout.name, layout.format, text_field, None, layout.files, Problems(strict))
     is_pile = layout.format == "jsonl" and (text_field, wanted) == (TEXT_FIELD, PILE_DOMAIN_FIELD)
     format = "pile" if is_pile else layout.format
     return Corpus(path, layout.name, format, text_field, wanted, layout.files, Problems(strict))
 
 
-def _probe(layout: Layout, *wanted: str) -> list[str]:
+def _probe(path: Path, layout: Layout, *wanted: str) -> list[str]:
     """The fields of the first records, up to the one by which all that are wanted have been seen."""
     fields: dict[str, None] = {}
     first_problem, num_records = None, 0
@@ -163,9 +157,9 @@ def _probe(layout: Layout, *wanted: str) -> list[str]:
             elif record and first_problem is None:
                 first_problem = f"{_place(layout.format, file, index)}: {record.problem}"
     if first_problem and not fields:
-        raise CorpusEmpty(layout.name, f"none of its first {num_records} records can be read; {first_problem}")
+        raise CorpusEmpty(path, f"none of its first {num_records} records can be read; {first_problem}")
     if not fields:
-        raise CorpusEmpty(layout.name, "it holds no record")
+        raise CorpusEmpty(path, "it holds no record")
     return list(fields)
 
 

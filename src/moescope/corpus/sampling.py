@@ -117,11 +117,11 @@ def sample(
 
     draws = _hashed(corpus, seed, max_tokens_per_domain, max_documents_per_domain)
     if not any(len(draw.numbers) for draw in draws):
-        raise CorpusEmpty(corpus.name, "it holds no document with text")
+        raise CorpusEmpty(corpus.path, "it holds no document with text")
     while missing := {number for draw in draws for number in draw.candidates()}:
         texts = {document.number: document.text for document in corpus if document.number in missing}
         if len(texts) < len(missing):
-            raise CorpusError(corpus.name, "it changed while it was read")
+            raise CorpusError(corpus.path, "it changed while it was read")
         for draw in draws:
             draw.take(texts, num_tokens)
     documents = tuple(document for draw in draws for document in draw.documents)
