@@ -68,6 +68,13 @@ def test_an_error_of_ours_is_two_lines_on_stderr_and_exit_1(probe):
     assert result.stderr == "error[no-such-layer]: pile.moe: has no layer 99\nhint: it has layers 0 to 31\n"
 
 
+def test_a_path_in_an_error_does_not_drive_the_terminal(probe):
+    def fail():
+        raise NoSuchLayer("\x1b[2Jpile\u202e.moe", "has no layer 99")
+
+    assert probe(fail).stderr == "error[no-such-layer]: \ufffd[2Jpile\ufffd.moe: has no layer 99\n"
+
+
 def test_debug_adds_the_traceback(probe):
     def fail():
         raise NoSuchLayer("pile.moe", "has no layer 99")

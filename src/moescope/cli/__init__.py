@@ -72,8 +72,13 @@ def _stop(ctx: click.Context, message: str, code: int) -> None:
     """Say on stderr what ended the command, after the traceback if ``--debug`` asks for it."""
     if ctx.params.get("debug"):
         traceback.print_exc()
-    click.echo(message, err=True)
+    _say(message)
     ctx.exit(code)
+
+
+def _say(message: str) -> None:
+    """Print to stderr; a path or a name in it cannot drive the terminal."""
+    click.echo("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in message), err=True)
 
 
 def _show_warning(
@@ -85,7 +90,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print a warning as a line for users; where in the code it arose is not theirs to know."""
-    click.echo(f"warning: {message}", err=True)
+    _say(f"warning: {message}")
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
