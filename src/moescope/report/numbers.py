@@ -1,0 +1,70 @@
+"""How numbers print: few digits, and never a zero that is not one.
+
+A dead expert and a rare one are different findings, so ``0`` and ``100`` per cent are printed only if they are exact.
+"""
+
+from __future__ import annotations
+
+from math import isnan
+
+MISSING = "–"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a number of per cent, without the sign.
+
+    Example:
+        >>> percent(0.125), percent(0.0), percent(0.0001), percent(0.99999), percent(1.0), percent(float("nan"))
+        ('12.5', '0', '<0.1', '>99.9', '100', '–')
+    """
+    return _rounded(100 * share, digits, whole=100.0)
+
+
+def bits(value: float, digits: int = 4) -> str:
+    """An amount of information.
+
+    Example:
+        >>> bits(0.01234), bits(0.00001), bits(0.0)
+        ('0.0123', '<0.0001', '0')
+    """
+    return _rounded(value, digits)
+
+
+def spread(value: float, low: float, high: float, digits: int = 1) -> str:
+    """Half the width of an interval around a share, in per cent: the larger half, so that it never promises too much.
+
+    At exactly 0 or 100 % there is one side only, and the sign says which.
+
+    Example:
+        >>> spread(0.279, 0.271, 0.2865), spread(0.2, 0.1999, 0.2001), spread(0.2, float("nan"), 0.2)
+        ('±0.8', '±<0.1', '')
+        >>> spread(1.0, 0.884, 1.0), spread(0.0, 0.0, 0.05)
+        ('−11.6', '+5.0')
+    """
+    if isnan(value) or isnan(low) or isnan(high):
+        return ""
+    sign = {0.0: "+", 1.0: "−"}.get(value, "±")
+    return sign + _rounded(100 * max(value - low, high - value), digits)
+
+
+def count(number: int) -> str:
+    """A whole number, thousands apart.
+
+    Example:
+        >>> count(1234567)
+        '1,234,567'
+    """
+    return f"{number:,}"
+
+
+def _rounded(value: float, digits: int, whole: float | None = None) -> str:
+    if isnan(value):
+        return MISSING
+    if value == 0 or value == whole:
+        return f"{value:.0f}"
+    smallest = 10.0**-digits
+    if 0 < value < smallest / 2:
+        return f"<{smallest:.{digits}f}"
+    if whole is not None and whole - smallest / 2 < value < whole:
+        return f">{whole - smallest:.{digits}f}"
+    return f"{value:.{digits}f}"
