@@ -202,21 +202,22 @@ def count_repeats_of_two(
 ) -> None:
     """`count_repeats` for two choices, none dropped: no branch and no table in the loop, so it runs in SIMD lanes."""
     y_M = np.zeros(3, np.int64)
-    a_T, b_T = ids_KT[0], ids_KT[1]
     for q in range(document_Q.size):
-        first = any_shared = first_in_next = np.int64(0)
-        for block in range(starts_Q[q], starts_Q[q + 1] - 1, 128):
-            f = s = n = np.uint8(0)  # at most 128 a block, so a byte holds it
-            for t in range(block, min(block + 128, starts_Q[q + 1] - 1)):
-                same_first = np.uint8(a_T[t] == a_T[t + 1])
-                first_later = np.uint8(a_T[t] == b_T[t + 1])
-                second_any = np.uint8(b_T[t] == a_T[t + 1]) | np.uint8(b_T[t] == b_T[t + 1])
-                f = np.uint8(f + same_first)
-                n = np.uint8(n + (same_first | first_later))
-                s = np.uint8(s + (same_first | first_later | second_any))
-            first += f
-            any_shared += s
-            first_in_next += n
+        start, last = starts_Q[q], starts_Q[q + 1] - 1
+        a, b, next_a, next_b = (
+            ids_KT[0, start:last],
+            ids_KT[1, start:last],
+            ids_KT[0, start + 1 :],
+            ids_KT[1, start + 1 :],
+        )
+        first = first_in_next = any_shared = np.uint32(0)  # 32 bits: twice the lanes, and a sequence is shorter
+        for t in range(last - start):
+            same = np.uint32(a[t] == next_a[t])
+            in_next = same | np.uint32(a[t] == next_b[t])
+            shared = in_next | np.uint32(b[t] == next_a[t]) | np.uint32(b[t] == next_b[t])
+            first = np.uint32(first + same)
+            first_in_next = np.uint32(first_in_next + in_next)
+            any_shared = np.uint32(any_shared + shared)
         y_M[FIRST] += first
         y_M[ANY] += any_shared
         y_M[FIRST_IN_NEXT] += first_in_next
