@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "mixtral": {},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "n_groups": 2},
+    "openai_privacy_filter": {},
     "olmoe": {"num_experts": 16, "num_experts_per_tok": 8},
     "phimoe": {},
     "qwen2_moe": {},

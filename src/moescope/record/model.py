@@ -56,6 +56,14 @@ class Model:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a token's choices may depend on later ones, so that padding after it must be masked.
+
+        In a causal model it need not, and attention without a mask is up to twice as fast.
+        """
+        return any(getattr(module, "is_causal", True) is False for module in self.body.modules())
+
+    @property
     def num_embeddings(self) -> int:
         """Token ids that the model knows."""
         return int(self.body.get_input_embeddings().weight.shape[0])

@@ -192,9 +192,10 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
             f"its tokenizer gives id {largest}, but the model knows {model.num_embeddings} ids",
             "is it the tokenizer of this model?",
         )
+    looks_ahead = model.looks_ahead
     for batch in batches(cut, added_ids, header.run["batch_tokens"]):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
-        if batch.attention_mask is not None:
+        if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
         for layer, choices in watch.run(model.body, inputs).items():
             gate_weights = choices.gate_weights[batch.places]
