@@ -35,8 +35,8 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> list[P
             ),
             how=(
                 "Compare the domains above one expert. Where experts follow topics, one domain towers over the others, "
-                "and where they do not, a group of bars has one height. How far a whole group is from the uniform line is "
-                "a matter of load balance, not of topic."
+                "and where they do not, a group of bars has one height. How far a group is from the uniform line is a "
+                "matter of load balance, not of topic."
             ),
             cannot=(
                 "Equal shares do not mean equal tokens: an expert may get the verbs of one domain and the numbers of "
@@ -101,8 +101,9 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> list[P
                 "from the lowest to the highest domain. Intervals 95 %, clustered by document."
             ),
             how=(
-                "Height above the grey band is order: a token is likelier to go where the token before it went. The "
-                "part between the dashed line and the band is only unequal load, which the paper's baseline leaves out."
+                "A line above the grey band is order: a token is likelier to go where the token before it went. Within "
+                "the band, compare a domain with its own null, in Table 5 and the CSV. What lies between the dashed "
+                "line and the band is only unequal load, which the paper's baseline leaves out."
             ),
             cannot=(
                 "It does not tell why: neighbouring tokens are alike, and like tokens go to like experts. Nor what a "

@@ -12,6 +12,9 @@ from xml.etree.ElementTree import Element
 
 from moescope.report.colours import INK, MUTED, RULE
 
+FULL_WIDTH_POINTS = 486
+"""Width of a figure that fills the page, as of a sheet of paper; narrower ones keep the size of their letters."""
+
 _CLASSES = {INK: "ink", MUTED: "muted", RULE: "rule"}
 _DROPPED = {"metadata", "style"}
 _KEPT_FONT = {"font-size", "font-weight"}
@@ -36,7 +39,14 @@ def inline_svg(svg: str, name: str, description: str) -> str:
         _own_ids(element, name, used)
         _short_numbers(element)
     _unwrap(root)
-    root.attrib = {"viewBox": box, "role": "img", "aria-label": description, "class": "figure"}
+    width = min(100.0, 100 * float(box.split()[2]) / FULL_WIDTH_POINTS)
+    root.attrib = {
+        "viewBox": box,
+        "width": f"{width:.4g}%",
+        "role": "img",
+        "aria-label": description,
+        "class": "figure",
+    }
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -33,7 +33,7 @@ def bits(value: float, digits: int = 4) -> str:
 def spread(value: float, low: float, high: float, digits: int = 1) -> str:
     """Half the width of an interval around a share, in per cent: the larger half, so that it never promises too much.
 
-    At exactly 0 or 100 % there is one side only, and the sign says which.
+    At exactly 0 or 100 % there is one side only, and the sign says which. An interval without width says nothing.
 
     Example:
         >>> spread(0.279, 0.271, 0.2865), spread(0.2, 0.1999, 0.2001), spread(0.2, float("nan"), 0.2)
@@ -42,6 +42,8 @@ def spread(value: float, low: float, high: float, digits: int = 1) -> str:
         ('−11.6', '+5.0')
     """
     if isnan(value) or isnan(low) or isnan(high):
+        return ""
+    if low == high:
         return ""
     sign = {0.0: "+", 1.0: "−"}.get(value, "±")
     return sign + _rounded(100 * max(value - low, high - value), digits)

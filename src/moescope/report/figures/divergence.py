@@ -72,7 +72,7 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
             spine.set_visible(False)
         bar_axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
         bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal")
-        bar.outline.set_linewidth(0)  # type: ignore[operator]
+        bar.outline.set_linewidth(0)
         bar.ax.xaxis.set_major_locator(MaxNLocator(3))
         bar_axes.tick_params(length=2, pad=2)
         figure.text(

@@ -60,8 +60,13 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
     marginal = 100 * data["marginal"].values
     if np.isfinite(marginal).any():
         known = np.isfinite(marginal).any(axis=0)
+        x, lowest, highest = _widened(
+            layers[known], np.nanmin(marginal[:, known], axis=0), np.nanmax(marginal[:, known], axis=0)
+        )
         axes.fill_between(
-            *_widened(layers[known], np.nanmin(marginal[:, known], axis=0), np.nanmax(marginal[:, known], axis=0)),
+            x,
+            lowest,
+            highest,
             color=MUTED,
             alpha=0.25,
             linewidth=0,
@@ -74,7 +79,7 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
         low, high, rate = (100 * at[name].values for name in ("low", "high", "rate"))
         if few:
             shift = 0.16 * ((number + 0.5) / len(marks) - 0.5) if len(layers) > 1 else 0.0
-            axes.vlines(layers + shift, low, high, color=mark.colour, linewidth=0.9, alpha=0.8)
+            style.add_verticals(axes, layers + shift, low, high, edgecolor=mark.colour, linewidth=0.9, alpha=0.8)
         else:
             shift = 0.0
             axes.fill_between(layers, low, high, color=mark.colour, alpha=0.13, linewidth=0)

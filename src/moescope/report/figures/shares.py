@@ -47,9 +47,9 @@ def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "either
         marks = style.domain_marks(data["domain"].values.tolist())
         columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
         top = style.legend_rows(len(marks), columns) + 0.25
-        figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.3 * len(layers) + 0.3 * (len(layers) - 1))
+        figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.3 * len(layers) + 0.37 * (len(layers) - 1))
         panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
-        style.place(figure, left=0.52, right=0.42, top=top, bottom=0.38, between=0.3, rows=len(layers))
+        style.place(figure, left=0.52, right=0.42, top=top, bottom=0.38, between=0.37, rows=len(layers))
         highest = _highest(data)
         for axes, layer in zip(panels, layers, strict=True):
             _draw_bars(axes, data.sel(layer=layer), marks, highest)
@@ -108,14 +108,12 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float
     num_ids = int(at["num_ids"])
     width = GROUP_WIDTH / len(marks)
     experts = np.arange(num_ids)
-    centres = []
-    for number, mark in enumerate(marks):
-        x = experts + (number - (len(marks) - 1) / 2) * width
-        height = np.nan_to_num(at["share"].isel(domain=number, expert=slice(num_ids)).values)
-        axes.bar(x, height, width * 0.92, color=mark.colour, hatch=mark.hatch, linewidth=0, label=mark.name)
-        centres.append(x)
-    low, high = (at[end].isel(expert=slice(num_ids)).values for end in ("low", "high"))
-    axes.vlines(np.array(centres).ravel(), low.ravel(), high.ravel(), color=INK, linewidth=0.5, label="95 % interval")
+    centres = experts + (np.arange(len(marks))[:, None] - (len(marks) - 1) / 2) * width
+    share, low, high = (at[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "low", "high"))
+    for mark, x, height in zip(marks, centres, share, strict=True):
+        bars = np.stack([x - 0.46 * width, 0 * x, x + 0.46 * width, np.nan_to_num(height)], axis=1)
+        style.add_rectangles(axes, bars, facecolor=mark.colour, hatch=mark.hatch, linewidth=0, label=mark.name)
+    style.add_verticals(axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5)
     axes.axhline(float(at["uniform"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
     axes.set_xlim(-0.5, num_ids - 0.5)
     axes.set_ylim(0, highest)
@@ -167,9 +165,9 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     width, full = figure.get_size_inches()
     bar_axes = figure.add_axes((left / width, 0.24 / full, 2.2 / width, 0.07 / full))
     bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", extend="max")
-    steps = [0.5, 1, *(value for value in (2, 4, 8, 16, 32) if value <= norm.vmax)]
+    steps = [0.5, 1, *(value for value in (2, 4, 8, 16, 32) if value <= largest)]
     bar.set_ticks([1e-9, *steps], labels=["→ 0", *(f"{value:g}×" for value in steps)])
-    bar.outline.set_linewidth(0)  # type: ignore[operator]
+    bar.outline.set_linewidth(0)
     bar_axes.tick_params(length=2, pad=2)
     figure.text(
         (left + 2.4) / width,

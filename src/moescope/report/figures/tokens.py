@@ -5,14 +5,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from rich.cells import cell_len
 
-from moescope.report.colours import INK, MUTED, NO_EXPERT_LIGHT, RULE, expert_colours
+from moescope.report.colours import INK, MUTED, NO_EXPERT_LIGHT, PAPER, RULE, expert_colours
 from moescope.report.documents import RoutedDocument
 from moescope.report.figures import style
 from moescope.report.figures.style import FULL_WIDTH, LONGEST_NAME
@@ -90,19 +90,20 @@ def _in_font(text: str, font: FT2Font) -> str:
 def _draw_lines(axes: Axes, lines: list[list[Segment]], document: RoutedDocument, layer: Layer, column: float) -> None:
     colours = expert_colours(layer.num_experts)
     first = document.expert_ids[layer.layer][:, 0].tolist()
-    boxes, faces = [], []
+    boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for row, line in enumerate(lines):
         x = 0
         for segment in line:
             end = x + len(segment.text)
-            boxes.append([(x, row), (end, row), (end, row + 1), (x, row + 1)])
             expert = first[segment.token]
-            faces.append(colours[expert] if 0 <= expert < layer.num_experts else NO_EXPERT_LIGHT)
+            colour = colours[expert] if 0 <= expert < layer.num_experts else NO_EXPERT_LIGHT
+            boxes.setdefault(colour, []).append((x, row, end, row + 1))
             x = end
         text = "".join(segment.text for segment in line).rstrip()
         if text:
             axes.text(0, row + 0.74, text, family=FONT, fontsize=SIZE, color=INK, va="baseline")
-    axes.add_collection(PolyCollection(boxes, facecolors=faces, edgecolors="white", linewidths=0.25))
+    for colour, rectangles in boxes.items():
+        style.add_rectangles(axes, np.array(rectangles), facecolor=colour, edgecolor=PAPER, linewidth=0.25)
     axes.set_xlim(0, column / CHARACTER)
     axes.set_ylim(max(len(lines), 1), 0)
     axes.set_axis_off()
@@ -113,16 +114,9 @@ def _draw_legend(figure: Figure, layer: Layer) -> None:
     size, y = 0.14, 1 - 0.17 / height
     figure.text(0.02 / FULL_WIDTH, y + 0.035 / height, "First choice: expert", fontsize=7, color=INK)
     axes = figure.add_axes((1.06 / FULL_WIDTH, y, size * layer.num_experts / FULL_WIDTH, size / height))
-    colours = expert_colours(layer.num_experts)
-    axes.add_collection(
-        PolyCollection(
-            [[(e, 0), (e + 1, 0), (e + 1, 1), (e, 1)] for e in range(layer.num_experts)],
-            facecolors=colours,
-            edgecolors=RULE,
-            linewidths=0.4,
-        )
-    )
-    for expert in range(layer.num_experts):
+    for expert, colour in enumerate(expert_colours(layer.num_experts)):
+        box = np.array([(expert, 0.0, expert + 1, 1.0)])
+        style.add_rectangles(axes, box, facecolor=colour, edgecolor=RULE, linewidth=0.4)
         axes.text(expert + 0.5, 0.47, str(expert), fontsize=6.5, ha="center", va="center", color=INK)
     axes.set_xlim(0, layer.num_experts)
     axes.set_ylim(0, 1)

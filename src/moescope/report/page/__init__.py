@@ -90,7 +90,7 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
         facts=list(_facts(results)),
         provenance=list(_provenance(results)),
         claims=[
-            {name: visible(getattr(claim, name)) for name in ("name", "statement", "answer", "evidence")}
+            {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
             for claim in results.claims
         ],
         figures={figure.name: _Shown(figure) for figure in figures},
@@ -103,10 +103,15 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
 
 
 class _Shown:
-    """A figure whose SVG is markup for the template."""
+    """A figure for the template: its SVG is markup, its words keep numbers and units together."""
 
     def __init__(self, figure: PageFigure) -> None:
-        self.__dict__.update(vars(figure), svg=Markup(figure.svg))
+        tied = {name: _tied(getattr(figure, name)) for name in ("title", "caption", "how", "cannot")}
+        self.__dict__.update(vars(figure), **tied, svg=Markup(figure.svg))
+
+
+def _tied(text: str) -> str:
+    return text.replace(" %", "\u00a0%")
 
 
 def _hash(text: str) -> str:
@@ -138,12 +143,10 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
     experts = sorted({layer.num_experts for layer in layers})
     top_k = sorted({layer.top_k for layer in layers})
     yield "Tokens", count(trace.num_tokens), f"of {count(trace.num_documents)} documents"
-    yield "Domains", count(len(trace.domains)), ""
+    corpus = trace.header.corpus.get("name")
+    yield "Domains", count(len(trace.domains)), f"in {visible(str(corpus))}" if corpus else ""
     yield "Layers with experts", count(len(layers)), f"{layers[0].layer} to {layers[-1].layer}"
     yield "Experts a layer", " or ".join(map(str, experts)), f"{' or '.join(map(str, top_k))} chosen a token"
-    corpus = trace.header.corpus.get("name")
-    if corpus:
-        yield "Corpus", visible(str(corpus)), ""
 
 
 def _provenance(results: Results) -> Iterator[tuple[str, str]]:
@@ -195,7 +198,7 @@ def _embedded(results: Results, documents: Sequence[RoutedDocument]) -> str:
     )
     if len(results.embedded_layers) < len(results.trace.layers):
         words += f", in {len(results.embedded_layers)} of {len(results.trace.layers)} layers"
-    return words + "; any other is shown by the command `moescope text`."
+    return f"{words}; the command “moescope text” shows any other."
 
 
 def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str, Any]:

@@ -158,17 +158,18 @@
       const layer = layers.get(number);
       const { weights } = choices(layer);
       const row = make("tr");
-      const cell = make("td");
+      row.append(make("th", "", `layer ${number}`));
       const said = [];
       for (let rank = 0; rank < layer.top_k; rank++) {
         const expert = expertOf(layer, token, rank);
         const swatch = make("span", "swatch");
         paint(swatch, colours(layer, expert));
         const weight = weights ? ` ${weights[token * layer.top_k + rank].toFixed(2)}` : "";
-        cell.append(swatch, `${expert < 0 ? "dropped" : expert}${weight}${rank < layer.top_k - 1 ? "  " : ""}`);
+        const cell = make("td");
+        cell.append(swatch, `${expert < 0 ? "dropped" : expert}${weight}`);
+        row.append(cell);
         said.push(name(layer, expert) + (weight && ` weight${weight}`));
       }
-      row.append(make("th", "", `layer ${number}`), cell);
       table.append(row);
       spoken.push(`layer ${number}: ${said.join(", ")}`);
     }
