@@ -34,6 +34,16 @@ layers_option = click.option(
 )
 """``--layers 0,15,31`` -> ``layers``: a tuple of int, or None for all."""
 
+shown_layers_option = click.option(
+    "--layers",
+    "--layer",
+    "layers",
+    callback=parse_integers,
+    metavar="LIST",
+    help="Layers to show, such as 0,15,31.  [default: the first, the middle and the last recorded]",
+)
+"""The same for commands that show a few layers; None for three of them."""
+
 format_option = click.option(
     "--format",
     "format",

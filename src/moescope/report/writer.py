@@ -1,4 +1,4 @@
-"""The report as a folder: ``index.html``, ``figures/``, ``tables/`` and ``report.json``, which lists what is ours.
+"""The report as a folder: ``index.html``, ``figures/``, ``tables/`` and ``report.json``: the claims, and what is ours.
 
 Written to a folder beside it and renamed, so that a report is whole or not there. What is not an earlier report, or
 holds a file that no report wrote, is kept.
@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,8 +147,14 @@ def _write(results: Results, folder: Path) -> None:
         _write_text(folder / "figures" / f"{figure.file}.csv", frames.csv(figure.frame))
     _write_text(folder / PAGE, render_page(results, figures, tables))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    marker = {"format": FORMAT, "version": 1, "trace": results.trace.path.name, "files": files}
-    _write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    marker = {
+        "format": FORMAT,
+        "version": 1,
+        "trace": results.trace.path.name,
+        "claims": [asdict(claim) for claim in results.claims],
+        "files": files,
+    }
+    _write_text(folder / MARKER, json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

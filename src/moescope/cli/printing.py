@@ -1,0 +1,26 @@
+"""How commands print a table: styled for a terminal, as data for a pipe."""
+
+from __future__ import annotations
+
+import click
+
+from moescope.report.tables import Table
+
+
+def print_table(table: Table, format: str) -> None:
+    """Print a table to stdout.
+
+    Args:
+        table: The table.
+        format: One of ``moescope.report.formats.FORMATS``; ``text`` has colours, and fits the width, if stdout is a
+            terminal.
+    """
+    from moescope.report.formats import render, styled
+
+    if format != "text":
+        click.echo(render(table, format), nl=False)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(styled(table, console.width if console.is_terminal else None), soft_wrap=True, end="")

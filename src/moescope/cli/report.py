@@ -1,0 +1,33 @@
+"""``moescope report``: the door to ``moescope.report.report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moescope.cli.options import force_option, output_option, shown_layers_option, trace_argument
+
+
+@click.command()
+@trace_argument
+@output_option("report", "Folder to write; an earlier report there is replaced.")
+@shown_layers_option
+@click.option(
+    "--word", "words", multiple=True, metavar="WORD", help="Word to look for instead of the paper's; repeatable."
+)
+@force_option
+def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tuple[str, ...], force: bool) -> None:
+    """Write everything as one offline HTML page, with figures (PNG, SVG, PDF) and tables (CSV, LaTeX).
+
+    Prints the path of the page.
+
+    \b
+    Example:
+      moescope report pile.moe -o report/
+    """
+    from moescope.report import report
+
+    if not all(word.strip() for word in words):
+        raise click.BadParameter("a word must hold something besides spaces.", param_hint="'--word'")
+    click.echo(report(trace, output, layers=layers, words=words or None, force=force))

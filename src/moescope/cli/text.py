@@ -1,0 +1,49 @@
+"""``moescope text``: Figure 8 in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moescope.cli.options import shown_layers_option, trace_argument
+
+
+@click.command()
+@trace_argument
+@click.option(
+    "--document",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Index of the document in the corpus.  [default: the first recorded]",
+)
+@shown_layers_option
+@click.option(
+    "--width", type=click.IntRange(min=20), metavar="COLUMNS", help="Columns to fill.  [default: those of the terminal]"
+)
+def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, width: int | None) -> None:
+    """Show a document, its tokens on the colours of their first-choice experts, a column a layer (Figure 8).
+
+    Without colour (a pipe, NO_COLOR=1) the id of each token's expert stands below it. Control characters of the text
+    are shown as symbols.
+
+    \b
+    Example:
+      moescope text pile.moe --document 17 --layers 0,15,31
+    """
+    from rich.console import Console
+
+    from moescope.errors import NoSuchDocument
+    from moescope.report.documents import read_document
+    from moescope.report.results import shown_layers
+    from moescope.report.terminal import print_document
+    from moescope.trace import open_trace
+
+    opened = open_trace(trace)
+    shown = shown_layers(opened, layers)
+    if document is None:
+        if not opened.num_documents:
+            raise NoSuchDocument(trace, "the trace holds no document yet")
+        document = int(opened.document_numbers[0])
+    found = read_document(opened, document, shown)
+    print_document(Console(width=width, highlight=False), found, opened.select_layers(shown))
