@@ -285,7 +285,7 @@ def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
     column = table[name]
     if column.null_count:
         raise ValueError(f"column {name} has nulls")
-    return column.to_numpy()  # type: ignore[no-any-return]
+    return column.to_numpy()
 
 
 def _expert_ids(table: pa.Table, layer: Layer) -> NDArray[np.integer[Any]]:
