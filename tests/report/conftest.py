@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
@@ -66,9 +67,9 @@ def write_trace(
     for number in range(len(domains) * documents_per_domain):
         domain = number % len(domains)
         text = texts.get(domains[domain], PROSE) * 40
-        if hostile and number % 2 == 0:
-            text = " ".join(HOSTILE) + " " + text
         length = int(rng.integers(tokens // 2, tokens + 1))
+        if hostile and number % 2 == 0:  # each a token of its own
+            ids += [known.setdefault(piece.encode(), len(known)) for piece in HOSTILE]
         ids += token_ids(text)[:length]
         domain_codes += [domain] * (len(ids) - len(domain_codes))
         document_ids += [number] * (len(ids) - len(document_ids))
@@ -124,4 +125,64 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Trace:
         layers=(0, 11, 23),
         domains=("Code", "Prose & more", "DM Mathematics"),
         dead=3,
+    )
+
+
+@pytest.fixture
+def tiny_repeats() -> xr.Dataset:
+    """Two domains, one of the paper's; three layers; every value chosen by hand."""
+    dims = ("domain", "layer", "kind")
+    rate = np.array(
+        [
+            [[0.140, 0.465, 0.3], [0.279, 0.623, 0.4], [0.227, 0.529, 0.3]],
+            [[0.0, 0.0001, 0.2], [0.99999, 1.0, 0.5], [np.nan, np.nan, np.nan]],
+        ]
+    )
+    return xr.Dataset(
+        {
+            "rate": (dims, rate),
+            "standard_error": (dims, np.full(rate.shape, 0.004)),
+            "low": (dims, np.clip(rate - 0.008, 0, 1)),
+            "high": (dims, np.clip(rate + 0.009, 0, 1)),
+            "marginal": (dims, np.full(rate.shape, 0.13)),
+            "uniform": (("layer", "kind"), np.tile([0.125, 13 / 28, 0.25], (3, 1))),
+            "pairs": ("domain", [1200, 40]),
+        },
+        {
+            "domain": ["Gutenberg (PG-19)", "50%_off & <b>\x1b"],
+            "layer": [0, 3, 7],
+            "kind": ["first", "any", "first_in_next"],
+            "num_experts": ("layer", [8, 8, 8]),
+            "top_k": ("layer", [2, 2, 2]),
+            "documents": ("domain", [12, 3]),
+            "tokens": ("domain", [1212, 43]),
+        },
+    )
+
+
+@pytest.fixture
+def tiny_shares() -> xr.Dataset:
+    """A layer of three experts and a null expert; expert 2 is dead in the first domain and rare in the second."""
+    dims = ("domain", "layer", "choice", "expert")
+    share = np.array([[0.5, 0.45, 0.0, 0.05], [0.3, 0.6996, 0.0004, 0.0]]).reshape(2, 1, 1, 4)
+    share = np.repeat(share, 2, axis=2)
+    return xr.Dataset(
+        {
+            "share": (dims, share),
+            "low": (dims, np.clip(share - 0.02, 0, 1)),
+            "high": (dims, np.clip(share + 0.03, 0, 1)),
+            "share_of_tokens": (dims, share),
+            "uniform": ("layer", [1 / 3]),
+        },
+        {
+            "domain": ["A", "B"],
+            "layer": [5],
+            "choice": ["either", "first"],
+            "expert": [0, 1, 2, 3],
+            "num_experts": ("layer", [3]),
+            "num_ids": ("layer", [4]),
+            "top_k": ("layer", [1]),
+            "documents": ("domain", [2, 2]),
+            "tokens": ("domain", [100, 100]),
+        },
     )

@@ -18,9 +18,9 @@ from moescope.cli.options import force_option, output_option, shown_layers_optio
 )
 @force_option
 def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tuple[str, ...], force: bool) -> None:
-    """Write everything as one offline HTML page, with figures (PNG, SVG, PDF) and tables (CSV, LaTeX).
+    """Write everything as one offline HTML page, with figures and tables.
 
-    Prints the path of the page.
+    Figures are beside it as PNG, SVG and PDF, tables as CSV and LaTeX. Prints the path of the page.
 
     \b
     Example:

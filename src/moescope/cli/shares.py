@@ -21,10 +21,10 @@ from moescope.cli.options import format_option, shown_layers_option, trace_argum
 )
 @format_option
 def command(trace: Path, layers: tuple[int, ...] | None, choice: str, format: str) -> None:
-    """Show the share of a domain's assignments that each expert receives (Figures 7 and 9).
+    """Show the share of the assignments each expert receives, by domain.
 
-    In per cent, with half of a 95 % interval clustered by document. CSV and JSON hold the interval, the uniform share
-    and the share of tokens, too.
+    Figures 7 and 9 as a table: in per cent, with half of a 95 % interval clustered by document. CSV and JSON hold the
+    interval, the uniform share and the share of tokens, too.
 
     \b
     Example:

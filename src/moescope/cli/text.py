@@ -22,10 +22,10 @@ from moescope.cli.options import shown_layers_option, trace_argument
     "--width", type=click.IntRange(min=20), metavar="COLUMNS", help="Columns to fill.  [default: those of the terminal]"
 )
 def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, width: int | None) -> None:
-    """Show a document, its tokens on the colours of their first-choice experts, a column a layer (Figure 8).
+    """Show a document with its tokens coloured by expert.
 
-    Without colour (a pipe, NO_COLOR=1) the id of each token's expert stands below it. Control characters of the text
-    are shown as symbols.
+    Figure 8: each token on the colour of its first choice, a column a layer. Without colour (a pipe, NO_COLOR=1) the id
+    of each token's expert stands below it. Control characters of the text are shown as symbols.
 
     \b
     Example:

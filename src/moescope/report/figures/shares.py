@@ -113,7 +113,9 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float
     for mark, x, height in zip(marks, centres, share, strict=True):
         bars = np.stack([x - 0.46 * width, 0 * x, x + 0.46 * width, np.nan_to_num(height)], axis=1)
         style.add_rectangles(axes, bars, facecolor=mark.colour, hatch=mark.hatch, linewidth=0, label=mark.name)
-    style.add_verticals(axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5)
+    style.add_verticals(
+        axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5, label="95 % interval"
+    )
     axes.axhline(float(at["uniform"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
     axes.set_xlim(-0.5, num_ids - 0.5)
     axes.set_ylim(0, highest)

@@ -184,7 +184,6 @@ def _settings() -> Any:
         "legend.fontsize": 7.5,
         "text.color": INK,
         "text.hinting": "none",  # the advance of a character must not depend on the resolution
-        "text.hinting_factor": 1,
         "text.parse_math": False,  # a domain called $x$ is a name, not mathematics
         "axes.titlecolor": INK,
         "axes.labelcolor": INK,

@@ -1,0 +1,121 @@
+"""``moescope record MODEL CORPUS -o OUT``: run a model over a corpus, with a progress bar, and write a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from moescope.cli.options import parse_integers
+from moescope.errors import TraceError
+from moescope.trace import open_trace
+
+if TYPE_CHECKING:
+    from moescope.record import Progress
+
+
+@click.command()
+@click.argument("model")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder of the trace.")
+@click.option(
+    "--layers",
+    callback=parse_integers,
+    metavar="LIST",
+    help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
+)
+@click.option(
+    "--window", type=click.IntRange(1), default=2048, show_default=True, help="Longest sequence the model reads."
+)
+@click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
+@click.option(
+    "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
+)
+@click.option("--sample-seed", type=int, default=0, show_default=True, help="Another seed draws another sample.")
+@click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
+@click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
+@click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
+@click.option("--weights", is_flag=True, help="Record the gate weights, too.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="auto is the checkpoint's; another one changes some choices.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
+)
+@click.option(
+    "--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Most tokens of a forward pass."
+)
+@click.option(
+    "--part-tokens",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Tokens of a part: what an interruption can cost.",
+)
+@click.option("--force", is_flag=True, help="Replace a finished trace, or one of another recording.")
+def command(out: Path, **arguments: Any) -> None:
+    """Run MODEL over CORPUS and record which experts every token went to.
+
+    MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
+    is downloaded. CORPUS is a file or folder of JSON lines (.jsonl, .jsonl.zst, the Pile's among them), Parquet or text.
+
+    A recording that was interrupted, even by kill -9, goes on when the same command is run again.
+    """
+    from moescope.record import record
+
+    console = Console(stderr=True)
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    ]
+    try:
+        with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("loading", total=None, numbers="")
+
+            def show(progress: Progress) -> None:
+                done = {} if progress.fraction is None else {"completed": progress.fraction, "total": 1.0}
+                bar.update(task, description="recording", numbers=describe(progress), **done)
+
+            trace = record(out=out, progress=show, **arguments)
+    except KeyboardInterrupt:
+        click.echo(_what_is_kept(out), err=True)
+        raise
+    click.echo(
+        f"{out}: {trace.num_tokens:,} tokens of {trace.num_documents:,} documents in {len(trace.domains)} domains, "
+        f"{len(trace.layers)} layers",
+        err=True,
+    )
+
+
+def describe(progress: Progress) -> str:
+    """Tokens, speed and time left, for the right of the bar.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> describe(SimpleNamespace(tokens=65536, tokens_per_second=7921.4, seconds_left=3723.0))
+        '65,536 tokens, 7,921/s, 1:02:03 left'
+    """
+    text = f"{progress.tokens:,} tokens, {progress.tokens_per_second:,.0f}/s"
+    if progress.seconds_left is None:
+        return text
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{text}, {hours}:{minutes:02}:{seconds:02} left" if hours else f"{text}, {minutes}:{seconds:02} left"
+
+
+def _what_is_kept(out: Path) -> str:
+    try:
+        tokens = open_trace(out).num_tokens
+    except TraceError:
+        return f"{out}: nothing is recorded yet"
+    return f"{out}: the {tokens:,} tokens recorded so far are kept; the same command goes on from there"
