@@ -56,6 +56,12 @@ def test_the_layers_asked_for_are_those_of_tables_and_panels(written):
     assert {line.split(",")[1] for line in every.splitlines()[1:]} == {"0", "3", "7", "15", "23", "31"}
 
 
+def test_the_function_and_the_room_of_one_name_do_not_hide_each_other(mixtral, earlier, monkeypatch):
+    monkeypatch.setattr(writer, "_write", lambda results, folder: (folder / "index.html").write_text("new"))
+    for _ in range(2):
+        assert moescope.report(mixtral, earlier, force=True) == earlier / "index.html"
+
+
 def test_a_report_of_128_experts_is_written(wide, tmp_path):
     page = report(wide.path, tmp_path / "wide")
     assert "128" in page.read_text("utf-8")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from moescope.cli.options import force_option, output_option
-
-if TYPE_CHECKING:
-    from moescope.trace import Trace
 
 TRACE = "sample.moe"
 REPORT = "report"
@@ -20,7 +16,8 @@ REPORT = "report"
 @click.command()
 @output_option("moescope-demo", "Folder for the trace and the report.")
 @force_option
-def command(output: Path, force: bool) -> None:
+@click.pass_context
+def command(ctx: click.Context, output: Path, force: bool) -> None:
     """Record the embedded model on the embedded corpus and write its report.
 
     Takes a few minutes; stopped and started again it goes on where it was, and a finished trace is used as it is.
@@ -29,36 +26,37 @@ def command(output: Path, force: bool) -> None:
     Example:
       moescope demo -o moescope-demo
     """
+    from moescope.errors import require
     from moescope.report.writer import check_output, report
 
+    for module in ("matplotlib", "jinja2"):  # better now than after the recording
+        require(module, extra="report")
     check_output(output / REPORT, force=force)
-    trace = _recorded(output / TRACE)
+    if _finished(output / TRACE):
+        click.echo(f"{output / TRACE} is there and is used", err=True)
+    else:
+        _record(ctx, output / TRACE)
     click.echo("writing the report …", err=True)
-    page = report(trace, output / REPORT, force=force)
-    click.echo(_summary(page))
+    click.echo(_summary(report(output / TRACE, output / REPORT, force=force)))
 
 
-def _recorded(path: Path) -> Trace:
-    """The finished trace at the path, recorded first if need be."""
-    from moescope import mini
+def _finished(path: Path) -> bool:
     from moescope.errors import TraceNotFound
     from moescope.trace import open_trace
 
     try:
-        trace = open_trace(path)
-        if trace.complete:
-            click.echo(f"{path} is there and is used", err=True)
-            return trace
+        return open_trace(path).complete
     except TraceNotFound:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    from moescope.cli.progress import progress_bar
-    from moescope.errors import require
+        return False
 
-    require("torch", extra="record")
-    from moescope.record import record
 
-    with progress_bar() as progress:
-        return record(mini.model_path(), mini.corpus_path(), path, weights=True, progress=progress)
+def _record(ctx: click.Context, path: Path) -> None:
+    """Run ``moescope record`` on what is embedded."""
+    from moescope import mini
+    from moescope.cli.record import command as record
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ctx.invoke(record, model=str(mini.model_path()), corpus=mini.corpus_path(), out=path, weights=True)
 
 
 def _summary(page: Path) -> str:
