@@ -198,8 +198,9 @@ class _Sums:
             np.add.at(self.tokens_D, domain_G, np.diff(starts_G))
             np.add.at(self.pairs_D, domain_G, pairs_G)
             np.add.at(self.pairs_squared_D, domain_G, pairs_G**2)
+        place = {layer.layer: at for at, layer in enumerate(layers)}
         for layer in group:
-            at = layers.index(layer)
+            at = place[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
             used = slice(0, layer.top_k + 1), slice(0, layer.num_ids)
             loads = (

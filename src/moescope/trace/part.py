@@ -116,17 +116,19 @@ def _check_order(part: Part) -> None:
     documents = part.document_starts()
     if len(np.unique(part.document[documents[:-1]])) != len(documents) - 1:
         raise ValueError("the rows of a document must be contiguous")
-    first = np.zeros(part.num_tokens, bool)
-    first[documents[:-1]] = True
-    sequence, position = part.sequence.astype(np.int64), part.position.astype(np.int64)
-    same_document = ~first[1:]
-    next_position = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
-    next_sequence = (sequence[1:] == sequence[:-1] + 1) & (position[1:] == 0)
-    if not (next_position | next_sequence)[same_document].all():
-        raise ValueError("the rows of a document must be in the order of its text")
-    if sequence[first].any() or position[first].any():
+    if part.sequence[documents[:-1]].any() or part.position[documents[:-1]].any():
         raise ValueError("a document starts with sequence 0, position 0")
-    if (part.domain[1:] != part.domain[:-1])[same_document].any():
+    # Rows that do not go on one position further are few; only they may change the sequence or the document.
+    leaps = np.flatnonzero(part.position[1:] != part.position[:-1] + 1) + 1
+    sequences = _run_starts(part.sequence)[1:-1]
+    inner = np.setdiff1d(leaps, documents, assume_unique=True)  # where a document goes on in its next sequence
+    if (
+        not np.isin(np.concatenate([sequences, documents[1:-1]]), leaps).all()
+        or part.position[inner].any()
+        or (part.sequence[inner] != part.sequence[inner - 1] + 1).any()
+    ):
+        raise ValueError("the rows of a document must be in the order of its text")
+    if not np.isin(_run_starts(part.domain)[1:-1], documents).all():
         raise ValueError("a document has one domain")
 
 
