@@ -1,16 +1,18 @@
-"""``moescope record MODEL CORPUS -o OUT``: run a model over a corpus, with a progress bar, and write a trace."""
+"""``moescope record``: run a model over a corpus and write what its routers chose."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from moescope.cli.options import parse_integers
+from moescope.cli.options import count, parse_integers
 from moescope.errors import TraceError
 from moescope.trace import open_trace
 
@@ -18,18 +20,34 @@ if TYPE_CHECKING:
     from moescope.record import Progress
 
 
+def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a device that torch does not know or have."""
+    if value != "auto":
+        from moescope.record import find_device
+
+        try:
+            find_device(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder of the trace.")
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="PATH", help="Folder of the trace."
+)
 @click.option(
     "--layers",
+    "--layer",
+    "layers",
     callback=parse_integers,
     metavar="LIST",
     help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
 )
 @click.option(
-    "--window", type=click.IntRange(1), default=2048, show_default=True, help="Longest sequence the model reads."
+    "--window", type=click.IntRange(2), default=2048, show_default=True, help="Longest sequence the model reads."
 )
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(
@@ -48,7 +66,11 @@ if TYPE_CHECKING:
     help="auto is the checkpoint's; another one changes some choices.",
 )
 @click.option(
-    "--device", default="auto", show_default=True, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
+    "--device",
+    default="auto",
+    show_default=True,
+    callback=_parse_device,
+    help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …",
 )
 @click.option(
     "--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Most tokens of a forward pass."
@@ -65,47 +87,38 @@ def command(out: Path, **arguments: Any) -> None:
     """Run MODEL over CORPUS and record which experts every token went to.
 
     MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
-    is downloaded. CORPUS is a file or folder of JSON lines (.jsonl, .jsonl.zst, the Pile's among them), Parquet or text.
+    is downloaded. CORPUS is a file or folder of JSON lines (such as the Pile's .jsonl.zst), Parquet or text.
 
     A recording that was interrupted, even by kill -9, goes on when the same command is run again.
+
+    \b
+    Example:
+      moescope record Mixtral-8x7B-v0.1 val.jsonl.zst -o pile.moe --max-tokens-per-domain 100000
     """
     from moescope.record import record
 
-    console = Console(stderr=True)
-    columns: list[ProgressColumn] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    ]
     try:
-        with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("loading", total=None, numbers="")
-
-            def show(progress: Progress) -> None:
-                done = {} if progress.fraction is None else {"completed": progress.fraction, "total": 1.0}
-                bar.update(task, description="recording", numbers=describe(progress), **done)
-
-            trace = record(out=out, progress=show, **arguments)
+        with _progress_bar() as progress:
+            trace = record(out=out, progress=progress, **arguments)
     except KeyboardInterrupt:
         click.echo(_what_is_kept(out), err=True)
         raise
     click.echo(
-        f"{out}: {trace.num_tokens:,} tokens of {trace.num_documents:,} documents in {len(trace.domains)} domains, "
-        f"{len(trace.layers)} layers",
+        f"{out}: {count(trace.num_tokens, 'token')} of {count(trace.num_documents, 'document')} in "
+        f"{count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
         err=True,
     )
 
 
 def describe(progress: Progress) -> str:
-    """Tokens, speed and time left, for the right of the bar.
+    """Tokens, speed and time left.
 
     Example:
         >>> from types import SimpleNamespace
         >>> describe(SimpleNamespace(tokens=65536, tokens_per_second=7921.4, seconds_left=3723.0))
         '65,536 tokens, 7,921/s, 1:02:03 left'
     """
-    text = f"{progress.tokens:,} tokens, {progress.tokens_per_second:,.0f}/s"
+    text = f"{count(progress.tokens, 'token')}, {progress.tokens_per_second:,.0f}/s"
     if progress.seconds_left is None:
         return text
     minutes, seconds = divmod(round(progress.seconds_left), 60)
@@ -113,9 +126,35 @@ def describe(progress: Progress) -> str:
     return f"{text}, {hours}:{minutes:02}:{seconds:02} left" if hours else f"{text}, {minutes}:{seconds:02} left"
 
 
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """Yields what to call after every forward pass; without a terminal nothing is drawn."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None, numbers="")
+
+        def update(progress: Progress) -> None:
+            total = None if progress.fraction is None else 1.0
+            bar.update(
+                task,
+                description="recording",
+                total=total,
+                completed=progress.fraction or 0.0,
+                numbers=describe(progress),
+            )
+
+        yield update
+
+
 def _what_is_kept(out: Path) -> str:
     try:
         tokens = open_trace(out).num_tokens
     except TraceError:
         return f"{out}: nothing is recorded yet"
-    return f"{out}: the {tokens:,} tokens recorded so far are kept; the same command goes on from there"
+    return f"{out}: the first {count(tokens, 'token')} are kept; the same command goes on from there"

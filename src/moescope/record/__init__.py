@@ -17,9 +17,10 @@ from moescope.errors import require
 require("torch", extra="record")
 require("transformers", extra="record")
 
+from moescope.record.model import find_device  # noqa: E402
 from moescope.record.recorder import Progress, record  # noqa: E402
 
-__all__ = ["Progress", "record"]
+__all__ = ["Progress", "find_device", "record"]
 
 
 class _Room(ModuleType):

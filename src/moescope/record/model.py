@@ -95,9 +95,7 @@ def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, de
         del skeleton
         tokenizer = Tokenizer.load(folder)
         body = _load_weights(folder, config, dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    body.to(device)
+    body.to(find_device(device))
     name = folder.name if Path(path).is_dir() else str(path)
     return _describe(body, tokenizer, layers, name, checkpoint_fingerprint(folder))
 
@@ -107,6 +105,20 @@ def adopt_model(model: Any, tokenizer: Any, *, layers: Sequence[int] | None) -> 
     body = model.base_model
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
     return _describe(body, Tokenizer(tokenizer), layers, name, tensors_fingerprint(body))
+
+
+def find_device(device: str) -> torch.device:
+    """The device of a name, such as ``cpu`` or ``cuda:1``; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: torch does not know it, or it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"torch has no device {device!r} here: {error}") from None
 
 
 def find_checkpoint(path: Path | str) -> Path:

@@ -25,7 +25,7 @@ from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
 from moescope.record.batches import Encode, Portion, Window, batches, num_characters, portions, windows
 from moescope.record.hooks import RouterWatch
-from moescope.record.model import Model, adopt_model, implementations, load_model, probe, ready_to_record
+from moescope.record.model import Model, adopt_model, find_device, implementations, load_model, probe, ready_to_record
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
@@ -115,6 +115,7 @@ def record(
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     if isinstance(model, str | Path):
+        find_device(device)
         ready = load_model(model, layers=layers, dtype=dtype, device=device)
     elif (dtype, device) != ("auto", "auto"):
         raise ValueError("the dtype and device of a loaded model are what they are")
