@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
@@ -109,13 +110,26 @@ def test_report_prints_the_path_of_the_page_and_keeps_what_is_not_its_own(run, m
 
 
 def test_demo_uses_a_finished_trace_and_prints_the_claims(run, mixtral, tmp_path, monkeypatch):
+    def write(results, folder):
+        (folder / "index.html").write_text("page")
+        (folder / "report.json").write_text(json.dumps({"claims": [asdict(claim) for claim in results.claims]}))
+
+    monkeypatch.setattr("moescope.report.writer._write", write)
     shutil.copytree(mixtral.path, tmp_path / "demo" / "sample.moe")
     result = run("demo", "-o", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     page = tmp_path / "demo" / "report" / "index.html"
     assert page.is_file()
     assert result.stdout.splitlines()[-1] == f"report: {page}"
-    claims = json.loads((page.parent / "report.json").read_text())["claims"]
-    for claim in claims:
+    for claim in json.loads((page.parent / "report.json").read_text())["claims"]:
         assert f"{claim['answer']:<16}  {claim['name']}" in result.stdout
     assert "is there and is used" in result.stderr
+
+
+def test_demo_keeps_a_report_folder_that_is_not_one_before_it_records(run, tmp_path):
+    (tmp_path / "demo" / "report").mkdir(parents=True)
+    (tmp_path / "demo" / "report" / "mine").write_text("")
+    result = run("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 1
+    assert "error[output-exists]" in result.stderr
+    assert not (tmp_path / "demo" / "sample.moe").exists()

@@ -159,14 +159,16 @@ def test_figure_8_puts_each_token_on_the_colour_of_its_first_choice(mixtral):
     assert {"Layer 0", "Layer 31", "Github, document 2"} <= set(texts(figure))
 
 
-@pytest.mark.parametrize("name", ["$\\frac{x$", "_hidden", "a" * 90, "中文", "\x1b[31m", ""])
-def test_a_domain_may_be_called_anything(name, repeats, shares, tmp_path):
-    domains = [name, *repeats["domain"].values[1:]]
-    figure = figures.draw_repeats(repeats.assign_coords(domain=domains))
+def test_domains_may_be_called_anything(repeats, shares, tmp_path):
+    names = ["$\\frac{x$", "_hidden", "a" * 90, "中文", "\x1b[31m", "", "100 %", "\\LaTeX{"]
+    figure = figures.draw_repeats(repeats.assign_coords(domain=names))
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(legend) == 10
+    assert legend[:2] == names[:2]
+    assert legend[2] == "a" * 23 + "…"
+    assert legend[4] == "␛[31m"
     figures.save(figure, tmp_path, "named")
-    figures.draw_shares(shares.assign_coords(domain=domains), [0])
+    assert ">$\\frac{x$</text>" in (tmp_path / "named.svg").read_text("utf-8")
+    figures.draw_shares(shares.assign_coords(domain=names), [0])
 
 
 def test_figures_are_written_as_png_svg_and_pdf_with_the_same_bytes_every_time(repeats, tmp_path):
