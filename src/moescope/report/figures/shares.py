@@ -42,7 +42,7 @@ def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "either
     """
     data = shares.sel(layer=list(layers), choice=choice)
     with style.style():
-        if not _as_bars(data):
+        if not as_bars(data):
             return _draw_maps([(f"Layer {layer}", data.sel(layer=layer)) for layer in layers])
         marks = style.domain_marks(data["domain"].values.tolist())
         columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
@@ -69,7 +69,7 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
     names = data["choice"].values.tolist()
     choices = [names[0]] if top_k == 1 else [names[0], names[1], names[top_k]]
     with style.style():
-        if not _as_bars(data):
+        if not as_bars(data):
             titles = {choice: _capital(describe_choice(choice, top_k)) for choice in choices}
             return _draw_maps(
                 [
