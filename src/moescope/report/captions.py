@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moescope.report import frames
 from moescope.report.documents import RoutedDocument
+from moescope.report.figures import as_bars
 from moescope.report.page import PageFigure
 from moescope.report.results import Results
 from moescope.report.tables import describe_any
@@ -20,6 +21,13 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> list[P
     """
     top_k = max(layer.top_k for layer in results.trace.layers)
     either = describe_any(top_k)
+    bars = as_bars(results.shares)
+    uniform = (
+        "Dashed: uniform, 1 over the number of experts."
+        if bars
+        else "White: uniform, 1 over the number of experts; black: exactly none. Experts in the order of their mean "
+        "share."
+    )
     layers = list(results.layers)
     shown = results.shares.sel(layer=layers)
     choices = list(dict.fromkeys(["either", "first", shown["choice"].values.tolist()[top_k]]))
@@ -30,13 +38,17 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> list[P
             label="Figure 7",
             title="Share of a domain's assignments that each expert receives",
             caption=(
-                f"{_capital(either)}; the shares of a domain and layer sum to 1. Dashed line, or white: uniform, 1 "
-                "over the number of experts. Thin lines: 95 % intervals, clustered by document."
+                f"{_capital(either)}; the shares of a domain and layer sum to 1. {uniform} "
+                + ("Thin lines: 95 % intervals, clustered by document." if bars else "Intervals are in the CSV.")
             ),
             how=(
                 "Compare the domains above one expert. Where experts follow topics, one domain towers over the others, "
                 "and where they do not, a group of bars has one height. How far a group is from the uniform line is a "
                 "matter of load balance, not of topic."
+                if bars
+                else "Compare the rows of one panel. Where experts follow topics, a row has dark places of its own; "
+                "where they do not, all rows fade alike from left to right. That common slope is a matter of load "
+                "balance, not of topic."
             ),
             cannot=(
                 "Equal shares do not mean equal tokens: an expert may get the verbs of one domain and the numbers of "
@@ -70,8 +82,7 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> list[P
             label="Figure 9",
             title="The same by choice",
             caption=(
-                f"{_capital(either)}, and the choices with the largest and the smallest gate weight apart. Dashed "
-                "line, or white: uniform."
+                f"{_capital(either)}, and the choices with the largest and the smallest gate weight apart. {uniform}"
             ),
             how=(
                 "If the first choice carries the topic and the last fills up, the first row differs by domain and the "

@@ -7,8 +7,8 @@ width of a page.
 
 from moescope.report.figures.divergence import draw_divergence
 from moescope.report.figures.repeats import draw_repeats
-from moescope.report.figures.shares import draw_choices, draw_shares
+from moescope.report.figures.shares import as_bars, draw_choices, draw_shares
 from moescope.report.figures.style import save
 from moescope.report.figures.tokens import draw_tokens
 
-__all__ = ["draw_choices", "draw_divergence", "draw_repeats", "draw_shares", "draw_tokens", "save"]
+__all__ = ["as_bars", "draw_choices", "draw_divergence", "draw_repeats", "draw_shares", "draw_tokens", "save"]

@@ -98,9 +98,10 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
     return figure
 
 
-def _as_bars(data: xr.Dataset) -> bool:
-    num_ids = int(data["num_ids"].values.max())
-    return num_ids <= MOST_EXPERTS_AS_BARS and num_ids * data.sizes["domain"] <= MOST_BARS
+def as_bars(shares: xr.Dataset) -> bool:
+    """Whether shares are drawn as bars, as in the paper, or as a map."""
+    num_ids = int(shares["num_ids"].values.max())
+    return num_ids <= MOST_EXPERTS_AS_BARS and num_ids * shares.sizes["domain"] <= MOST_BARS
 
 
 def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float) -> None:
