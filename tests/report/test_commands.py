@@ -13,6 +13,7 @@ import moescope
 from moescope.cli import main
 from moescope.report.formats import render
 from moescope.report.tables import repeats_table, shares_table, words_table
+from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 
 
 @pytest.fixture
@@ -86,6 +87,16 @@ def test_what_the_trace_does_not_hold_is_named(run, mixtral, tmp_path, monkeypat
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_a_trace_without_a_document_is_named(run, tmp_path):
+    header = Header((Layer(0, 8, 2),))
+    with TraceWriter(tmp_path / "new.moe", header, Vocabulary({})):
+        pass
+    for name in ("shares", "repeats", "words", "text", "report"):
+        result = run(name, tmp_path / "new.moe", *(["-o", tmp_path / "out"] if name == "report" else []))
+        assert result.exit_code == 1
+        assert "error[no-such-document]" in result.stderr
 
 
 def test_a_path_that_is_no_trace_is_named(run, tmp_path):

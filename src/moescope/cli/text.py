@@ -33,7 +33,6 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
     """
     from rich.console import Console
 
-    from moescope.errors import NoSuchDocument
     from moescope.report.documents import read_document
     from moescope.report.results import shown_layers
     from moescope.report.terminal import print_document
@@ -41,9 +40,6 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
 
     opened = open_trace(trace)
     shown = shown_layers(opened, layers)
-    if document is None:
-        if not opened.num_documents:
-            raise NoSuchDocument(trace, "the trace holds no document yet")
-        document = int(opened.document_numbers[0])
-    found = read_document(opened, document, shown)
+    number = int(opened.document_numbers[0]) if document is None else document
+    found = read_document(opened, number, shown)
     print_document(Console(width=width, highlight=False), found, opened.select_layers(shown))

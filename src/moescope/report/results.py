@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import xarray as xr
 
+from moescope.errors import NoSuchDocument
 from moescope.measures import Claim, claims, divergence, repeats, shares, words
 from moescope.report.documents import RoutedDocument, sample_documents
 from moescope.tallying import tally
@@ -80,7 +81,10 @@ def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int
 
     Raises:
         NoSuchLayer: A layer was not recorded.
+        NoSuchDocument: Nothing has been recorded yet.
     """
+    if not trace.num_tokens:
+        raise NoSuchDocument(trace.path, "the trace holds no document yet", "`moescope record` goes on with it")
     recorded = tuple(layer.layer for layer in trace.select_layers(layers))
     if layers is not None or len(recorded) <= 3:
         return recorded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -37,6 +38,10 @@ MOST_TEXT_BYTES = 1_500_000
 
 MOST_DATA_BYTES = 200_000
 """A larger CSV is linked to instead of held in the page."""
+
+
+_SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|[0-9a-f]{40}|)", re.IGNORECASE)
+"""Names of folders in which a model may lie, but that do not name it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,12 @@ def _data_link(folder: str, name: str, frame: pd.DataFrame) -> str:
 
 
 def _model_name(results: Results) -> str:
-    return visible(str(results.trace.header.model.get("name") or "the model"))
+    """What to call the model: its name, or its architecture if the name is only that of a folder."""
+    model = results.trace.header.model
+    name = str(model.get("name") or "")
+    if _SAYS_NOTHING.fullmatch(name):
+        name = str(model.get("architecture") or "the model")
+    return visible(name)
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
