@@ -116,11 +116,13 @@ def test_figure_10_draws_every_rate_and_both_baselines(repeats):
         at = repeats.sel(kind=kind)
         for domain in repeats["domain"].values:
             assert np.allclose(line(axes, domain).get_ydata(), 100 * at["rate"].sel(domain=domain).values)
-            assert np.allclose(line(axes, domain).get_xdata(), repeats["layer"].values, atol=0.1)
+            assert np.allclose(line(axes, domain).get_xdata().round(), repeats["layer"].values)
         assert np.allclose(line(axes, "uniform").get_ydata(), 100 * at["uniform"].values[0])
         band = axes.collections[0].get_paths()[0].vertices[:, 1]
         assert band.min() == pytest.approx(100 * at["marginal"].values.min())
         assert band.max() == pytest.approx(100 * at["marginal"].values.max())
+        left, right = axes.get_xlim()
+        assert all(left < x < right for domain in repeats["domain"].values for x in line(axes, domain).get_xdata())
         low, high = axes.get_ylim()
         assert low <= 100 * at["low"].values.min()
         assert high >= 100 * at["high"].values.max()

@@ -19,6 +19,9 @@ from moescope.report.numbers import bits
 from moescope.report.tables import SIGNIFICANT
 
 MOST_LAYERS_WITH_NUMBERS = 10
+LEGEND_WIDTH = 3.85
+"""Inches that the scale and its words need."""
+
 FROM_NOTHING = LinearSegmentedColormap.from_list(
     "from_nothing", [PAPER, "#d5e3f3", "#8fb4dc", "#4a7ebb", "#1d4a85", "#0c2750"]
 ).with_extremes(bad="#e9eaec")
@@ -39,7 +42,8 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
         left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12
         cell = min((FULL_WIDTH - left - right) / len(layers), 0.62)
         figure = style.new_figure(
-            max(left + right + cell * len(layers), 4.2), top + bottom + (0.22 if numbers else 0.17) * len(names)
+            max(left + right + cell * len(layers), left + LEGEND_WIDTH),
+            top + bottom + (0.22 if numbers else 0.17) * len(names),
         )
         axes = figure.subplots()
         width, height = figure.get_size_inches()

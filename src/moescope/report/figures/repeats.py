@@ -57,6 +57,8 @@ def draw_repeats(repeats: xr.Dataset) -> Figure:
 def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
     layers = data["layer"].values
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
+    # Side by side, so that the intervals at one layer do not cover each other, and within the margins.
+    apart = min([0.05 * (layers[-1] - layers[0]) + 0.15, *(0.24 * np.diff(layers))])
     marginal = 100 * data["marginal"].values
     if np.isfinite(marginal).any():
         known = np.isfinite(marginal).any(axis=0)
@@ -78,7 +80,7 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
         at = data.isel(domain=number)
         low, high, rate = (100 * at[name].values for name in ("low", "high", "rate"))
         if few:
-            shift = 0.16 * ((number + 0.5) / len(marks) - 0.5) if len(layers) > 1 else 0.0
+            shift = apart * ((number + 0.5) / len(marks) - 0.5)
             style.add_verticals(axes, layers + shift, low, high, edgecolor=mark.colour, linewidth=0.9, alpha=0.8)
         else:
             shift = 0.0
