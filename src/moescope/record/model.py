@@ -96,7 +96,7 @@ def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, de
         tokenizer = Tokenizer.load(folder)
         body = _load_weights(folder, config, dtype)
     body.to(find_device(device))
-    name = folder.name if Path(path).is_dir() else str(path)
+    name = folder.resolve().name if Path(path).is_dir() else str(path)
     return _describe(body, tokenizer, layers, name, checkpoint_fingerprint(folder))
 
 

@@ -49,6 +49,9 @@ _SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expe
 
 _WHOLE_NUMBERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
+NEWER = "a newer transformers may call its experts with both"
+"""The hint where a family is refused: from version to version more of them do."""
+
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[Any, Any]]
 
 
@@ -111,6 +114,7 @@ def find_experts(model: nn.Module, subject: object) -> tuple[Experts, ...]:
             raise ModelUnsupported(
                 subject,
                 f"{_family(config)}: {name} holds experts, but is not called with chosen ids and gate weights",
+                NEWER,
             )
     if not found:
         _refuse_without_experts(config, subject)
@@ -224,7 +228,7 @@ def _refuse_without_experts(config: Any, subject: object) -> None:
                 subject,
                 f"{family}: the configuration says {name} = {number}, but no module is called with chosen ids and "
                 "gate weights",
-                "moescope reads models in the layout that transformers 5 gives them",
+                NEWER,
             )
     raise ModelNotMoE(subject, f"{family} is not a mixture of experts: none of its layers has routed experts")
 
@@ -276,6 +280,7 @@ def check_call(experts: Experts, ids: Any, weights: Any) -> tuple[Tensor, Tensor
             experts.name,
             f"layer {experts.layer} is called with ids {_shape(ids)} and gate weights {_shape(weights)}, expected "
             "whole numbers (token, choice) and as many weights",
+            NEWER,
         )
     return ids, weights
 
