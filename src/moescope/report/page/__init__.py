@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import moescope
 from moescope.report import frames
 from moescope.report.colours import NO_EXPERT_DARK, NO_EXPERT_LIGHT, expert_colours
-from moescope.report.documents import RoutedDocument
+from moescope.report.documents import RoutedDocument, example_documents
 from moescope.report.layout import LINE_BREAK, PART_OF_CHARACTER
 from moescope.report.numbers import count
 from moescope.report.results import Results
@@ -234,7 +234,7 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
         for document in documents
     ]
     most = max((layer.top_k for layer in results.trace.layers), default=1)
-    by_words = sorted(documents, key=lambda document: -len(document.find(results.words_asked)))
+    first = example_documents(documents, results.words_asked, 1)
     return {
         "layers": [
             {
@@ -246,7 +246,7 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
             for layer in results.embedded_layers
         ],
         "shown": [layer for layer in results.layers if layer in {e.layer for e in results.embedded_layers}][:3],
-        "start": by_words[0].number if by_words else None,
+        "start": first[0].number if first else None,
         "choices": [f"{choice} choice" for choice in choice_labels(most)[1:]],
         "weights": bool(results.trace.header.weights),
         "palettes": {
