@@ -294,3 +294,36 @@ def test_selecting_no_layers_in_particular_selects_all() -> None:
     experts = find_experts(tiny_model("jamba"), "m")
     assert [each.layer for each in select_experts(experts, None, 4, "m")] == [1, 3]
     assert [each.layer for each in select_experts(experts, [3], 4, "m")] == [3]
+
+
+class TableExperts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = torch.nn.Parameter(torch.zeros(4, 2, 2))
+
+    def forward(self, hidden: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        return hidden
+
+
+class TableModel(torch.nn.Module):
+    """A model whose routing is known: token t goes to experts t, t + 1, t + 2 mod 4 with weights 0.2, 0.6, 0.2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+        self.layers[1].experts = TableExperts()
+
+    def forward(self, input_ids: Any, use_cache: bool) -> None:
+        ids = (input_ids.flatten()[:, None] + torch.arange(3)) % 4
+        weights = torch.tensor([0.2, 0.6, 0.2]).expand(len(ids), 3)
+        self.layers[1].experts(torch.zeros(len(ids), 2), top_k_weights=weights, top_k_index=ids)
+
+
+def test_known_routing_is_read_by_keyword_and_ties_keep_the_order_of_the_router() -> None:
+    model = TableModel()
+    (experts,) = find_experts(model, "m")
+    assert (experts.layer, experts.num_experts) == (1, 4)
+    with RouterWatch([experts]) as watch:
+        choices = watch.run(model, {"input_ids": torch.tensor([[0, 1], [2, 3]])})
+    assert choices[1].expert_ids.tolist() == [[1, 0, 2], [2, 1, 3], [3, 2, 0], [0, 3, 1]]
+    assert choices[1].gate_weights[0].tolist() == pytest.approx([0.6, 0.2, 0.2])
