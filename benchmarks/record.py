@@ -31,10 +31,10 @@ import transformers
 
 from moescope import mini
 from moescope.corpus import open_corpus, sample
-from moescope.record import record
-from moescope.record.batches import Batch, batches, portions, windows
-from moescope.record.recorder import BATCH_TOKENS, PART_TOKENS, WINDOW
-from moescope.record.tokenizer import Tokenizer
+from moescope.recording import record
+from moescope.recording.batches import Batch, batches, portions, windows
+from moescope.recording.recorder import BATCH_TOKENS, PART_TOKENS, WINDOW
+from moescope.recording.tokenizer import Tokenizer
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def page() -> str:
     lines = [
         "# Errors",
         "",
-        "Every error about files, models and data reads `error[code]: subject: problem`, with a hint where there is one;",
+        "Every error about files, models and data reads `error[code]: subject: problem`, with a hint if there is one;",
         "in Python it is a subclass of `moescope.errors.MoescopeError`. The exit code is 1. A wrong command line exits",
         "with 2, a wrong argument from Python is a `ValueError`.",
     ]

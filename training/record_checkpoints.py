@@ -3,7 +3,7 @@
     python training/record_checkpoints.py --checkpoints WORK/run/checkpoints --output training/checkpoint-traces
 
 One trace a checkpoint, `pct-001.moe` to `pct-100.moe`, ids only: 5,500 tokens of each domain, the same documents in
-each (a sample by hash with seed 0), in float32, so that saturation between checkpoints can be computed without the models.
+each (a sample by hash with seed 0), in float32, so that saturation can be computed without the models.
 """
 
 from __future__ import annotations

@@ -25,15 +25,15 @@ _HOMES = {
     "divergence": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
-    "record": "record",
+    "record": "recording",
     "repeats": "measures",
-    "report": "report",
+    "report": "reporting",
     "shares": "measures",
     "tally": "tallying",
     "words": "measures",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
     from moescope.measures import words as words
-    from moescope.record import record as record
-    from moescope.report import report as report
+    from moescope.recording import record as record
+    from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace

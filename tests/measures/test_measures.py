@@ -74,7 +74,9 @@ def test_repeats_of_three_documents_counted_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_baselines_are_those_of_the_paper_and_of_other_shapes() -> None:
-    percent = {shape: [100 * rate for rate in uniform_repeats(*shape)] for shape in [(8, 2), (64, 8), (128, 8), (256, 8)]}
+    percent = {
+        shape: [100 * rate for rate in uniform_repeats(*shape)] for shape in [(8, 2), (64, 8), (128, 8), (256, 8)]
+    }
     assert percent[8, 2] == pytest.approx([12.5, 46.43, 25], abs=0.005)
     assert percent[64, 8][:2] == pytest.approx([1.56, 67.91], abs=0.005)
     assert percent[128, 8][:2] == pytest.approx([0.78, 41.23], abs=0.005)
@@ -84,7 +86,13 @@ def test_the_baselines_are_those_of_the_paper_and_of_other_shapes() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "dropped"),
-    [(Layer(0, 8, 2), 0), (Layer(0, 20, 2), 0.2), (Layer(0, 9, 1), 0.2), (Layer(0, 130, 2), 0.1), (Layer(0, 64, 6), 0.1)],
+    [
+        (Layer(0, 8, 2), 0),
+        (Layer(0, 20, 2), 0.2),
+        (Layer(0, 9, 1), 0.2),
+        (Layer(0, 130, 2), 0.1),
+        (Layer(0, 64, 6), 0.1),
+    ],
 )
 def test_the_marginal_null_equals_a_loop_over_all_pairs_of_tokens(tmp_path: Path, layer: Layer, dropped: float) -> None:
     part = make_part(np.random.default_rng(0), (layer,), [40, 30, 20], domains=("A",), dropped=dropped)

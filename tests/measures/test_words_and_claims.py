@@ -48,7 +48,7 @@ def test_the_words_of_three_documents_counted_by_hand(tmp_path: Path) -> None:
     row = words(trace, ["Question"]).sel(word="Question", layer=0)
     assert [int(row[name]) for name in ("occurrences", "tokens", "documents", "multi_token")] == [4, 8, 3, 4]
     assert (row["top_expert"], row["top_share"], row["top_share_null"]) == (1, 7 / 8, 7 / 10)
-    # Tokens by document: 2 of expert 1; 3 of 1 and 1 of 2; 2 of 1. Agreeing ordered pairs across: 49 + 1 - 18, of 64 - 24.
+    # Tokens by document: 2 of expert 1; 3 of 1 and 1 of 2; 2 of 1: agreeing ordered pairs across documents.
     assert row["same"] == pytest.approx((50 - 4 - 10 - 4) / (64 - 4 - 16 - 4))
     assert row["same_null"] == pytest.approx((2 * 1 + 7 * 6 + 0) / (10 * 9))
     assert row["together"] == pytest.approx(3 / 4)

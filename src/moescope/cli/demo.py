@@ -27,7 +27,7 @@ def command(ctx: click.Context, output: Path, force: bool) -> None:
       moescope demo -o moescope-demo
     """
     from moescope.errors import require
-    from moescope.report.writer import check_output, report
+    from moescope.reporting.writer import check_output, report
 
     for module in ("matplotlib", "jinja2"):  # better now than after the recording
         require(module, extra="report")
@@ -56,12 +56,12 @@ def _record(ctx: click.Context, path: Path) -> None:
     from moescope.cli.record import command as record
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ctx.invoke(record, model=str(mini.model_path()), corpus=mini.corpus_path(), out=path, weights=True)
+    ctx.invoke(record, model=str(mini.model_path()), corpus=mini.corpus_path(), out=path, weights=True, dtype="float32")
 
 
 def _summary(page: Path) -> str:
     """The claims of section 5 with their answers, and where the evidence is."""
-    from moescope.report.writer import MARKER
+    from moescope.reporting.writer import MARKER
 
     claims = json.loads((page.parent / MARKER).read_bytes())["claims"]
     lines = [f"{claim['answer']:<16}  {claim['name']}" for claim in claims]

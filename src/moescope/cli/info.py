@@ -60,7 +60,7 @@ def _counts(codes: np.ndarray[Any, np.dtype[np.integer[Any]]], names: Sequence[s
 
 def _text(contents: dict[str, Any]) -> str:
     """The contents for a reader; names come from a model and a corpus, so they are made visible first."""
-    from moescope.report.visible import visible
+    from moescope.reporting.visible import visible
 
     documents, tokens = contents["documents"], contents["tokens"]
     state = "complete" if contents["complete"] else "unfinished"

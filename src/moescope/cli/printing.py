@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from moescope.report.tables import Table
+from moescope.reporting.tables import Table
 
 
 def print_table(table: Table, format: str) -> None:
@@ -12,10 +12,10 @@ def print_table(table: Table, format: str) -> None:
 
     Args:
         table: The table.
-        format: One of ``moescope.report.formats.FORMATS``; ``text`` has colours, and fits the width, if stdout is a
+        format: One of ``moescope.reporting.formats.FORMATS``; ``text`` has colours, and fits the width, if stdout is a
             terminal.
     """
-    from moescope.report.formats import render, styled
+    from moescope.reporting.formats import render, styled
 
     if format != "text":
         click.echo(render(table, format), nl=False)

@@ -17,13 +17,13 @@ from moescope.errors import TraceError
 from moescope.trace import open_trace
 
 if TYPE_CHECKING:
-    from moescope.record import Progress
+    from moescope.recording import Progress
 
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refuse a device that torch does not know or have."""
     if value != "auto":
-        from moescope.record import find_device
+        from moescope.recording import find_device
 
         try:
             find_device(value)
@@ -84,7 +84,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option("--force", is_flag=True, help="Replace a finished trace, or one of another recording.")
 def command(out: Path, **arguments: Any) -> None:
-    """Run MODEL over CORPUS and record which experts every token went to.
+    """Run a model over a corpus and record its routing.
 
     MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
     is downloaded. CORPUS is a file or folder of JSON lines (such as the Pile's .jsonl.zst), Parquet or text.
@@ -95,7 +95,7 @@ def command(out: Path, **arguments: Any) -> None:
     Example:
       moescope record Mixtral-8x7B-v0.1 val.jsonl.zst -o pile.moe --max-tokens-per-domain 100000
     """
-    from moescope.record import record
+    from moescope.recording import record
 
     try:
         with _progress_bar() as progress:

@@ -26,8 +26,8 @@ def command(trace: Path, layers: tuple[int, ...] | None, format: str) -> None:
     """
     from moescope.cli.printing import print_table
     from moescope.measures import repeats
-    from moescope.report.results import shown_layers
-    from moescope.report.tables import repeats_table
+    from moescope.reporting.results import shown_layers
+    from moescope.reporting.tables import repeats_table
     from moescope.tallying import tally
     from moescope.trace import open_trace
 

@@ -1,4 +1,4 @@
-"""``moescope report``: the door to ``moescope.report.report``."""
+"""``moescope report``: the door to ``moescope.reporting.report``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tu
     Example:
       moescope report pile.moe -o report/
     """
-    from moescope.report import report
+    from moescope.reporting import report
 
     if not all(word.strip() for word in words):
         raise click.BadParameter("a word must hold something besides spaces.", param_hint="'--word'")

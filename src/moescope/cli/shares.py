@@ -32,8 +32,8 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, format: st
     """
     from moescope.cli.printing import print_table
     from moescope.measures import shares
-    from moescope.report.results import shown_layers
-    from moescope.report.tables import shares_table
+    from moescope.reporting.results import shown_layers
+    from moescope.reporting.tables import shares_table
     from moescope.tallying import tally
     from moescope.trace import open_trace
 

@@ -33,9 +33,9 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
     """
     from rich.console import Console
 
-    from moescope.report.documents import read_document
-    from moescope.report.results import shown_layers
-    from moescope.report.terminal import print_document
+    from moescope.reporting.documents import read_document
+    from moescope.reporting.results import shown_layers
+    from moescope.reporting.terminal import print_document
     from moescope.trace import open_trace
 
     opened = open_trace(trace)

@@ -192,7 +192,7 @@ def _locality_grows(repeats: xr.Dataset) -> Claim:
         return Claim(name, statement, "not enough data", "Fewer than three layers were recorded.")
     first = repeats.sel(kind="first")
     layers = first["layer"].values.tolist()
-    places = [layers[0], layers[len(layers) // 2], layers[-1]]
+    places = [layers[0], layers[(len(layers) - 1) // 2], layers[-1]]
     excess = (first["rate"] - first["marginal"]).mean("domain")
     if not np.isfinite(excess.sel(layer=places)).all() or not np.isfinite(first["low"]).any():
         return Claim(name, statement, "not enough data", _too_few_documents())

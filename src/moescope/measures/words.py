@@ -167,6 +167,9 @@ def _same_across(count_GE: NDArray[np.float64]) -> tuple[float, float, float]:
     pairs_without = pairs - 2 * n_G * (total - n_G)
     without = statistics.ratio(agree_without, pairs_without)
     error = np.sqrt((num_documents - 1) / num_documents * ((without - without.mean()) ** 2).sum())
+    if error == 0 and value in (0, 1):  # every document agrees, which leaves room for documents that were not drawn
+        low, high = statistics.proportion_interval(value, 0.0, num_documents)
+        return float(value), float(low), float(high)
     half = float(statistics.student_t(num_documents) * error)
     return float(value), max(0.0, float(value) - half), min(1.0, float(value) + half)
 

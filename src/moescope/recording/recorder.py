@@ -1,0 +1,313 @@
+"""Recording: a model reads a corpus, and what its routers chose becomes a trace.
+
+Unit: a token of the corpus; padding and the tokens that the tokenizer adds are fed and not recorded. The trace grows by
+whole parts, so whatever ends a recording early, the same call goes on after the last finished part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+import moescope
+from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
+from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
+from moescope.recording.batches import Encode, Portion, Window, batches, num_characters, portions, windows
+from moescope.recording.hooks import RouterWatch
+from moescope.recording.model import (
+    Model,
+    adopt_model,
+    find_device,
+    implementations,
+    load_model,
+    probe,
+    ready_to_record,
+)
+from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
+from moescope.trace.reader import SUMMARY
+
+BATCH_TOKENS = 4096
+PART_TOKENS = 65_536
+WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a recording is.
+
+    Attributes:
+        tokens: Tokens recorded, those of a resumed trace included.
+        fraction: Share of the corpus's text that is recorded, 0 to 1; None if the documents can be read only once.
+        tokens_per_second: Speed of this call.
+        seconds_left: Time to the end at this speed; None if it cannot be known.
+    """
+
+    tokens: int
+    fraction: float | None
+    tokens_per_second: float
+    seconds_left: float | None
+
+
+class Documents(Protocol):
+    """What the recorder asks of a corpus: its documents, always in the same order, and their provenance."""
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+    def description(self) -> dict[str, Any]:
+        """Provenance for the header of a trace."""
+
+
+def record(
+    model: str | Path | tuple[Any, Any],
+    corpus: str | Path | Corpus | Iterable[Document],
+    out: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    window: int = WINDOW,
+    max_tokens_per_domain: int | None = None,
+    max_documents_per_domain: int | None = None,
+    sample_seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    weights: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    part_tokens: int = PART_TOKENS,
+    text_field: str | None = None,
+    domain_field: str | None = None,
+    strict: bool = False,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Trace:
+    """Record every choice that a model's routers make on a corpus.
+
+    Args:
+        model: Folder of a checkpoint (or its name in the local Hugging Face cache), or a loaded (model, tokenizer).
+        corpus: Path of a corpus, or an opened one, or documents.
+        out: Folder of the trace to write. An unfinished trace of the same recording is continued.
+        layers: Layers to record, counted over the whole model; None for all with routed experts.
+        window: Longest sequence the model reads, added tokens included; capped at what the model was made for.
+        max_tokens_per_domain: Sample each domain down to this many tokens.
+        max_documents_per_domain: Sample each domain down to this many documents.
+        sample_seed: Seed of the sample.
+        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``; it changes some choices.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` …
+        weights: Record the gate weights, too.
+        batch_tokens: Most tokens of a forward pass, padding included.
+        part_tokens: Tokens of a part: what an interruption can cost.
+        text_field: Field of the corpus that holds the text.
+        domain_field: Field of the corpus that holds the domain.
+        strict: Stop at a malformed record instead of counting it.
+        force: Replace a finished trace, or one of another recording.
+        progress: Called after every forward pass.
+    Returns:
+        The finished trace.
+    Raises:
+        MoescopeError: The model, the corpus or the output is at fault; `moescope.errors` has a class for each case.
+    """
+    out = Path(out)
+    if window < 1 or batch_tokens < 1 or part_tokens < 1:
+        raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
+    if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
+        raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
+    if isinstance(corpus, str | Path):
+        corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
+    if isinstance(model, str | Path):
+        find_device(device)
+        ready = load_model(model, layers=layers, dtype=dtype, device=device)
+    elif (dtype, device) != ("auto", "auto"):
+        raise ValueError("the dtype and device of a loaded model are what they are")
+    else:
+        ready = adopt_model(*model, layers=layers)
+    documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
+    if max_tokens_per_domain is not None or max_documents_per_domain is not None:
+        if not isinstance(corpus, Corpus):
+            raise ValueError("quotas a domain are for a corpus of files; choose among your documents yourself")
+        documents = sample(
+            corpus,
+            max_tokens_per_domain=max_tokens_per_domain,
+            max_documents_per_domain=max_documents_per_domain,
+            seed=sample_seed,
+            num_tokens=ready.tokenizer.num_tokens,
+        )
+    window = min(window, ready.max_positions or window)
+    if window <= len(ready.tokenizer.added_ids):
+        raise ValueError(f"a window of {window} has no room beside the {len(ready.tokenizer.added_ids)} added tokens")
+    with ready_to_record(ready):
+        layers_found, stop_at = probe(ready)
+        run = {
+            "window": window,
+            "batch_tokens": batch_tokens,
+            "part_tokens": part_tokens,
+            "device": ready.device.type,
+            **implementations(ready),
+            **_versions(),
+        }
+        header = Header(
+            layers_found, weights, ready.description, ready.tokenizer.description(), documents.description(), run
+        )
+        with (
+            TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
+            RouterWatch(ready.experts, stop_at=stop_at) as watch,
+        ):
+            _record_parts(ready, watch, documents, writer, progress or (lambda _: None))
+    return open_trace(out)
+
+
+def _record_parts(
+    model: Model, watch: RouterWatch, documents: Documents, writer: TraceWriter, report: Callable[[Progress], None]
+) -> None:
+    """Record the parts that the trace does not hold yet, then its summary."""
+    totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
+    for note in writer.progress:
+        totals = {name: totals[name] + note[name] for name in totals}
+    meter = _Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
+    remaining = islice(documents, totals["documents_read"], None)
+    for portion in portions(remaining, model.tokenizer.encode, writer.header.run["part_tokens"]):
+        note = {
+            "documents_read": portion.num_read,
+            "documents_empty": portion.num_read - len(portion.documents),
+            "tokens": portion.num_tokens,
+            "characters": portion.num_characters,
+        }
+        if portion.documents:
+            writer.write(_record_part(model, watch, portion, writer.header, meter), note)
+        totals = {name: totals[name] + note[name] for name in totals}
+    if not totals["tokens"]:
+        name = writer.header.corpus["name"]
+        raise CorpusEmpty(name, f"none of its {totals['documents_read']} documents has a token")
+    problems = getattr(documents, "problems", None)
+    writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
+
+
+def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: _Meter) -> Part:
+    """Run the model over one part."""
+    added_ids = model.tokenizer.added_ids
+    cut = windows(portion, header.run["window"] - len(added_ids))
+    part = _unrouted(portion, cut, header)
+    if (largest := int(part.token_id.max())) >= model.num_embeddings:
+        raise ModelDamaged(
+            model.description["name"],
+            f"its tokenizer gives id {largest}, but the model knows {model.num_embeddings} ids",
+            "is it the tokenizer of this model?",
+        )
+    looks_ahead = model.looks_ahead
+    for batch in batches(cut, added_ids, header.run["batch_tokens"]):
+        inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
+        if batch.attention_mask is not None and looks_ahead:
+            inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
+        for layer, choices in watch.run(model.body, inputs).items():
+            gate_weights = choices.gate_weights[batch.places]
+            _check_finite(layer, gate_weights, batch.rows, part)
+            part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
+            if header.weights:
+                part.gate_weights[layer][batch.rows] = gate_weights
+        meter.add(len(batch.rows), portion.num_characters * len(batch.rows) / portion.num_tokens)
+    return part
+
+
+def _unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
+    """A part whose token columns are filled and whose choices are not."""
+    lengths = [len(token_ids) for _, token_ids in portion.documents]
+    domains = {document.domain: None for document, _ in portion.documents}
+    codes = {domain: code for code, domain in enumerate(domains)}
+    shapes = {layer.layer: (portion.num_tokens, layer.top_k) for layer in header.layers}
+    return Part(
+        document=np.repeat(np.array([document.number for document, _ in portion.documents], np.uint32), lengths),
+        domain=np.repeat(np.array([codes[document.domain] for document, _ in portion.documents]), lengths),
+        domain_names=tuple(domains),
+        sequence=np.repeat(
+            np.array([window.sequence for window in cut], np.uint32), [len(window.token_ids) for window in cut]
+        ),
+        position=np.concatenate([np.arange(len(window.token_ids), dtype=np.uint32) for window in cut]),
+        token_id=np.concatenate([window.token_ids for window in cut]),
+        expert_ids={layer: np.empty(shape, np.int16) for layer, shape in shapes.items()},
+        gate_weights={layer: np.empty(shape, np.float32) for layer, shape in shapes.items()} if header.weights else {},
+    )
+
+
+def _check_finite(layer: int, gate_weights: NDArray[np.float32], rows: NDArray[np.int64], part: Part) -> None:
+    if np.isfinite(gate_weights).all():
+        return
+    row = rows[~np.isfinite(gate_weights).all(axis=1)].min()
+    raise RouterNotFinite(
+        f"layer {layer}",
+        f"a gate weight is NaN or infinite in document {part.document[row]}, sequence {part.sequence[row]}, position "
+        f"{part.position[row]}",
+        "the model's weights are damaged, or overflow in this dtype: does --dtype float32 help?",
+    )
+
+
+def _num_characters(documents: Documents, encode: Encode) -> int | None:
+    """Characters that will be recorded; reading a corpus is nothing beside running a model over it."""
+    if isinstance(documents, _Given) and not documents.can_be_read_again:
+        return None
+    return sum(num_characters(document, encode) for document in documents)
+
+
+class _Meter:
+    """Counts what is recorded and tells the caller."""
+
+    def __init__(
+        self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
+    ) -> None:
+        self._report = report
+        self._tokens_before, self._tokens = tokens, tokens
+        self._characters_before, self._characters = characters, float(characters)
+        self._total = total_characters
+        self._start = time.monotonic()
+
+    def add(self, tokens: int, characters: float) -> None:
+        self._tokens += tokens
+        self._characters += characters
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        fraction = seconds_left = None
+        if self._total:
+            fraction = min(1.0, self._characters / self._total)
+            left = max(0.0, self._total - self._characters)
+            seconds_left = seconds * left / (self._characters - self._characters_before)
+        speed = (self._tokens - self._tokens_before) / seconds
+        self._report(Progress(self._tokens, fraction, speed, seconds_left))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Documents that a caller made, under the interface of a corpus."""
+
+    documents: Iterable[Document]
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.documents)
+
+    @property
+    def can_be_read_again(self) -> bool:
+        """Whether these are more than an iterator, which is used up by the first reading."""
+        return not isinstance(self.documents, Iterator)
+
+    def description(self) -> dict[str, Any]:
+        """Provenance; documents that can be read only once have no fingerprint."""
+        if not self.can_be_read_again:
+            return {"name": "documents", "format": "documents", "fingerprint": None}
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(repr(document).encode("utf-8", "backslashreplace"))
+        return {"name": "documents", "format": "documents", "fingerprint": digest.hexdigest()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "moescope": moescope.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,14 @@
+"""The figures of section 5, drawn by matplotlib: results in, a `Figure` out.
+
+Rule of the folder: a module a figure; nothing is computed that its CSV twin does not hold. No pyplot, so no global
+state and no window; `style` holds the one look and writes the files. Figures are sized for paper: 6.75 inches is the
+width of a page.
+"""
+
+from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.repeats import draw_repeats
+from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
+from moescope.reporting.figures.style import save
+from moescope.reporting.figures.tokens import draw_tokens
+
+__all__ = ["as_bars", "draw_choices", "draw_divergence", "draw_repeats", "draw_shares", "draw_tokens", "save"]

@@ -1,0 +1,90 @@
+"""Divergence of each domain from the others, a map of domain by layer; not in the paper.
+
+Its claim that only DM Mathematics stands out, most at the first and the last layer, can be read from it. A dot marks
+what sampling documents alone does not explain.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moescope.reporting.colours import MUTED, PAPER
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.numbers import bits
+from moescope.reporting.tables import SIGNIFICANT
+
+MOST_LAYERS_WITH_NUMBERS = 10
+LEGEND_WIDTH = 3.85
+"""Inches that the scale and its words need."""
+
+FROM_NOTHING = LinearSegmentedColormap.from_list(
+    "from_nothing", [PAPER, "#d5e3f3", "#8fb4dc", "#4a7ebb", "#1d4a85", "#0c2750"]
+).with_extremes(bad="#e9eaec")
+
+
+def draw_divergence(divergence: xr.Dataset) -> Figure:
+    """The map of all layers there are.
+
+    Args:
+        divergence: Of `moescope.divergence`.
+    """
+    value = divergence["jsd_rest"].transpose("domain", "layer").values
+    found = divergence["q_value"].transpose("domain", "layer").values < SIGNIFICANT
+    layers = divergence["layer"].values
+    names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
+    numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
+    with style.style():
+        left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12
+        cell = min((FULL_WIDTH - left - right) / len(layers), 0.62)
+        figure = style.new_figure(
+            max(left + right + cell * len(layers), left + LEGEND_WIDTH),
+            top + bottom + (0.22 if numbers else 0.17) * len(names),
+        )
+        axes = figure.subplots()
+        width, height = figure.get_size_inches()
+        style.place(
+            figure, left=left, right=width - left - cell * len(layers), top=top, bottom=bottom, between=0, rows=1
+        )
+        largest = float(np.nanmax(value, initial=1e-6))
+        mesh = axes.pcolormesh(value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
+        axes.invert_yaxis()
+        dark = value > 0.45 * largest
+        for colour, here in (("#ffffff", dark), ("#000000", ~dark)):
+            if numbers:
+                for row, column in np.argwhere(here & np.isfinite(value)):
+                    text = bits(float(value[row, column])) + (" •" if found[row, column] else "")
+                    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=colour)
+            else:
+                rows, columns = np.nonzero(here & found)
+                axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.8, color=colour, markeredgewidth=0)
+        axes.set_yticks(np.arange(len(names)) + 0.5, names)
+        if numbers:
+            axes.set_xticks(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers])
+        else:
+            shown = [
+                int(at) for at in MaxNLocator(10, integer=True).tick_values(0, len(layers) - 1) if at < len(layers)
+            ]
+            axes.set_xticks(np.array(shown) + 0.5, [str(layers[at]) for at in shown])
+        axes.set_xlabel("Layer", labelpad=2)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        bar_axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
+        bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal")
+        bar.outline.set_linewidth(0)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(3))
+        bar_axes.tick_params(length=2, pad=2)
+        figure.text(
+            (left + 1.55) / width,
+            0.24 / height,
+            "bits; • not explained by sampling documents",
+            fontsize=7,
+            color=MUTED,
+            va="bottom",
+        )
+    return figure

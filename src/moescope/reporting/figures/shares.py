@@ -1,0 +1,205 @@
+"""Figures 7 and 9: the share of a domain's assignments that each expert receives.
+
+Few experts are drawn as in the paper: bars grouped by expert, a bar a domain, the uniform share dashed. Many are drawn
+as a map of domain by expert, coloured by the ratio to the uniform share; experts that got nothing at all are black
+there, for dead and rare are different findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from moescope.reporting.colours import INK, MUTED, PAPER
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH, Mark
+from moescope.reporting.tables import describe_choice
+
+MOST_EXPERTS_AS_BARS = 16
+MOST_BARS = 210
+GROUP_WIDTH = 0.86
+"""Part of the distance between two experts that the bars of one take."""
+
+BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
+    "below_and_above", ["#3a68ad", "#a9c4e4", PAPER, "#f0ab62", "#8c350b"]
+).with_extremes(under="#000000", bad="#e9eaec")
+
+
+def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "either") -> Figure:
+    """Figure 7: a panel a layer.
+
+    Args:
+        shares: Of `moescope.shares`.
+        layers: Layers to draw.
+        choice: Which choice; the paper draws "either".
+    """
+    data = shares.sel(layer=list(layers), choice=choice)
+    with style.style():
+        if not as_bars(data):
+            return _draw_maps([(f"Layer {layer}", data.sel(layer=layer)) for layer in layers])
+        marks = style.domain_marks(data["domain"].values.tolist())
+        columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
+        top = style.legend_rows(len(marks), columns) + 0.25
+        figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.3 * len(layers) + 0.37 * (len(layers) - 1))
+        panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+        style.place(figure, left=0.52, right=0.42, top=top, bottom=0.38, between=0.37, rows=len(layers))
+        highest = _highest(data)
+        for axes, layer in zip(panels, layers, strict=True):
+            _draw_bars(axes, data.sel(layer=layer), marks, highest)
+            style.panel_title(axes, f"Layer {layer}")
+            _label_uniform(axes, float(data["uniform"].sel(layer=layer)))
+        panels[len(layers) // 2].set_ylabel("Selection proportion")
+        panels[-1].set_xlabel("Expert ID", labelpad=2)
+        style.legend_above(figure, style.bar_handles(marks), [mark.name for mark in marks], columns=columns)
+    return figure
+
+
+def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
+    """Figure 9: the same for all choices together and for the first and the last one, a row each, a column a layer."""
+    layers = list(layers)
+    data = shares.sel(layer=layers)
+    top_k = int(data["top_k"].values.max())
+    names = data["choice"].values.tolist()
+    choices = [names[0]] if top_k == 1 else [names[0], names[1], names[top_k]]
+    with style.style():
+        if not as_bars(data):
+            titles = {choice: _capital(describe_choice(choice, top_k)) for choice in choices}
+            return _draw_maps(
+                [
+                    (f"Layer {layer}: {titles[choice].lower()}", data.sel(layer=layer, choice=choice))
+                    for layer in layers
+                    for choice in choices
+                ]
+            )
+        marks = style.domain_marks(data["domain"].values.tolist())
+        columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
+        top = style.legend_rows(len(marks), columns) + 0.26
+        figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.25 * len(choices) + 0.18 * (len(choices) - 1))
+        panels = figure.subplots(len(choices), len(layers), squeeze=False, sharex="col", sharey=True)
+        style.place(figure, left=0.62, right=0.08, top=top, bottom=0.38, between=0.18, rows=len(choices))
+        figure.subplots_adjust(wspace=0.07)
+        highest = _highest(data.sel(choice=choices))
+        for row, choice in zip(panels, choices, strict=True):
+            for axes, layer in zip(row, layers, strict=True):
+                _draw_bars(axes, data.sel(layer=layer, choice=choice), marks, highest)
+            row[0].set_ylabel(_capital(describe_choice(choice, top_k)).replace(" or ", " or\n"), labelpad=4)
+        for axes, layer in zip(panels[0], layers, strict=True):
+            style.panel_title(axes, f"Layer {layer}")
+        for axes in panels[-1]:
+            axes.set_xlabel("Expert ID", labelpad=2)
+        style.legend_above(figure, style.bar_handles(marks), [mark.name for mark in marks], columns=columns)
+    return figure
+
+
+def as_bars(shares: xr.Dataset) -> bool:
+    """Whether shares are drawn as bars, as in the paper, or as a map."""
+    num_ids = int(shares["num_ids"].values.max())
+    return num_ids <= MOST_EXPERTS_AS_BARS and num_ids * shares.sizes["domain"] <= MOST_BARS
+
+
+def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float) -> None:
+    """The bars of one layer and choice, with their intervals and the uniform share."""
+    num_ids = int(at["num_ids"])
+    width = GROUP_WIDTH / len(marks)
+    experts = np.arange(num_ids)
+    centres = experts + (np.arange(len(marks))[:, None] - (len(marks) - 1) / 2) * width
+    share, low, high = (at[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "low", "high"))
+    for mark, x, height in zip(marks, centres, share, strict=True):
+        bars = np.stack([x - 0.46 * width, 0 * x, x + 0.46 * width, np.nan_to_num(height)], axis=1)
+        style.add_rectangles(axes, bars, facecolor=mark.colour, hatch=mark.hatch, linewidth=0, label=mark.name)
+    style.add_verticals(
+        axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5, label="95 % interval"
+    )
+    axes.axhline(float(at["uniform"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
+    axes.set_xlim(-0.5, num_ids - 0.5)
+    axes.set_ylim(0, highest)
+    num_experts = int(at["num_experts"])
+    axes.set_xticks(experts, [str(e) if e < num_experts else f"{e} null" for e in experts], minor=False)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y")
+    axes.locator_params(axis="y", nbins=4)
+
+
+def _label_uniform(axes: Axes, uniform: float) -> None:
+    axes.annotate(
+        "uniform",
+        (1, uniform),
+        (3, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color=MUTED,
+    )
+
+
+def _highest(data: xr.Dataset) -> float:
+    """Top of the vertical axis: over every interval, but not stretched by one absurdly wide."""
+    share, high = data["share"].values, data["high"].values
+    top = max(np.nanmax(share, initial=0), float(data["uniform"].values.max()), 1e-9)
+    return float(1.05 * min(max(np.nanmax(high, initial=0), top), 1.6 * top))
+
+
+def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
+    """Maps of domain by expert, one under the other, experts ordered by their mean share."""
+    domains = panels[0][1]["domain"].values.tolist()
+    names = [mark.name for mark in style.domain_marks(domains)]
+    ratios = [_ratios(at) for _, at in panels]
+    largest = max(float(np.nanpercentile(ratio, 99.5)) for ratio in ratios)
+    norm = TwoSlopeNorm(1, 1e-9, max(2.0, largest))
+    height = max(0.5, 0.135 * len(domains))
+    bottom, top, between = 0.62, 0.24, 0.42
+    figure = style.new_figure(FULL_WIDTH, bottom + top + height * len(panels) + between * (len(panels) - 1))
+    all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    left = 0.15 + 0.053 * max(map(len, names))
+    style.place(figure, left=left, right=0.12, top=top, bottom=bottom, between=between, rows=len(panels))
+    for axes, (title, at), ratio in zip(all_axes, panels, ratios, strict=True):
+        mesh = _draw_map(axes, ratio, norm)
+        axes.set_yticks(np.arange(len(domains)) + 0.5, names)
+        style.panel_title(axes, f"{title} ({int(at['num_experts'])} experts)")
+    all_axes[-1].set_xlabel("Experts, the most used of each panel first", labelpad=3)
+    width, full = figure.get_size_inches()
+    bar_axes = figure.add_axes((left / width, 0.24 / full, 2.2 / width, 0.07 / full))
+    bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", extend="max")
+    steps = [0.5, 1, *(value for value in (2, 4, 8, 16, 32) if value <= largest)]
+    bar.set_ticks([1e-9, *steps], labels=["→ 0", *(f"{value:g}×" for value in steps)])
+    bar.outline.set_linewidth(0)
+    bar_axes.tick_params(length=2, pad=2)
+    figure.text(
+        (left + 2.4) / width,
+        0.24 / full,
+        "share over uniform; black: exactly none",
+        fontsize=7,
+        color=MUTED,
+        va="bottom",
+    )
+    return figure
+
+
+def _ratios(at: xr.Dataset) -> NDArray[np.float64]:
+    """Shares over the uniform share, shape (domain, expert), the experts of the largest mean share first."""
+    share = at["share"].isel(expert=slice(int(at["num_ids"]))).transpose("domain", "expert").values
+    means = np.nan_to_num(share).mean(axis=0)
+    return share[:, np.argsort(-means, kind="stable")] / float(at["uniform"])
+
+
+def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any:
+    shown = np.where(ratio == 0, -1.0, ratio)  # under the scale: black
+    mesh = axes.pcolormesh(shown, cmap=BELOW_AND_ABOVE, norm=norm, edgecolors="none", linewidth=0)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

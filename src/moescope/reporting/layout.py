@@ -1,0 +1,84 @@
+"""Tokens set in lines of a fixed number of columns, as a terminal or a figure in a fixed-width font shows them.
+
+Line breaks and indentation are kept, long lines are broken, if possible between tokens. Every token keeps at least
+one column, so that its colour can be seen: a line break is ``↵`` at the end of its line, a token that holds only a part
+of a character is ``·``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich.cells import cell_len, chop_cells
+
+from moescope.reporting.visible import visible
+
+LINE_BREAK = "↵"
+PART_OF_CHARACTER = "·"
+TAB = "⇥   "
+
+
+class Segment(NamedTuple):
+    """Text of one token within one line.
+
+    Attributes:
+        text: Characters to show.
+        token: Index of the token.
+    """
+
+    text: str
+    token: int
+
+
+def lay_out(texts: Sequence[str], width: int) -> list[list[Segment]]:
+    """Lines of segments, none wider than `width` columns.
+
+    Args:
+        texts: The characters of each token.
+        width: Columns of a line, at least 2.
+
+    Example:
+        >>> for line in lay_out(["if", " x", ":\\n   ", " go"], 8):
+        ...     print([segment.text for segment in line])
+        ['if', ' x', ':↵']
+        ['   ', ' go']
+    """
+    if width < 2:
+        raise ValueError(f"lines need at least two columns, not {width}")
+    lines: list[list[Segment]] = [[]]
+    used = 0
+    for token, text in enumerate(texts):
+        for shown, ends_line in _pieces(text):
+            room = width - used
+            size = cell_len(shown)
+            parts = [shown] if size <= width else chop_cells(shown, width)
+            if size > room and lines[-1]:
+                lines.append([])
+                used = 0
+            for number, part in enumerate(parts):
+                if number:
+                    lines.append([])
+                    used = 0
+                lines[-1].append(Segment(part, token))
+                used += cell_len(part)
+            if ends_line:
+                lines.append([])
+                used = 0
+    return lines if lines[-1] or len(lines) == 1 else lines[:-1]
+
+
+def _pieces(text: str) -> Iterable[tuple[str, bool]]:
+    """What a token shows on each of its lines, and whether the line ends there."""
+    if not text:
+        yield PART_OF_CHARACTER, False
+        return
+    *ended, last = text.split("\n")
+    for line in ended:
+        yield _shown(line) + LINE_BREAK, True
+    if last:
+        yield _shown(last), False
+
+
+def _shown(line: str) -> str:
+    return TAB.join(visible(part) for part in line.split("\t"))

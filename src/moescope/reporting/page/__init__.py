@@ -1,0 +1,286 @@
+"""The report as one HTML file that asks the network for nothing.
+
+Token text and names are hostile. The template escapes everything; the coloured text travels as JSON that cannot end its
+element and becomes text nodes only; a policy in the page forbids every script, style and request but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+import moescope
+from moescope.reporting import frames
+from moescope.reporting.colours import NO_EXPERT_DARK, NO_EXPERT_LIGHT, expert_colours
+from moescope.reporting.documents import RoutedDocument, example_documents
+from moescope.reporting.layout import LINE_BREAK, PART_OF_CHARACTER
+from moescope.reporting.numbers import count
+from moescope.reporting.results import Results
+from moescope.reporting.tables import Table
+from moescope.reporting.visible import visible
+from moescope.tallying import choice_labels
+from moescope.trace import Layer
+
+MOST_TEXT_BYTES = 1_500_000
+"""Bytes of coloured text that a page holds."""
+
+MOST_DATA_BYTES = 200_000
+"""A larger CSV is linked to instead of held in the page."""
+
+
+_SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|[0-9a-f]{40}|)", re.IGNORECASE)
+"""Names of folders in which a model may lie, but that do not name it."""
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure with the words around it.
+
+    Attributes:
+        name: Its id in the page.
+        file: Name of its files, without ending.
+        label: What the paper calls it.
+        title: What it shows.
+        caption: What is drawn, with unit and null.
+        how: How to read it.
+        cannot: What it cannot tell.
+        frame: Its CSV twin.
+        svg: The element; empty if the page draws it otherwise.
+    """
+
+    name: str
+    file: str
+    label: str
+    title: str
+    caption: str
+    how: str
+    cannot: str
+    frame: pd.DataFrame
+    svg: str = ""
+
+
+def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequence[Table]) -> str:
+    """The text of ``index.html``.
+
+    Args:
+        results: What the report is of.
+        figures: Named shares, choices, divergence, repeats and tokens.
+        tables: Named repeats, words and divergence.
+    """
+    folder = resources.files(__package__)
+    css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    documents = _fitting(results)
+    shapes = sorted({layer.top_k for layer in results.trace.layers})
+    return environment.from_string(template).render(
+        css=Markup(css),
+        css_hash=_hash(css),
+        js=Markup(js),
+        js_hash=_hash(js),
+        version=moescope.__version__,
+        model=_model_name(results),
+        complete=results.trace.complete,
+        facts=list(_facts(results)),
+        provenance=list(_provenance(results)),
+        claims=[
+            {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
+            for claim in results.claims
+        ],
+        figures={figure.name: _Shown(figure) for figure in figures},
+        tables={table.name: table for table in tables},
+        top_k=" or ".join(map(str, shapes)),
+        embedded=_embedded(results, documents),
+        routing=Markup(_safe_json(_routing(results, documents))),
+        data_link=_data_link,
+    )
+
+
+class _Shown:
+    """A figure for the template: its SVG is markup, its words keep numbers and units together."""
+
+    def __init__(self, figure: PageFigure) -> None:
+        tied = {name: _tied(getattr(figure, name)) for name in ("title", "caption", "how", "cannot")}
+        self.__dict__.update(vars(figure), **tied, svg=Markup(figure.svg))
+
+
+def _tied(text: str) -> str:
+    return text.replace(" %", "\u00a0%")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _safe_json(value: object) -> str:
+    """JSON that can stand in a script element: nothing in it can end the element or a line."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _data_link(folder: str, name: str, frame: pd.DataFrame) -> str:
+    """A link to the CSV of a frame: within the page if it is small, else to the file beside it."""
+    text = frames.csv(frame)
+    if len(text) <= MOST_DATA_BYTES:
+        return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
+    return f"{folder}/{name}.csv"
+
+
+def _model_name(results: Results) -> str:
+    """What to call the model: its name, or its architecture if the name is only that of a folder."""
+    model = results.trace.header.model
+    name = str(model.get("name") or "")
+    if _SAYS_NOTHING.fullmatch(name):
+        name = str(model.get("architecture") or "the model")
+    return visible(name)
+
+
+def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
+    """The numbers under the title: label, value, more."""
+    trace = results.trace
+    layers = trace.layers
+    experts = sorted({layer.num_experts for layer in layers})
+    top_k = sorted({layer.top_k for layer in layers})
+    yield "Tokens", count(trace.num_tokens), f"of {count(trace.num_documents)} documents"
+    corpus = trace.header.corpus.get("name")
+    yield "Domains", count(len(trace.domains)), f"in {visible(str(corpus))}" if corpus else ""
+    yield "Layers with experts", count(len(layers)), f"{layers[0].layer} to {layers[-1].layer}"
+    yield "Experts a layer", " or ".join(map(str, experts)), f"{' or '.join(map(str, top_k))} chosen a token"
+
+
+def _provenance(results: Results) -> Iterator[tuple[str, str]]:
+    """Everything the trace's header says, flat."""
+    header = results.trace.header
+    yield "trace", visible(results.trace.path.name)
+    for name in ("model", "tokenizer", "corpus", "run"):
+        yield from _flat(name, getattr(header, name))
+    yield "domains", ", ".join(map(visible, results.trace.domains))
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name} {key}", inner)
+    elif value not in (None, "", [], {}):
+        yield visible(name.replace("_", " ")), visible(str(value))
+
+
+# ------------------------------------------------------------------------------------------- the coloured text
+
+
+def _fitting(results: Results) -> list[RoutedDocument]:
+    """The documents that fit into the page, a document of every domain before the second of any; by domain again."""
+    turns: dict[str, int] = {}
+    order = []
+    for document in results.documents:
+        turns[document.domain] = turns.get(document.domain, 0) + 1
+        order.append((turns[document.domain], document))
+    a_token = 8 + sum(
+        layer.top_k * (_id_bytes(layer) + bool(results.trace.header.weights)) * 4 / 3
+        for layer in results.embedded_layers
+    )
+    room = MOST_TEXT_BYTES / a_token
+    kept = []
+    for _, document in sorted(order, key=lambda turn: turn[0]):
+        if len(document.token_ids) <= room:
+            kept.append(document)
+            room -= len(document.token_ids)
+    places = {domain: at for at, domain in enumerate(results.trace.domains)}
+    return sorted(kept, key=lambda document: places[document.domain])
+
+
+def _embedded(results: Results, documents: Sequence[RoutedDocument]) -> str:
+    """What of the trace the page holds, in words."""
+    words = (
+        f"This page holds {count(len(documents))} of {count(results.trace.num_documents)} documents (up to their first "
+        "600 tokens), chosen for the words asked about"
+    )
+    if len(results.embedded_layers) < len(results.trace.layers):
+        words += f", in {len(results.embedded_layers)} of {len(results.trace.layers)} layers"
+    return f"{words}; the command “moescope text” shows any other."
+
+
+def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str, Any]:
+    """What the page's script draws from: texts once each, ids and weights as base64 of bytes."""
+    places: dict[str, int] = {}
+    shown = [
+        {
+            "number": document.number,
+            "domain": visible(document.domain),
+            "shown": len(document.token_ids),
+            "total": document.num_tokens,
+            "ids": document.token_ids.tolist(),
+            "tokens": [places.setdefault(_displayed(text), len(places)) for text in document.texts],
+            "experts": {
+                layer.layer: _packed_ids(document.expert_ids[layer.layer], layer) for layer in results.embedded_layers
+            },
+            **(
+                {"weights": {number: _packed_weights(w) for number, w in document.gate_weights.items()}}
+                if document.gate_weights
+                else {}
+            ),
+        }
+        for document in documents
+    ]
+    most = max((layer.top_k for layer in results.trace.layers), default=1)
+    first = example_documents(documents, results.words_asked, 1)
+    return {
+        "layers": [
+            {
+                "layer": layer.layer,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "wide": _id_bytes(layer) == 2,
+            }
+            for layer in results.embedded_layers
+        ],
+        "shown": [layer for layer in results.layers if layer in {e.layer for e in results.embedded_layers}][:3],
+        "start": first[0].number if first else None,
+        "choices": [f"{choice} choice" for choice in choice_labels(most)[1:]],
+        "weights": bool(results.trace.header.weights),
+        "palettes": {
+            number: list(zip(expert_colours(number), expert_colours(number, dark=True), strict=True))
+            for number in {layer.num_experts for layer in results.embedded_layers}
+        },
+        "no_expert": [NO_EXPERT_LIGHT, NO_EXPERT_DARK],
+        "texts": list(places),
+        "documents": shown,
+    }
+
+
+def _displayed(text: str) -> str:
+    """A token as the page shows it: its line breaks and tabs kept behind their symbols."""
+    if not text:
+        return PART_OF_CHARACTER
+    lines = ("⇥\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+    return f"{LINE_BREAK}\n".join(lines)
+
+
+def _id_bytes(layer: Layer) -> int:
+    return 1 if layer.num_ids < 255 else 2
+
+
+def _packed_ids(ids: NDArray[np.integer[Any]], layer: Layer) -> str:
+    """Ids as base64 of little-endian bytes; the largest number stands for a dropped assignment."""
+    dtype = np.dtype("u1") if _id_bytes(layer) == 1 else np.dtype("<u2")
+    signed = ids.astype(np.int64)
+    none = np.iinfo(dtype).max
+    return base64.b64encode(np.where(signed < 0, none, signed).astype(dtype).tobytes()).decode()
+
+
+def _packed_weights(weights: NDArray[np.floating[Any]]) -> tuple[float, str]:
+    """Weights in 255 steps of the largest one."""
+    known = np.nan_to_num(weights.astype(float)).clip(min=0)
+    largest = float(known.max(initial=0)) or 1.0
+    return round(largest, 6), base64.b64encode((known / largest * 255).round().astype(np.uint8).tobytes()).decode()

@@ -1,0 +1,294 @@
+"""Tables as people read them: cells of text in rows, sections and columns, built once and printed in any format.
+
+Shares are in per cent, divergences in bits; ``±`` is half of a 95 % interval clustered by document. The same values
+unrounded are the table's `frame`, which is what CSV and JSON hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from moescope.measures import published
+from moescope.reporting import frames
+from moescope.reporting.numbers import MISSING, bits, count, percent, spread
+from moescope.reporting.visible import visible
+
+SIGNIFICANT = 0.05
+"""False discovery rate below which a divergence is marked."""
+
+
+class Cell(NamedTuple):
+    """What one cell says.
+
+    Attributes:
+        value: The number, rounded.
+        spread: Half of its interval with its sign, such as ``±0.8``; empty if there is none.
+        mark: ``*`` beside a value that differs from its null.
+    """
+
+    value: str
+    spread: str = ""
+    mark: str = ""
+
+
+class Row(NamedTuple):
+    """A label and its cells, one a column."""
+
+    label: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows under a common title; the title may be empty."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to print.
+
+    Attributes:
+        name: File name without ending.
+        title: What is counted, and the unit.
+        stub: Heading of the labels of rows.
+        columns: Headings of the columns.
+        sections: The rows.
+        groups: Headings that span columns, with the number of columns each spans; may be empty.
+        notes: What a reader needs to know.
+        frame: The values, tidy and unrounded.
+    """
+
+    name: str
+    title: str
+    stub: str
+    columns: tuple[str, ...]
+    sections: tuple[Section, ...]
+    groups: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "either") -> Table:
+    """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
+
+    Args:
+        shares: Of `moescope.shares`.
+        layers: Layers to show.
+        choice: A coordinate of `shares`: "either", "first", …
+    """
+    data = shares.sel(choice=choice, layer=list(layers))
+    domains = data["domain"].values.tolist()
+    sections = []
+    for layer in layers:
+        at = data.sel(layer=layer).transpose("expert", "domain")
+        value, low, high = (at[name].values for name in ("share", "low", "high"))
+        num_experts, num_ids = int(at["num_experts"]), int(at["num_ids"])
+        rows = tuple(
+            Row(
+                str(expert) if expert < num_experts else f"{expert} (null)",
+                tuple(
+                    Cell(percent(v), spread(v, a, b))
+                    for v, a, b in zip(value[expert], low[expert], high[expert], strict=True)
+                ),
+            )
+            for expert in range(num_ids)
+        )
+        sections.append(Section(f"layer {layer}: uniform {percent(float(at['uniform']))}", rows))
+    top_k = int(data["top_k"].values.max())
+    return Table(
+        "shares",
+        f"Share of the assignments that each expert receives, {describe_choice(choice, top_k)}, %",
+        "expert",
+        tuple(map(visible, domains)),
+        tuple(sections),
+        notes=("± half of a 95 % interval, clustered by document. The shares of a domain and layer sum to 100 %.",),
+        frame=frames.shares_frame(shares.sel(choice=[choice], layer=list(layers))),
+    )
+
+
+def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Table 5: a row a domain; first choice, then first or second choice, a column a layer.
+
+    Below the measured rates stand what the popularity of the experts alone predicts, the uniform baseline and, if the
+    corpus has domains of the paper, what the paper published.
+    """
+    data = repeats.sel(layer=list(layers))
+    kinds = ("first", "any")
+    domains = data["domain"].values.tolist()
+
+    def rows(name: str, *, interval: bool = False) -> tuple[Row, ...]:
+        return tuple(
+            Row(
+                visible(domain),
+                tuple(
+                    _share_cell(
+                        data, name, ("low", "high") if interval else None, domain=domain, kind=kind, layer=layer
+                    )
+                    for kind in kinds
+                    for layer in layers
+                ),
+            )
+            for domain in domains
+        )
+
+    uniform = tuple(
+        Cell(percent(data["uniform"].sel(kind=kind, layer=layer).item())) for kind in kinds for layer in layers
+    )
+    top_k = int(data["top_k"].values.max())
+    return Table(
+        "repeats",
+        "Repeated consecutive assignments, %",
+        "domain",
+        tuple(f"layer {layer}" for _ in kinds for layer in layers),
+        (
+            Section("", rows("rate", interval=True)),
+            Section("expected from the popularity of the experts alone", rows("marginal")),
+            Section("expected from uniform routing", (Row("any domain", uniform),)),
+            *_published(domains, layers),
+        ),
+        groups=(("first choice", len(layers)), (describe_any(top_k), len(layers))),
+        notes=("± half of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
+        frame=frames.repeats_frame(data),
+    )
+
+
+def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Words and indentation: a section a layer, a row a word."""
+    data = words.sel(layer=list(layers))
+    same, together = ("same_low", "same_high"), ("together_low", "together_high")
+    sections = []
+    for layer in layers:
+        rows = []
+        for word in data["word"].values.tolist():
+            at = {"word": word, "layer": layer}
+            top = float(data["top_expert"].sel(at))
+            rows.append(
+                Row(
+                    visible(word),
+                    (
+                        Cell(count(int(data["occurrences"].sel(word=word)))),
+                        Cell(MISSING if isnan(top) else str(int(top))),
+                        _share_cell(data, "top_share", ("top_share_low", "top_share_high"), **at),
+                        _share_cell(data, "top_share_null", None, **at),
+                        _share_cell(data, "same", same, **at),
+                        _share_cell(data, "same_null", None, **at),
+                        _share_cell(data, "together", together, **at),
+                        _share_cell(data, "together_null", None, **at),
+                    ),
+                )
+            )
+        sections.append(Section(f"layer {layer}", tuple(rows)))
+    return Table(
+        "words",
+        "First-choice expert of words, %",
+        "word",
+        ("occurrences", "expert", "of the word", "of all tokens", "measured", "any tokens", "measured", "token ids"),
+        tuple(sections),
+        groups=(("", 1), ("most frequent expert", 3), ("two documents agree", 2), ("within a word", 2)),
+        notes=(
+            "two documents agree: two tokens of the word from different documents have the same first choice, against "
+            "any two tokens of the trace.",
+            "within a word: all tokens of an occurrence that the tokenizer cut have the same first choice, against "
+            "what their token ids do elsewhere.",
+            "± half of a 95 % interval, by document.",
+        ),
+        frame=frames.words_frame(data),
+    )
+
+
+def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
+    """How far each domain's shares are from the mean of the others: a row a domain, a column a layer."""
+    data = divergence.sel(layer=list(layers))
+    domains = data["domain"].values.tolist()
+
+    def rows(cell: Sequence[str]) -> tuple[Row, ...]:
+        return tuple(
+            Row(visible(domain), tuple(_bits_cell(data.sel(domain=domain, layer=layer), cell) for layer in layers))
+            for domain in domains
+        )
+
+    return Table(
+        "divergence",
+        "Jensen-Shannon divergence of a domain's shares from the mean of the other domains', bits",
+        "domain",
+        tuple(f"layer {layer}" for layer in layers),
+        (
+            Section("measured", rows(("jsd_rest",))),
+            Section("expected from sampling documents alone", rows(("jsd_rest_null",))),
+            Section("95 % interval of the true divergence", rows(("jsd_rest_low", "jsd_rest_high"))),
+        ),
+        notes=(
+            f"* differs from the other domains (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            *_largest_pairs(data),
+        ),
+        frame=frames.divergence_frame(data),
+    )
+
+
+def describe_choice(choice: str, top_k: int) -> str:
+    """Words for a coordinate of choice.
+
+    Example:
+        >>> describe_choice("either", 2), describe_choice("either", 8), describe_choice("4th", 8)
+        ('first or second choice', 'any of the 8 choices', '4th choice')
+    """
+    return describe_any(top_k) if choice == "either" else f"{choice} choice"
+
+
+def describe_any(top_k: int) -> str:
+    """Words for all choices of a token taken together."""
+    return {1: "the one choice", 2: "first or second choice"}.get(top_k, f"any of the {top_k} choices")
+
+
+def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:
+    """Table 5 as the paper has it, its first, middle and last layer under ours, if a domain is the paper's."""
+    known = {domain: name for domain in domains if (name := published.paper_name(domain)) is not None}
+    if not known or len(layers) != len(published.LAYERS):
+        return []
+    table = published.table5()
+    rows = tuple(
+        Row(visible(domain), tuple(Cell(f"{value:.1f}") for value in table.sel(domain=name).values.ravel()))
+        for domain, name in known.items()
+    )
+    layers_text = ", ".join(map(str, published.LAYERS))
+    return [Section(f"Mixtral-8x7B on the Pile as published, layers {layers_text} of 32", rows)]
+
+
+def _share_cell(data: xr.Dataset, name: str, ends: tuple[str, str] | None, **at: object) -> Cell:
+    value = float(data[name].sel(at))
+    if ends is None:
+        return Cell(percent(value))
+    low, high = (float(data[end].sel(at)) for end in ends)
+    return Cell(percent(value), spread(value, low, high))
+
+
+def _bits_cell(at: xr.Dataset, names: Sequence[str]) -> Cell:
+    values = [float(at[name]) for name in names]
+    if len(values) == 2:
+        low, high = values
+        return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
+    marked = names[0] == "jsd_rest" and float(at["q_value"]) < SIGNIFICANT
+    return Cell(bits(values[0]), mark="*" if marked else "")
+
+
+def _largest_pairs(data: xr.Dataset) -> list[str]:
+    """For each layer the two domains that are furthest apart."""
+    found = []
+    domains = data["domain"].values.tolist()
+    for layer in data["layer"].values.tolist():
+        pairs = data["jsd"].sel(layer=layer).values
+        if len(domains) < 2 or not np.isfinite(pairs).any():
+            continue
+        a, b = np.unravel_index(int(np.nanargmax(pairs)), pairs.shape)
+        found.append(f"layer {layer}: {visible(domains[a])} and {visible(domains[b])}, {bits(float(pairs[a, b]))} bits")
+    return [f"Furthest apart: {'; '.join(found)}."] if found else []
