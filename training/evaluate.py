@@ -5,9 +5,9 @@ bits a byte of text. The unigram model knows how often each token occurs in that
 one). Load is counted in assignments over the whole sample corpus; imbalance is the largest load over the mean load.
 
 Example:
-    python training/evaluate.py --model src/moescope/mini/model --corpus WORK/corpus --tokens WORK/run/tokens \\
+    python training/evaluate.py --model src/moescope/mini/mini-mixtral --corpus WORK/corpus --tokens WORK/run/tokens \\
         --sample src/moescope/mini/corpus/sample.jsonl.zst --log WORK/run/log.jsonl \\
-        --output src/moescope/mini/model/evaluation.json --card src/moescope/mini/model/README.md
+        --output src/moescope/mini/mini-mixtral/evaluation.json --card src/moescope/mini/mini-mixtral/README.md
 """
 
 import argparse

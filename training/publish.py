@@ -5,7 +5,7 @@ Attention is limited to the 512 tokens of a training window: without that limit 
 fifth or more after its 512th token, with it the loss stays where it was.
 
 Example:
-    python training/publish.py --checkpoint WORK/run/checkpoints/pct-100 --output src/moescope/mini/model
+    python training/publish.py --checkpoint WORK/run/checkpoints/pct-100 --output src/moescope/mini/mini-mixtral
 """
 
 import argparse

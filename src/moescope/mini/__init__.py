@@ -16,7 +16,7 @@ def model_path() -> Path:
         >>> (model_path() / "config.json").is_file()
         True
     """
-    return _HERE / "model"
+    return _HERE / "mini-mixtral"
 
 
 def corpus_path() -> Path:
