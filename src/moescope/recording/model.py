@@ -210,7 +210,7 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
 def ready_to_record(model: Model) -> Iterator[None]:
     """Evaluation mode and, on a CPU, the eager experts; afterwards everything is as it was before.
 
-    The other implementations of the experts are slower on a CPU (docs/decisions/log.md).
+    No other implementation of the experts is faster on a CPU, and some are far slower (docs/decisions/log.md).
     """
     training = [module for module in model.body.modules() if module.training]
     configs = {id(config): config for each in model.experts if (config := getattr(each.module, "config", None))}
