@@ -142,7 +142,7 @@ def find_checkpoint(path: Path | str) -> Path:
         raise ModelNotFound(
             path,
             "there is no such folder, and no model of that name in the local Hugging Face cache",
-            f"moescope never downloads; `hf download {path}` does",
+            "moescope never downloads; `hf download NAME` does, and then its NAME will do here",
         ) from None
 
 
