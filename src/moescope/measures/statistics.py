@@ -44,7 +44,7 @@ def ratio_standard_error(
     Example:
         Two documents of 10 tokens, with 1 and 3 of what is counted: p = 0.2, residuals -1 and +1.
 
-        >>> float(ratio_standard_error(4, 20, 10, 40, 200, 2))
+        >>> round(float(ratio_standard_error(4, 20, 10, 40, 200, 2)), 12)
         0.1
     """
     p = ratio(y, n)
