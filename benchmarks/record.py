@@ -6,9 +6,9 @@
 
 Plain is what a user would write: the causal model as ``from_pretrained`` gives it, head and all, one call a batch, its
 outputs dropped. Recording is everything that `moescope.record` does: reading, tokenizing, batching, hooks, sorting,
-writing. Repeats alternate in one process, so that a busy machine slows both. On a quiet machine read the median over the
-rounds; on a busy one the ratio of the least CPU times of many short rounds tells more. Memory is the peak of a process
-of its own that loads the model and goes over the corpus once.
+writing. Repeats alternate in one process, so that a busy machine slows both. On a quiet machine read the median over
+the rounds; on a busy one the ratio of the least CPU times of many short rounds tells more. Memory is the peak of a
+process of its own that loads the model and goes over the corpus once.
 
 Bars: time at most 0.90, memory at most 1.05.
 """
