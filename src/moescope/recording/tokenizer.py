@@ -117,7 +117,7 @@ def _piece_decoder(tokenizer: Any) -> Callable[[str, int], bytes]:
     """How a token of this tokenizer's vocabulary becomes bytes, by the kind of its decoder."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        kinds = _decoder_kinds(json.loads(backend.to_str()).get("decoder"))
+        kinds = set() if backend.decoder is None else _decoder_kinds(json.loads(backend.decoder.__getstate__()))
     else:
         kinds = {"ByteFallback", "Metaspace"} if type(tokenizer).__module__.startswith("transformers") else set()
     if "ByteLevel" in kinds:
