@@ -56,7 +56,9 @@ def main() -> None:
             if wait(process) == 0:
                 break
             kills += 1
-            kills_that_left_parts += not (out / "summary.json").exists() and any(out.glob("parts/*"))
+            if (out / "summary.json").exists():  # the kill came after the last file: the trace is complete
+                break
+            kills_that_left_parts += any(out.glob("parts/*"))
         compare(out, whole)
     print(json.dumps({"kills": kills, "kills_that_left_parts": kills_that_left_parts, "traces": traces}))
 
