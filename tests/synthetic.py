@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ def make_part(
 
 
 def make_trace(path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True) -> Trace:
-    """Write the parts as a trace."""
+    """Write the parts as a trace; layers of which an assignment is dropped say so in the header."""
+    layers = tuple(replace(a, drops=any((part.expert_ids[a.layer] == -1).any() for part in parts)) for a in layers)
     header = Header(layers, weights=bool(parts[0].gate_weights), model={"name": "synthetic"})
     with TraceWriter(path, header, VOCABULARY) as writer:
         for part in parts:

@@ -77,6 +77,17 @@ def test_columns_are_plain_parquet_with_one_or_two_bytes_an_id_and_nulls_for_dro
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
     assert (types["L0_0"], types["L3_0"], types["token_id"], types["domain"]) == ("uint8", "uint16", "uint32", "string")
     assert table["L0_0"].null_count == int((parts(dropped=0.2)[0].expert_ids[0][:, 0] == -1).sum()) > 0
+    assert [name for name in table.column_names if table.schema.field(name).nullable] == table.column_names[5:]
+
+
+def test_a_dropped_assignment_where_the_header_knows_of_none_is_refused(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY) as writer:
+        with pytest.raises(ValueError, match=r"layer 0: id outside 0\.\.7: -1\.\."):
+            writer.write(parts(dropped=0.2)[0], {})
+        assert open_trace(tmp_path / "t.moe").num_tokens == 0
+        writer.write(parts()[0], {})
+    schema = pq.read_schema(open_trace(tmp_path / "t.moe").parts[0].path)
+    assert not any(schema.field(name).nullable for name in schema.names)
 
 
 def test_the_pages_of_eight_experts_take_less_than_0_40_bytes_an_id(tmp_path: Path) -> None:
@@ -354,7 +365,7 @@ def test_a_kept_trace_of_version_1_reads_as_it_was_written() -> None:
     assert trace.verify() == []
     assert (trace.domains, trace.document_numbers.tolist()) == (("ArXiv", "Github"), [4, 9])
     assert trace.header.model == {"name": "tiny"}
-    assert trace.layers[0] == Layer(1, 4, 2, "layers.1.experts", num_null_experts=1, num_shared_experts=1)
+    assert trace.layers[0] == Layer(1, 4, 2, "layers.1.experts", num_null_experts=1, num_shared_experts=1, drops=True)
     (part,) = trace.iter_parts(weights=True)
     assert part.expert_ids[1].tolist() == [[0, 4], [3, -1], [1, 2], [2, 0]]
     assert part.expert_ids[2].tolist() == [[299], [0], [7], [-1]]

@@ -29,6 +29,7 @@ class Layer:
         num_null_experts: Choices that run no expert (skip, zero-compute); their ids follow the routed ones.
         num_shared_experts: Experts that always run; never in the ids.
         ranked: Whether rank 0 is the choice with the largest gate weight; False if the source gave no order.
+        drops: Whether capacity may drop assignments; otherwise every choice of every token has an expert id.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class Layer:
     num_null_experts: int = 0
     num_shared_experts: int = 0
     ranked: bool = True
+    drops: bool = False
 
     def __post_init__(self) -> None:
         if self.layer < 0 or self.num_null_experts < 0 or self.num_shared_experts < 0:
