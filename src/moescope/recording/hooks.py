@@ -7,7 +7,7 @@ it ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -75,10 +75,13 @@ class RouterWatch:
             RouterSilent: A layer did not speak exactly once, or not for every token.
             ModelUnsupported: A layer was called with something else than ids and gate weights.
         """
+        return self.observe(lambda: model(**inputs, use_cache=False), inputs["input_ids"].numel())
+
+    def observe(self, forward: Callable[[], object], num_tokens: int) -> dict[int, Choices]:
+        """Call `forward`, which runs the watched layers over `num_tokens` tokens, padding included; as `run`."""
         self._calls = []
         with suppress(_LastRouterSpoke), torch.no_grad():  # inference_mode would leave its tensors in buffers
-            model(**inputs, use_cache=False)
-        num_tokens = inputs["input_ids"].numel()
+            forward()
         calls, self._calls = self._calls, []
         spoke = [experts.layer for experts, _, _ in calls]
         rows = {experts.layer: len(ids) for experts, ids, _ in calls}
