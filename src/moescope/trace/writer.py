@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from moescope.errors import TraceBusy, TraceExists, TraceMismatch
 from moescope.trace import checksums, header, part, vocabulary
+from moescope.trace.counts import Counts, check_counts
 from moescope.trace.header import Header
 from moescope.trace.part import Part
 from moescope.trace.reader import PARTS, SUMMARY, open_parts, part_name, read_header
@@ -112,19 +114,24 @@ class TraceWriter:
         checksums.commit(self.path, vocabulary.FILE_NAME, pieces.write)
         checksums.commit(self.path, header.FILE_NAME, _writer(self.header.to_json().encode()))
 
-    def write(self, rows: Part, progress: Mapping[str, Any]) -> None:
+    def write(self, rows: Part | Counts, progress: Mapping[str, Any]) -> None:
         """Write the next part; when this returns, no kill and no crash can lose it.
 
         Args:
-            rows: Whole documents.
+            rows: Whole documents; counts if the header says so.
             progress: JSON-able note from which the recorder goes on after this part.
         Raises:
             ValueError: The part contradicts the header or the format.
             DiskFull: There is no room; the parts before this one are kept.
         """
-        part.check(rows, self.header)
-        name = part_name(len(self.progress))
-        checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
+        write: Callable[[BinaryIO], None]
+        if isinstance(rows, Counts):
+            check_counts(rows, self.header)
+            write = partial(part.write_counts, counts=rows, progress=progress)
+        else:
+            part.check(rows, self.header)
+            write = partial(part.write_part, part=rows, header=self.header, progress=progress)
+        checksums.commit(self.path, part_name(len(self.progress)), write)
         self.progress.append(dict(progress))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
