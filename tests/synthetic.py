@@ -47,12 +47,15 @@ def make_part(
     )
 
 
-def make_trace(path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True) -> Trace:
+def make_trace(
+    path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True, token_ids: bool = True
+) -> Trace:
     """Write the parts as a trace; layers of which an assignment is dropped say so in the header."""
     layers = tuple(replace(a, drops=any((part.expert_ids[a.layer] == -1).any() for part in parts)) for a in layers)
     header = Header(
         layers,
         weights=bool(parts[0].gate_weights),
+        token_ids=token_ids,
         phases=parts[0].phase is not None,
         model={"name": "synthetic"},
     )

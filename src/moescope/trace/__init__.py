@@ -2,7 +2,8 @@
 
 Rule of the room: the format and nothing else. It imports neither torch nor matplotlib, knows no model and no measure,
 and every file it writes is written once, checksummed and never changed again. `docs/reference/trace-format.md` is the
-format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the two doors.
+format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the two
+doors.
 """
 
 from moescope.trace.counts import Counts

@@ -70,24 +70,24 @@ class Header:
     Attributes:
         layers: The layers recorded, ascending.
         weights: Whether gate weights were recorded.
-        token_ids: Whether vocabulary ids are known; some programs keep routing without them.
-        phases: Whether each token is told to be of a prompt (prefill) or generated (decode).
-        counts_only: Whether the source kept only how many assignments each expert received, and no token.
         model: Name, architecture, fingerprint, dtype … of the model.
         tokenizer: Class, fingerprint and added tokens.
         corpus: Name, format, fingerprint, fields and sampling of the corpus.
         run: Window, batching, device, implementations and library versions.
+        token_ids: Whether vocabulary ids are known; some programs keep routing without them.
+        phases: Whether each token is told to be of a prompt (prefill) or generated (decode).
+        counts_only: Whether the source kept only how many assignments each expert received, and no token.
     """
 
     layers: tuple[Layer, ...]
     weights: bool = False
-    token_ids: bool = True
-    phases: bool = False
-    counts_only: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    token_ids: bool = True
+    phases: bool = False
+    counts_only: bool = False
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]

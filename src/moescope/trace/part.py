@@ -1,8 +1,8 @@
 """A part of a trace: whole documents, one row a token, as arrays in memory and as one Parquet file.
 
 The columns are ``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then
-``L{layer}_{rank}`` (chosen expert; null = the assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate weight
-as executed).
+``L{layer}_{rank}`` (chosen expert; null = the assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate
+weight as executed).
 """
 
 from __future__ import annotations
