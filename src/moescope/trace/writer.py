@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -124,14 +123,13 @@ class TraceWriter:
             ValueError: The part contradicts the header or the format.
             DiskFull: There is no room; the parts before this one are kept.
         """
-        write: Callable[[BinaryIO], None]
+        name = part_name(len(self.progress))
         if isinstance(rows, Counts):
             check_counts(rows, self.header)
-            write = partial(part.write_counts, counts=rows, progress=progress)
+            checksums.commit(self.path, name, lambda file: part.write_counts(file, rows, progress))
         else:
             part.check(rows, self.header)
-            write = partial(part.write_part, part=rows, header=self.header, progress=progress)
-        checksums.commit(self.path, part_name(len(self.progress)), write)
+            checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
         self.progress.append(dict(progress))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
