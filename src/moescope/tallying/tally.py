@@ -43,10 +43,17 @@ class Tally:
               first and second choice, those with one choice dropped at (e, e);
             * coordinates `num_experts`, `num_ids`, `top_k` (layer).
         sample: Tokens kept for what sums cannot tell where there is no `pair`; None where it is not needed.
+        counts_only: Whether it comes from a trace of counts. Then `choice` is only "either", there are no repeats, no
+            pairs and no `pair`, `tokens` is the most assignments of a layer over its top-k, and the sums of squares and
+            products are float64.
+        ranked: Whether the choices of every layer are in the order of their gate weights. If not, nobody knows which is
+            the first: `choice` is only "either", `kind` only "any".
     """
 
     data: xr.Dataset
     sample: TokenSample | None = None
+    counts_only: bool = False
+    ranked: bool = True
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ class Tally:
         """The tally of both; their documents must be disjoint.
 
         Raises:
-            ValueError: The layers, or their shapes, differ.
+            ValueError: The layers, or their shapes, differ, or only one has nothing but counts.
         """
         if not isinstance(other, Tally):
             return NotImplemented
@@ -70,10 +77,12 @@ class Tally:
         for name in ("layer", "num_experts", "num_ids", "top_k"):
             if mine[name].values.tolist() != theirs[name].values.tolist():
                 raise ValueError(f"tallies of different layers cannot be added: {name} differs")
+        if self.counts_only != other.counts_only:
+            raise ValueError("a tally of counts and one of tokens cannot be added")
         domains = list(dict.fromkeys([*self.domains, *other.domains]))
         mine, theirs = (data.reindex(domain=domains, fill_value=0) for data in (mine, theirs))
         sample = self.sample and self.sample.merge(other.sample, self.domains, other.domains, domains)
-        return Tally(mine + theirs, sample)
+        return Tally(mine + theirs, sample, self.counts_only, self.ranked and other.ranked)
 
     def _repr_html_(self) -> str:
         return self.data._repr_html_()
@@ -97,6 +106,8 @@ def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | N
     threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+    if trace.header.counts_only:
+        return _tally_counts(trace, chosen)
     local = threading.local()
     accumulators: list[_Sums] = []
 
@@ -256,17 +267,71 @@ class _Sums:
             pair = np.zeros((len(layers), len(domains), num_ids, num_ids), np.int64)
             pair[:, :, : self.pair_LDEE.shape[2], : self.pair_LDEE.shape[3]] = self.pair_LDEE
             variables["pair"] = (("domain", "layer", "expert", "second_expert"), swap(pair), {"units": "tokens"})
-        coordinates: dict[str, Any] = {
-            "domain": list(domains),
-            "layer": [layer.layer for layer in layers],
-            "choice": choice_labels(max(layer.top_k for layer in layers)),
-            "expert": np.arange(num_ids),
-            "kind": list(REPEAT_KINDS),
-            "num_experts": ("layer", [layer.num_experts for layer in layers]),
-            "num_ids": ("layer", [layer.num_ids for layer in layers]),
-            "top_k": ("layer", [layer.top_k for layer in layers]),
-        }
-        return Tally(xr.Dataset(variables, coordinates), self.sample)
+        coordinates = _coordinates(domains, layers, choice_labels(max(layer.top_k for layer in layers)))
+        data = xr.Dataset(variables, coordinates)
+        ranked = all(layer.ranked for layer in layers)
+        return Tally(data if ranked else data.sel(choice=["either"], kind=["any"]), self.sample, ranked=ranked)
+
+
+def _coordinates(domains: Sequence[str], layers: Sequence[Layer], choices: list[str]) -> dict[str, Any]:
+    return {
+        "domain": list(domains),
+        "layer": [layer.layer for layer in layers],
+        "choice": choices,
+        "expert": np.arange(max(layer.num_ids for layer in layers)),
+        "kind": list(REPEAT_KINDS),
+        "num_experts": ("layer", [layer.num_experts for layer in layers]),
+        "num_ids": ("layer", [layer.num_ids for layer in layers]),
+        "top_k": ("layer", [layer.top_k for layer in layers]),
+    }
+
+
+def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
+    """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "either" alone."""
+    num_domains, num_layers, num_ids = len(trace.domains), len(layers), max(layer.num_ids for layer in layers)
+    documents_D, tokens_D = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
+    made_DL = np.zeros((num_domains, num_layers), np.int64)
+    loads_DLE = np.zeros((num_domains, num_layers, num_ids), np.int64)
+    made_squared_DL = np.zeros(made_DL.shape)
+    loads_squared_DLE, loads_by_made_DLE = np.zeros(loads_DLE.shape), np.zeros(loads_DLE.shape)
+    place_of_layer = np.full(max(layer.layer for layer in trace.layers) + 1, -1)
+    place_of_layer[[layer.layer for layer in layers]] = np.arange(num_layers)
+    top_k_L = np.array([layer.top_k for layer in layers])
+    for counts in trace.iter_counts():
+        starts_G = counts.document_starts()
+        codes = np.array([trace.domains.index(name) for name in counts.domain_names])
+        domain_G = codes[counts.domain[starts_G[:-1]]]
+        g = np.repeat(np.arange(len(domain_G)), np.diff(starts_G))
+        layer = place_of_layer[counts.layer]
+        asked = layer >= 0
+        g, layer, expert, y = g[asked], layer[asked], counts.expert[asked], counts.count[asked]
+        made_GL = np.zeros((len(domain_G), num_layers), np.int64)
+        np.add.at(made_GL, (g, layer), y)
+        np.add.at(documents_D, domain_G, 1)
+        np.add.at(tokens_D, domain_G, (made_GL // top_k_L).max(axis=1))
+        np.add.at(made_DL, domain_G, made_GL)
+        np.add.at(made_squared_DL, domain_G, made_GL.astype(float) ** 2)
+        at = (domain_G[g], layer, expert)
+        np.add.at(loads_DLE, at, y)
+        np.add.at(loads_squared_DLE, at, y.astype(float) ** 2)
+        np.add.at(loads_by_made_DLE, at, y.astype(float) * made_GL[g, layer])
+    repeats_DLM = np.zeros((num_domains, num_layers, len(REPEAT_KINDS)), np.int64)
+    choices, experts, kinds = ("domain", "layer", "choice"), ("domain", "layer", "choice", "expert"), "kind"
+    variables: dict[str, Any] = {
+        "documents": ("domain", documents_D, {"units": "documents"}),
+        "tokens": ("domain", tokens_D, {"units": "tokens"}),
+        "pairs": ("domain", np.zeros(num_domains, np.int64), {"units": "pairs of consecutive tokens"}),
+        "pairs_squared": ("domain", np.zeros(num_domains, np.int64)),
+        "made": (choices, made_DL[:, :, None], {"units": "assignments"}),
+        "made_squared": (choices, made_squared_DL[:, :, None]),
+        "loads": (experts, loads_DLE[:, :, None], {"units": "assignments"}),
+        "loads_squared": (experts, loads_squared_DLE[:, :, None]),
+        "loads_by_made": (experts, loads_by_made_DLE[:, :, None]),
+    }
+    names = ("repeats", "repeats_squared", "repeats_by_pairs")
+    variables |= dict.fromkeys(names, (("domain", "layer", kinds), repeats_DLM))
+    coordinates = _coordinates(trace.domains, layers, choice_labels(0))
+    return Tally(xr.Dataset(variables, coordinates), counts_only=True, ranked=False)
 
 
 def _has_pair_table(layer: Layer) -> bool:

@@ -6,7 +6,7 @@ format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are it
 doors.
 """
 
-from moescope.trace.counts import Counts
+from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.header import FORMAT_VERSION, Header, Layer
 from moescope.trace.part import PHASES, Part
 from moescope.trace.reader import Trace, open_trace
@@ -14,6 +14,7 @@ from moescope.trace.vocabulary import Vocabulary
 from moescope.trace.writer import TraceWriter
 
 __all__ = [
+    "COUNTS_HINT",
     "FORMAT_VERSION",
     "PHASES",
     "Counts",

@@ -200,6 +200,18 @@ class Trace:
         if weights and not self.header.weights:
             raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
 
+    def need_text(self, layers: Iterable[int] | None = None) -> None:
+        """Refuse a trace from which a text with the first choice of each token cannot be had.
+
+        Raises:
+            NotRecorded: It has no tokens or no token ids, or does not say which choice is the first.
+        """
+        self._need_tokens()
+        if not self.header.token_ids:
+            raise NotRecorded(self.path, "has no token ids, so its text is not known")
+        if not all(layer.ranked for layer in self.select_layers(layers)):
+            raise NotRecorded(self.path, "does not say which of a token's choices is the first")
+
     def _need_tokens(self) -> None:
         if self.header.counts_only:
             raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
