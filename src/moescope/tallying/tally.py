@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
+from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import TokenSample
 from moescope.trace import Layer, Part, Trace
 
@@ -22,8 +20,6 @@ REPEAT_KINDS = ("first", "any", "first_in_next")
 
 MAX_PAIR_TABLE_IDS = 128
 """With two choices of at most this many ids, the tally keeps the exact table of pairs; otherwise a token sample."""
-
-_COLUMNS_A_READ = 64
 
 
 @dataclass(frozen=True)
@@ -103,37 +99,9 @@ def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | N
         ValueError: `threads` is not positive.
     """
     chosen = trace.select_layers(layers)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
     if trace.header.counts_only:
         return _tally_counts(trace, chosen)
-    local = threading.local()
-    accumulators: list[_Sums] = []
-
-    def count(index: int) -> None:
-        if not hasattr(local, "sums"):
-            local.sums = _Sums.zeros(len(trace.domains), chosen)
-            accumulators.append(local.sums)
-        sampled: dict[int, NDArray[np.int32]] = {}
-        for group in _groups(chosen):
-            part = trace.with_trace_domains(trace.parts[index].read(group, tokens=False))
-            local.sums.add(part, chosen, group)
-            if local.sums.sample is not None:
-                fresh = TokenSample.of_part(part, len(trace.domains), [layer for layer in group if _sampled(layer)])
-                sampled |= fresh.expert_ids
-        if local.sums.sample is not None:
-            local.sums.sample.absorb(TokenSample(fresh.hashes, sampled))
-
-    if threads == 1:
-        for index in range(len(trace.parts)):
-            count(index)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(count, range(len(trace.parts))))
-    total = _Sums.zeros(len(trace.domains), chosen)
-    for sums in accumulators:
-        total.merge(sums)
+    (total,) = one_pass(trace, chosen, lambda: [_Sums.zeros(len(trace.domains), chosen)], threads=threads)
     return total.labelled(trace.domains, chosen)
 
 
@@ -149,8 +117,9 @@ def choice_labels(top_k: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Sums:
-    """The arrays that the kernels add to. L layers, S layers with a table of pairs; the rest as in `kernels`."""
+    """The counter of the tally: arrays that the kernels add to. L layers; the rest as in `kernels`."""
 
+    layers: tuple[Layer, ...]
     documents_D: NDArray[np.int64]
     tokens_D: NDArray[np.int64]
     pairs_D: NDArray[np.int64]
@@ -165,6 +134,7 @@ class _Sums:
     repeats_by_pairs_LDM: NDArray[np.int64]
     pair_LDEE: NDArray[np.int64]
     sample: TokenSample | None
+    sampled: dict[int, NDArray[np.int32]]
 
     @classmethod
     def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _Sums:
@@ -180,6 +150,7 @@ class _Sums:
         loads = (len(layers), num_domains, num_choices, num_ids)
         repeats = (len(layers), num_domains, len(REPEAT_KINDS))
         return cls(
+            layers=tuple(layers),
             documents_D=zeros(num_domains),
             tokens_D=zeros(num_domains),
             pairs_D=zeros(num_domains),
@@ -194,10 +165,12 @@ class _Sums:
             repeats_by_pairs_LDM=zeros(*repeats),
             pair_LDEE=zeros(len(layers) if paired else 0, num_domains, paired_ids, paired_ids),
             sample=TokenSample.empty(num_domains, sampled) if sampled else None,
+            sampled={},
         )
 
-    def add(self, part: Part, layers: Sequence[Layer], group: Sequence[Layer]) -> None:
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part; what belongs to no layer is counted with the first group."""
+        layers = self.layers
         starts_G = part.document_starts()
         domain_G = part.domain[starts_G[:-1]].astype(np.int64)
         starts_Q = part.sequence_starts()
@@ -234,14 +207,20 @@ class _Sums:
                 kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
             else:
                 kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+        if self.sample is not None:
+            fresh = TokenSample.of_part(part, len(self.documents_D), [layer for layer in group if _sampled(layer)])
+            self.sampled.update(fresh.expert_ids)
+            if group[-1] == layers[-1]:  # the sample of this part is whole
+                self.sample.absorb(TokenSample(fresh.hashes, dict(self.sampled)))
+                self.sampled.clear()
 
     def merge(self, other: _Sums) -> None:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, np.ndarray):
                 mine += theirs
-            elif mine is not None:
-                mine.absorb(theirs)
+        if self.sample is not None and other.sample is not None:
+            self.sample.absorb(other.sample)
 
     def labelled(self, domains: Sequence[str], layers: Sequence[Layer]) -> Tally:
         def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -340,16 +319,3 @@ def _has_pair_table(layer: Layer) -> bool:
 
 def _sampled(layer: Layer) -> bool:
     return layer.top_k > 1 and not _has_pair_table(layer)
-
-
-def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers read together, so that memory stays bounded whatever the number of layers."""
-    groups: list[list[Layer]] = [[]]
-    columns = 0
-    for layer in layers:
-        if groups[-1] and columns + layer.top_k > _COLUMNS_A_READ:
-            groups.append([])
-            columns = 0
-        groups[-1].append(layer)
-        columns += layer.top_k
-    return groups

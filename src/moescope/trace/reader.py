@@ -128,9 +128,8 @@ class Trace:
             NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
             TraceDamaged: A page fails its checksum.
         """
-        self._need_tokens()
+        self.need_tokens(weights=weights)
         chosen = self.select_layers(layers)
-        self._need_weights(weights)
         kept = None if domains is None else [self._domain_code(name) for name in domains]
         for file in self.parts:
             part = self.with_trace_domains(file.read(chosen, weights=weights))
@@ -159,14 +158,13 @@ class Trace:
             NoSuchDocument: The trace does not hold it.
             NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
         """
-        self._need_tokens()
+        self.need_tokens(weights=weights)
         _, numbers, owners = self._contents
         place = np.flatnonzero(numbers == number)
         if not len(place):
             near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
             hint = f"documents near it: {', '.join(str(n) for n in sorted(near))}" if len(near) else None
             raise NoSuchDocument(self.path, f"document {number} is not in the trace ({len(numbers)} are)", hint)
-        self._need_weights(weights)
         part = self.parts[owners[place[0]]].read(self.select_layers(layers), weights=weights)
         return self.with_trace_domains(part.rows(part.document == number))
 
@@ -196,25 +194,28 @@ class Trace:
         """
         return verify(self.path)
 
-    def _need_weights(self, weights: bool) -> None:
-        if weights and not self.header.weights:
-            raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
-
     def need_text(self, layers: Iterable[int] | None = None) -> None:
         """Refuse a trace from which a text with the first choice of each token cannot be had.
 
         Raises:
             NotRecorded: It has no tokens or no token ids, or does not say which choice is the first.
         """
-        self._need_tokens()
+        self.need_tokens()
         if not self.header.token_ids:
             raise NotRecorded(self.path, "has no token ids, so its text is not known")
         if not all(layer.ranked for layer in self.select_layers(layers)):
             raise NotRecorded(self.path, "does not say which of a token's choices is the first")
 
-    def _need_tokens(self) -> None:
+    def need_tokens(self, *, weights: bool = False) -> None:
+        """Refuse a trace of counts and, if they are needed, one without gate weights.
+
+        Raises:
+            NotRecorded: It has no tokens, or no gate weights.
+        """
         if self.header.counts_only:
             raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
+        if weights and not self.header.weights:
+            raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
 
     def _domain_code(self, name: str) -> int:
         if name not in self.domains:
