@@ -11,8 +11,8 @@ import xarray as xr
 from synthetic import make_part, make_trace
 
 from moescope.errors import NotRecorded
-from moescope.tallying import tally
 from moescope.tallying import one_pass as module
+from moescope.tallying import tally
 from moescope.tallying.one_pass import one_pass
 from moescope.trace import Layer, Part, Trace
 
