@@ -163,7 +163,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {},
     "qwen3_moe": {},
     "qwen3_next": {},
-    "qwen3_omni_moe_thinker": {},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300, "vision_end_token_id": 301, "audio_end_token_id": 302},
     "qwen3_vl_moe": {},
     "qwen4_exp": {
         "text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
@@ -219,7 +219,7 @@ def randomized(model: Any) -> Any:
             elif last == "tid2eid":
                 tensor.copy_(torch.rand(len(tensor), 8).argsort(dim=1)[:, : tensor.shape[1]])
             elif tensor.dim() >= 2 and tensor.is_floating_point():
-                tensor.mul_(4.0)
+                tensor.mul_(16.0 if "router_mlp" in name else 4.0) if tensor.any() else tensor.normal_(std=0.1)
     return model
 
 

@@ -8,9 +8,10 @@ size of the change is the gate weight times what any of them makes of the token.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from moescope.recording import record
-from moescope.recording.routers import find_experts, num_layers, text_tower
+from moescope.recording.routers import num_layers, text_tower
 from moescope.trace import Layer, Part, Trace
 
 from .conftest import byte_level_tokenizer, some_documents
 from .families import FAMILIES, NOT_ROUTED, installed_families, tiny_model
 
-TABLE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs"
 SHARED = {
     "doge": 1,  # a dense block inside, no field says so
     "flint": 1,
@@ -48,13 +50,49 @@ SHARED = {
 """Shared experts of the families whose configuration does not count them (it gives a size, or nothing)."""
 
 
+def test_every_family_that_transformers_has_is_in_the_list_of_those_that_are_checked() -> None:
+    installed = installed_families()
+    new = sorted(folder for folder, family in installed.items() if family not in FAMILIES)
+    assert not new, f"new families in transformers: {new}; add each to FAMILIES (or, with the reason, to NOT_ROUTED)"
+    gone = sorted(FAMILIES.keys() - set(installed.values()))
+    assert not gone, f"families that this transformers does not have: {gone}"
+    folders = {path.name for path in (Path(transformers.__file__).parent / "models").iterdir()}
+    assert NOT_ROUTED.keys() <= folders
+
+
+def test_a_new_family_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source in {
+        "calls_experts": "self.mlp = Mlp()\nout = self.experts(hidden, ids, weights)",
+        "decorates_experts": "@use_experts_implementation\nclass Feed(nn.Module):",
+        "retrieves": "class NewCDMoE(nn.Module):",
+        "scores": "class NewTopKRouter(nn.Linear):",
+        "dense": "self.mlp = NewMLP(config)",
+    }.items():
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / f"modeling_{name}.py").write_text(source)
+    monkeypatch.setattr("transformers.__file__", str(tmp_path / "__init__.py"))
+    assert [*installed_families.__wrapped__()] == ["calls_experts", "decorates_experts", "retrieves", "scores"]
+
+
+def test_the_page_of_supported_models_says_what_is_checked() -> None:
+    script = importlib.util.spec_from_file_location("make_models_page", DOCS / "make_models_page.py")
+    assert script is not None
+    assert script.loader is not None
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    stale = "docs/reference/models.md is stale: python docs/make_models_page.py"
+    assert (DOCS / "reference" / "models.md").read_text(encoding="utf-8") == module.page(), stale
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_recorded_id_and_weight_is_that_of_the_experts_that_ran(family: str, tmp_path: Path) -> None:
     for block in ("mlp", "attention") if family == "jetmoe" else ("mlp",):
         model, tokenizer = tiny_model(family), byte_level_tokenizer(bos=True)
         documents = some_documents([60, 45])
-        trace = record((model, tokenizer), documents, tmp_path / block, weights=True, block=block)
+        with warns_of_what_runs(family):
+            trace = record((model, tokenizer), documents, tmp_path / block, weights=True, block=block)
         body = text_tower(model.base_model)
+        check_metadata(family, body.config, trace)
         varied: set[tuple[int, ...]] = set()
         for document in documents:
             part = trace.document(document.number, weights=True)
@@ -63,6 +101,37 @@ def test_every_recorded_id_and_weight_is_that_of_the_experts_that_ran(family: st
                     compare(layer, part, truth)
             varied |= {tuple(sorted(row)) for layer in trace.layers for row in part.expert_ids[layer.layer].tolist()}
         assert len(varied) >= (2 if family == "nllb-moe" else 6), "the choices are too alike to prove anything"
+
+
+def warns_of_what_runs(family: str) -> Any:
+    return pytest.warns(UserWarning, match="what ran") if family == "nllb-moe" else nullcontext()
+
+
+def check_metadata(family: str, config: Any, trace: Trace) -> None:
+    """Experts, top-k, shared experts and layers as the configuration counts them."""
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    text = getattr(text, "ffn_config", text)  # DBRX
+
+    def number(*names: str) -> int | None:
+        return next((found for name in names if (found := getattr(text, name, None)) is not None), None)
+
+    num_experts = number("n_routed_experts", "num_local_experts", "moe_num_experts", "num_experts")
+    top_k = {"switch_transformers": 1, "nllb-moe": 2}.get(family) or number(
+        "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k"
+    )
+    shared = SHARED.get(family)
+    if shared is None:
+        shared = number("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0
+    for layer in trace.layers:
+        found = (layer.num_experts, layer.top_k, layer.num_shared_experts)
+        assert found == (num_experts, top_k, shared), layer
+        assert layer.num_null_experts == {"longcat_flash": 3, "zaya": 1}.get(family, 0)
+        assert layer.drops == (family in ("nllb-moe", "switch_transformers"))
+    if isinstance(kinds := getattr(text, "mlp_layer_types", None), list):
+        assert [layer.layer for layer in trace.layers] == [at for at, kind in enumerate(kinds) if kind != "dense"]
+    count = trace.header.model["num_layers"]
+    assert count == num_layers(config)
+    assert count is None or max(layer.layer for layer in trace.layers) < count
 
 
 @dataclass
@@ -86,7 +155,7 @@ def knock_out(model: Any, trace: Trace, token_ids: list[int]) -> Iterator[tuple[
     """For each layer of a trace, over some tokens run alone: which experts served them, with which weights."""
     inputs = {"input_ids": torch.tensor([token_ids])}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *token_ids]])
+        inputs["decoder_input_ids"] = torch.tensor([[getattr(model.config, "decoder_start_token_id", 0), *token_ids]])
     modules = {layer: (model.get_submodule(layer.module), model.get_submodule(_block(layer))) for layer in trace.layers}
     calls: dict[nn.Module, Any] = {}
     handles = [
@@ -105,6 +174,7 @@ def knock_out(model: Any, trace: Trace, token_ids: list[int]) -> Iterator[tuple[
             seen = []
             handle = holder.register_forward_hook(lambda _, args, output: seen.append(output))
             args, kwargs = calls[block]
+            kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}  # it has grown
             output = block(*args, **kwargs)
             handle.remove()
             output = seen[0] if inner and seen else output
@@ -126,9 +196,8 @@ def knock_out(model: Any, trace: Trace, token_ids: list[int]) -> Iterator[tuple[
             nothing = run(inner=True)
         alone = by_itself(holder, calls.get(holder), calls[block], num_rows)
         one = changes.sum(0) if alone is None else alone
-        weights = torch.einsum("eth,th->te", changes.double(), one.double()) / one.double().square().sum(
-            1, keepdim=True
-        )
+        norm = one.double().square().sum(1, keepdim=True).clamp_min(1e-30)  # 0 if all choices of a token are dropped
+        weights = torch.einsum("eth,th->te", changes.double(), one.double()) / norm
         null = torch.zeros(num_rows)
         if layer.num_null_experts and holder in calls:
             hidden = calls[holder][0][0]
@@ -150,11 +219,12 @@ def by_itself(holder: Any, call: Any, block_call: Any, num_rows: int) -> Tensor 
     if kind == "Llama4TextExperts":  # the experts are linear by now, see `alike`
         hidden = block_call[0][0].reshape(num_rows, -1)
         return holder(hidden.repeat(holder.num_experts, 1)).view(holder.num_experts, num_rows, -1)[0]
-    hidden, ones = call[0][0], torch.ones(num_rows, 1)
-    ids = torch.zeros(num_rows, 1, dtype=torch.int64)
+    hidden = call[0][0]
     if kind == "SwitchTransformersExperts":
-        ids = nn.functional.one_hot(ids, holder.num_experts)
-    return holder(hidden, ids, ones)
+        first = nn.functional.one_hot(torch.zeros(num_rows, 1, dtype=torch.int64), holder.num_experts)
+        return holder(hidden, first, torch.ones(num_rows, 1))
+    ids, weights = torch.tensor([[0, 1]]).repeat(num_rows, 1), torch.tensor([[1.0, 0.0]]).repeat(num_rows, 1)
+    return holder(hidden, ids, weights).reshape(num_rows, -1)
 
 
 def of_expert(holder: Any, expert: int, *, down: bool) -> list[Tensor]:
@@ -192,7 +262,12 @@ def alike(holder: Any, num_experts: int) -> None:
         for view, first in zip(of_expert(holder, expert, down=False), firsts, strict=True):
             view.copy_(first)
     if type(holder).__name__ == "Llama4TextExperts":
-        holder.act_fn = torch.ones_like
+        holder.act_fn = Ones()
+
+
+class Ones(nn.Module):
+    def forward(self, gate: Tensor) -> Tensor:
+        return torch.ones_like(gate)
 
 
 def compare(layer: Layer, part: Part, truth: Truth) -> None:

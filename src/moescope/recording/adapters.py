@@ -142,7 +142,7 @@ def _nllb(experts: Any) -> Reading:
 
     return Reading(
         read, experts, None, experts.num_experts,
-        drops=True, batching="alone", says="as executed: experts 0 and 1 only (see below)",
+        drops=True, batching="alone", says="the mask that reaches the experts, as it is executed",
         warning="transformers runs expert 1 for every first choice of an NLLB-MoE model and expert 0 for every second, "
         "whichever experts its router chose; what is recorded is what ran, not what the model was trained to do",
     )  # fmt: skip
@@ -173,7 +173,12 @@ def _zaya(experts: Any) -> Reading:
         return ids.masked_fill((ids == 0) & (weights == 0), num_experts), weights
 
     return Reading(
-        read, experts, None, num_experts, num_null_experts=1, says="the experts' arguments, and the skip expert"
+        read,
+        experts,
+        None,
+        num_experts,
+        num_null_experts=1,
+        says="arguments of the experts; expert 0 with weight 0 is the skip expert",
     )
 
 

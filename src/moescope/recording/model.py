@@ -117,17 +117,19 @@ def load_model(
     folder = find_checkpoint(path)
     with _quiet():
         config = _load_config(folder, trust_remote_code)
-        kind, config, renamed = _how_to_build(config)
+        kind, config, renamed, elsewhere = _how_to_build(config)
         with torch.device("meta"):
             skeleton = text_tower(_build(kind, config, path, trust_remote_code))
         select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
         del skeleton
         tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
-        body = text_tower(_load_weights(folder, kind, config, dtype, renamed, trust_remote_code))
+        whole = _load_weights(folder, kind, config, dtype, renamed, trust_remote_code)
+    body = text_tower(whole)
     body.to(find_device(device))
     name = folder.resolve().name if Path(path).is_dir() else str(path)
     experts = find_experts(body, name, block=block)
-    return _describe(body, tokenizer, experts, layers, name, checkpoint_fingerprint(folder))
+    left_out = (*find_left_out(whole, experts), *elsewhere)
+    return _describe(body, tokenizer, experts, layers, name, checkpoint_fingerprint(folder), left_out)
 
 
 def adopt_model(
@@ -152,11 +154,12 @@ def adopt_model(
     """
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
     if routers is not None:
-        body, experts = model, given_experts(model, routers)
+        body, experts, left_out = model, given_experts(model, routers), ()
     else:
         body = text_tower(model.base_model)
         experts = find_experts(body, name, block=block)
-    return _describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body))
+        left_out = find_left_out(model.base_model, experts)
+    return _describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body), left_out)
 
 
 def find_device(device: str) -> torch.device:
@@ -299,6 +302,7 @@ def _describe(
     layers: Sequence[int] | None,
     name: str,
     fingerprint: str,
+    left_out: Sequence[str],
 ) -> Model:
     config = getattr(body, "config", None)
     count = num_layers(config)
@@ -314,7 +318,7 @@ def _describe(
         "dtype": str(next(body.parameters()).dtype).removeprefix("torch."),
         "fingerprint": fingerprint,
     }
-    if left_out := find_left_out(body, experts):
+    if left_out:
         description["not_recorded"] = list(left_out)
     return Model(body, tokenizer, selected, description)
 
@@ -338,8 +342,8 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         raise ModelDamaged(folder, f"its config.json cannot be read: {error}") from error
 
 
-def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str]]:
-    """The auto class, the configuration and the renamed weights with which the part that reads text is built."""
+def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str], tuple[str, ...]]:
+    """How the part that reads text is built: class, configuration, renamed weights; and routed blocks elsewhere."""
     if config.model_type == "qwen3_omni_moe":  # transformers has no headless model of the whole
         return (
             transformers.AutoModel,
@@ -348,8 +352,8 @@ def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str]]:
         )
     own = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in own and "AutoModel" not in own and type(config) not in transformers.MODEL_MAPPING:
-        return transformers.AutoModelForCausalLM, config, {}
-    return transformers.AutoModel, config, {}
+        return transformers.AutoModelForCausalLM, config, {}, ()
+    return transformers.AutoModel, config, {}, ()
 
 
 def _build(kind: Any, config: Any, path: Path | str, trust_remote_code: bool) -> Any:

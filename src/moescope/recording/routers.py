@@ -172,17 +172,17 @@ def find_experts(model: nn.Module, subject: object, *, block: str = "mlp") -> tu
 def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ...]:
     """Routed blocks of a model that are not among `experts`: those of another kind, and of towers text never reaches.
 
+    Args:
+        model: The whole model, even if only a part of it is recorded.
+        experts: The experts of all layers of that part.
     Returns:
         Their paths, each once, with ``*`` for the index of the layer.
     """
-    taken = {each.name for each in experts}
+    taken = {id(module) for each in experts for module in each.module.modules()}
     names = []
     for name, module in model.named_modules():
         if (name.rpartition(".")[2] == "experts" and _has_parameters(module)) or _is_routed(module):
-            inside = any(
-                name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in taken
-            )
-            if not inside:
+            if not any(id(inner) in taken for inner in module.modules()):
                 names.append(re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1))
     return tuple(dict.fromkeys(names))
 
