@@ -182,7 +182,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @cache
 def installed_families() -> dict[str, str]:
     """Every folder of the installed transformers that routes, with the model type that is built of it."""
-    root = Path(transformers.__file__).parent / "models"
+    return families_in(Path(transformers.__file__).parent / "models")
+
+
+def families_in(root: Path) -> dict[str, str]:
+    """The same of a folder of models."""
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name not in NOT_ROUTED):
         sources = [path.read_text("utf-8") for path in folder.glob("modeling_*.py")]
@@ -226,7 +230,7 @@ def randomized(model: Any) -> Any:
 def _shrunk(default: Mapping[str, Any], own: Mapping[str, Any], *, text: bool = True) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in default.items():
-        if isinstance(value, dict) and value.get("model_type"):
+        if isinstance(value, dict) and "model_type" in value:
             part = own.get(name) or {}
             fields[name] = _shrunk(value, part, text=text and name not in _OTHERS) | {"model_type": value["model_type"]}
         elif value is not None and not isinstance(value, bool):

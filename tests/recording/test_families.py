@@ -27,7 +27,7 @@ from moescope.recording.routers import num_layers, text_tower
 from moescope.trace import Layer, Part, Trace
 
 from .conftest import byte_level_tokenizer, some_documents
-from .families import FAMILIES, NOT_ROUTED, installed_families, tiny_model
+from .families import FAMILIES, NOT_ROUTED, families_in, installed_families, tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 SHARED = {
@@ -60,7 +60,7 @@ def test_every_family_that_transformers_has_is_in_the_list_of_those_that_are_che
     assert NOT_ROUTED.keys() <= folders
 
 
-def test_a_new_family_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_family_would_be_found(tmp_path: Path) -> None:
     for name, source in {
         "calls_experts": "self.mlp = Mlp()\nout = self.experts(hidden, ids, weights)",
         "decorates_experts": "@use_experts_implementation\nclass Feed(nn.Module):",
@@ -68,10 +68,9 @@ def test_a_new_family_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "scores": "class NewTopKRouter(nn.Linear):",
         "dense": "self.mlp = NewMLP(config)",
     }.items():
-        (tmp_path / "models" / name).mkdir(parents=True)
-        (tmp_path / "models" / name / f"modeling_{name}.py").write_text(source)
-    monkeypatch.setattr("transformers.__file__", str(tmp_path / "__init__.py"))
-    assert [*installed_families.__wrapped__()] == ["calls_experts", "decorates_experts", "retrieves", "scores"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"modeling_{name}.py").write_text(source)
+    assert [*families_in(tmp_path)] == ["calls_experts", "decorates_experts", "retrieves", "scores"]
 
 
 def test_the_page_of_supported_models_says_what_is_checked() -> None:
@@ -100,11 +99,25 @@ def test_every_recorded_id_and_weight_is_that_of_the_experts_that_ran(family: st
                 for layer, truth in knock_out(copy.deepcopy(body), trace, [0, *part.token_id.tolist()]):
                     compare(layer, part, truth)
             varied |= {tuple(sorted(row)) for layer in trace.layers for row in part.expert_ids[layer.layer].tolist()}
+        check_what_no_expert_served(family, trace)
         assert len(varied) >= (2 if family == "nllb-moe" else 6), "the choices are too alike to prove anything"
 
 
 def warns_of_what_runs(family: str) -> Any:
     return pytest.warns(UserWarning, match="what ran") if family == "nllb-moe" else nullcontext()
+
+
+def check_what_no_expert_served(family: str, trace: Trace) -> None:
+    """Where assignments can be dropped or run nothing, some are and some are not."""
+    for layer in trace.layers:
+        ids = np.concatenate([part.expert_ids[layer.layer] for part in trace.iter_parts()])
+        if layer.drops and family != "nllb-moe":
+            assert 0 < (ids == -1).mean() < 1
+        if layer.num_null_experts:
+            assert 0 < (ids >= layer.num_experts).mean() < 1
+    if family == "nllb-moe":
+        ids = np.concatenate([part.expert_ids[each.layer] for part in trace.iter_parts() for each in trace.layers])
+        assert {*np.unique(ids).tolist()} == {-1, 0, 1}
 
 
 def check_metadata(family: str, config: Any, trace: Trace) -> None:

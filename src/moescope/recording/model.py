@@ -154,7 +154,8 @@ def adopt_model(
     """
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
     if routers is not None:
-        body, experts, left_out = model, given_experts(model, routers), ()
+        body, experts = model, given_experts(model, routers)
+        left_out: tuple[str, ...] = ()
     else:
         body = text_tower(model.base_model)
         experts = find_experts(body, name, block=block)
@@ -345,11 +346,8 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
 def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str], tuple[str, ...]]:
     """How the part that reads text is built: class, configuration, renamed weights; and routed blocks elsewhere."""
     if config.model_type == "qwen3_omni_moe":  # transformers has no headless model of the whole
-        return (
-            transformers.AutoModel,
-            config.thinker_config,
-            {r"^thinker\.model\.": "language_model.", r"^thinker\.": ""},
-        )
+        renamed = {r"^thinker\.model\.": "language_model.", r"^thinker\.": ""}
+        return transformers.AutoModel, config.thinker_config, renamed, ("talker.model.layers.*.mlp.experts",)
     own = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in own and "AutoModel" not in own and type(config) not in transformers.MODEL_MAPPING:
         return transformers.AutoModelForCausalLM, config, {}, ()

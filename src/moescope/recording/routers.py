@@ -181,9 +181,9 @@ def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ..
     taken = {id(module) for each in experts for module in each.module.modules()}
     names = []
     for name, module in model.named_modules():
-        if (name.rpartition(".")[2] == "experts" and _has_parameters(module)) or _is_routed(module):
-            if not any(id(inner) in taken for inner in module.modules()):
-                names.append(re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1))
+        routed = (name.rpartition(".")[2] == "experts" and _has_parameters(module)) or _is_routed(module)
+        if routed and not any(id(inner) in taken for inner in module.modules()):
+            names.append(re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1))
     return tuple(dict.fromkeys(names))
 
 
