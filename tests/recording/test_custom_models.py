@@ -21,7 +21,7 @@ import moescope
 from moescope.cli import main
 from moescope.errors import ModelUnsupported
 from moescope.recording.hooks import RouterWatch
-from moescope.recording.model import load_model
+from moescope.recording.model import adopt_model, load_model
 from moescope.recording.routers import find_experts, given_experts
 
 from .conftest import byte_level_tokenizer, some_documents
@@ -206,16 +206,21 @@ def test_trusted_code_that_fails_is_named(with_code: Path, monkeypatch: pytest.M
         load_model(with_code, layers=None, dtype="auto", device="cpu", trust_remote_code=True)
 
 
-def test_of_an_omni_model_the_thinker_is_loaded_and_the_talker_named(checkpoint: Save, tokenizer: Any) -> None:
+def test_of_an_omni_model_the_thinker_is_recorded_and_the_talker_named(checkpoint: Save, tokenizer: Any) -> None:
     torch.manual_seed(0)
-    talker = {"text_config": {"shared_expert_intermediate_size": 24}}
-    config = tiny_config("qwen3_omni_moe", talker_config=talker)
+    talker = {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 24}}
+    config = tiny_config("qwen3_omni_moe", talker_config=talker, code2wav_config={"decoder_dim": 16})
     whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
     loaded = load_model(checkpoint(whole, tokenizer), layers=None, dtype="auto", device="cpu")
-    assert loaded.description["not_recorded"] == ["talker.model.layers.*.mlp.experts"]
-    expected = whole.thinker.model.state_dict()
-    for name, tensor in loaded.body.language_model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
+    adopted = adopt_model(whole, tokenizer, layers=None)
+    for model in (loaded, adopted):
+        assert model.description["not_recorded"] == ["talker.model.layers.*.mlp.experts"]
+        assert [experts.name for experts in model.experts] == [
+            f"language_model.layers.{at}.mlp.experts" for at in range(4)
+        ]
+        assert model.body.state_dict().keys() == whole.thinker.model.state_dict().keys()
+    for name, tensor in loaded.body.state_dict().items():
+        assert torch.equal(tensor, whole.thinker.model.state_dict()[name]), name
 
 
 def test_of_a_model_with_several_towers_those_left_out_are_named(tokenizer: Any, tmp_path: Path) -> None:
