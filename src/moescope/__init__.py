@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Document": "corpus",
+    "Router": "recording",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
     from moescope.measures import words as words
+    from moescope.recording import Router as Router
     from moescope.recording import record as record
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
