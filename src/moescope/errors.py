@@ -217,7 +217,7 @@ class ImportNotFound(ForeignTraceError):
 
 
 class ImportMalformed(ForeignTraceError):
-    """A recording of another program cannot be right: file and place, what was expected and what was found are named."""
+    """A recording of another program cannot be right; it says where, what was expected and what was found."""
 
     code = "import-malformed"
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moescope.importers import assembly
 from moescope.importers.documents import Model, RoutedDocument
 from moescope.importers.findings import Findings, Options
+from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
 
 
@@ -116,9 +116,7 @@ def from_arrays(
 
     corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}
     run = {"importer": "arrays", "source": "numpy"}
-    return assembly.write(
-        Path(path), read(), Options(), Findings(), corpus=corpus, run=run, vocabulary=vocabulary, force=force
-    )
+    return write(Path(path), read(), Options(), Findings(), corpus=corpus, run=run, vocabulary=vocabulary, force=force)
 
 
 def _by_layer(

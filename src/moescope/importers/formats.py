@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moescope
-from moescope.importers import assembly
 from moescope.importers.documents import CountedDocument, RoutedDocument
 from moescope.importers.files import find, fingerprint
 from moescope.importers.findings import Findings, Options
+from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
 
 Reader = Callable[[Sequence[Path], Options, Findings], Iterator[RoutedDocument | CountedDocument]]
@@ -174,6 +174,4 @@ def import_trace(
     }
     run = {"importer": format, "source": chosen.source, "moescope": moescope.__version__, **given}
     documents = chosen.read()(paths, options, findings)
-    return assembly.write(
-        Path(out), documents, options, findings, corpus=corpus, run=run, vocabulary=vocabulary, force=force
-    )
+    return write(Path(out), documents, options, findings, corpus=corpus, run=run, vocabulary=vocabulary, force=force)

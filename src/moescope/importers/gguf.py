@@ -138,7 +138,7 @@ class _Head:
             raise ImportMalformed(self.path, f"has an array of type {inner} at byte {self.file.tell()}")
         if length > 1 << 24:
             raise ImportMalformed(self.path, f"has an array of {length} values at byte {self.file.tell()}")
-        kept = []
+        kept: list[Any] = []
         for _ in range(length):
             item = self.value(inner)
             if len(kept) < MAX_KEPT_ITEMS:

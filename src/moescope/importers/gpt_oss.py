@@ -75,11 +75,11 @@ def _document(
             raise ImportMalformed(f"{place}, layer {layer}", "has no experts")
         ids[layer] = np.full((len(table), top_k), -1, np.int32)
         weights[layer] = np.zeros((len(table), top_k), np.float32)
-        for row, (token, layers) in enumerate(table):
-            choice = layers.get(layer)
-            if choice is None or set(layers) != wanted:
+        for row, (token, found) in enumerate(table):
+            choice = found.get(layer)
+            if choice is None or set(found) != wanted:
                 raise ImportMalformed(
-                    f"{place}, token {token}", f"has layers {sorted(layers)[:8]}…, expected {len(wanted)}"
+                    f"{place}, token {token}", f"has layers {sorted(found)[:8]}…, expected {len(wanted)}"
                 )
             if len(choice.selected_experts) != top_k or (has_weights and len(choice.selected_probs) != top_k):
                 raise ImportMalformed(

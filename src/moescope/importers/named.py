@@ -24,19 +24,22 @@ from moescope.importers.files import decode, find, lines, number, real, rows, st
 from moescope.importers.findings import Findings, Options
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "experts": ("experts", "selected_experts", "expert_ids", "topk_experts", "topk_ids", "top_experts", "expert_indices", "routed_experts"),
-    "expert": ("expert", "expert_id", "expert_idx"),
-    "weights": ("weights", "gating_probs", "gate_weights", "routing_weights", "topk_weights", "selected_probs", "scores", "probs"),
-    "weight": ("weight", "gating_prob", "gate_weight", "routing_weight", "prob", "score"),
-    "logits": ("router_logits", "logits"),
-    "token": ("token_idx", "token_index", "token_pos", "token_position", "position", "pos", "token"),
-    "token_id": ("token_id", "input_id"),
-    "layer": ("layer", "layer_idx", "layer_id", "layer_index"),
-    "slot": ("slot", "rank", "topk_rank", "expert_rank"),
-    "document": ("document", "problem_id", "document_id", "doc_id", "sequence_id", "seq_id", "request_id", "prompt_idx", "prompt_id", "sample_id"),
-    "domain": ("domain", "dataset", "dataset_source", "category"),
-    "phase": ("phase", "is_decode"),
-}  # fmt: skip
+    what: tuple(names.split())
+    for what, names in {
+        "experts": "experts selected_experts expert_ids topk_experts topk_ids top_experts expert_indices",
+        "expert": "expert expert_id expert_idx",
+        "weights": "weights gating_probs gate_weights routing_weights topk_weights selected_probs scores probs",
+        "weight": "weight gating_prob gate_weight routing_weight prob score",
+        "logits": "router_logits logits",
+        "token": "token_idx token_index token_pos token_position position pos token",
+        "token_id": "token_id input_id",
+        "layer": "layer layer_idx layer_id layer_index",
+        "slot": "slot rank topk_rank expert_rank",
+        "document": "document problem_id document_id doc_id sequence_id seq_id request_id prompt_idx sample_id",
+        "domain": "domain dataset dataset_source category",
+        "phase": "phase is_decode",
+    }.items()
+}
 """Names of a field in files, the preferred first."""
 
 PHASE_WORDS = {"prefill": 0, "prompt": 0, "decode": 1, "generation": 1, "0": 0, "1": 1, "false": 0, "true": 1}

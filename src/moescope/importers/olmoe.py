@@ -1,4 +1,4 @@
-"""The JSON lines of OLMoE's routing analysis: ``input_ids``, ``predicted_token_ids``, ``exp_ids[token][choice][layer]``.
+"""The JSON lines of OLMoE's routing analysis: ``input_ids, predicted_token_ids, exp_ids[token][choice][layer]``.
 
 A document is a line, one sequence; choices are in order of router logit.
 """

@@ -176,6 +176,7 @@ def _interpret(text: bytes, file: TorchFile) -> Any:
     memo: dict[int, Any] = {}
     containers = 0
     try:
+        argument: Any
         for step, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(text))):
             if step > MAX_STEPS:
                 raise ImportTooLarge(file.path, f"describes itself in more than {MAX_STEPS:,} steps")
@@ -284,7 +285,8 @@ def _key(key: Any) -> Any:
 
 
 _VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
 }  # fmt: skip
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
 _CONTAINERS: dict[str, Callable[[list[Any]], None]] = {
@@ -327,9 +329,8 @@ def _call(function: Any, arguments: Any, file: TorchFile) -> Any:
         return {}
     if name == "torch._utils _rebuild_tensor_v2" and isinstance(arguments, tuple) and len(arguments) >= 4:
         storage, offset, shape, strides = arguments[:4]
-        numbers = (offset, *shape, *strides)
-        if isinstance(storage, _Storage) and len(shape) == len(strides) <= 8:
-            if all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in numbers):
-                return file.tensor(storage, offset, shape, strides)
+        whole = all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *strides))
+        if isinstance(storage, _Storage) and len(shape) == len(strides) <= 8 and whole:
+            return file.tensor(storage, offset, shape, strides)
         raise ValueError("a tensor is described wrongly")
     raise _Refused(f"calls {name[:80]}")
