@@ -78,20 +78,30 @@ def sglang_per_token(folder: Path, rng: np.random.Generator) -> Foreign:
         tokens += ids
         records.append(
             {
-                "forward_pass_id": 100 + number, "rank": 0, "gatherer_key": "primary", "input_ids": ids,
-                "positions": positions, "extend_seq_lens": lengths, "forward_mode": mode,
-                "topk_ids_of_layer": torch.from_numpy(topk), "misc_objects": [],
+                "forward_pass_id": 100 + number,
+                "rank": 0,
+                "gatherer_key": "primary",
+                "input_ids": ids,
+                "positions": positions,
+                "extend_seq_lens": lengths,
+                "forward_mode": mode,
+                "topk_ids_of_layer": torch.from_numpy(topk),
+                "misc_objects": [],
                 "global_physical_count": torch.zeros((num_layers, physical), dtype=torch.int32),
             }
-        )  # fmt: skip
+        )
     path = folder / "expert_distribution_recorder_1.5_0.pt"
     torch.save({"records": records, "last_physical_to_logical_map": torch.from_numpy(to_logical)}, path)
     return Foreign(
-        "sglang", [path],
+        "sglang",
+        [path],
         ids={layer: np.concatenate(blocks) for layer, blocks in by_layer.items()},
-        token_ids=np.array(tokens), sequences=[[4, 3], [1, 1]], phases=[0] * 7 + [1] * 2,
-        domains=["expert_distribution_recorder_1"] * 2, options={"num_experts": 6},
-    )  # fmt: skip
+        token_ids=np.array(tokens),
+        sequences=[[4, 3], [1, 1]],
+        phases=[0] * 7 + [1] * 2,
+        domains=["expert_distribution_recorder_1"] * 2,
+        options={"num_experts": 6},
+    )
 
 
 def sglang_per_pass(folder: Path, rng: np.random.Generator) -> Foreign:
@@ -101,9 +111,14 @@ def sglang_per_pass(folder: Path, rng: np.random.Generator) -> Foreign:
     counts = rng.integers(1, 50, (2, 2, 5))
     counts[:, :, 0] += counts.sum(axis=2) % 2  # divisible by top-k 2
     records = [
-        {"forward_pass_id": i, "rank": 0, "gatherer_key": "primary", "global_physical_count": torch.tensor(c.tolist(), dtype=torch.int32)}
+        {
+            "forward_pass_id": i,
+            "rank": 0,
+            "gatherer_key": "primary",
+            "global_physical_count": torch.tensor(c.tolist(), dtype=torch.int32),
+        }
         for i, c in enumerate(counts)
-    ]  # fmt: skip
+    ]
     path = folder / "expert_distribution_recorder_2.pt"
     torch.save({"records": records, "last_physical_to_logical_map": torch.from_numpy(to_logical)}, path)
     expected: dict[tuple[int, int, int], int] = {}
@@ -122,8 +137,12 @@ def sglang_stat(folder: Path, rng: np.random.Generator) -> Foreign:
     counts[:2, 1:] = rng.integers(0, 9, (2, 2, 4)) * 2
     counts[:2, 1:, 3] += 2
     path = folder / "expert_distribution_recorder_3.25.pt"
-    torch.save({"rank": 0, "logical_count": torch.from_numpy(counts), "average_utilization_rate_over_window": None}, path)
-    return Foreign("sglang", [path], {"top_k": 2}, counts=_nonzero(counts), domains=["expert_distribution_recorder_3"] * 2)
+    torch.save(
+        {"rank": 0, "logical_count": torch.from_numpy(counts), "average_utilization_rate_over_window": None}, path
+    )
+    return Foreign(
+        "sglang", [path], {"top_k": 2}, counts=_nonzero(counts), domains=["expert_distribution_recorder_3"] * 2
+    )
 
 
 def _nonzero(counts: np.ndarray) -> dict[tuple[int, int, int], int]:
@@ -134,7 +153,9 @@ def sglang_csv(folder: Path, rng: np.random.Generator) -> Foreign:
     path = folder / "expert_distribution_rank0_timestamp1.0.csv"
     expected = {(0, layer, int(e)): int(rng.integers(1, 100)) * 4 for layer in (3, 4) for e in rng.permutation(8)[:5]}
     path.write_text("layer_id,expert_id,count\n" + "".join(f"{a},{e},{n}\n" for (_, a, e), n in expected.items()))
-    return Foreign("sglang-csv", [path], {"top_k": 4, "num_experts": 8}, counts=expected, domains=[path.name.split(".")[0]])
+    return Foreign(
+        "sglang-csv", [path], {"top_k": 4, "num_experts": 8}, counts=expected, domains=[path.name.split(".")[0]]
+    )
 
 
 def sglang_returned(folder: Path, rng: np.random.Generator) -> Foreign:
@@ -143,18 +164,28 @@ def sglang_returned(folder: Path, rng: np.random.Generator) -> Foreign:
     ids = np.zeros((4, num_layers, top_k), np.int32)
     ids[:, 1], ids[:, 2] = choices(rng, 4, 8, top_k), choices(rng, 4, 8, top_k)  # layer 0 is dense
     response = {
-        "text": "…", "output_ids": output, "input_ids": prompt,
+        "text": "…",
+        "output_ids": output,
+        "input_ids": prompt,
         "meta_info": {
-            "routed_experts": base64.b64encode(ids.tobytes()).decode(), "prompt_tokens": 3, "completion_tokens": 2,
+            "routed_experts": base64.b64encode(ids.tobytes()).decode(),
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
             "finish_reason": {"type": "stop"},
         },
-    }  # fmt: skip
+    }
     path = folder / "answers.jsonl"
     path.write_text(json.dumps(response) + "\n")
     return Foreign(
-        "sglang-returned", [path], {"num_layers": 3, "top_k": 2, "num_experts": 8}, ids={1: ids[:, 1], 2: ids[:, 2]},
-        token_ids=np.array([5, 6, 7, 8]), sequences=[[4]], phases=[0, 0, 0, 1], domains=["answers"],
-    )  # fmt: skip
+        "sglang-returned",
+        [path],
+        {"num_layers": 3, "top_k": 2, "num_experts": 8},
+        ids={1: ids[:, 1], 2: ids[:, 2]},
+        token_ids=np.array([5, 6, 7, 8]),
+        sequences=[[4]],
+        phases=[0, 0, 0, 1],
+        domains=["answers"],
+    )
 
 
 def sglang_raw(folder: Path, rng: np.random.Generator) -> Foreign:
@@ -162,9 +193,13 @@ def sglang_raw(folder: Path, rng: np.random.Generator) -> Foreign:
     path = folder / "answer.bin"
     path.write_bytes(ids.tobytes())
     return Foreign(
-        "sglang-returned", [path], {"num_layers": 2, "top_k": 4, "num_experts": 16, "domain": "raw"},
-        ids={0: ids[:, 0], 1: ids[:, 1]}, sequences=[[5]], domains=["raw"],
-    )  # fmt: skip
+        "sglang-returned",
+        [path],
+        {"num_layers": 2, "top_k": 4, "num_experts": 16, "domain": "raw"},
+        ids={0: ids[:, 0], 1: ids[:, 1]},
+        sequences=[[5]],
+        domains=["raw"],
+    )
 
 
 def sglang_base64(folder: Path, rng: np.random.Generator) -> Foreign:
@@ -186,29 +221,41 @@ def vllm_npy(folder: Path, rng: np.random.Generator) -> Foreign:
     path = folder / "routed.npy"
     path.write_bytes(_npy(ids))
     return Foreign(
-        "vllm", [path], {"num_experts": 300, "layers": [3, 4], "model": "m"},
-        ids={3: ids[:, 0], 4: ids[:, 1]}, sequences=[[6]], domains=["routed"],
-    )  # fmt: skip
+        "vllm",
+        [path],
+        {"num_experts": 300, "layers": [3, 4], "model": "m"},
+        ids={3: ids[:, 0], 4: ids[:, 1]},
+        sequences=[[6]],
+        domains=["routed"],
+    )
 
 
 def vllm_http(folder: Path, rng: np.random.Generator) -> Foreign:
     prompt, outputs = [1, 2, 3], [[4, 5], [6]]
     arrays = [np.stack([choices(rng, 2 + len(o), 8, 2) for _ in range(2)], axis=1).astype(np.uint8) for o in outputs]
     response = {
-        "id": "cmpl-1", "model": "Qwen/Qwen3-30B-A3B", "object": "text_completion", "prompt_token_ids": prompt,
+        "id": "cmpl-1",
+        "model": "Qwen/Qwen3-30B-A3B",
+        "object": "text_completion",
+        "prompt_token_ids": prompt,
         "choices": [
             {"index": i, "text": "x", "token_ids": o, "routed_experts": base64.b64encode(_npy(a)).decode()}
             for i, (o, a) in enumerate(zip(outputs, arrays, strict=True))
         ],
         "usage": {"prompt_tokens": 3, "completion_tokens": 3},
-    }  # fmt: skip
+    }
     path = folder / "response.json"
     path.write_text(json.dumps(response, indent=2))
     return Foreign(
-        "vllm", [path], {"num_experts": 8}, ids={at: np.concatenate([a[:, at] for a in arrays]) for at in range(2)},
-        token_ids=np.array([1, 2, 3, 4, 1, 2, 3]), sequences=[[4], [3]], phases=[0, 0, 0, 1, 0, 0, 0],
+        "vllm",
+        [path],
+        {"num_experts": 8},
+        ids={at: np.concatenate([a[:, at] for a in arrays]) for at in range(2)},
+        token_ids=np.array([1, 2, 3, 4, 1, 2, 3]),
+        sequences=[[4], [3]],
+        phases=[0, 0, 0, 1, 0, 0, 0],
         domains=["response"] * 2,
-    )  # fmt: skip
+    )
 
 
 def vllm_split(folder: Path, rng: np.random.Generator) -> Foreign:
@@ -216,15 +263,22 @@ def vllm_split(folder: Path, rng: np.random.Generator) -> Foreign:
     prompt[0] = -1  # a cached prefix
     made = np.stack([choices(rng, 2, 8, 2) for _ in range(2)], axis=1)
     response = {
-        "model": "m", "prompt_routed_experts": prompt.tolist(), "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "model": "m",
+        "prompt_routed_experts": prompt.tolist(),
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
         "choices": [{"index": 0, "text": "x", "routed_experts": made.tolist()}],
-    }  # fmt: skip
+    }
     path = folder / "split.jsonl"
     path.write_text(json.dumps(response))
     return Foreign(
-        "vllm", [path], {"num_experts": 8}, ids={at: np.concatenate([prompt[:, at], made[:, at]]) for at in range(2)},
-        sequences=[[5]], phases=[0, 0, 0, 1, 1], domains=["split"],
-    )  # fmt: skip
+        "vllm",
+        [path],
+        {"num_experts": 8},
+        ids={at: np.concatenate([prompt[:, at], made[:, at]]) for at in range(2)},
+        sequences=[[5]],
+        phases=[0, 0, 0, 1, 1],
+        domains=["split"],
+    )
 
 
 def gguf_bytes(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
@@ -259,9 +313,17 @@ def imatrix(folder: Path, rng: np.random.Generator) -> Foreign:
             tensors[f"blk.{layer}.ffn_{part}_exps.weight.counts"] = row[None].T.astype(np.float32)
             tensors[f"blk.{layer}.ffn_{part}_exps.weight.in_sum2"] = np.ones((6, 4))
     path = folder / "qwen.imatrix.gguf"
-    head = {"general.type": "imatrix", "imatrix.datasets": ["a.txt"], "imatrix.chunk_count": 2, "imatrix.chunk_size": 10}
+    head = {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["a.txt"],
+        "imatrix.chunk_count": 2,
+        "imatrix.chunk_size": 10,
+    }
     path.write_bytes(gguf_bytes(head, tensors))
-    expected = {(0, layer + 1, e): n for (layer, e), n in ((tuple(map(int, at)), int(counts[tuple(at)])) for at in np.argwhere(counts))}
+    expected = {
+        (0, layer + 1, e): n
+        for (layer, e), n in ((tuple(map(int, at)), int(counts[tuple(at)])) for at in np.argwhere(counts))
+    }
     return Foreign("imatrix", [path], counts=expected, domains=["qwen"])
 
 
@@ -278,7 +340,8 @@ def bigmoeonedge(folder: Path, rng: np.random.Generator) -> Foreign:
             for step in steps:
                 for slot in range(2):
                     if ids[layer][step, slot] >= 0:
-                        lines.append(f"0,{phase},{step},{layer},{slot},{ids[layer][step, slot]},{weights[layer][step, slot]},0,10,0")
+                        chosen = f"{ids[layer][step, slot]},{weights[layer][step, slot]}"
+                        lines.append(f"0,{phase},{step},{layer},{slot},{chosen},0,10,0")
     dropped = next(i for i, line in enumerate(lines) if line.startswith("0,1,4,0,1,"))
     lines[dropped] = lines[dropped][:-1] + "1"
     ids[0][4, 1], weights[0][4, 1] = -1, 0
@@ -294,19 +357,37 @@ def gpt_oss(folder: Path, rng: np.random.Generator) -> Foreign:
     ids = {layer: choices(rng, 3, 8, 2) for layer in range(2)}
     weights = {layer: -np.sort(-rng.random((3, 2)), axis=1).astype(np.float32) for layer in range(2)}
     example = {
-        "row_index": 3, "dataset": "mmlu_test", "category": "philosophy", "finished_successfully": True,
-        "has_repetition": False, "original_prompt": "?", "full_text": pieces, "generated_only": pieces[2:],
+        "row_index": 3,
+        "dataset": "mmlu_test",
+        "category": "philosophy",
+        "finished_successfully": True,
+        "has_repetition": False,
+        "original_prompt": "?",
+        "full_text": pieces,
+        "generated_only": pieces[2:],
         "router_data": [
-            {f"token_{2 + t}": {f"layer_{a}": {"selected_experts": ids[a][t].tolist(), "selected_probs": weights[a][t].tolist()} for a in ids}}
+            {
+                f"token_{2 + t}": {
+                    f"layer_{a}": {"selected_experts": ids[a][t].tolist(), "selected_probs": weights[a][t].tolist()}
+                    for a in ids
+                }
+            }
             for t in range(3)
         ],
-    }  # fmt: skip
+    }
     path = folder / "True_False_examples.json"
     path.write_text(json.dumps([example], indent=2))
     return Foreign(
-        "gpt-oss", [path], {"num_experts": 8}, ids=ids, weights=weights, token_ids=np.array([0, 1, 2]),
-        sequences=[[3]], phases=[1, 1, 1], domains=["philosophy"],
-    )  # fmt: skip
+        "gpt-oss",
+        [path],
+        {"num_experts": 8},
+        ids=ids,
+        weights=weights,
+        token_ids=np.array([0, 1, 2]),
+        sequences=[[3]],
+        phases=[1, 1, 1],
+        domains=["philosophy"],
+    )
 
 
 def _events(rng: np.random.Generator) -> tuple[list[dict[str, Any]], Foreign]:
@@ -314,7 +395,7 @@ def _events(rng: np.random.Generator) -> tuple[list[dict[str, Any]], Foreign]:
     lengths, found, events = {("gsm8k", 7): 3, ("mbpp", 7): 2}, Foreign("", []), []
     ids = {layer: [] for layer in (0, 2)}
     weights = {layer: [] for layer in (0, 2)}
-    for (dataset, problem), n in lengths.items():
+    for n in lengths.values():
         for layer in (0, 2):
             ids[layer].append(choices(rng, n, 8, 2))
             weights[layer].append(-np.sort(-rng.random((n, 2)), axis=1).astype(np.float32))
@@ -324,11 +405,15 @@ def _events(rng: np.random.Generator) -> tuple[list[dict[str, Any]], Foreign]:
                 if token < n:
                     events.append(
                         {
-                            "dataset": dataset, "problem_id": problem, "layer": layer, "token_idx": token,
+                            "dataset": dataset,
+                            "problem_id": problem,
+                            "layer": layer,
+                            "token_idx": token,
                             "experts": ids[layer][at][token].tolist(),
-                            "gating_probs": weights[layer][at][token].tolist(), "token_id": 10 * at + token,
+                            "gating_probs": weights[layer][at][token].tolist(),
+                            "token_id": 10 * at + token,
                         }
-                    )  # fmt: skip
+                    )
     found.ids = {layer: np.concatenate(blocks) for layer, blocks in ids.items()}
     found.weights = {layer: np.concatenate(blocks) for layer, blocks in weights.items()}
     found.token_ids = np.array([0, 1, 2, 10, 11])
@@ -353,8 +438,17 @@ def csv_long(folder: Path, rng: np.random.Generator) -> Foreign:
         for e in events:
             for slot in (1, 0):
                 writer.writerow(
-                    [e["dataset"], e["problem_id"], e["layer"], e["token_idx"], slot, e["experts"][slot], e["gating_probs"][slot], e["token_id"]]
-                )  # fmt: skip
+                    [
+                        e["dataset"],
+                        e["problem_id"],
+                        e["layer"],
+                        e["token_idx"],
+                        slot,
+                        e["experts"][slot],
+                        e["gating_probs"][slot],
+                        e["token_id"],
+                    ]
+                )
     return made
 
 
@@ -366,7 +460,17 @@ def csv_wide(folder: Path, rng: np.random.Generator) -> Foreign:
         writer = csv.writer(file)
         writer.writerow(["dataset", "problem_id", "layer", "token_idx", "chosen", "weights", "token_id"])
         for e in events:
-            writer.writerow([e["dataset"], e["problem_id"], e["layer"], e["token_idx"], e["experts"], e["gating_probs"], e["token_id"]])
+            writer.writerow(
+                [
+                    e["dataset"],
+                    e["problem_id"],
+                    e["layer"],
+                    e["token_idx"],
+                    e["experts"],
+                    e["gating_probs"],
+                    e["token_id"],
+                ]
+            )
     return made
 
 
@@ -411,15 +515,39 @@ def megatron(folder: Path, rng: np.random.Generator) -> Foreign:
         for layer in (1, 2):
             block = ids[layer][rows].tolist()
             lines.append(
-                {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0, "num_tokens": len(block), "topk": 2, "top_indices": block}
-            )  # fmt: skip
+                {
+                    "step": step,
+                    "stage": "pre_dispatch",
+                    "block": "decoder",
+                    "layer": layer,
+                    "rank": 0,
+                    "num_tokens": len(block),
+                    "topk": 2,
+                    "top_indices": block,
+                }
+            )
         lines.append(
-            {"step": step, "stage": "pre_dispatch", "block": "mtp", "mtp_idx": 0, "layer": 1, "rank": 0, "num_tokens": 1, "topk": 2, "top_indices": [[0, 1]]}
-        )  # fmt: skip
+            {
+                "step": step,
+                "stage": "pre_dispatch",
+                "block": "mtp",
+                "mtp_idx": 0,
+                "layer": 1,
+                "rank": 0,
+                "num_tokens": 1,
+                "topk": 2,
+                "top_indices": [[0, 1]],
+            }
+        )
     path = folder / "router_trace_rank0.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return Foreign(
-        "megatron", [folder], {"num_experts": 8}, ids=ids, sequences=[[1, 1, 1], [1, 1]], domains=["router_trace_rank0"] * 2
+        "megatron",
+        [folder],
+        {"num_experts": 8},
+        ids=ids,
+        sequences=[[1, 1, 1], [1, 1]],
+        domains=["router_trace_rank0"] * 2,
     )
 
 
@@ -428,7 +556,9 @@ def tensorrt_llm(folder: Path, rng: np.random.Generator) -> Foreign:
 
     counts = rng.integers(0, 5, (2, 2, 2, 6)) * 2  # rank, iteration, layer, expert
     counts[..., 0] += 2
-    (folder / "meta_info.json").write_text(json.dumps({"num_experts": 6, "num_experts_per_token": 2, "model_name": "ds"}))
+    (folder / "meta_info.json").write_text(
+        json.dumps({"num_experts": 6, "num_experts_per_token": 2, "model_name": "ds"})
+    )
     for rank in range(2):
         tensors = {f"{10 + i}_{3 + a}": counts[rank, i, a] for i in range(2) for a in range(2)}
         save_file(tensors, folder / f"rank{rank}.safetensors")
@@ -448,13 +578,37 @@ def olmoe(folder: Path, rng: np.random.Generator) -> Foreign:
     path = folder / "c4_results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return Foreign(
-        "olmoe", [path], {"num_experts": 8}, ids={a: np.concatenate(b) for a, b in ids.items()},
-        token_ids=np.array(tokens), sequences=[[3], [2]], domains=["c4_results"] * 2,
-    )  # fmt: skip
+        "olmoe",
+        [path],
+        {"num_experts": 8},
+        ids={a: np.concatenate(b) for a, b in ids.items()},
+        token_ids=np.array(tokens),
+        sequences=[[3], [2]],
+        domains=["c4_results"] * 2,
+    )
 
 
 WRITERS: tuple[Callable[[Path, np.random.Generator], Foreign], ...] = (
-    sglang_per_token, sglang_per_pass, sglang_stat, sglang_csv, sglang_returned, sglang_raw, sglang_base64, vllm_npy,
-    vllm_http, vllm_split, imatrix, bigmoeonedge, gpt_oss, jsonl, csv_long, csv_wide, parquet, policylang,
-    policylang_parquet, megatron, tensorrt_llm, olmoe,
-)  # fmt: skip
+    sglang_per_token,
+    sglang_per_pass,
+    sglang_stat,
+    sglang_csv,
+    sglang_returned,
+    sglang_raw,
+    sglang_base64,
+    vllm_npy,
+    vllm_http,
+    vllm_split,
+    imatrix,
+    bigmoeonedge,
+    gpt_oss,
+    jsonl,
+    csv_long,
+    csv_wide,
+    parquet,
+    policylang,
+    policylang_parquet,
+    megatron,
+    tensorrt_llm,
+    olmoe,
+)

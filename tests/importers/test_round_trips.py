@@ -40,7 +40,11 @@ def test_a_file_of_another_program_round_trips(writer, seed: int, tmp_path: Path
             rows = zip(counts.document, counts.layer, counts.expert, counts.count, strict=True)
             found |= {(int(d), int(a), int(e)): int(n) for d, a, e, n in rows}
         assert found == made.counts
-        assert [counts.domain_names[counts.domain[s]] for counts in trace.iter_counts() for s in counts.document_starts()[:-1]] == made.domains
+        assert [
+            counts.domain_names[counts.domain[s]]
+            for counts in trace.iter_counts()
+            for s in counts.document_starts()[:-1]
+        ] == made.domains
         return
     (part,) = trace.iter_parts(weights=trace.header.weights)
     assert sorted(part.expert_ids) == sorted(made.ids)
@@ -84,7 +88,9 @@ def test_many_documents_make_many_parts_and_keep_their_order(tmp_path: Path, mon
     rows = [(t, d, e) for d, ids in expected.items() for t, e in enumerate(ids)]
     order = np.argsort([t for t, _, _ in rows], kind="stable")  # all documents at once, token by token
     path = tmp_path / "log.csv"
-    path.write_text("doc_id,token_idx,layer,expert\n" + "".join(f"{rows[i][1]},{rows[i][0]},0,{rows[i][2]}\n" for i in order))
+    path.write_text(
+        "doc_id,token_idx,layer,expert\n" + "".join(f"{rows[i][1]},{rows[i][0]},0,{rows[i][2]}\n" for i in order)
+    )
     with pytest.warns(UserWarning, match="order of a token's choices is unknown"):
         trace = moescope.import_trace("csv", [path], tmp_path / "out.moe", num_experts=7)
     assert len(trace.parts) > 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def from_arrays(
     if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
         raise ValueError("phases must be 0 (prompt) or 1 (generated)")
 
-    def read() -> Iterator[RoutedDocument]:
+    def read() -> Generator[RoutedDocument, None, None]:
         numbers = columns["documents"]
         ends = np.append(_changes(numbers), num_tokens) if numbers is not None else np.array([num_tokens])
         starts = np.append(0, ends[:-1])

@@ -7,7 +7,7 @@ row there. Columns are read by name, as its authors ask; ``dropped`` came later,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from moescope.errors import ImportMalformed
@@ -19,7 +19,7 @@ from moescope.importers.findings import Findings, Options
 _NEEDED = ("turn", "phase", "step", "layer", "slot", "expert")
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document a turn.
 
     Raises:

@@ -7,7 +7,7 @@ they are many, and come back a bucket of documents at a time.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Meaning:
 
 def gather(
     batches: Iterable[NDArray[Any]], documents: Documents, meaning: Meaning, findings: Findings
-) -> Iterator[RoutedDocument]:
+) -> Generator[RoutedDocument, None, None]:
     """Turn batches of events, dtype `EVENT`, into documents, in order of appearance.
 
     Raises:

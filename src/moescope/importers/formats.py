@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
 
-Reader = Callable[[Sequence[Path], Options, Findings], Iterator[RoutedDocument | CountedDocument]]
+Reader = Callable[[Sequence[Path], Options, Findings], Generator[RoutedDocument | CountedDocument, None, None]]
 
 
 @dataclass(frozen=True)

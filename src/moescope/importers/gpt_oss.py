@@ -6,7 +6,7 @@ are numbered in order of appearance, where their number agrees with the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +32,7 @@ class _Example(msgspec.Struct):
     category: str = ""
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document an example.
 
     Raises:

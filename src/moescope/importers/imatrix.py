@@ -6,7 +6,7 @@ The matrix counts for each of the gate, up and down projections; all three see t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from moescope.importers.findings import Findings, Options
 _COUNTS = re.compile(r"blk\.(\d{1,5})\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[CountedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
     """One document a file.
 
     Raises:

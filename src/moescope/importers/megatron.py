@@ -6,7 +6,7 @@ has, so each token is a sequence of its own: no pair of tokens is made up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +33,7 @@ class _Record(msgspec.Struct):
     mtp_idx: int | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document a pass of a rank; a pass ends where its step, or a layer a second time, begins anew.
 
     Raises:
@@ -53,7 +53,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterato
             yield document
 
 
-def _passes(path: Path, options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def _passes(path: Path, options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     waiting: dict[int, Ids] = {}
     begun, place, stage = (0, 0), str(path), ""
     cells = 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moescope.errors import ImportIncomplete, ImportMalformed, ImportTooLarge
+from moescope.errors import ImportIncomplete, ImportMalformed
+from moescope.importers import parquet_probe
 from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
 from moescope.importers.events import UNKNOWN, Documents, Event, Meaning, batches, gather
 from moescope.importers.files import decode, find, lines, number, real, rows, stem
@@ -45,16 +48,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 PHASE_WORDS = {"prefill": 0, "prompt": 0, "decode": 1, "generation": 1, "0": 0, "1": 1, "false": 0, "true": 1}
 MAX_EVENT_BYTES = 1 << 20
 MAX_CHOICES = 1024
-BATCH_ROWS = 1 << 14
-MAX_VALUES = 1 << 26
-"""Most values of a column in a row group of Parquet, which are decoded together."""
+BATCH_ROWS = 1 << 12
+MAX_PARQUET_BYTES = 3 << 29
+"""Memory in which a file of Parquet must be decodable."""
 
 _NUMBER = re.compile(r"[-+0-9.eE]+|nan|NaN|inf")
 
 Row = Mapping[str, Any]
 
 
-def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """Documents of JSON lines, an object a row.
 
     Raises:
@@ -63,7 +66,7 @@ def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> I
     yield from _read(find(paths), _json_rows, options, findings)
 
 
-def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """Documents of CSV with a header; a list in a cell is numbers with anything between them.
 
     Raises:
@@ -72,13 +75,14 @@ def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Ite
     yield from _read(find(paths), _csv_rows, options, findings)
 
 
-def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """Documents of Parquet files, their row groups read one at a time.
 
     Raises:
         ForeignTraceError: A row is no row of routing.
     """
-    yield from _read(find(paths, "*.parquet"), parquet_rows, options, findings)
+    given = options.fields.values()
+    yield from _read(find(paths, "*.parquet"), lambda path: parquet_rows(path, given), options, findings)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -100,15 +104,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def parquet_rows(path: Path, wanted: Iterable[str] = ()) -> Iterator[tuple[str, Row]]:
     """Place and values of each row of a Parquet file, of the columns that importers know or that are wanted."""
-    known = {name for names in NAMES.values() for name in names} | set(wanted)
+    known = sorted({name for names in NAMES.values() for name in names} | set(wanted))
+    command = [sys.executable, "-P", parquet_probe.__file__, str(path), str(MAX_PARQUET_BYTES), str(BATCH_ROWS), *known]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        why = " ".join(done.stderr.decode(errors="replace").split())[-300:] or f"the decoder ended by {done.returncode}"
+        raise ImportMalformed(path, f"cannot be decoded as Parquet within {MAX_PARQUET_BYTES:,} bytes: {why}")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             columns = [name for name in file.schema_arrow.names if name in known]
-            for group in range(file.metadata.num_row_groups):
-                of_group = file.metadata.row_group(group)
-                largest = max((of_group.column(at).num_values for at in range(of_group.num_columns)), default=0)
-                if largest > MAX_VALUES or of_group.total_byte_size > 1 << 30:
-                    raise ImportTooLarge(f"{path}, row group {group}", f"holds {largest:,} values of a column together")
             at = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
@@ -123,7 +127,7 @@ def _read(
     read_rows: Callable[[Path], Iterator[tuple[str, Row]]],
     options: Options,
     findings: Findings,
-) -> Iterator[RoutedDocument]:
+) -> Generator[RoutedDocument, None, None]:
     """One table after the other; documents do not reach across files."""
     for path in paths:
         table = read_rows(path)
@@ -206,7 +210,7 @@ def read_events(
     *,
     model: Model = NO_MODEL,
     ranked: bool = False,
-) -> Iterator[RoutedDocument]:
+) -> Generator[RoutedDocument, None, None]:
     """Gather the rows of a table to documents."""
     documents = Documents()
     weights = bool(columns.weights or columns.weight)

@@ -5,7 +5,7 @@ A document is a line, one sequence; choices are in order of router logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ class _Line(msgspec.Struct):
     exp_ids: list[list[list[Id]]]
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document a line.
 
     Raises:

@@ -6,7 +6,7 @@ may be missing or null; an older recorder has no ``p``, and a trace is one docum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class _Header(msgspec.Struct):
     num_entries: int | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document a prompt.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +75,7 @@ class _Response(msgspec.Struct):
     output_ids: list[TokenId] | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
     """One document an answer.
 
     Raises:
@@ -99,7 +99,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterato
 
 def _answers(
     place: str, response: _Response, domain: str, options: Options, findings: Findings
-) -> Iterator[RoutedDocument]:
+) -> Generator[RoutedDocument, None, None]:
     """The documents of one response, a choice each."""
     found = 0
     name = response.model or ""

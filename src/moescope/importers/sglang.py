@@ -9,7 +9,7 @@ order) become logical ones by ``last_physical_to_logical_map``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4
 MAX_EXPERTS = 1 << 16
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[RoutedDocument | CountedDocument]:
+def read(
+    paths: Sequence[Path], options: Options, findings: Findings
+) -> Generator[RoutedDocument | CountedDocument, None, None]:
     """One document a forward pass.
 
     Raises:
@@ -45,7 +47,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterato
             raise ImportMalformed(path, f"holds {keys or 'nothing'}, expected logical_count or records")
 
 
-def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Iterator[CountedDocument]:
+def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Generator[CountedDocument, None, None]:
     """Modes stat and stat_approx: counts [pass, layer, expert]; an older file has no passes."""
     if len(counts.shape) not in (2, 3) or counts.dtype.kind not in "iu":
         raise ImportMalformed(path, f"logical_count is {counts.dtype} of shape {counts.shape}, expected [pass, L, E]")
@@ -62,7 +64,7 @@ def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Iter
 
 def _records(
     path: Path, value: dict[str, Any], domain: str, findings: Findings, seen: set[bytes]
-) -> Iterator[RoutedDocument | CountedDocument]:
+) -> Generator[RoutedDocument | CountedDocument, None, None]:
     """Modes per_pass and per_token: a record a pass."""
     physical = value.get("last_physical_to_logical_map")
     if not isinstance(physical, Tensor) or len(physical.shape) != 2 or physical.dtype.kind not in "iu":
@@ -94,7 +96,7 @@ def _records(
 
 def _tokens(
     place: str, record: dict[str, Any], ids: Ids, logical: Ids, domain: str, model: Model, findings: Findings
-) -> Iterator[RoutedDocument]:
+) -> Generator[RoutedDocument, None, None]:
     """One pass of mode per_token."""
     if ids.ndim != 3 or ids.shape[0] != logical.shape[0]:
         raise ImportMalformed(
@@ -163,7 +165,7 @@ def _counted(place: str, counts: Ids, logical: Ids, domain: str, model: Model) -
     return CountedDocument(place, domain, table, model)
 
 
-def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[CountedDocument]:
+def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
     """``layer_id,expert_id,count`` of SGLang 0.4.5; a document is a file.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class _MetaInfo(msgspec.Struct):
     model_name: str = ""
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Iterator[CountedDocument]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
     """One document an iteration, of the folders given.
 
     Raises:

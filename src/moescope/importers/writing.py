@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from moescope.trace.reader import SUMMARY
 
 def write(
     out: Path,
-    documents: Iterable[RoutedDocument | CountedDocument],
+    documents: Generator[RoutedDocument | CountedDocument, None, None],
     options: Options,
     findings: Findings,
     *,
@@ -47,7 +48,10 @@ def write(
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after everything is read
         raise TraceExists(out, "holds a complete trace, which is kept", "--force replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".import", dir=out.parent) as folder:
+    with (
+        closing(documents),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".import", dir=out.parent) as folder,
+    ):
         assembly: Tokens | AssignmentCounts | None = None
         for document in documents:
             if assembly is None:
