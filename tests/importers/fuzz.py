@@ -244,6 +244,7 @@ class Fuzzer:
         problems, text = [], ""
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("error")
                 warnings.simplefilter("ignore", UserWarning)
                 trace = moescope.import_trace(made.format, files, out, **options)
                 problems = trace.verify()

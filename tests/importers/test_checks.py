@@ -131,6 +131,14 @@ def test_negative_gate_weights_look_like_logits(tmp_path: Path) -> None:
     )
 
 
+def test_a_choice_that_ran_no_expert_keeps_its_slot(tmp_path: Path) -> None:
+    ids = np.array([[[5, -1], [-1, 3], [-1, -1], [2, 4]]])
+    with pytest.warns(UserWarning, match="3 of 4 tokens have fewer than 2 experts, 1 of them none"):
+        trace = moescope.from_arrays(tmp_path / "a.moe", ids, num_experts=8, ranked=True)
+    (part,) = trace.iter_parts()
+    assert part.expert_ids[0].tolist() == ids[0].tolist()
+
+
 def test_a_warm_up_of_identical_tokens_is_told_of(tmp_path: Path) -> None:
     ids = choices(np.random.default_rng(0), 4000, 8, 2)
     ids[500:2500] = [3, 4]

@@ -105,10 +105,15 @@ def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
     for event in events:
         waiting.append(event)
         if len(waiting) == 100_000:
-            yield np.array(waiting, EVENT)
+            yield _array(waiting)
             waiting = []
     if waiting:
-        yield np.array(waiting, EVENT)
+        yield _array(waiting)
+
+
+def _array(events: list[Event]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # a weight beyond float32 is infinite, and told of as such
+        return np.array(events, EVENT)
 
 
 class _EventSpool:

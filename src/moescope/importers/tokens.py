@@ -35,17 +35,14 @@ class _LayerFacts:
     Attributes:
         largest: Largest id; -1 if there is none.
         zero_rows: Tokens of which every id is zero, which is no routing.
+        width: Slots used: the last that holds an expert of any token, and one.
         filled: Tokens by the number of their experts, shape (number,).
     """
 
     largest: int = -1
     zero_rows: int = 0
+    width: int = 0
     filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-
-    @property
-    def width(self) -> int:
-        """The most experts that a token has."""
-        return int(np.flatnonzero(self.filled)[-1]) if self.filled.any() else 0
 
     def add(self, chosen: NDArray[np.int64]) -> None:
         """Count tokens by how many experts each has."""
@@ -71,7 +68,6 @@ class Tokens(Assembly):
     _phases: bool = True
     _any_phases: bool = False
     _ranked: bool = True
-    _zero_is_dense: bool = False
     _zero_everywhere: int = 0
     _run: int = 0
     _run_place: str = ""
@@ -144,7 +140,6 @@ class Tokens(Assembly):
         self._phases &= all(d.phase is not None for d in documents)
         self._any_phases |= any(d.phase is not None for d in documents)
         zero_is_dense = all(d.zero_is_dense for d in documents)
-        self._zero_is_dense |= zero_is_dense
 
         starts = np.zeros(num_tokens, bool)
         for d, end, length in zip(documents, ends, lengths, strict=True):
@@ -241,6 +236,7 @@ class Tokens(Assembly):
                     )
                 ids[zero] = -1
         facts.zero_rows += int(zero.sum())
+        facts.width = max(facts.width, width)
         facts.largest = max(facts.largest, int(ids.max()))
         facts.add((ids >= 0).sum(axis=1))
         return zero
