@@ -24,6 +24,8 @@ _HOMES = {
     "Trace": "trace",
     "claims": "measures",
     "divergence": "measures",
+    "from_arrays": "importers",
+    "import_trace": "importers",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
@@ -39,6 +41,8 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.importers import from_arrays as from_arrays
+    from moescope.importers import import_trace as import_trace
     from moescope.measures import claims as claims
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats

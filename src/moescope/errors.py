@@ -201,6 +201,39 @@ class NotRecorded(TraceError):
     code = "not-recorded"
 
 
+# ------------------------------------------------------------------------------------------------------- import
+
+
+class ForeignTraceError(MoescopeError):
+    """Base of the errors about a recording of another program."""
+
+    code = "import"
+
+
+class ImportNotFound(ForeignTraceError):
+    """There is nothing at the path, or nothing there that the format's program writes."""
+
+    code = "import-not-found"
+
+
+class ImportMalformed(ForeignTraceError):
+    """A recording of another program cannot be right; it says where, what was expected and what was found."""
+
+    code = "import-malformed"
+
+
+class ImportTooLarge(ForeignTraceError):
+    """A piece of a recording that must be held in memory at once (a line, a document, a tensor) is beyond the limit."""
+
+    code = "import-too-large"
+
+
+class ImportIncomplete(ForeignTraceError):
+    """The file does not say something that the trace needs; the hint names the option that does."""
+
+    code = "import-incomplete"
+
+
 class OutputExists(MoescopeError):
     """The output of a report exists and is not one of ours; ``--force`` replaces it."""
 

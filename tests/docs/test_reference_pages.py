@@ -65,6 +65,19 @@ def test_the_page_on_the_trace_format_names_the_keys_of_the_header(page: str) ->
     assert f"# The trace format, version {trace.FORMAT_VERSION}" in page
 
 
+def test_the_page_on_importers_names_the_formats_and_columns_there_are() -> None:
+    from moescope.importers import FORMATS
+    from moescope.importers.named import NAMES
+
+    text = (DOCS / "reference" / "importers.md").read_text(encoding="utf-8")
+    formats = [(name, made.source, made.files, made.gives, made.document) for name, made in FORMATS.items()]
+    assert table_rows(text, "format") == formats
+    assert table_rows(text, "what") == [(what, ", ".join(names)) for what, names in NAMES.items()]
+    second = text[text.index("## What each file says") :]
+    named = {name for row in table_rows(second, "format") for name in re.findall(r"[a-z-]+", row[0])}
+    assert set(FORMATS) <= named
+
+
 def test_the_page_on_errors_is_made_from_their_classes() -> None:
     spec = importlib.util.spec_from_file_location("make_errors_page", DOCS / "make_errors_page.py")
     assert spec is not None
