@@ -34,6 +34,15 @@ class Portion:
     num_tokens: int = 0
     num_characters: int = 0
 
+    def note(self) -> dict[str, int]:
+        """What a trace notes of the part, so that a recording can go on after it."""
+        return {
+            "documents_read": self.num_read,
+            "documents_empty": self.num_read - len(self.documents),
+            "tokens": self.num_tokens,
+            "characters": self.num_characters,
+        }
+
 
 @dataclass(frozen=True)
 class Window:

@@ -69,6 +69,23 @@ class Model:
         return int(self.body.get_input_embeddings().weight.shape[0])
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which only the weights have not been read.
+
+    Attributes:
+        folder: Where it lies.
+        name: What a trace calls it.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    tokenizer: Tokenizer
+
+
 def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, device: str) -> Model:
     """Load a checkpoint; everything that can be refused is refused before its weights are read.
 
@@ -85,26 +102,32 @@ def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, de
         ModelUnsupported: It has some whose routing cannot be read exactly.
         NoSuchLayer: A layer asked for has no routed experts.
     """
+    checkpoint = open_checkpoint(path, layers)
+    with quiet():
+        body = _load_weights(checkpoint.folder, checkpoint.config, dtype)
+    body.to(find_device(device))
+    fingerprint = checkpoint_fingerprint(checkpoint.folder)
+    return describe(body, checkpoint.tokenizer, layers, checkpoint.name, fingerprint)
+
+
+def open_checkpoint(path: Path | str, layers: Sequence[int] | None) -> Checkpoint:
+    """Find a checkpoint, and refuse what can be refused before its weights are read; as `load_model`."""
     folder = find_checkpoint(path)
-    with _quiet():
+    with quiet():
         config = _load_config(folder)
         refuse_odd_families(config, path)
         with torch.device("meta"):
             skeleton = transformers.AutoModel.from_config(config)
         select_experts(find_experts(skeleton, path), layers, _num_layers(config), path)
-        del skeleton
         tokenizer = Tokenizer.load(folder)
-        body = _load_weights(folder, config, dtype)
-    body.to(find_device(device))
-    name = folder.resolve().name if Path(path).is_dir() else str(path)
-    return _describe(body, tokenizer, layers, name, checkpoint_fingerprint(folder))
+    return Checkpoint(folder, folder.resolve().name if Path(path).is_dir() else str(path), config, tokenizer)
 
 
 def adopt_model(model: Any, tokenizer: Any, *, layers: Sequence[int] | None) -> Model:
     """Take a model and a tokenizer that the caller has loaded; both are left as they are."""
     body = model.base_model
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
-    return _describe(body, Tokenizer(tokenizer), layers, name, tensors_fingerprint(body))
+    return describe(body, Tokenizer(tokenizer), layers, name, tensors_fingerprint(body))
 
 
 def find_device(device: str) -> torch.device:
@@ -238,7 +261,8 @@ def implementations(model: Model) -> dict[str, str]:
     }
 
 
-def _describe(body: Any, tokenizer: Tokenizer, layers: Sequence[int] | None, name: str, fingerprint: str) -> Model:
+def describe(body: Any, tokenizer: Tokenizer, layers: Sequence[int] | None, name: str, fingerprint: str) -> Model:
+    """A model ready to be recorded, from its body, which need not be loaded yet."""
     num_layers = _num_layers(body.config)
     experts = select_experts(find_experts(body, name), layers, num_layers, name)
     architectures = getattr(body.config, "architectures", None) or [type(body).__name__]
@@ -298,7 +322,7 @@ def _text_config(config: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and notes with which transformers loads."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

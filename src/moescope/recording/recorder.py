@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
-from moescope.recording.batches import Encode, Portion, Window, batches, num_characters, portions, windows
+from moescope.errors import CorpusEmpty, TraceExists
+from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
@@ -34,29 +31,14 @@ from moescope.recording.model import (
     probe,
     ready_to_record,
 )
+from moescope.recording.parts import check_finite, check_token_ids, unrouted
+from moescope.recording.progress import Meter, Progress
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
 BATCH_TOKENS = 4096
 PART_TOKENS = 65_536
 WINDOW = 2048
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a recording is.
-
-    Attributes:
-        tokens: Tokens recorded, those of a resumed trace included.
-        fraction: Share of the corpus's text that is recorded, 0 to 1; None if the documents can be read only once.
-        tokens_per_second: Speed of this call.
-        seconds_left: Time to the end at this speed; None if it cannot be known.
-    """
-
-    tokens: int
-    fraction: float | None
-    tokens_per_second: float
-    seconds_left: float | None
 
 
 class Documents(Protocol):
@@ -171,15 +153,10 @@ def _record_parts(
     totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
-    meter = _Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
+    meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
     remaining = islice(documents, totals["documents_read"], None)
     for portion in portions(remaining, model.tokenizer.encode, writer.header.run["part_tokens"]):
-        note = {
-            "documents_read": portion.num_read,
-            "documents_empty": portion.num_read - len(portion.documents),
-            "tokens": portion.num_tokens,
-            "characters": portion.num_characters,
-        }
+        note = portion.note()
         if portion.documents:
             writer.write(_record_part(model, watch, portion, writer.header, meter), note)
         totals = {name: totals[name] + note[name] for name in totals}
@@ -190,17 +167,12 @@ def _record_parts(
     writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
 
 
-def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: _Meter) -> Part:
+def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: Meter) -> Part:
     """Run the model over one part."""
     added_ids = model.tokenizer.added_ids
     cut = windows(portion, header.run["window"] - len(added_ids))
-    part = _unrouted(portion, cut, header)
-    if (largest := int(part.token_id.max())) >= model.num_embeddings:
-        raise ModelDamaged(
-            model.description["name"],
-            f"its tokenizer gives id {largest}, but the model knows {model.num_embeddings} ids",
-            "is it the tokenizer of this model?",
-        )
+    part = unrouted(portion, cut, header)
+    check_token_ids(part, model.num_embeddings, model.description["name"])
     looks_ahead = model.looks_ahead
     for batch in batches(cut, added_ids, header.run["batch_tokens"]):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
@@ -208,7 +180,7 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
         for layer, choices in watch.run(model.body, inputs).items():
             gate_weights = choices.gate_weights[batch.places]
-            _check_finite(layer, gate_weights, batch.rows, part)
+            check_finite(layer, gate_weights, batch.rows, part)
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
             if header.weights:
                 part.gate_weights[layer][batch.rows] = gate_weights
@@ -216,68 +188,11 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
     return part
 
 
-def _unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
-    """A part whose token columns are filled and whose choices are not."""
-    lengths = [len(token_ids) for _, token_ids in portion.documents]
-    domains = {document.domain: None for document, _ in portion.documents}
-    codes = {domain: code for code, domain in enumerate(domains)}
-    shapes = {layer.layer: (portion.num_tokens, layer.top_k) for layer in header.layers}
-    return Part(
-        document=np.repeat(np.array([document.number for document, _ in portion.documents], np.uint32), lengths),
-        domain=np.repeat(np.array([codes[document.domain] for document, _ in portion.documents]), lengths),
-        domain_names=tuple(domains),
-        sequence=np.repeat(
-            np.array([window.sequence for window in cut], np.uint32), [len(window.token_ids) for window in cut]
-        ),
-        position=np.concatenate([np.arange(len(window.token_ids), dtype=np.uint32) for window in cut]),
-        token_id=np.concatenate([window.token_ids for window in cut]),
-        expert_ids={layer: np.empty(shape, np.int16) for layer, shape in shapes.items()},
-        gate_weights={layer: np.empty(shape, np.float32) for layer, shape in shapes.items()} if header.weights else {},
-    )
-
-
-def _check_finite(layer: int, gate_weights: NDArray[np.float32], rows: NDArray[np.int64], part: Part) -> None:
-    if np.isfinite(gate_weights).all():
-        return
-    row = rows[~np.isfinite(gate_weights).all(axis=1)].min()
-    raise RouterNotFinite(
-        f"layer {layer}",
-        f"a gate weight is NaN or infinite in document {part.document[row]}, sequence {part.sequence[row]}, position "
-        f"{part.position[row]}",
-        "the model's weights are damaged, or overflow in this dtype: does --dtype float32 help?",
-    )
-
-
 def _num_characters(documents: Documents, encode: Encode) -> int | None:
     """Characters that will be recorded; reading a corpus is nothing beside running a model over it."""
     if isinstance(documents, _Given) and not documents.can_be_read_again:
         return None
     return sum(num_characters(document, encode) for document in documents)
-
-
-class _Meter:
-    """Counts what is recorded and tells the caller."""
-
-    def __init__(
-        self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
-    ) -> None:
-        self._report = report
-        self._tokens_before, self._tokens = tokens, tokens
-        self._characters_before, self._characters = characters, float(characters)
-        self._total = total_characters
-        self._start = time.monotonic()
-
-    def add(self, tokens: int, characters: float) -> None:
-        self._tokens += tokens
-        self._characters += characters
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        fraction = seconds_left = None
-        if self._total:
-            fraction = min(1.0, self._characters / self._total)
-            left = max(0.0, self._total - self._characters)
-            seconds_left = seconds * left / (self._characters - self._characters_before)
-        speed = (self._tokens - self._tokens_before) / seconds
-        self._report(Progress(self._tokens, fraction, speed, seconds_left))
 
 
 @dataclass(frozen=True)
