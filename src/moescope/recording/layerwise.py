@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Layerwise:
 
     Attributes:
         dtype: What it computes in.
+        device: Where.
         body: The model without its head, everything on the meta device until `load_rest`.
         experts: Its experts by layer, ascending.
         shards: The files.
@@ -88,7 +90,7 @@ class Layerwise:
         self.subject = subject
         self.shards = Shards(folder)
         try:
-            self._device = device
+            self.device = device
             self.dtype = _resolve_dtype(dtype, config, self.shards)
             with torch.device("meta"):
                 self.body: Any = transformers.AutoModel.from_config(copy.deepcopy(config), dtype=self.dtype).eval()
@@ -127,6 +129,26 @@ class Layerwise:
     def nbytes(self, layer: int | None, *, bare: bool = False) -> int:
         """Bytes, in the checkpoint, of the tensors that `keys` names."""
         return sum(self.shards.tensors[key].nbytes for key in self.keys(layer, bare=bare))
+
+    def memory_bytes(self, layer: int | None) -> int:
+        """Bytes that a layer takes once it is loaded; for None, all that lies in no layer."""
+        inside = self._names_within(layer)
+        return sum(tensor.nbytes for name, tensor in self._empty.items() if inside(name))
+
+    def operations(self, layer: int, *, share_of_experts: float) -> float:
+        """Multiplications and additions a token in the matrices of a layer, of whose experts only a share runs."""
+        inside = self._names_within(layer)
+        experts = tuple(f"{each.name}." for each in self.experts if each.layer == layer)
+        return sum(
+            2 * tensor.numel() * (share_of_experts if experts and name.startswith(experts) else 1)
+            for name, tensor in self._empty.items()
+            if inside(name) and tensor.dim() >= 2
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(getattr(self.body.config.get_text_config(), "hidden_size", 0) or 1)
 
     def load_rest(self) -> None:
         """Load what lies in no layer: embeddings, norms, rotary tables."""
@@ -192,6 +214,12 @@ class Layerwise:
         """Close the files."""
         self.shards.close()
 
+    def __enter__(self) -> Layerwise:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
     def _find_targets(self) -> dict[str, str]:
         """For each tensor of the checkpoint that the body has, the name it has there; one of several if it is split."""
         renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
@@ -216,7 +244,7 @@ class Layerwise:
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.body._get_dtype_plan(self.dtype),
-            device_map={"": self._device},
+            device_map={"": self.device},
             weight_mapping=self._conversions,
         )
         try:
@@ -269,7 +297,7 @@ class Layerwise:
             out = torch.empty(self._empty[target].shape, dtype=self._empty[target].dtype)
             for key, (index, start, end) in places.items():
                 tensors.pop(key).read_into(out[index, start:end])
-            merged[target] = out.to(self._device)
+            merged[target] = out.to(self.device)
         return merged
 
     def _places(
@@ -309,7 +337,7 @@ class Layerwise:
         for name, buffer in list(self.body.named_non_persistent_buffers()):
             if buffer.is_meta and inside(name):
                 module, _, last = name.rpartition(".")
-                self.body.get_submodule(module)._buffers[last] = torch.empty_like(buffer, device=self._device)
+                self.body.get_submodule(module)._buffers[last] = torch.empty_like(buffer, device=self.device)
         for name, module in self.body.named_modules():
             module._is_hf_initialized = not inside(f"{name}.")
         self.body.initialize_weights()

@@ -214,19 +214,21 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     ids = torch.arange(4, device=model.device).remainder(model.num_embeddings).unsqueeze(0)
     with RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, {"input_ids": ids})
-    layers = tuple(
-        Layer(
-            layer=experts.layer,
-            num_experts=experts.num_experts,
-            top_k=choices[experts.layer].expert_ids.shape[1],
-            module=experts.name,
-            num_null_experts=experts.num_null_experts,
-            num_shared_experts=experts.num_shared_experts,
-        )
-        for experts in model.experts
-    )
+    layers = tuple(trace_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.body.modules())
     return layers, None if offloaded else list(choices)[-1]
+
+
+def trace_layer(experts: Experts, top_k: int) -> Layer:
+    """A layer as a trace describes it."""
+    return Layer(
+        layer=experts.layer,
+        num_experts=experts.num_experts,
+        top_k=top_k,
+        module=experts.name,
+        num_null_experts=experts.num_null_experts,
+        num_shared_experts=experts.num_shared_experts,
+    )
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from moescope.recording.model import (
 )
 from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Meter, Progress
+from moescope.recording.spool import remove_work
+from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
@@ -69,7 +71,10 @@ def record(
     domain_field: str | None = None,
     strict: bool = False,
     force: bool = False,
+    stream: bool | None = None,
+    memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> Trace:
     """Record every choice that a model's routers make on a corpus.
 
@@ -91,7 +96,11 @@ def record(
         domain_field: Field of the corpus that holds the domain.
         strict: Stop at a malformed record instead of counting it.
         force: Replace a finished trace, or one of another recording.
+        stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
+        memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
+            layers hand on stays in memory. None for what is free.
         progress: Called after every forward pass.
+        announce: Called before a streamed recording starts, with what it will take.
     Returns:
         The finished trace.
     Raises:
@@ -101,12 +110,20 @@ def record(
     if window < 1 or batch_tokens < 1 or part_tokens < 1:
         raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
+        remove_work(out)
         raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
+    streamed: Streamed | None = None
     if isinstance(model, str | Path):
         find_device(device)
-        ready = load_model(model, layers=layers, dtype=dtype, device=device)
+        if must_stream(model, out, stream=stream, memory=memory, device=device, dtype=dtype):
+            streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory)
+            ready = streamed.model
+        else:
+            ready = load_model(model, layers=layers, dtype=dtype, device=device)
+    elif stream:
+        raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
     elif (dtype, device) != ("auto", "auto"):
         raise ValueError("the dtype and device of a loaded model are what they are")
     else:
@@ -126,7 +143,6 @@ def record(
     if window <= len(ready.tokenizer.added_ids):
         raise ValueError(f"a window of {window} has no room beside the {len(ready.tokenizer.added_ids)} added tokens")
     with ready_to_record(ready):
-        layers_found, stop_at = probe(ready)
         run = {
             "window": window,
             "batch_tokens": batch_tokens,
@@ -135,14 +151,22 @@ def record(
             **implementations(ready),
             **_versions(),
         }
-        header = Header(
-            layers_found, weights, ready.description, ready.tokenizer.description(), documents.description(), run
-        )
+        provenance = (weights, ready.description, ready.tokenizer.description(), documents.description())
+        report = progress or (lambda _: None)
+        if streamed is not None:
+            plan = Header(planned_layers(ready), *provenance, run | {"road": "stream"})
+            with streamed.layerwise:
+                record_streamed(
+                    streamed, documents, plan, out, force=force, report=report, announce=announce or (lambda _: None)
+                )
+            return open_trace(out)
+        layers_found, stop_at = probe(ready)
+        header = Header(layers_found, *provenance, run)
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
         ):
-            _record_parts(ready, watch, documents, writer, progress or (lambda _: None))
+            _record_parts(ready, watch, documents, writer, report)
     return open_trace(out)
 
 

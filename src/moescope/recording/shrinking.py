@@ -23,6 +23,7 @@ _NARROWEST_HEAD, _NARROWEST_ROTARY = 8, 4
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "depth")
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+_CHUNKS = ("chunk_size", "mamba_chunk_size")  # of a scan, which pads to them
 _GROUPS = ("n_group", "num_expert_group")
 _WIDTH = re.compile(
     r"((?!\w*kernel)\w+_)?(hidden_size|hidden_dim|d_model|embed_dim|head_dim|d_head|rank|latent_size|kv_channels)"
@@ -79,7 +80,7 @@ def _shrink_part(part: Any, factor: int, num_layers: int) -> None:
             setattr(part, name, _num_experts(part, value))
         elif name == "zero_expert_num":
             setattr(part, name, min(value, _NULL_EXPERTS))
-        elif _INNER_WIDTH.fullmatch(name):
+        elif _INNER_WIDTH.fullmatch(name) or name in _CHUNKS:
             setattr(part, name, min(value, _INNER))
         elif _WIDTH.fullmatch(name) and value > 1:
             setattr(part, name, value // factor)
