@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moescope.recording import record
 
 from .conftest import byte_level_tokenizer, some_documents
 from .families import FAMILIES, tiny_model
+
 
 def save(model: Any, folder: Path, tokenizer: Any | None = None, **options: Any) -> Path:
     model.save_pretrained(folder, **options)

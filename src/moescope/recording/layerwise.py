@@ -96,9 +96,7 @@ class Layerwise:
                 self.body: Any = transformers.AutoModel.from_config(copy.deepcopy(config), dtype=self.dtype).eval()
             self.experts = find(self.body, subject)
             self._prefix, self._layers = _find_layers(self.body, self.experts, subject)
-            self._empty = {
-                name: tensor for name, tensor in [*self.body.named_parameters(), *self.body.named_buffers()]
-            }
+            self._empty = dict([*self.body.named_parameters(), *self.body.named_buffers()])
             self._conversions = get_model_conversion_mapping(self.body)
             self._targets = self._find_targets()
         except BaseException:
@@ -348,7 +346,7 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, shards: Shards) -> tor
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return getattr(torch, dtype)
     named = getattr(config, "dtype", None)
     named = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(named, torch.dtype):

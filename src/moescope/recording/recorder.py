@@ -109,6 +109,8 @@ def record(
     out = Path(out)
     if window < 1 or batch_tokens < 1 or part_tokens < 1:
         raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory of {memory} bytes is below 0")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
         remove_work(out)
         raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")

@@ -177,7 +177,7 @@ def run_layer(
         inputs: Of the whole model.
         before: What the layer before returned, on the CPU.
     Returns:
-        What it chose, and what it returned; None if the watch stopped it before that.
+        What it chose, and what it returned, on the CPU; None if the watch stopped it before that.
     """
     returned: list[Any] = []
     device = inputs["input_ids"].device
@@ -186,7 +186,7 @@ def run_layer(
         returned.append(layerwise.run(layer, inputs, move(before, device)))
 
     choices = watch.observe(forward, inputs["input_ids"].numel())
-    return choices, returned[0] if returned else None
+    return choices, move(returned[0], torch.device("cpu")) if returned else None
 
 
 def _first_difference(left: Routing, right: Routing) -> int | None:

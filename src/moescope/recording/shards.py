@@ -36,6 +36,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 10**8  # the limit of the format
+_LINE_BYTES = 64
 _AHEAD_BYTES = 2**25  # a request to the system; small, so that closing never waits long
 
 
@@ -60,7 +61,11 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> Tensor:
         if index is not Ellipsis:
             raise IndexError("a stored tensor is read whole")
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        # Where matrices start in memory changes the last bit of some products. Loaded whole, a tensor starts where it
+        # does in its file, counted from a page, so here it does, too.
+        room = torch.empty(self.nbytes + 2 * _LINE_BYTES, dtype=torch.uint8)
+        skip = (self._start - room.data_ptr()) % _LINE_BYTES if self._start % self.dtype.itemsize == 0 else 0
+        tensor = room[skip : skip + self.nbytes].view(self.dtype).view(self.shape)
         self.read_into(tensor)
         return tensor
 
@@ -73,7 +78,7 @@ class StoredTensor:
         if out.dtype != self.dtype or not out.is_contiguous():
             out.copy_(self[...])
         elif out.numel():
-            self._shard.read(memoryview(out.view(-1).view(torch.uint8).numpy()), self._start)
+            self._shard.read(out.view(-1).view(torch.uint8).numpy().data, self._start)
 
 
 class Shards:

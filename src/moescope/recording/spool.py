@@ -134,10 +134,10 @@ class States:
 
     def _write_value(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            data = value.contiguous()
-            entry = {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape), "start": self.nbytes}
-            if data.numel():
-                self._write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+            dtype = str(value.dtype).removeprefix("torch.")
+            entry = {"dtype": dtype, "shape": list(value.shape), "start": self.nbytes}
+            if value.numel():
+                self._write(_bytes(value))
             return entry
         if isinstance(value, tuple | list):
             return [isinstance(value, tuple), [self._write_value(each) for each in value]]
@@ -147,11 +147,9 @@ class States:
 
     def _read_value(self, entry: Any) -> Any:
         if isinstance(entry, dict):
-            dtype = getattr(torch, entry["dtype"])
-            tensor = torch.empty(entry["shape"], dtype=dtype)
+            tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             if tensor.numel():
-                data = self._read(entry["start"], tensor.nbytes)
-                tensor = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+                self._read_into(_bytes(tensor), entry["start"])
             return tensor
         if isinstance(entry, list):
             values = [self._read_value(each) for each in entry[1]]
@@ -166,20 +164,23 @@ class States:
         self._digest.update(data)
         self.nbytes += len(data)
 
-    def _read(self, start: int, length: int) -> bytearray:
-        if start < 0 or length < 0:
-            raise ValueError(f"{length} bytes at {start}")
-        data = bytearray(length)
-        view, done = memoryview(data), 0
-        place = self._file.tell()
+    def _read(self, start: int, length: int) -> bytes:
+        data = bytearray(max(0, length))
+        self._read_into(memoryview(data), start)
+        return bytes(data)
+
+    def _read_into(self, data: memoryview, start: int) -> None:
+        """Read bytes of the file, and return to where writing goes on."""
+        if start < 0:
+            raise ValueError(f"starts at {start}")
+        place, done = self._file.tell(), 0
         self._file.seek(start)
-        while done < length:
-            count = self._file.readinto(view[done:])
+        while done < len(data):
+            count = self._file.readinto(data[done:])
             if not count:
                 raise ValueError(f"ends after {start + done} bytes")
             done += count
         self._file.seek(place)
-        return data
 
 
 class Spool:
@@ -406,10 +407,14 @@ def without_top_k(header: Header) -> Header:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """What a layer returned, its tensors on another device."""
+    """What a layer returned, its tensors contiguous on a device."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device).contiguous()
     return type(value)(move(each, device) for each in value) if type(value) in (tuple, list) else value
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _nbytes(value: Any) -> int:

@@ -253,9 +253,7 @@ def record_streamed(
     num_layers = streamed.model.experts[-1].layer + 1
     layer_bytes = max(streamed.layerwise.memory_bytes(layer) for layer in range(num_layers))
     spool_bytes = max(0, int(streamed.memory - BASE_BYTES - _LAYER_ROOM * layer_bytes))
-    with Spool(
-        work_folder(out), plan, _digest(read), num_layers=num_layers, memory=spool_bytes, force=force
-    ) as spool:
+    with Spool(work_folder(out), plan, _digest(read), num_layers=num_layers, memory=spool_bytes, force=force) as spool:
         first = spool.next_layer
         estimate = _estimate(streamed, total, first, num_layers, spool_bytes)
         _refuse_small_disk(spool.path, estimate)
