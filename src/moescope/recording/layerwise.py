@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +148,25 @@ class Layerwise:
         """Width of the hidden states."""
         return int(getattr(self.body.config.get_text_config(), "hidden_size", 0) or 1)
 
+    def check(self, last: int, *, bare: bool) -> None:
+        """See that the checkpoint holds every tensor up to a layer in its shape, before hours are spent on the others.
+
+        Args:
+            last: The last layer that will be loaded.
+            bare: Whether that one will do without its routed experts.
+        Raises:
+            ModelDamaged: A tensor is missing or misshapen.
+        """
+        for layer in (None, *range(last + 1)):
+            without_experts = bare and layer == last
+            shapes = {
+                key: torch.empty(self.shards.tensors[key].shape, dtype=self.shards.tensors[key].dtype, device="meta")
+                for key in self.keys(layer, bare=without_experts)
+            }
+            info = self._convert(shapes, torch.device("meta"))
+            self._refuse_gaps(info, layer, info.missing_keys, bare=without_experts)
+            self._empty_out(layer)
+
     def load_rest(self) -> None:
         """Load what lies in no layer: embeddings, norms, rotary tables."""
         self._load(None, bare=False)
@@ -166,12 +185,7 @@ class Layerwise:
 
     def free(self, layer: int) -> None:
         """Empty one layer."""
-        start = f"{self._prefix}.{layer}."
-        for name, empty in self._empty.items():
-            if name.startswith(start):
-                module, _, last = name.rpartition(".")
-                owner = self.body.get_submodule(module)
-                (owner._parameters if last in owner._parameters else owner._buffers)[last] = empty
+        self._empty_out(layer)
 
     def run(self, layer: int, inputs: Mapping[str, Tensor], before: Any) -> Any:
         """Run one layer, which must be loaded.
@@ -239,32 +253,42 @@ class Layerwise:
         tensors = {key: self.shards.tensors[key] for key in self.keys(layer, bare=bare)}
         for target, merged in self._merge(tensors).items():
             self._set(target, merged)
+        info = self._convert(tensors, self.device)
+        self._make_buffers(layer)
+        missing = {name for name, tensor in self.body.state_dict().items() if tensor.is_meta}
+        self._refuse_gaps(info, layer, missing, bare=bare)
+
+    def _convert(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
+        """Give the body these tensors of the checkpoint; return what transformers says of it."""
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.body._get_dtype_plan(self.dtype),
-            device_map={"": self.device},
+            device_map={"": device},
             weight_mapping=self._conversions,
         )
         try:
-            info, _ = convert_and_load_state_dict_in_model(self.body, tensors, config)
+            info, _ = convert_and_load_state_dict_in_model(self.body, dict(tensors), config)
         except ModelDamaged:
             raise
         except Exception as error:  # whatever damaged tensors make a conversion raise
             raise ModelDamaged(self.subject, f"its weights cannot be loaded: {error}") from error
-        odd = sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
-        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
-        self._make_buffers(layer)
+        return info
+
+    def _refuse_gaps(self, info: Any, layer: int | None, missing: Iterable[str], *, bare: bool) -> None:
         inside = self._names_within(layer)
-        missing = [
-            name
-            for name, tensor in self.body.state_dict().items()
-            if tensor.is_meta and inside(name) and not (without and name.startswith(without))
-        ]
-        if missing or odd:
-            raise ModelDamaged(
-                self.subject,
-                f"{len(missing) + len(odd)} tensors are missing or misshapen, such as {[*missing, *odd][0]}",
-            )
+        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
+        gaps = sorted(name for name in missing if inside(name) and not (without and name.startswith(without)))
+        gaps += sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
+        if gaps:
+            raise ModelDamaged(self.subject, f"{len(gaps)} tensors are missing or misshapen, such as {gaps[0]}")
+
+    def _empty_out(self, layer: int | None) -> None:
+        inside = self._names_within(layer)
+        for name, empty in self._empty.items():
+            if inside(name):
+                module, _, last = name.rpartition(".")
+                owner = self.body.get_submodule(module)
+                (owner._parameters if last in owner._parameters else owner._buffers)[last] = empty
 
     def _names_within(self, layer: int | None) -> Callable[[str], bool]:
         start = f"{self._prefix}." if layer is None else f"{self._prefix}.{layer}."

@@ -89,12 +89,17 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = [_Shard(folder / name) for name in _file_names(folder)]
-        self.tensors: dict[str, StoredTensor] = {}
-        for shard in self._files:
-            self.tensors.update(shard.read_header())
+        self._files: list[_Shard] = []
         self._ahead = ThreadPoolExecutor(1, "fetch-ahead")
         self._closing = threading.Event()
+        self.tensors: dict[str, StoredTensor] = {}
+        try:
+            for name in _file_names(folder):
+                self._files.append(_Shard(folder / name))
+                self.tensors.update(self._files[-1].read_header())
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def bytes_read(self) -> int:

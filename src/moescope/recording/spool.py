@@ -222,10 +222,15 @@ class Spool:
             path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         try:
-            if force and not self._agrees(plan, tokens):
+            try:
+                self._begin(plan, tokens)
+                self.next_layer = self._resume()
+            except (TraceDamaged, TraceMismatch):
+                if not force:
+                    raise
                 _clear(path, keep=True)
-            self._begin(plan, tokens)
-            self.next_layer = self._resume()
+                self._begin(plan, tokens)
+                self.next_layer = self._resume()
         except BaseException:
             self.close()
             raise
@@ -322,12 +327,6 @@ class Spool:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TraceBusy(self.path, "another process is recording into this trace") from None
-
-    def _agrees(self, plan: Header, tokens: str) -> bool:
-        try:
-            return not self._differences(plan, tokens)
-        except TraceDamaged:
-            return False
 
     def _differences(self, plan: Header, tokens: str) -> list[str]:
         try:

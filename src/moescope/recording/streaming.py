@@ -39,7 +39,7 @@ from moescope.recording.model import (
 from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Progress
 from moescope.recording.rehearsal import Rehearsal, rehearse, run_layer
-from moescope.recording.routers import find_experts
+from moescope.recording.routers import find_experts, select_experts
 from moescope.recording.shards import Shards
 from moescope.recording.spool import Spool, has_work, without_top_k, work_folder
 from moescope.trace import Header, Layer, TraceWriter
@@ -55,6 +55,8 @@ _WHOLE_ROOM = 1.2  # a whole model in memory, and what loading it needs
 
 _OVERHEAD = 1.25
 """Time of a layer over that of its matrix products: attention, norms, routing (docs/decisions/log.md)."""
+
+_MEASURE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ def open_streamed(
         )
     try:
         rehearsal = rehearse(checkpoint, layerwise.experts, layerwise.dtype)
+        with quiet():
+            layerwise.check(select_experts(layerwise.experts, layers, None, path)[-1].layer, bare=rehearsal.bare)
         fingerprint = checkpoint_fingerprint(checkpoint.folder)
         model = describe(layerwise.body, checkpoint.tokenizer, layers, checkpoint.name, fingerprint)
         before, start = layerwise.shards.bytes_read, time.monotonic()
@@ -430,14 +434,14 @@ def _estimate(streamed: Streamed, tokens: int, first: int, num_layers: int, spoo
 
 
 def _operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Speed of a matrix product of the size of an expert's, the best of a few."""
-    left, right = (torch.randn(shape, dtype=torch.float32).to(device, dtype) for shape in ((512, 2048), (2048, 2048)))
-    best = float("inf")
-    for _ in range(4):
+    """Speed of a matrix product of the size of an expert's, the best of what fits a moment."""
+    left, right = (torch.randn(shape).to(device, dtype) for shape in ((256, 1024), (1024, 2048)))
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < _MEASURE_SECONDS:
         start = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - start)
-    return 2 * 512 * 2048 * 2048 / best
+    return 2 * 256 * 1024 * 2048 / best
 
 
 def _refuse(checkpoint: Checkpoint) -> None:
