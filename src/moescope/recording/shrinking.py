@@ -60,13 +60,19 @@ def _factor(parts: Sequence[Any]) -> int:
             if _WIDTH.fullmatch(name) and value > 1:
                 rotary, head = "rope" in name, "head" in name
                 widths.append((value, _NARROWEST_ROTARY if rotary else _NARROWEST_HEAD if head else 1))
-        numbers = dict(_numbers(part))
-        if "head_dim" not in numbers and {"num_attention_heads", "hidden_size"} <= numbers.keys():
-            widths.append((numbers["hidden_size"] // numbers["num_attention_heads"], _NARROWEST_HEAD))
+        hidden_size, num_heads = _number(part, "hidden_size"), _number(part, "num_attention_heads")
+        if hidden_size and num_heads and "head_dim" not in dict(_numbers(part)):
+            widths.append((hidden_size // num_heads, _NARROWEST_HEAD))
     factor = 1
-    while widths and all(width % (2 * factor) == 0 and width // (2 * factor) >= least for width, least in widths):
+    while widths and all(_divides(2 * factor, width, least) for width, least in widths):
         factor *= 2
     return factor
+
+
+def _divides(factor: int, width: int, least: int) -> bool:
+    """Whether enough is left of a width; a head stays even, for its rotary embedding pairs its numbers."""
+    rest, remainder = divmod(width, factor)
+    return remainder == 0 and rest >= least and (least == 1 or rest % 2 == 0)
 
 
 def _shrink_part(part: Any, factor: int, num_layers: int) -> None:
@@ -119,6 +125,15 @@ def _parts(config: Any) -> Iterator[Any]:
     for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
+
+
+def _number(part: Any, name: str) -> int | None:
+    """A number under its common name, whatever the family's own; None if there is not the one of it."""
+    try:
+        value = getattr(part, name, None)
+    except Exception:  # transformers raises where it differs from layer to layer
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _fields(part: Any) -> Iterator[tuple[str, Any]]:
