@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from moescope import mini
 from moescope.corpus import Document, open_corpus
-from moescope.recording import record
+from moescope.recording import Estimate, record
 from moescope.recording.batches import batches, portions, windows
 from moescope.recording.model import load_model, ready_to_record
 from moescope.recording.streaming import BASE_BYTES
@@ -98,6 +98,8 @@ def compare(folder: Path, options: argparse.Namespace, size: int, layer_bytes: i
         f"peak {streaming['peak'] / bound:.2f} of the bound {bound / 1e9:.2f} GB, "
         f"read {streaming['read'] / size:.4f} (bar 1.02)"
     )
+    estimated = streaming["estimated"]
+    print(f"  estimated before: computing {estimated['compute']:.1f} s, reading {estimated['read']:.1f} s")
     first = routing(folder / "streaming.moe")
     for road in ("memory", "accelerate"):
         print(
@@ -145,6 +147,10 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
     documents = some_documents(task["sequences"])
     arguments: dict[str, Any] = {"window": SEQUENCE, "batch_tokens": BATCH_TOKENS, "weights": True}
     extra: dict[str, Any] = {}
+
+    def note_estimate(estimate: Estimate) -> None:
+        extra["estimated"] = {"compute": estimate.compute_seconds, "read": estimate.read_seconds}
+
     if task["road"] == "accelerate":
         loaded = offloaded(model, out.with_suffix(".offload"))
         forget(out.with_suffix(".offload"), model)
@@ -157,7 +163,7 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
     else:
         memory = int(BASE_BYTES + 1.5 * largest_layer(model) + SPOOL_BYTES)
         before = start()
-        record(model, documents, out, stream=True, memory=memory, **arguments)
+        record(model, documents, out, stream=True, memory=memory, announce=note_estimate, **arguments)
     return {**since(before), "peak": peak_bytes(), **extra}
 
 

@@ -23,7 +23,7 @@ from moescope.errors import (
     CorpusEmpty,
     DiskFull,
     ModelDamaged,
-    ModelUnsupported,
+    ModelNotStreamable,
     MoescopeError,
     RouterNotFinite,
     TraceBusy,
@@ -442,7 +442,7 @@ def test_a_family_that_carries_state_past_its_layers_is_refused_by_name() -> Non
     config = transformers.AutoConfig.for_model("inkling2")
     with torch.device("meta"):
         experts = find_experts(transformers.AutoModel.from_config(config), "model")
-    with pytest.raises(ModelUnsupported, match=r"inkling2 models cannot be streamed.*layer 7 chooses otherwise"):
+    with pytest.raises(ModelNotStreamable, match=r"inkling2 models cannot be streamed.*layer 7 chooses otherwise"):
         rehearse(Checkpoint(Path(), "model", config, byte_level_tokenizer()), experts, torch.bfloat16)
 
 
@@ -477,23 +477,23 @@ def test_the_rehearsal_notices(fault: str, mixtral: Path, tmp_path: Path, monkey
             return before if fault == "a layer left out" else returned * (1 + 2**-23)
 
         monkeypatch.setattr(layerwise.Layerwise, "run", run)
-    with pytest.raises(ModelUnsupported, match="mixtral models cannot be streamed"):
+    with pytest.raises(ModelNotStreamable, match="mixtral models cannot be streamed"):
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True, **OPTIONS)
     assert not (tmp_path / "s.moe").exists()
 
 
 def test_encoder_decoders_quantized_weights_and_other_files_are_refused_by_name(mixtral: Path, tmp_path: Path) -> None:
     change_config(mixtral, is_encoder_decoder=True)
-    with pytest.raises(ModelUnsupported, match="mixtral is an encoder-decoder"):
+    with pytest.raises(ModelNotStreamable, match="mixtral is an encoder-decoder"):
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True)
     change_config(mixtral, is_encoder_decoder=False, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ModelUnsupported, match=r"quantized \(fp8\)"):
+    with pytest.raises(ModelNotStreamable, match=r"quantized \(fp8\)"):
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True)
     change_config(mixtral, quantization_config=None)
     for file in mixtral.glob("*.safetensors*"):
         file.unlink()
     torch.save({}, mixtral / "pytorch_model.bin")
-    with pytest.raises(ModelUnsupported, match="only safetensors files can be read layer by layer"):
+    with pytest.raises(ModelNotStreamable, match="only safetensors files can be read layer by layer"):
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True)
 
 
@@ -502,7 +502,7 @@ def test_without_the_parts_of_transformers_that_load_one_layer_it_says_so(
 ) -> None:
     assert layerwise._MISSING is None
     monkeypatch.setattr(layerwise, "_MISSING", "cannot import name 'rename_source_key'")
-    with pytest.raises(ModelUnsupported, match=f"transformers {transformers.__version__} cannot load one layer"):
+    with pytest.raises(ModelNotStreamable, match=f"transformers {transformers.__version__} cannot load one layer"):
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True)
 
 
@@ -567,7 +567,7 @@ def test_hostile_safetensors_files_end_in_a_clear_error(tmp_path: Path) -> None:
     files += [b"", good[:4], good[:100], (2**63).to_bytes(8, "little") + good[8:], (10**8).to_bytes(8, "little")]
     for content in files:
         path.write_bytes(content)
-        with pytest.raises((ModelDamaged, ModelUnsupported)):
+        with pytest.raises((ModelDamaged, ModelNotStreamable)):
             Shards(folder)
     chance = random.Random(0)
     for _ in range(500):

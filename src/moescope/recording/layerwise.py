@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from moescope.errors import ModelDamaged, ModelUnsupported
+from moescope.errors import ModelDamaged, ModelNotStreamable
 from moescope.recording.routers import Experts
 from moescope.recording.shards import Shards, StoredTensor
 
@@ -70,7 +70,7 @@ class Layerwise:
 
     Raises:
         ModelDamaged: The files are damaged.
-        ModelUnsupported: The model has no one list of layers, or this transformers cannot load a part of one.
+        ModelNotStreamable: The model has no one list of layers, or this transformers cannot load a part of one.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Layerwise:
         subject: object,
     ) -> None:
         if _MISSING is not None:
-            raise ModelUnsupported(
+            raise ModelNotStreamable(
                 subject, f"transformers {transformers.__version__} cannot load one layer: {_MISSING}", NO_STREAM
             )
         self.subject = subject
@@ -197,7 +197,7 @@ class Layerwise:
         Returns:
             What the layer returned.
         Raises:
-            ModelUnsupported: The model did not come to this layer.
+            ModelNotStreamable: The model did not come to this layer.
         """
         returned: list[Any] = []
         own = self._layers[layer].forward
@@ -219,7 +219,7 @@ class Layerwise:
             for changed in self._layers[: layer + 1]:
                 del changed.forward
         if not returned:
-            raise ModelUnsupported(self.subject, f"a forward pass ends before layer {layer}", NO_STREAM)
+            raise ModelNotStreamable(self.subject, f"a forward pass ends before layer {layer}", NO_STREAM)
         return returned[0]
 
     def close(self) -> None:
@@ -387,6 +387,6 @@ def _find_layers(body: nn.Module, experts: tuple[Experts, ...], subject: object)
         layers = body.get_submodule(prefix)
         if isinstance(layers, nn.ModuleList):
             return prefix, layers
-    raise ModelUnsupported(
+    raise ModelNotStreamable(
         subject, f"its layers with experts are not in one list: {', '.join(sorted(prefixes))}", NO_STREAM
     )

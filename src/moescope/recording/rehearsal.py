@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from moescope.errors import ModelUnsupported, MoescopeError
+from moescope.errors import ModelNotStreamable, MoescopeError
 from moescope.recording.hooks import Choices, RouterWatch
 from moescope.recording.layerwise import NO_STREAM, Layerwise
 from moescope.recording.model import Checkpoint, Model, quiet, ready_to_record
@@ -54,7 +54,7 @@ def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dt
         experts: The experts of its layers, ascending.
         dtype: What it will be streamed in.
     Raises:
-        ModelUnsupported: The choices or gate weights differ, or no small model can be made to tell.
+        ModelNotStreamable: The choices or gate weights differ, or no small model can be made to tell.
     """
     family = str(checkpoint.config.model_type)
     with tempfile.TemporaryDirectory() as name, quiet():
@@ -79,7 +79,7 @@ def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dt
                     top_k = whole[0][min(whole[0])].expert_ids.shape[1]
                     return Rehearsal(bare, top_k, widths)
                 faults.append(f"layer {layer} chooses otherwise")
-    raise ModelUnsupported(
+    raise ModelNotStreamable(
         checkpoint.name,
         f"{family} models cannot be streamed: a small one, run layer by layer, differs from its own forward pass "
         f"({faults[-1]})",
@@ -210,8 +210,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, tuple | list) else []
 
 
-def _no_small_model(checkpoint: Checkpoint, error: Exception) -> ModelUnsupported:
-    return ModelUnsupported(
+def _no_small_model(checkpoint: Checkpoint, error: Exception) -> ModelNotStreamable:
+    return ModelNotStreamable(
         checkpoint.name,
         f"{checkpoint.config.model_type} models cannot be streamed: no small one could be made and run to rehearse it "
         f"({type(error).__name__}: {error})",

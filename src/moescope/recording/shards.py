@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescope.errors import ModelDamaged, ModelUnsupported
+from moescope.errors import ModelDamaged, ModelNotStreamable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -192,7 +192,7 @@ class _Shard:
 
     def _stored(self, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
         if entry["dtype"] not in _DTYPES:
-            raise ModelUnsupported(
+            raise ModelNotStreamable(
                 self.path, f"tensor {name} has dtype {entry['dtype']}, which cannot be streamed", "--no-stream loads it"
             )
         shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
@@ -210,7 +210,7 @@ def _file_names(folder: Path) -> list[str]:
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return [SINGLE]
-        raise ModelUnsupported(
+        raise ModelNotStreamable(
             folder,
             f"has neither {INDEX} nor {SINGLE}; only safetensors files can be read layer by layer",
             "--no-stream loads other files whole, or convert them with save_pretrained",

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moescope.errors import ModelUnsupported, TraceBusy, TraceDamaged, TraceExists, TraceMismatch
+from moescope.errors import ModelNotStreamable, TraceBusy, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
 
 try:
@@ -143,7 +143,7 @@ class States:
             return [isinstance(value, tuple), [self._write_value(each) for each in value]]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise ModelUnsupported("streaming", f"a layer returns a {type(value).__name__}, which cannot be spooled")
+        raise ModelNotStreamable("streaming", f"a layer returns a {type(value).__name__}, which cannot be spooled")
 
     def _read_value(self, entry: Any) -> Any:
         if isinstance(entry, dict):

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.corpus import Document
-from moescope.errors import CorpusEmpty, DiskFull, ModelUnsupported, TraceMismatch
+from moescope.errors import CorpusEmpty, DiskFull, ModelNotStreamable, TraceMismatch
 from moescope.recording.batches import Batch, Portion, batches, portions, windows
 from moescope.recording.hooks import Choices, RouterWatch
 from moescope.recording.layerwise import NO_STREAM, Layerwise
@@ -148,7 +148,7 @@ def model_bytes(folder: Path, dtype: str) -> int:
                 else each.nbytes
                 for each in shards.tensors.values()
             )
-    except ModelUnsupported:  # dtypes that cannot be streamed, but perhaps loaded
+    except ModelNotStreamable:  # dtypes that cannot be streamed, but perhaps loaded
         return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 
 
@@ -185,8 +185,8 @@ def open_streamed(
         device: ``auto``, ``cpu``, ``cuda`` …
         memory: Bytes of memory that recording may take; None for half of what is available.
     Raises:
-        ModelUnsupported: It is quantized, an encoder-decoder, not in safetensors files, or a small model of its family
-            comes out differently.
+        ModelNotStreamable: It is quantized, an encoder-decoder, not in safetensors files, or a small model of its
+            family comes out differently.
         ModelError: As for a model that is loaded whole.
     """
     checkpoint = open_checkpoint(path, layers)
@@ -448,17 +448,17 @@ def _refuse(checkpoint: Checkpoint) -> None:
     """Refuse what cannot be streamed by its configuration.
 
     Raises:
-        ModelUnsupported: It is an encoder-decoder or quantized.
+        ModelNotStreamable: It is an encoder-decoder or quantized.
     """
     config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(
+        raise ModelNotStreamable(
             checkpoint.name, f"{config.model_type} is an encoder-decoder; only decoders can be streamed", NO_STREAM
         )
     for part in (config, config.get_text_config()):
         if (quantization := getattr(part, "quantization_config", None)) is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise ModelUnsupported(
+            raise ModelNotStreamable(
                 checkpoint.name,
                 f"its weights are quantized ({method}); bfloat16, float16 and float32 can be streamed",
                 f"{NO_STREAM}, or take a checkpoint that is not quantized",
