@@ -407,6 +407,15 @@ def test_the_bytes_of_a_model_are_those_of_its_tensors_in_the_dtype_asked_for(mi
     assert streaming.model_bytes(mixtral, "bfloat16") == 2 * numbers
 
 
+def test_force_chooses_the_road_anew_and_a_given_up_streams_work_is_cleared_away(mixtral: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.moe"
+    record(mixtral, some_documents(), out, stream=False, **OPTIONS)
+    assert record(mixtral, some_documents(), out, memory=0, force=True, **OPTIONS).header.run["road"] == "stream"
+    interrupted(mixtral, tmp_path / "given-up.moe")
+    record(mixtral, some_documents(), tmp_path / "given-up.moe", stream=False, **OPTIONS)
+    assert not spool.work_folder(tmp_path / "given-up.moe").exists()
+
+
 def test_a_loaded_model_cannot_be_streamed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in memory already"):
         record((tiny_model("mixtral"), byte_level_tokenizer()), some_documents(), tmp_path / "s.moe", stream=True)

@@ -32,13 +32,14 @@ def unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
     )
 
 
-def check_token_ids(part: Part, num_embeddings: int, model_name: str) -> None:
+def check_token_ids(portion: Portion, num_embeddings: int, model_name: str) -> None:
     """Refuse token ids that the model does not know.
 
     Raises:
         ModelDamaged: The tokenizer gives ids beyond the model's embeddings.
     """
-    if (largest := int(part.token_id.max())) >= num_embeddings:
+    largest = max((int(token_ids.max()) for _, token_ids in portion.documents), default=0)
+    if largest >= num_embeddings:
         raise ModelDamaged(
             model_name,
             f"its tokenizer gives id {largest}, but the model knows {num_embeddings} ids",

@@ -119,7 +119,7 @@ def record(
     streamed: Streamed | None = None
     if isinstance(model, str | Path):
         find_device(device)
-        if must_stream(model, out, stream=stream, memory=memory, device=device, dtype=dtype):
+        if must_stream(model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force):
             streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory)
             ready = streamed.model
         else:
@@ -169,6 +169,7 @@ def record(
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
         ):
             _record_parts(ready, watch, documents, writer, report)
+        remove_work(out)  # of a streamed recording that was given up for this one
     return open_trace(out)
 
 
@@ -198,7 +199,7 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
     added_ids = model.tokenizer.added_ids
     cut = windows(portion, header.run["window"] - len(added_ids))
     part = unrouted(portion, cut, header)
-    check_token_ids(part, model.num_embeddings, model.description["name"])
+    check_token_ids(portion, model.num_embeddings, model.description["name"])
     looks_ahead = model.looks_ahead
     for batch in batches(cut, added_ids, header.run["batch_tokens"]):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}

@@ -112,7 +112,7 @@ class Streamed:
 
 
 def must_stream(
-    model: Path | str, out: Path, *, stream: bool | None, memory: int | None, device: str, dtype: str
+    model: Path | str, out: Path, *, stream: bool | None, memory: int | None, device: str, dtype: str, force: bool
 ) -> bool:
     """Whether a recording goes layer by layer: as asked, else as it was begun, else if the checkpoint does not fit.
 
@@ -123,12 +123,13 @@ def must_stream(
         memory: Bytes of memory that recording may take; None for what is available.
         device: Where the model would be loaded.
         dtype: What it would be loaded in.
+        force: Whether a trace that was begun does not matter, since it will be replaced.
     """
     if stream is not None:
         return stream
     if has_work(out):
         return True
-    if (out / trace_header.FILE_NAME).exists():
+    if not force and (out / trace_header.FILE_NAME).exists():
         return read_header(out).run.get("road") == "stream"
     available = available_memory(find_device(device)) if memory is None else memory
     return _WHOLE_ROOM * model_bytes(find_checkpoint(model), dtype) + BASE_BYTES > available
@@ -250,6 +251,8 @@ def record_streamed(
         _refuse_other_trace(out, plan)
     encode = streamed.model.tokenizer.encode
     read = [_without_text(portion) for portion in portions(documents, encode, plan.run["part_tokens"])]
+    for portion in read:
+        check_token_ids(portion, streamed.model.num_embeddings, streamed.model.description["name"])
     total = sum(portion.num_tokens for portion in read)
     if not total:
         number = sum(portion.num_read for portion in read)
@@ -351,7 +354,6 @@ def _batches(model: Model, read: Sequence[Portion], plan: Header) -> Iterator[tu
     for portion in read:
         if portion.documents:
             cut = windows(portion, plan.run["window"] - len(added_ids))
-            check_token_ids(unrouted(portion, cut, plan), model.num_embeddings, model.description["name"])
             for batch in batches(cut, added_ids, plan.run["batch_tokens"]):
                 yield portion, first_row, batch
         first_row += portion.num_tokens
