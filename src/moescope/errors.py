@@ -114,6 +114,12 @@ class ModelUnsupported(ModelError):
     code = "model-unsupported"
 
 
+class ModelNotStreamable(ModelError):
+    """The model cannot be recorded layer by layer with the choices it makes as a whole; ``--no-stream`` loads it."""
+
+    code = "model-not-streamable"
+
+
 class TokenizerMissing(ModelError):
     """The checkpoint has no tokenizer that can be loaded."""
 

@@ -11,17 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moescope.recording.batches import Batching
 from moescope.trace.part import DROPPED
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, Any]]
 """From positional arguments, named ones and an output (or None), ids and gate weights, each (token, choice)."""
-
-Batching = Literal["padded", "equal", "alone"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from moescope.errors import ModelDamaged, ModelNotFound, ModelUnsupported
-from moescope.recording.adapters import Batching
+from moescope.recording.batches import Batching
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.routers import (
     Experts,
@@ -88,6 +88,29 @@ class Model:
         return int(self.body.get_input_embeddings().weight.shape[0])
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which only the weights have not been read.
+
+    Attributes:
+        folder: Where it lies.
+        name: What a trace calls it.
+        config: The configuration of the part that reads text.
+        tokenizer: Its tokenizer.
+        kind: The class of transformers that builds that part.
+        renamed: Names of weights in the files that the class calls otherwise, as patterns.
+        elsewhere: Routed blocks in the parts that are not built.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    tokenizer: Tokenizer
+    kind: Any
+    renamed: dict[str, str]
+    elsewhere: tuple[str, ...]
+
+
 def load_model(
     path: Path | str,
     *,
@@ -114,22 +137,31 @@ def load_model(
         ModelUnsupported: It has some whose routing cannot be read exactly.
         NoSuchLayer: A layer asked for has no routed experts.
     """
+    checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code)
+    with quiet():
+        whole = _load_weights(checkpoint, dtype, trust_remote_code)
+    body = text_tower(whole)
+    body.to(find_device(device))
+    experts = find_experts(body, checkpoint.name, block=block)
+    left_out = (*find_left_out(whole, experts), *checkpoint.elsewhere)
+    fingerprint = checkpoint_fingerprint(checkpoint.folder)
+    return describe(body, checkpoint.tokenizer, experts, layers, checkpoint.name, fingerprint, left_out)
+
+
+def open_checkpoint(
+    path: Path | str, layers: Sequence[int] | None, *, block: str = "mlp", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Find a checkpoint, and refuse what can be refused before its weights are read; as `load_model`."""
     folder = find_checkpoint(path)
-    with _quiet():
+    with quiet():
         config = _load_config(folder, trust_remote_code)
         kind, config, renamed, elsewhere = _how_to_build(config)
         with torch.device("meta"):
             skeleton = text_tower(_build(kind, config, path, trust_remote_code))
         select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
-        del skeleton
         tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
-        whole = _load_weights(folder, kind, config, dtype, renamed, trust_remote_code)
-    body = text_tower(whole)
-    body.to(find_device(device))
     name = folder.resolve().name if Path(path).is_dir() else str(path)
-    experts = find_experts(body, name, block=block)
-    left_out = (*find_left_out(whole, experts), *elsewhere)
-    return _describe(body, tokenizer, experts, layers, name, checkpoint_fingerprint(folder), left_out)
+    return Checkpoint(folder, name, config, tokenizer, kind, renamed, elsewhere)
 
 
 def adopt_model(
@@ -160,7 +192,7 @@ def adopt_model(
         body = text_tower(model.base_model)
         experts = find_experts(body, name, block=block)
         left_out = find_left_out(model.base_model, experts)
-    return _describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body), left_out)
+    return describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body), left_out)
 
 
 def find_device(device: str) -> torch.device:
@@ -248,20 +280,21 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     ids = torch.arange(4, device=model.device).remainder(model.num_embeddings or 2).unsqueeze(0)
     with RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, {"input_ids": ids})
-    layers = tuple(
-        Layer(
-            layer=experts.layer,
-            num_experts=experts.num_experts,
-            top_k=choices[experts.layer].expert_ids.shape[1],
-            module=experts.name,
-            num_null_experts=experts.num_null_experts,
-            num_shared_experts=experts.num_shared_experts,
-            drops=experts.drops,
-        )
-        for experts in model.experts
-    )
+    layers = tuple(trace_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.body.modules())
     return layers, None if offloaded else list(choices)[-1]
+
+
+def trace_layer(experts: Experts, top_k: int) -> Layer:
+    """A layer as a trace describes it."""
+    return Layer(
+        layer=experts.layer,
+        num_experts=experts.num_experts,
+        top_k=top_k,
+        module=experts.name,
+        num_null_experts=experts.num_null_experts,
+        num_shared_experts=experts.num_shared_experts,
+    )
 
 
 @contextmanager
@@ -296,15 +329,16 @@ def implementations(model: Model) -> dict[str, str]:
     }
 
 
-def _describe(
+def describe(
     body: Any,
     tokenizer: Tokenizer,
     experts: Sequence[Experts],
     layers: Sequence[int] | None,
     name: str,
     fingerprint: str,
-    left_out: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> Model:
+    """A model ready to be recorded, from its body, which need not be loaded yet."""
     config = getattr(body, "config", None)
     count = num_layers(config)
     selected = select_experts(experts, layers, count, name)
@@ -376,18 +410,17 @@ def _unknown_family(folder: Path) -> str | None:
     return str(family) if family not in transformers.CONFIG_MAPPING else None
 
 
-def _load_weights(
-    folder: Path, kind: Any, config: Any, dtype: str, renamed: dict[str, str], trust_remote_code: bool
-) -> Any:
+def _load_weights(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
+    folder = checkpoint.folder
     try:
-        body, loading = kind.from_pretrained(
+        body, loading = checkpoint.kind.from_pretrained(
             folder,
-            config=config,
+            config=checkpoint.config,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            key_mapping=renamed or None,
+            key_mapping=checkpoint.renamed or None,
         )
     except Exception as error:  # whatever a damaged file makes three libraries raise
         raise ModelDamaged(folder, f"its weights cannot be loaded: {error}") from error
@@ -404,7 +437,7 @@ def _text_config(body: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and notes with which transformers loads."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

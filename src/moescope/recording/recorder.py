@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
-from moescope.recording.adapters import Batching
-from moescope.recording.batches import Batch, Encode, Portion, Window, batches, num_characters, portions, windows
+from moescope.errors import CorpusEmpty, TraceExists
+from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
@@ -35,30 +31,17 @@ from moescope.recording.model import (
     probe,
     ready_to_record,
 )
+from moescope.recording.parts import check_finite, check_token_ids, unrouted
+from moescope.recording.progress import Meter, Progress
 from moescope.recording.routers import Router
+from moescope.recording.spool import remove_work
+from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
 BATCH_TOKENS = 4096
 PART_TOKENS = 65_536
 WINDOW = 2048
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a recording is.
-
-    Attributes:
-        tokens: Tokens recorded, those of a resumed trace included.
-        fraction: Share of the corpus's text that is recorded, 0 to 1; None if the documents can be read only once.
-        tokens_per_second: Speed of this call.
-        seconds_left: Time to the end at this speed; None if it cannot be known.
-    """
-
-    tokens: int
-    fraction: float | None
-    tokens_per_second: float
-    seconds_left: float | None
 
 
 class Documents(Protocol):
@@ -92,7 +75,10 @@ def record(
     domain_field: str | None = None,
     strict: bool = False,
     force: bool = False,
+    stream: bool | None = None,
+    memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> Trace:
     """Record every choice that a model's routers make on a corpus.
 
@@ -117,7 +103,11 @@ def record(
         domain_field: Field of the corpus that holds the domain.
         strict: Stop at a malformed record instead of counting it.
         force: Replace a finished trace, or one of another recording.
+        stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
+        memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
+            layers hand on stays in memory. None for what is free.
         progress: Called after every forward pass.
+        announce: Called before a streamed recording starts, with what it will take.
     Returns:
         The finished trace.
     Raises:
@@ -128,17 +118,29 @@ def record(
         raise ValueError(f"block is 'mlp' or 'attention', not {block!r}")
     if window < 1 or batch_tokens < 1 or part_tokens < 1:
         raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory of {memory} bytes is below 0")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
+        remove_work(out)
         raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
+    streamed: Streamed | None = None
     if isinstance(model, str | Path):
         find_device(device)
         if routers is not None:
             raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
-        ready = load_model(
-            model, layers=layers, dtype=dtype, device=device, block=block, trust_remote_code=trust_remote_code
-        )
+        if must_stream(model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force):
+            if trust_remote_code:
+                raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
+            streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory, block=block)
+            ready = streamed.model
+        else:
+            ready = load_model(
+                model, layers=layers, dtype=dtype, device=device, block=block, trust_remote_code=trust_remote_code
+            )
+    elif stream:
+        raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
     elif (dtype, device) != ("auto", "auto"):
         raise ValueError("the dtype and device of a loaded model are what they are")
     else:
@@ -158,7 +160,6 @@ def record(
     if window <= len(ready.tokenizer.added_ids):
         raise ValueError(f"a window of {window} has no room beside the {len(ready.tokenizer.added_ids)} added tokens")
     with ready_to_record(ready):
-        layers_found, stop_at = probe(ready)
         run = {
             "window": window,
             "batch_tokens": batch_tokens,
@@ -167,14 +168,23 @@ def record(
             **implementations(ready),
             **_versions(),
         }
-        header = Header(
-            layers_found, weights, ready.description, ready.tokenizer.description(), documents.description(), run
-        )
+        provenance = (weights, ready.description, ready.tokenizer.description(), documents.description())
+        report = progress or (lambda _: None)
+        if streamed is not None:
+            plan = Header(planned_layers(ready), *provenance, run | {"road": "stream"})
+            with streamed.layerwise:
+                record_streamed(
+                    streamed, documents, plan, out, force=force, report=report, announce=announce or (lambda _: None)
+                )
+            return open_trace(out)
+        layers_found, stop_at = probe(ready)
+        header = Header(layers_found, *provenance, run)
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
         ):
-            _record_parts(ready, watch, documents, writer, progress or (lambda _: None))
+            _record_parts(ready, watch, documents, writer, report)
+        remove_work(out)  # of a streamed recording that was given up for this one
     return open_trace(out)
 
 
@@ -185,15 +195,10 @@ def _record_parts(
     totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
-    meter = _Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
+    meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
     remaining = islice(documents, totals["documents_read"], None)
     for portion in portions(remaining, model.tokenizer.encode, writer.header.run["part_tokens"]):
-        note = {
-            "documents_read": portion.num_read,
-            "documents_empty": portion.num_read - len(portion.documents),
-            "tokens": portion.num_tokens,
-            "characters": portion.num_characters,
-        }
+        note = portion.note()
         if portion.documents:
             writer.write(_record_part(model, watch, portion, writer.header, meter), note)
         totals = {name: totals[name] + note[name] for name in totals}
@@ -204,26 +209,20 @@ def _record_parts(
     writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
 
 
-def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: _Meter) -> Part:
+def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: Meter) -> Part:
     """Run the model over one part."""
     added_ids = model.tokenizer.added_ids
     cut = windows(portion, header.run["window"] - len(added_ids))
-    part = _unrouted(portion, cut, header)
-    known = model.num_embeddings
-    if known is not None and (largest := int(part.token_id.max())) >= known:
-        raise ModelDamaged(
-            model.description["name"],
-            f"its tokenizer gives id {largest}, but the model knows {known} ids",
-            "is it the tokenizer of this model?",
-        )
+    part = unrouted(portion, cut, header)
+    check_token_ids(portion, model.num_embeddings, model.description["name"])
     looks_ahead = model.looks_ahead
-    for batch in _batches(cut, added_ids, header.run["batch_tokens"], model.batching):
+    for batch in batches(cut, added_ids, header.run["batch_tokens"], model.batching):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
         if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
         for layer, choices in watch.run(model.body, inputs).items():
             gate_weights = choices.gate_weights[batch.places]
-            _check_finite(layer, gate_weights, batch.rows, part)
+            check_finite(layer, gate_weights, batch.rows, part)
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
             if header.weights:
                 part.gate_weights[layer][batch.rows] = gate_weights
@@ -231,82 +230,11 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
     return part
 
 
-def _batches(cut: Sequence[Window], added_ids: Sequence[int], batch_tokens: int, batching: Batching) -> Iterator[Batch]:
-    """Batches in which no window can change the choices of another."""
-    if batching == "padded":
-        yield from batches(cut, added_ids, batch_tokens)
-    elif batching == "alone":
-        yield from batches(cut, added_ids, 1)
-    else:
-        lengths: dict[int, list[Window]] = {}
-        for window in cut:
-            lengths.setdefault(len(window.token_ids), []).append(window)
-        for same in lengths.values():
-            yield from batches(same, added_ids, batch_tokens)
-
-
-def _unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
-    """A part whose token columns are filled and whose choices are not."""
-    lengths = [len(token_ids) for _, token_ids in portion.documents]
-    domains = {document.domain: None for document, _ in portion.documents}
-    codes = {domain: code for code, domain in enumerate(domains)}
-    shapes = {layer.layer: (portion.num_tokens, layer.top_k) for layer in header.layers}
-    return Part(
-        document=np.repeat(np.array([document.number for document, _ in portion.documents], np.uint32), lengths),
-        domain=np.repeat(np.array([codes[document.domain] for document, _ in portion.documents]), lengths),
-        domain_names=tuple(domains),
-        sequence=np.repeat(
-            np.array([window.sequence for window in cut], np.uint32), [len(window.token_ids) for window in cut]
-        ),
-        position=np.concatenate([np.arange(len(window.token_ids), dtype=np.uint32) for window in cut]),
-        token_id=np.concatenate([window.token_ids for window in cut]),
-        expert_ids={layer: np.empty(shape, np.int16) for layer, shape in shapes.items()},
-        gate_weights={layer: np.empty(shape, np.float32) for layer, shape in shapes.items()} if header.weights else {},
-    )
-
-
-def _check_finite(layer: int, gate_weights: NDArray[np.float32], rows: NDArray[np.int64], part: Part) -> None:
-    if np.isfinite(gate_weights).all():
-        return
-    row = rows[~np.isfinite(gate_weights).all(axis=1)].min()
-    raise RouterNotFinite(
-        f"layer {layer}",
-        f"a gate weight is NaN or infinite in document {part.document[row]}, sequence {part.sequence[row]}, position "
-        f"{part.position[row]}",
-        "the model's weights are damaged, or overflow in this dtype: does --dtype float32 help?",
-    )
-
-
 def _num_characters(documents: Documents, encode: Encode) -> int | None:
     """Characters that will be recorded; reading a corpus is nothing beside running a model over it."""
     if isinstance(documents, _Given) and not documents.can_be_read_again:
         return None
     return sum(num_characters(document, encode) for document in documents)
-
-
-class _Meter:
-    """Counts what is recorded and tells the caller."""
-
-    def __init__(
-        self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
-    ) -> None:
-        self._report = report
-        self._tokens_before, self._tokens = tokens, tokens
-        self._characters_before, self._characters = characters, float(characters)
-        self._total = total_characters
-        self._start = time.monotonic()
-
-    def add(self, tokens: int, characters: float) -> None:
-        self._tokens += tokens
-        self._characters += characters
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        fraction = seconds_left = None
-        if self._total:
-            fraction = min(1.0, self._characters / self._total)
-            left = max(0.0, self._total - self._characters)
-            seconds_left = seconds * left / (self._characters - self._characters_before)
-        speed = (self._tokens - self._tokens_before) / seconds
-        self._report(Progress(self._tokens, fraction, speed, seconds_left))
 
 
 @dataclass(frozen=True)

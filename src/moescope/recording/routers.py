@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from moescope.errors import ModelNotMoE, ModelUnsupported, NoSuchLayer
-from moescope.recording.adapters import Batching, Read, Reading, find_adapter
+from moescope.recording.adapters import Read, Reading, find_adapter
+from moescope.recording.batches import Batching
 
 ID_PARAMETERS = frozenset({"top_k_index", "router_indices", "selected_experts"})
 WEIGHT_PARAMETERS = frozenset({"top_k_weights", "routing_weights"})

@@ -43,8 +43,7 @@ class TraceWriter:
         self.path = Path(path)
         self.header = header
         self._lock: int | None = None
-        if self.path.exists() and not self._is_ours():
-            raise TraceExists(self.path, "exists and is not a trace", "choose another output")
+        refuse_foreign(self.path)
         with checksums.no_room(self.path):
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -56,13 +55,6 @@ class TraceWriter:
         except BaseException:
             self.close()
             raise
-
-    def _is_ours(self) -> bool:
-        """A trace, or the empty folder or the beginnings of one."""
-        if not self.path.is_dir():
-            return False
-        names = {child.name.removesuffix(checksums.TEMPORARY) for child in self.path.iterdir()}
-        return names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}
 
     def _acquire(self) -> None:
         if fcntl is None:  # pragma: no cover
@@ -152,6 +144,21 @@ class TraceWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a path that holds anything but a trace, an empty folder or the beginnings of a trace.
+
+    Raises:
+        TraceExists: It does; it is never replaced.
+    """
+    if path.is_dir():
+        names = {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()}
+        if names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}:
+            return
+    elif not path.exists():
+        return
+    raise TraceExists(path, "exists and is not a trace", "choose another output")
 
 
 def _writer(text: bytes) -> Callable[[BinaryIO], None]:
