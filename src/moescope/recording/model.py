@@ -294,6 +294,7 @@ def trace_layer(experts: Experts, top_k: int) -> Layer:
         module=experts.name,
         num_null_experts=experts.num_null_experts,
         num_shared_experts=experts.num_shared_experts,
+        drops=experts.drops,
     )
 
 
