@@ -30,6 +30,7 @@ _HOMES = {
     "report": "reporting",
     "shares": "measures",
     "tally": "tallying",
+    "watch": "recording",
     "words": "measures",
 }
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from moescope.measures import shares as shares
     from moescope.measures import words as words
     from moescope.recording import record as record
+    from moescope.recording import watch as watch
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally

@@ -13,5 +13,6 @@ require("transformers", extra="record")
 
 from moescope.recording.model import find_device  # noqa: E402
 from moescope.recording.recorder import Progress, record  # noqa: E402
+from moescope.recording.watch import watch  # noqa: E402
 
-__all__ = ["Progress", "find_device", "record"]
+__all__ = ["Progress", "find_device", "record", "watch"]
