@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Document": "corpus",
+    "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from moescope.measures import words as words
     from moescope.recording import record as record
     from moescope.recording import watch as watch
+    from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally

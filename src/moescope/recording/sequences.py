@@ -43,7 +43,7 @@ class Step:
     gate_weights: dict[int, NDArray[np.float32]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """Sequences that are the windows of one document, in the order read."""
 
@@ -51,7 +51,7 @@ class Block:
     batches: list[Batch] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Sequences that were read together and may still grow.
 
@@ -187,9 +187,12 @@ class Sequences:
 
     def end_provisional(self, *, whole: bool) -> None:
         """What was being generated is generated, or an error left it incomplete and it is forgotten."""
-        self._batches = [batch for batch in self._batches if whole or not batch.provisional]
-        for batch in self._batches:
+        for batch in [each for each in self._batches if each.provisional]:
             batch.provisional = False
+            if not whole:
+                self._batches.remove(batch)
+                if batch.block is not None:
+                    batch.block.batches.remove(batch)
         self.settle()
 
     def finish(self, *, complete: bool) -> None:

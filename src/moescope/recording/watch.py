@@ -199,11 +199,20 @@ class Watch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """In this block nothing is counted or recorded: evaluation within training, say."""
-        before, self._paused = self._paused, True
+        before = self._paused
+        self.pause()
         try:
             yield
         finally:
             self._paused = before
+
+    def pause(self) -> None:
+        """Count and record nothing until `resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._paused = False
 
     # ---------------------------------------------------------------------------------------------- the figures
 
