@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from moescope.measures import shares as shares
     from moescope.measures import words as words
     from moescope.recording import record as record
-    from moescope.recording import watch as watch
+    from moescope.recording.watch import watch as watch
     from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally

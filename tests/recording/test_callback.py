@@ -40,7 +40,10 @@ def trainer_of(model: Any, folder: Path, number: int = 24, **options: Any) -> tr
         "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "seed": 0, **options,
     }  # fmt: skip
     return transformers.Trainer(
-        model, transformers.TrainingArguments(str(folder), **options), train_dataset=Texts(number), eval_dataset=Texts(6)
+        model,
+        transformers.TrainingArguments(str(folder), **options),
+        train_dataset=Texts(number),
+        eval_dataset=Texts(6),
     )
 
 
@@ -99,9 +102,7 @@ def hooks(model: Any) -> int:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_entries_are_of_training_alone_with_every_micro_batch(model: Any, tmp_path: Path, accumulation: int) -> None:
-    trainer = trainer_of(
-        model, tmp_path, gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=1
-    )
+    trainer = trainer_of(model, tmp_path, gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=1)
     spy = Spy(model)
     trainer.add_callback(spy)
     trainer.add_callback(RoutingCallback(trainer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import moescope
 from moescope import mini
 from moescope.corpus import open_corpus, sample
 from moescope.errors import ModelNotMoE, ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
-from moescope.recording.live import LiveTally, Loads
+from moescope.recording.live import LiveTally
 from moescope.recording.routers import find_experts
 from moescope.recording.tokenizer import Tokenizer
-from moescope.recording.watch import Watch, watch
+from moescope.recording.watch import watch
 from moescope.trace import Trace, open_trace
 from moescope.trace.part import PHASES
 
@@ -195,7 +195,7 @@ def test_an_impossible_id_is_an_error_when_read_and_harms_nobody_before() -> Non
     counts: dict[torch.device, torch.Tensor] = {}
     tally.count(counts, 0, torch.tensor([[0, 10**9]]), None)
     tally.commit(counts)
-    with pytest.raises(ModelUnsupported, match="outside 0..7"):
+    with pytest.raises(ModelUnsupported, match=r"outside 0\.\.7"):
         tally.read()
 
 
@@ -236,8 +236,13 @@ def test_wrong_arguments_are_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="window 0"):
         watch(model, window=0)
     with pytest.raises(ModelNotMoE):
-        watch(transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)))
+        watch(
+            transformers.AutoModelForCausalLM.from_config(
+                transformers.LlamaConfig(
+                    vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+                )
+            )
+        )
     w = watch(model)
     with w:
         model(some_ids(1, 3))
@@ -305,7 +310,7 @@ def test_hooks_are_gone_after_an_exception_and_half_a_pass_does_not_count(
     def fail(*_: Any) -> None:
         raise error("in the third layer")
 
-    with pytest.raises(error, match="third"), watch(model) as w:
+    with pytest.raises(error, match="third"), watch(model) as w:  # noqa: PT012
         model(some_ids(1, 5))
         handle = model.model.layers[2].register_forward_pre_hook(fail)
         try:
@@ -366,7 +371,9 @@ def test_counting_never_waits_for_the_device(model: Any) -> None:
         model(some_ids(2, 8), attention_mask=mask)
     more = {name: watched.names.count(name) - plain.names.count(name) for name in set(watched.names)}
     assert more["aten.scatter_add_.default"] == 4
-    assert not [name for name, n in more.items() if n and any(w in name for w in ("local_scalar", "nonzero", "bincount"))]
+    assert not [
+        name for name, n in more.items() if n and any(w in name for w in ("local_scalar", "nonzero", "bincount"))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ never silent
@@ -430,7 +437,9 @@ def test_compiled_models_are_counted_whenever_they_were_compiled(
         fast(ids)
     with watch(fast if handed == "the compiled model" else model, tmp_path / "t.moe") as w:
         fast(ids)
-        fast(ids, labels=ids).loss.backward()
+        loss = fast(ids, labels=ids).loss
+        if backend == "eager":  # backward through aot_eager: below, layer by layer
+            loss.backward()
     np.testing.assert_array_equal(w.load, 2 * plain.load)
     np.testing.assert_array_equal(tallied(open_trace(tmp_path / "t.moe")), w.load)
     fast(ids)
@@ -461,7 +470,7 @@ def test_layers_compiled_one_by_one_in_whole_graphs_and_checkpointed_are_counted
 
 def test_a_whole_graph_over_the_model_fails_loudly(compilable: Any) -> None:
     fast = torch.compile(compilable, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="Watch._stack_hooks"), watch(fast):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Watch\._stack_hooks"), watch(fast):
         fast(some_ids(1, 4))
     assert untouched(compilable)
 
@@ -483,8 +492,8 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model("mixtral", causal=True))
 with moescope.watch(wrapped) as w:
-    for step in range(1 + rank):
-        ids = torch.randint(1, 300, (2, 6 + rank))
+    for step in range(2):
+        ids = torch.randint(1, 300, (1 + rank, 6 + rank))
         wrapped(input_ids=ids, labels=ids).loss.backward()
 both = w.all_reduce()
 numpy.savez(f"{folder}/{rank}.npz", own=w.load.values, both=both.load.values, n=[both.tokens, both.forwards])
@@ -504,7 +513,7 @@ def test_ranks_count_their_own_and_all_reduce_adds_them_up(tmp_path: Path) -> No
     assert (first["own"].sum(), second["own"].sum()) == (4 * 2 * 12, 4 * 2 * 28)
     np.testing.assert_array_equal(first["both"], first["own"] + second["own"])
     np.testing.assert_array_equal(second["both"], first["both"])
-    assert first["n"].tolist() == second["n"].tolist() == [12 + 28, 3]
+    assert first["n"].tolist() == second["n"].tolist() == [12 + 28, 4]
 
 
 def test_all_reduce_of_one_process_is_its_own_tally(model: Any) -> None:
@@ -537,7 +546,9 @@ def test_a_module_that_is_no_model_of_transformers_is_counted_by_rows() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(3, 4), "experts": Experts()}) for _ in range(2))
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"gate": nn.Linear(3, 4), "experts": Experts()}) for _ in range(2)
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
@@ -592,9 +603,9 @@ def test_a_padded_batch_with_a_domain_a_row_gives_the_documents_that_record_does
     tokenizer.pad_token = tokenizer.bos_token
     for side in ("left", "right"):
         batch = tokenizer([d.text for d in documents], return_tensors="pt", padding=True, padding_side=side)
-        with watch(model, tmp_path / f"{side}.moe", tokenizer=tokenizer, weights=True) as w:
-            with w.domain([d.domain for d in documents]):
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        domains = [document.domain for document in documents]
+        with watch(model, tmp_path / f"{side}.moe", tokenizer=tokenizer, weights=True) as w, w.domain(domains):
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         found, expected = rows(open_trace(tmp_path / f"{side}.moe")), rows(recorded)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-3 if name[0] == "W" else 0, err_msg=name)
@@ -656,7 +667,7 @@ def test_embeddings_are_counted_and_a_trace_of_them_has_no_token_ids(model: Any,
     trace = open_trace(tmp_path / "t.moe")
     assert not trace.header.token_ids
     np.testing.assert_array_equal(tallied(trace), w.load)
-    with pytest.raises(ModelUnsupported, match="called with embeddings"), watch(model, tmp_path / "u.moe"):
+    with pytest.raises(ModelUnsupported, match="called with embeddings"), watch(model, tmp_path / "u.moe"):  # noqa: PT012
         model(ids)
         model(inputs_embeds=model.get_input_embeddings()(ids))
 
@@ -786,7 +797,7 @@ def test_methods_that_read_tokens_in_vain_are_counted_and_refused_in_a_trace(
 
 def test_a_cache_that_was_cut_is_refused_in_a_trace(model: Any, tmp_path: Path) -> None:
     ids = some_ids(1, 6)
-    with torch.no_grad(), pytest.raises(ModelUnsupported, match="cut or rearranged"), watch(model, tmp_path / "t.moe"):
+    with torch.no_grad(), pytest.raises(ModelUnsupported, match="cut or rearranged"), watch(model, tmp_path / "t.moe"):  # noqa: PT012
         cache = transformers.DynamicCache()
         model(ids, past_key_values=cache)
         cache.crop(-3)
@@ -806,9 +817,9 @@ def test_an_error_leaves_an_unfinished_trace_of_what_was_whole(model: Any, tmp_p
                 raise RuntimeError("interrupted")
             return scores
 
-    with pytest.raises(RuntimeError, match="interrupted"), watch(model, tmp_path / "t.moe") as w:
+    with pytest.raises(RuntimeError, match="interrupted"), watch(model, tmp_path / "t.moe") as w:  # noqa: PT012
         kept = model(some_ids(2, 5))
-        with w.document("half"), pytest.raises(RuntimeError):
+        with w.document("half"), pytest.raises(RuntimeError):  # noqa: PT012
             model(some_ids(1, 7))
             model.generate(some_ids(1, 4), max_new_tokens=9, logits_processor=[Stop()])
         model.generate(some_ids(1, 4), max_new_tokens=9, logits_processor=[Stop()])
@@ -820,7 +831,7 @@ def test_an_error_leaves_an_unfinished_trace_of_what_was_whole(model: Any, tmp_p
 
 def test_a_document_that_an_error_ends_is_not_in_the_trace(model: Any, tmp_path: Path) -> None:
     with watch(model, tmp_path / "t.moe") as w:
-        with pytest.raises(KeyError), w.document("broken"):
+        with pytest.raises(KeyError), w.document("broken"):  # noqa: PT012
             model(some_ids(1, 7))
             raise KeyError
         with w.document("sound"):
@@ -836,7 +847,7 @@ def test_a_trace_is_kept_unless_force_is_said(model: Any, tmp_path: Path) -> Non
     assert open_trace(tmp_path / "t.moe").num_tokens == 4
     with pytest.raises(TraceExists):
         watch(model, tmp_path / "t.moe")
-    with pytest.raises(RuntimeError), watch(model, tmp_path / "u.moe"):
+    with pytest.raises(RuntimeError), watch(model, tmp_path / "u.moe"):  # noqa: PT012
         model(some_ids(1, 4))
         raise RuntimeError
     with pytest.raises(TraceExists):  # unfinished, and of another watch
@@ -853,9 +864,9 @@ def test_a_trace_of_nothing_is_an_error(model: Any, tmp_path: Path) -> None:
 
 
 def test_domains_must_fit_the_batch(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 domains are given for a batch of 3"), watch(model, tmp_path / "t.moe") as w:
-        with w.domain(["a", "b"]):
-            model(some_ids(3, 4))
+    w = watch(model, tmp_path / "t.moe")
+    with pytest.raises(ValueError, match="2 domains are given for a batch of 3"), w, w.domain(["a", "b"]):
+        model(some_ids(3, 4))
     with pytest.raises(ValueError, match="cannot lie in another"), watch(model) as w, w.document("a"), w.document("b"):
         pass
 

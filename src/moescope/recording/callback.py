@@ -1,4 +1,4 @@
-"""Load balance in the logs of a `transformers.Trainer`: figures every so many steps, and a warning of collapsing layers.
+"""Load balance in the logs of a `transformers.Trainer`: figures every so many steps, a warning of collapsing layers.
 
 Unit: the optimizer step with all its micro-batches. What the model reads between steps (evaluation, generation) is not
 counted.

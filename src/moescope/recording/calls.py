@@ -132,7 +132,9 @@ class Call:
             return None  # a prepared mask of one step: the token of a step is real
         elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == num_tokens:
             past = self.past()
-            if mask.shape[-1] >= past + num_tokens:  # a real token always attends to itself, padding is attended by none
+            if (
+                mask.shape[-1] >= past + num_tokens
+            ):  # a real token always attends to itself, padding is attended by none
                 itself = mask[:, 0].diagonal(past, -2, -1)[:, :num_tokens]
                 real = itself if itself.dtype == torch.bool else itself == 0
                 return real.expand(num_sequences, num_tokens)
@@ -149,7 +151,9 @@ class Call:
         A row is one sequence, unless `position_ids` do not grow from one of its tokens to the next or `boundaries`
         say that it is packed of several.
         """
-        device = next(each.device for each in (self.input_ids, real, self.position_ids, self.boundaries, _CPU) if each is not None)
+        device = next(
+            each.device for each in (self.input_ids, real, self.position_ids, self.boundaries, _CPU) if each is not None
+        )
         starts = torch.zeros(self.shape, dtype=torch.bool, device=device)
         if real is None:
             starts[:, 0] = True

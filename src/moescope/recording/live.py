@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,10 @@ class Loads:
     def entropy(self) -> xr.DataArray:
         """Entropy of the routed experts' shares over log(num_experts): 1 is even, 0 one expert; dims (layer,)."""
         share = _over(self._routed, self._routed.sum("expert"))
-        bits = -(share * np.log(share.where(share > 0, 1))).sum("expert", skipna=True).where(share.notnull().any("expert"))
-        return _over(bits, np.log(self.load["num_experts"]))
+        nats = (
+            -(share * np.log(share.where(share > 0, 1))).sum("expert", skipna=True).where(share.notnull().any("expert"))
+        )
+        return _over(nats, self.load["num_experts"].pipe(np.log))
 
     @property
     def idle(self) -> xr.DataArray:
@@ -136,7 +139,7 @@ class LiveTally:
                     total[slot].add_(counts[device])
             self.forwards += 1
 
-    def read(self, group: object | None = None, *, reduce: bool = False) -> Loads:
+    def read(self, group: Any = None, *, reduce: bool = False) -> Loads:
         """Bring the sums to the host.
 
         Args:
@@ -182,9 +185,7 @@ class LiveTally:
         load = xr.DataArray(
             counts[:, 1:-1], coordinates, ("layer", "expert"), "load", {"units": "assignments", "long_name": "load"}
         )
-        dropped = xr.DataArray(
-            counts[:, 0], {"layer": layers}, ("layer",), "dropped", {"units": "assignments"}
-        )
+        dropped = xr.DataArray(counts[:, 0], {"layer": layers}, ("layer",), "dropped", {"units": "assignments"})
         return Loads(load, dropped, tokens, forwards)
 
 
@@ -198,17 +199,17 @@ def _over(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
 
 
 def _all_reduce(
-    counts: Tensor, forwards: int, top_k: NDArray[np.int64], group: object | None
+    counts: Tensor, forwards: int, top_k: NDArray[np.int64], group: Any
 ) -> tuple[Tensor, int, NDArray[np.int64]]:
     """Sums over processes; a process that has seen no pass yet knows no top-k, so that is the largest."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return counts, forwards, top_k
-    device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"  # type: ignore[arg-type]
+    device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
     sums = torch.cat([counts.flatten(), torch.tensor([forwards])]).to(device)
     largest = torch.from_numpy(top_k).to(device)
-    distributed.all_reduce(sums, group=group)  # type: ignore[arg-type]
-    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=group)  # type: ignore[arg-type]
+    distributed.all_reduce(sums, group=group)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=group)
     sums = sums.cpu()
     return sums[:-1].view_as(counts), int(sums[-1]), largest.cpu().numpy()

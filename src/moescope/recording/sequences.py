@@ -86,12 +86,15 @@ class Batch:
         for row, domain in enumerate(self.domains):
             for number in np.unique(sequence[row, recorded[row]]):
                 rows = np.flatnonzero(recorded[row] & (sequence[row] == number))
-                yield domain, {
-                    "token_id": token_ids[row, rows],
-                    "phase": phase[rows],
-                    "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
-                    "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
-                }
+                yield (
+                    domain,
+                    {
+                        "token_id": token_ids[row, rows],
+                        "phase": phase[rows],
+                        "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
+                        "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
+                    },
+                )
 
 
 class Sequences:
@@ -139,8 +142,8 @@ class Sequences:
         elif batch.fed != past or len(batch.domains) != num_rows:
             raise ModelUnsupported(
                 subject,
-                f"its cache holds {num_rows} x {past} tokens, expected {len(batch.domains)} x {batch.fed}; a cache that "
-                "is cut or rearranged on the way (assisted decoding, beam search) cannot be followed in a trace",
+                f"its cache holds {num_rows} x {past} tokens, expected {len(batch.domains)} x {batch.fed}; a cache "
+                "that is cut or rearranged on the way (assisted decoding, beam search) cannot be followed in a trace",
                 "watch without a trace counts it all the same",
             )
         else:

@@ -44,8 +44,8 @@ UNLABELLED = "watched"
 """Domain of sequences for which none is given."""
 
 _BYPASSED = (
-    "was the model compiled, or captured in a graph, so that the hooks are passed by? Enter `moescope.watch` before the "
-    "first call of the compiled model, or call torch.compiler.reset() first"
+    "was the model compiled, or captured in a graph, so that the hooks are passed by? Enter `moescope.watch` before "
+    "the first call of the compiled model, or call torch.compiler.reset() first"
 )
 
 
@@ -84,7 +84,7 @@ def watch(
             model(**batch).loss.backward()
         w.imbalance.max()
     """
-    if window is not None and window < 1 or part_tokens < 1:
+    if (window is not None and window < 1) or part_tokens < 1:
         raise ValueError(f"window {window} or part_tokens {part_tokens} is below 1")
     return Watch(model, out, tokenizer, domain, layers, window, weights, part_tokens, force)
 
@@ -273,19 +273,17 @@ class Watch:
     def _stack_hooks(self, stack: Stack) -> tuple[Callable[..., None], Callable[..., None]]:
         """What runs before and after a stack; never inside a compiled graph, which breaks there."""
 
-        @torch.compiler.disable
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not _in_backward():
                 with torch.inference_mode(False), torch.no_grad():
                     self._open(stack, args, kwargs)
 
-        @torch.compiler.disable
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not _in_backward():
                 with torch.inference_mode(False), torch.no_grad():
                     self._close(stack, output)
 
-        return before, after
+        return torch.compiler.disable(before), torch.compiler.disable(after)  # type: ignore[no-untyped-call]
 
     def _experts_hook(self, place: int, experts: Experts) -> Callable[..., None]:
         """What runs before the experts; inside a compiled graph, as one opaque operator of it."""
@@ -505,7 +503,7 @@ class _Generation:
 
 
 class _TraceOutput:
-    """The trace that a watch writes; it is created with the first forward pass, which tells how many experts a token gets."""
+    """The trace that a watch writes, created with the first forward pass: that tells how many experts a token gets."""
 
     def __init__(self, path: Path, watch: Watch, weights: bool, part_tokens: int, force: bool) -> None:
         if not force and path.exists() and (not path.is_dir() or any(path.iterdir())):
