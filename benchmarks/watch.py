@@ -5,9 +5,9 @@
 
 A training step is forward, backward and AdamW; a plain forward is without gradients. Steps alternate in one process,
 so that a busy machine slows both; which of the two comes first alternates, too. Read the median of the ratios on a
-quiet machine, and the ratio of the least CPU times on a busy one. `--padding` gives every batch an attention mask with a
-quarter of padding. The hooks by themselves are timed as well: what runs in them over a step, as a share of it, which no
-busy neighbour blurs.
+quiet machine, and the ratio of the least CPU times on a busy one. `--padding` gives every batch an attention mask with
+a quarter of padding. The hooks by themselves are timed as well: what runs in them over a step, as a share of it, which
+no busy neighbour blurs.
 
 Bar: under 1.03.
 """

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from moescope.measures import shares as shares
     from moescope.measures import words as words
     from moescope.recording import record as record
-    from moescope.recording.watch import watch as watch
     from moescope.recording.callback import RoutingCallback as RoutingCallback
+    from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally

@@ -62,10 +62,9 @@ class Loads:
     def entropy(self) -> xr.DataArray:
         """Entropy of the routed experts' shares over log(num_experts): 1 is even, 0 one expert; dims (layer,)."""
         share = _over(self._routed, self._routed.sum("expert"))
-        nats = (
-            -(share * np.log(share.where(share > 0, 1))).sum("expert", skipna=True).where(share.notnull().any("expert"))
-        )
-        return _over(nats, self.load["num_experts"].pipe(np.log))
+        nats = -(share * np.log(share.where(share > 0, 1))).sum("expert")
+        most = self.load["num_experts"].copy(data=np.log(self.load["num_experts"].values))
+        return _over(nats.where(share.notnull().any("expert")), most)
 
     @property
     def idle(self) -> xr.DataArray:
