@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Document": "corpus",
+    "Router": "recording",
     "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
     from moescope.measures import words as words
+    from moescope.recording import Router as Router
     from moescope.recording import record as record
     from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.recording.watch import watch as watch

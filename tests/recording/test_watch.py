@@ -20,6 +20,7 @@ import moescope
 from moescope import mini
 from moescope.corpus import open_corpus, sample
 from moescope.errors import ModelNotMoE, ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
+from moescope.recording.hooks import RouterWatch
 from moescope.recording.live import LiveTally
 from moescope.recording.routers import find_experts
 from moescope.recording.tokenizer import Tokenizer
@@ -409,7 +410,7 @@ def test_layers_called_one_by_one_are_an_error(model: Any) -> None:
 @pytest.fixture
 def compilable() -> Iterator[Any]:
     """A small model whose experts break no graph; nothing that others compiled is kept, nor what is compiled here."""
-    model = tiny_model("mixtral", causal=True, num_hidden_layers=2)
+    model = tiny_model("mixtral", causal=True, num_hidden_layers=1)
     model.set_experts_implementation("grouped_mm")
     torch._dynamo.reset()
     yield model
@@ -562,6 +563,69 @@ def test_a_module_that_is_no_model_of_transformers_is_counted_by_rows() -> None:
         w_model(torch.randn(2, 5, 3))
     assert w.tokens == 10
     assert w.load.sum("expert").values.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "jetmoe", "zaya", "doge"])
+def test_families_that_adapters_read_are_counted_as_they_are_recorded(family: str, tmp_path: Path) -> None:
+    model, ids = tiny_model(family), some_ids(2, 12)
+    experts = find_experts(model, family)
+    with RouterWatch(experts) as recorder:
+        choices = recorder.run(model, {"input_ids": ids})
+    with watch(model, tmp_path / "t.moe") as w:
+        model(input_ids=ids)
+    for each in experts:
+        expected = np.bincount(choices[each.layer].expert_ids.ravel(), minlength=w.load.sizes["expert"])
+        np.testing.assert_array_equal(w.load.sel(layer=each.layer), expected)
+    np.testing.assert_array_equal(tallied(open_trace(tmp_path / "t.moe")), w.load)
+    assert untouched(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what find_experts says of these families
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe"])
+def test_encoder_and_decoder_count_each_its_own_tokens_and_a_trace_of_both_is_refused(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    with watch(model) as w:
+        model(input_ids=some_ids(2, 12), attention_mask=mask, decoder_input_ids=some_ids(2, 5))
+    loads = w.loads()
+    made = (loads.load.sum("expert") + loads.dropped).values
+    top_k = 1 if family == "switch_transformers" else 2
+    assert made.tolist() == [21 * top_k] * 2 + [10 * top_k] * 2
+    assert w.forwards == 2  # of the encoder and of the decoder
+    with pytest.raises(ModelUnsupported, match="a trace holds one stack"):
+        watch(model, tmp_path / "t.moe")
+
+
+def test_routers_of_ones_own_are_counted(tmp_path: Path) -> None:
+    class Gate(nn.Linear):
+        pass
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(300, 8)
+            self.blocks = nn.ModuleList(Gate(8, 4) for _ in range(2))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(input_ids)
+            for gate in self.blocks:
+                hidden = hidden + gate(hidden).sum(-1, keepdim=True)
+            return hidden
+
+    def read(args: Any, kwargs: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = output.flatten(0, 1).softmax(-1).topk(2)
+        return ids, weights
+
+    model, ids = Own(), some_ids(2, 9)
+    routers = [moescope.Router(f"blocks.{layer}", read, num_experts=4) for layer in range(2)]
+    with watch(model, tmp_path / "t.moe", routers=routers) as w:
+        model(ids)
+    chosen = model.blocks[0](model.embed(ids)).flatten(0, 1).topk(2).indices
+    np.testing.assert_array_equal(w.load.values[0], np.bincount(chosen.flatten().numpy(), minlength=4))
+    np.testing.assert_array_equal(tallied(open_trace(tmp_path / "t.moe")), w.load)
 
 
 # ------------------------------------------------------------------------------------------------------ traces

@@ -53,6 +53,14 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
 )
+@click.option(
+    "--block",
+    type=click.Choice(["mlp", "attention"]),
+    default="mlp",
+    show_default=True,
+    help="Which routed blocks, of a model that routes its attention, too.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
 @click.option("--sample-seed", type=int, default=0, show_default=True, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")

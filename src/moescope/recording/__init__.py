@@ -13,6 +13,7 @@ require("transformers", extra="record")
 
 from moescope.recording.model import find_device  # noqa: E402
 from moescope.recording.recorder import Progress, record  # noqa: E402
+from moescope.recording.routers import Router  # noqa: E402
 from moescope.recording.watch import watch  # noqa: E402
 
-__all__ = ["Progress", "find_device", "record", "watch"]
+__all__ = ["Progress", "Router", "find_device", "record", "watch"]

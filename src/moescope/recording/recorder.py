@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
-from moescope.recording.batches import Encode, Portion, Window, batches, num_characters, portions, windows
+from moescope.recording.adapters import Batching
+from moescope.recording.batches import Batch, Encode, Portion, Window, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
@@ -34,6 +35,7 @@ from moescope.recording.model import (
     probe,
     ready_to_record,
 )
+from moescope.recording.routers import Router
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
@@ -80,6 +82,9 @@ def record(
     sample_seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    block: str = "mlp",
+    routers: Sequence[Router] | None = None,
+    trust_remote_code: bool = False,
     weights: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     part_tokens: int = PART_TOKENS,
@@ -102,6 +107,9 @@ def record(
         sample_seed: Seed of the sample.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``; it changes some choices.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` …
+        block: ``mlp`` for the experts of the feed-forward blocks, ``attention`` for a model that routes its attention.
+        routers: How to read the routers of a loaded model that moescope does not know (`moescope.Router`).
+        trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
         weights: Record the gate weights, too.
         batch_tokens: Most tokens of a forward pass, padding included.
         part_tokens: Tokens of a part: what an interruption can cost.
@@ -116,6 +124,8 @@ def record(
         MoescopeError: The model, the corpus or the output is at fault; `moescope.errors` has a class for each case.
     """
     out = Path(out)
+    if block not in ("mlp", "attention"):
+        raise ValueError(f"block is 'mlp' or 'attention', not {block!r}")
     if window < 1 or batch_tokens < 1 or part_tokens < 1:
         raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
@@ -124,11 +134,15 @@ def record(
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     if isinstance(model, str | Path):
         find_device(device)
-        ready = load_model(model, layers=layers, dtype=dtype, device=device)
+        if routers is not None:
+            raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
+        ready = load_model(
+            model, layers=layers, dtype=dtype, device=device, block=block, trust_remote_code=trust_remote_code
+        )
     elif (dtype, device) != ("auto", "auto"):
         raise ValueError("the dtype and device of a loaded model are what they are")
     else:
-        ready = adopt_model(*model, layers=layers)
+        ready = adopt_model(*model, layers=layers, block=block, routers=routers)
     documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
     if max_tokens_per_domain is not None or max_documents_per_domain is not None:
         if not isinstance(corpus, Corpus):
@@ -195,14 +209,15 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
     added_ids = model.tokenizer.added_ids
     cut = windows(portion, header.run["window"] - len(added_ids))
     part = _unrouted(portion, cut, header)
-    if (largest := int(part.token_id.max())) >= model.num_embeddings:
+    known = model.num_embeddings
+    if known is not None and (largest := int(part.token_id.max())) >= known:
         raise ModelDamaged(
             model.description["name"],
-            f"its tokenizer gives id {largest}, but the model knows {model.num_embeddings} ids",
+            f"its tokenizer gives id {largest}, but the model knows {known} ids",
             "is it the tokenizer of this model?",
         )
     looks_ahead = model.looks_ahead
-    for batch in batches(cut, added_ids, header.run["batch_tokens"]):
+    for batch in _batches(cut, added_ids, header.run["batch_tokens"], model.batching):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
         if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
@@ -214,6 +229,20 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
                 part.gate_weights[layer][batch.rows] = gate_weights
         meter.add(len(batch.rows), portion.num_characters * len(batch.rows) / portion.num_tokens)
     return part
+
+
+def _batches(cut: Sequence[Window], added_ids: Sequence[int], batch_tokens: int, batching: Batching) -> Iterator[Batch]:
+    """Batches in which no window can change the choices of another."""
+    if batching == "padded":
+        yield from batches(cut, added_ids, batch_tokens)
+    elif batching == "alone":
+        yield from batches(cut, added_ids, 1)
+    else:
+        lengths: dict[int, list[Window]] = {}
+        for window in cut:
+            lengths.setdefault(len(window.token_ids), []).append(window)
+        for same in lengths.values():
+            yield from batches(same, added_ids, batch_tokens)
 
 
 def _unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:

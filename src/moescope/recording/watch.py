@@ -32,9 +32,10 @@ from torch import Tensor, nn
 import moescope
 from moescope.errors import ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
 from moescope.recording.calls import Call, Stack, find_stacks
+from moescope.recording.hooks import Tell, listen
 from moescope.recording.live import LiveTally, Loads
 from moescope.recording.model import tensors_fingerprint
-from moescope.recording.routers import Experts, check_call, find_experts, select_experts
+from moescope.recording.routers import Experts, Router, find_experts, given_experts, select_experts
 from moescope.recording.sequences import DECODE, PREFILL, Batch, Block, Sequences, Step
 from moescope.recording.tokenizer import Tokenizer
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
@@ -59,6 +60,8 @@ def watch(
     window: int | None = None,
     weights: bool = False,
     part_tokens: int = PART_TOKENS,
+    block: str = "mlp",
+    routers: Sequence[Router] | None = None,
     force: bool = False,
 ) -> Watch:
     """Watch the routers of a model while a ``with`` block lasts.
@@ -73,6 +76,8 @@ def watch(
         window: Forward passes that the live tally covers, the last ones; None for all since `Watch.reset`.
         weights: Write the gate weights, too.
         part_tokens: Tokens of a part of the trace.
+        block: ``mlp`` for the experts of the feed-forward blocks, ``attention`` for a model that routes its attention.
+        routers: How to read the routers of a model that moescope does not know (`moescope.Router`).
         force: Replace what is at `out`, if it is a trace.
     Raises:
         ModelNotMoE: It has no routed experts.
@@ -86,7 +91,9 @@ def watch(
     """
     if (window is not None and window < 1) or part_tokens < 1:
         raise ValueError(f"window {window} or part_tokens {part_tokens} is below 1")
-    return Watch(model, out, tokenizer, domain, layers, window, weights, part_tokens, force)
+    if block not in ("mlp", "attention"):
+        raise ValueError(f"block is 'mlp' or 'attention', not {block!r}")
+    return Watch(model, out, tokenizer, domain, layers, window, weights, part_tokens, block, routers, force)
 
 
 class Watch:
@@ -106,11 +113,19 @@ class Watch:
         window: int | None,
         weights: bool,
         part_tokens: int,
+        block: str,
+        routers: Sequence[Router] | None,
         force: bool,
     ) -> None:
         self._model = unwrapped(model)
         self._name = Path(str(getattr(self._model, "name_or_path", "") or type(self._model).__name__)).name
-        self.experts = select_experts(find_experts(self._model, self._name), layers, None, self._name)
+        if routers is None:
+            found = find_experts(self._model, self._name, block=block)
+        else:
+            found = given_experts(self._model, routers)
+        self.experts = select_experts(found, layers, None, self._name)
+        for message in dict.fromkeys(each.warning for each in self.experts if each.warning):
+            warnings.warn(message, stacklevel=3)
         self._stacks = find_stacks(self._model, self.experts)
         stack_of = {place: index for index, stack in enumerate(self._stacks) for place in stack.places}
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
@@ -145,10 +160,11 @@ class Watch:
                 undo.callback(stack.module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 undo.callback(stack.module.register_forward_hook(after).remove)
             for place, experts in enumerate(self.experts):
-                if experts.module not in [stack.module for stack in self._stacks]:
-                    undo.enter_context(_noticed_by_dynamo(experts.module))
-                hook = self._experts_hook(place, experts)
-                undo.callback(experts.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                for module in (experts.called, experts.router):
+                    if module is not None:
+                        undo.enter_context(_noticed_by_dynamo(module))
+                for handle in listen(experts, self._teller(place, experts)):
+                    undo.callback(handle.remove)
             undo.enter_context(_generate_announced(self._model, self))
             self._undo = undo.pop_all()
         return self
@@ -285,20 +301,19 @@ class Watch:
 
         return torch.compiler.disable(before), torch.compiler.disable(after)  # type: ignore[no-untyped-call]
 
-    def _experts_hook(self, place: int, experts: Experts) -> Callable[..., None]:
-        """What runs before the experts; inside a compiled graph, as one opaque operator of it."""
-        note, read, key = _note_operator(), experts.read, id(self)
+    def _teller(self, place: int, experts: Experts) -> Tell:
+        """What is told the choices of a layer; inside a compiled graph it is one opaque operator of it."""
+        note, key = _note_operator(), id(self)
         anchor = torch.zeros((), device=_device(experts.module))
         _WATCHES[key] = self
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids, weights = read(args, kwargs)
+        def tell(ids: Tensor, weights: Tensor) -> None:
             if torch.compiler.is_compiling():
                 note(ids, weights.detach(), anchor, key, place)
             else:
                 self._note(place, ids, weights)
 
-        return hook
+        return tell
 
     def _open(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins; one that an exception ended before is forgotten."""
@@ -321,7 +336,7 @@ class Watch:
                 counted = running if counted is None else counted & running
         return _Pass(stack, call, counted, past, starts)
 
-    def _note(self, place: int, ids: Any, weights: Any) -> None:
+    def _note(self, place: int, ids: Tensor, weights: Tensor) -> None:
         """A layer speaks."""
         if _in_backward():
             return  # gradient checkpointing runs the layer again
@@ -336,7 +351,6 @@ class Watch:
         current: _Pass | None = self._passes.__dict__[stack.name]
         if current is None:
             return
-        ids, weights = check_call(experts, ids, weights)
         num_tokens = current.call.shape[0] * current.call.shape[1]
         if place in current.spoken or ids.shape[0] != num_tokens:
             raise RouterSilent(
@@ -571,7 +585,7 @@ class _TraceOutput:
                 module=each.name,
                 num_null_experts=each.num_null_experts,
                 num_shared_experts=each.num_shared_experts,
-                drops=bool(getattr(each, "drops", False)),
+                drops=each.drops,
             )
             for each, k in zip((watch.experts[place] for place in current.stack.places), top_k, strict=True)
         )
