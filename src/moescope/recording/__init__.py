@@ -3,7 +3,8 @@
 Rule of the room: the only one that imports torch and transformers. It never changes what a model computes and leaves no
 hook behind; it records the experts that ran, and what it cannot read exactly it refuses. `routers` says where a model
 routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it, and
-`recorder` is the way from a corpus to a trace.
+`recorder` is the way from a corpus to a trace. `watch` looks on while somebody else runs the model: `calls` reads what
+it is called with, `live` counts, `sequences` puts a trace together, `callback` reports to a Trainer.
 """
 
 from moescope.errors import require
