@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Document": "corpus",
     "Router": "recording",
+    "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
@@ -33,6 +34,7 @@ _HOMES = {
     "report": "reporting",
     "shares": "measures",
     "tally": "tallying",
+    "watch": "recording",
     "words": "measures",
 }
 
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from moescope.measures import words as words
     from moescope.recording import Router as Router
     from moescope.recording import record as record
+    from moescope.recording.callback import RoutingCallback as RoutingCallback
+    from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally

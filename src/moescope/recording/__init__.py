@@ -5,7 +5,9 @@ hook behind; it records the experts that ran, and what it cannot read exactly it
 routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it, and
 `recorder` is the way from a corpus to a trace. For models larger than memory, `streaming` is that way: `shards` reads
 a checkpoint, `layerwise` has one layer of it in memory, `spool` keeps what lies between two layers, and `rehearsal`
-makes sure, on a small model (`shrinking`), that a family comes out the same.
+makes sure, on a small model (`shrinking`), that a family comes out the same. `watch` looks on while somebody else runs
+the model: `calls` reads what it is called with, `live` counts, `sequences` puts a trace together, `callback` reports to
+a Trainer.
 """
 
 from moescope.errors import require
@@ -18,5 +20,6 @@ from moescope.recording.progress import Progress  # noqa: E402
 from moescope.recording.recorder import record  # noqa: E402
 from moescope.recording.routers import Router  # noqa: E402
 from moescope.recording.streaming import Estimate  # noqa: E402
+from moescope.recording.watch import watch  # noqa: E402
 
-__all__ = ["Estimate", "Progress", "Router", "find_device", "record"]
+__all__ = ["Estimate", "Progress", "Router", "find_device", "record", "watch"]
