@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,16 @@ from moescope.recording.batches import Encode, Portion, Window, batches, num_cha
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
+    Spread,
     adopt_model,
     find_device,
     implementations,
     load_model,
     probe,
     ready_to_record,
+    weights_put_back,
 )
+from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
@@ -80,6 +83,8 @@ def record(
     sample_seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | Mapping[str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
     weights: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     part_tokens: int = PART_TOKENS,
@@ -93,7 +98,7 @@ def record(
 
     Args:
         model: Folder of a checkpoint (or its name in the local Hugging Face cache), or a loaded (model, tokenizer).
-        corpus: Path of a corpus, or an opened one, or documents.
+        corpus: Path of a corpus, or an opened one, or documents; read on a thread of its own, ahead of the model.
         out: Folder of the trace to write. An unfinished trace of the same recording is continued.
         layers: Layers to record, counted over the whole model; None for all with routed experts.
         window: Longest sequence the model reads, added tokens included; capped at what the model was made for.
@@ -102,6 +107,10 @@ def record(
         sample_seed: Seed of the sample.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``; it changes some choices.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` …
+        device_map: Spread the checkpoint over devices, memory and disk, as accelerate does: ``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential``, or a device for each module, such as ``{"": "cpu"}``; instead of
+            `device`.
+        offload_folder: Where what a device map puts on disk is kept meanwhile; beside the trace unless given.
         weights: Record the gate weights, too.
         batch_tokens: Most tokens of a forward pass, padding included.
         part_tokens: Tokens of a part: what an interruption can cost.
@@ -123,10 +132,14 @@ def record(
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     if isinstance(model, str | Path):
-        find_device(device)
-        ready = load_model(model, layers=layers, dtype=dtype, device=device)
-    elif (dtype, device) != ("auto", "auto"):
-        raise ValueError("the dtype and device of a loaded model are what they are")
+        if device_map is None:
+            find_device(device)
+        elif device != "auto":
+            raise ValueError(f"a device ({device}) and a device map exclude each other")
+        placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
+        ready = load_model(model, layers=layers, dtype=dtype, device=placement)
+    elif (dtype, device, device_map) != ("auto", "auto", None):
+        raise ValueError("the dtype and the devices of a loaded model are what they are")
     else:
         ready = adopt_model(*model, layers=layers)
     documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
@@ -172,17 +185,25 @@ def _record_parts(
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
     meter = _Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
-    remaining = islice(documents, totals["documents_read"], None)
-    for portion in portions(remaining, model.tokenizer.encode, writer.header.run["part_tokens"]):
-        note = {
-            "documents_read": portion.num_read,
-            "documents_empty": portion.num_read - len(portion.documents),
-            "tokens": portion.num_tokens,
-            "characters": portion.num_characters,
-        }
-        if portion.documents:
-            writer.write(_record_part(model, watch, portion, writer.header, meter), note)
-        totals = {name: totals[name] + note[name] for name in totals}
+    done, part_tokens = totals["documents_read"], writer.header.run["part_tokens"]
+
+    def tokenized(documents: Iterator[Document]) -> Iterator[Portion]:
+        return portions(islice(documents, done, None), model.tokenizer.encode, part_tokens)
+
+    def write(finished: tuple[Part, dict[str, int]]) -> None:
+        writer.write(*finished)
+
+    with read_ahead(documents, tokenized) as upcoming, WriteBehind(write) as written:
+        for portion in upcoming:
+            note = {
+                "documents_read": portion.num_read,
+                "documents_empty": portion.num_read - len(portion.documents),
+                "tokens": portion.num_tokens,
+                "characters": portion.num_characters,
+            }
+            if portion.documents:
+                written.put((_record_part(model, watch, portion, writer.header, meter), note))
+            totals = {name: totals[name] + note[name] for name in totals}
     if not totals["tokens"]:
         name = writer.header.corpus["name"]
         raise CorpusEmpty(name, f"none of its {totals['documents_read']} documents has a token")
@@ -206,7 +227,9 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
         if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
-        for layer, choices in watch.run(model.body, inputs).items():
+        with weights_put_back(model):
+            spoken = watch.run(model.body, inputs)
+        for layer, choices in spoken.items():
             gate_weights = choices.gate_weights[batch.places]
             _check_finite(layer, gate_weights, batch.rows, part)
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
