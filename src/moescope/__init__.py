@@ -23,12 +23,14 @@ _HOMES = {
     "Trace": "trace",
     "claims": "measures",
     "divergence": "measures",
+    "export": "exporting",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
     "shares": "measures",
+    "sql": "exporting",
     "tally": "tallying",
     "words": "measures",
 }
@@ -38,6 +40,8 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.exporting import export as export
+    from moescope.exporting import sql as sql
     from moescope.measures import claims as claims
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
