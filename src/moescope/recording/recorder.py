@@ -10,6 +10,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
+from moescope.recording.attention import SkipMaskedBlocks
 from moescope.recording.batches import Encode, Portion, Window, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
@@ -172,6 +174,7 @@ def record(
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
+            SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
         ):
             _record_parts(ready, watch, documents, writer, progress or (lambda _: None))
     return open_trace(out)
