@@ -1,16 +1,19 @@
 """Recording against the plain forward ``model(input_ids)`` of the same batches: time and peak memory.
 
-    python benchmarks/record.py                     # the mini model
-    python benchmarks/record.py --model random      # a random Mixtral: hidden 512, 8 layers, 32,000 words
-    taskset -c 0 python benchmarks/record.py --threads 1 --repeats 9
+    python benchmarks/record.py                     # every scenario
+    python benchmarks/record.py mini                # the mini model
+    python benchmarks/record.py random              # a random Mixtral: hidden 512, 8 layers, 32,000 words
+    python benchmarks/record.py layers0             # the same with 12 layers, of which only layer 0 is recorded
+    python benchmarks/record.py path/to/checkpoint --json
+    taskset -c 0 python benchmarks/record.py mini --threads 1 --repeats 9
 
 Plain is what a user would write: the causal model as ``from_pretrained`` gives it, head and all, one call a batch, its
 outputs dropped. Recording is everything that `moescope.record` does: reading, tokenizing, batching, hooks, sorting,
-writing. Repeats alternate in one process, so that a busy machine slows both. On a quiet machine read the median over
-the rounds; on a busy one the ratio of the least CPU times of many short rounds tells more. Memory is the peak of a
-process of its own that loads the model and goes over the corpus once.
+writing, on whatever thread. Repeats alternate in one process, so that a busy machine slows both. On a quiet machine
+read the median of the wall times; on a busy one the ratios of CPU times, of the median or the least of many short
+rounds, tell more. Memory is the peak of a process of its own that loads the model and goes over the corpus once.
 
-Bars: time at most 0.90, memory at most 1.05.
+Bars: time at most 0.85 (mini), 0.80 (random), 0.25 (layers0); memory at most 1.05.
 """
 
 from __future__ import annotations
@@ -37,75 +40,120 @@ from moescope.recording.batches import Batch, batches, portions, windows
 from moescope.recording.recorder import BATCH_TOKENS, PART_TOKENS, WINDOW
 from moescope.recording.tokenizer import Tokenizer
 
+BARS = {"mini": 0.85, "random": 0.80, "layers0": 0.25}
+MEMORY_BAR = 1.05
+DOCUMENTS = {"mini": 8, "random": 2, "layers0": 2}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini", help="mini, random, or the folder of a checkpoint")
-    parser.add_argument("--documents", type=int, default=8, help="documents of each of the sample's domains")
+    parser.add_argument("scenarios", nargs="*", default=list(BARS), help="mini, random, layers0, or a checkpoint")
+    parser.add_argument("--documents", type=int, help="documents of each of the sample's domains")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--weights", action="store_true", help="record the gate weights, too")
+    parser.add_argument("--json", action="store_true", help="print all measurements as JSON")
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["plain", "recording"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        options.path = checkpoint(options.model, Path(folder))
-        if options.child:
-            measure_child(options, Path(folder))
-            return
-        measure_memory(options)  # first: a child's peak starts at what its parent held
-        measure_time(options, Path(folder))
+    results = []
+    for scenario in options.scenarios:
+        with tempfile.TemporaryDirectory() as folder:
+            run = argparse.Namespace(**vars(options))
+            run.scenario = scenario
+            run.layers = [0] if scenario == "layers0" else None
+            run.documents = options.documents or DOCUMENTS.get(scenario, 2)
+            run.path = options.path or checkpoint(scenario, Path(folder))
+            if options.child:
+                measure_child(run, Path(folder))
+                return
+            results.append(measure_time(run, Path(folder)) | {"memory": measure_memory(run)})
+            if not options.json:
+                print_result(results[-1])
+    if options.json:
+        print(json.dumps(results, indent=1))
 
 
-def measure_time(options: argparse.Namespace, folder: Path) -> None:
+def measure_time(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, tokenizer = load(options)
     prepared = same_batches(options, tokenizer)
     tokens = sum(len(batch.rows) for batch in prepared)
-    padding = sum(batch.input_ids.size for batch in prepared) / tokens - 1
-    print(
-        f"{options.model}, {model.dtype}, {options.threads} thread(s): {tokens:,} tokens in {len(prepared)} batches, "
-        f"{padding:.1%} of it padding and added tokens"
-    )
     as_loaded = model.config._experts_implementation
     runs: dict[str, Callable[[], Any]] = {
         f"plain, {as_loaded} experts (as loaded)": lambda: plain(model, prepared),
         "plain, eager experts": lambda: with_eager_experts(model, prepared),
         "recording": lambda: recorded((model, tokenizer), options, folder),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
+    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+    seconds: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in clocks} for name in runs}
     for repeat in range(options.repeats + 1):
         for name, run in runs.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
+            starts = {clock: read() for clock, read in clocks.items()}
             run()
             if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-                cpu_seconds[name].append(time.process_time() - cpu_start)
-    for name, values in seconds.items():
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["recording"], values, strict=True))
-        cpu_ratio = min(cpu_seconds["recording"]) / min(cpu_seconds[name])
+                for clock, read in clocks.items():
+                    seconds[name][clock].append(read() - starts[clock])
+    ours = seconds["recording"]
+    return {
+        "scenario": options.scenario,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": options.threads,
+        "tokens": tokens,
+        "batches": len(prepared),
+        "padding": sum(batch.input_ids.size for batch in prepared) / tokens - 1,
+        "bar": BARS.get(options.scenario),
+        "seconds": seconds,
+        "recording_takes": {
+            name: {
+                "median_wall": paired_median(ours["wall"], theirs["wall"]),
+                "median_cpu": paired_median(ours["cpu"], theirs["cpu"]),
+                "least_cpu": min(ours["cpu"]) / min(theirs["cpu"]),
+            }
+            for name, theirs in seconds.items()
+        },
+    }
+
+
+def paired_median(ours: list[float], theirs: list[float]) -> float:
+    """The median, over the rounds, of what ours takes of theirs."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def print_result(result: dict[str, Any]) -> None:
+    bar = "" if result["bar"] is None else f"; bar {result['bar']:.2f} of plain as loaded"
+    print(
+        f"{result['scenario']}, {result['dtype']}, {result['threads']} thread(s): {result['tokens']:,} tokens in "
+        f"{result['batches']} batches, {result['padding']:.1%} of it padding and added tokens{bar}"
+    )
+    print(f"  {'':37} {'median':>9} {'':>16}   recording takes of it, by")
+    print(f"  {'':37} {'wall':>9} {'':>16}  median wall  median CPU  least CPU")
+    for name, seconds in result["seconds"].items():
+        wall = statistics.median(seconds["wall"])
+        ratios = result["recording_takes"][name]
         print(
-            f"  {name:37} {statistics.median(values):6.2f} s  {tokens / statistics.median(values):7,.0f} tokens/s"
-            f"  recording takes {ratio:.2f} of it, {cpu_ratio:.2f} by least CPU time"
+            f"  {name:37} {wall:7.2f} s {result['tokens'] / wall:7,.0f} tokens/s"
+            f"  {ratios['median_wall']:11.2f}  {ratios['median_cpu']:10.2f}  {ratios['least_cpu']:9.2f}"
         )
+    memory = result["memory"]
+    print(
+        f"  peak memory: plain {memory['plain'] / 2**20:,.0f} MiB, recording {memory['recording'] / 2**20:,.0f} MiB, "
+        f"ratio {memory['ratio']:.2f}; bar {MEMORY_BAR}"
+    )
 
 
-def measure_memory(options: argparse.Namespace) -> None:
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     peaks = {}
     for child in ("plain", "recording"):
-        command = [sys.executable, __file__, "--child", child, "--model", str(options.path)]
+        command = [sys.executable, __file__, options.scenario, "--child", child, "--path", str(options.path)]
         for name in ("documents", "dtype", "threads", "batch_tokens"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         command += ["--weights"] if options.weights else []
         peaks[child] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ratio = peaks["recording"] / peaks["plain"]
-    print(
-        f"  peak memory: plain {peaks['plain'] / 2**20:,.0f} MiB, recording {peaks['recording'] / 2**20:,.0f} MiB, "
-        f"ratio {ratio:.2f}"
-    )
+    return peaks | {"ratio": peaks["recording"] / peaks["plain"]}
 
 
 def measure_child(options: argparse.Namespace, folder: Path) -> None:
@@ -114,7 +162,15 @@ def measure_child(options: argparse.Namespace, folder: Path) -> None:
         plain(model, same_batches(options, tokenizer))
     else:
         recorded(options.path, options, folder)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_memory())
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held; of ``ru_maxrss``, which goes on through exec, a part may be its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plain(model: Any, prepared: list[Batch]) -> None:
@@ -135,6 +191,7 @@ def recorded(model: Any, options: argparse.Namespace, folder: Path) -> None:
         model,
         mini.corpus_path(),
         folder / "benchmark.moe",
+        layers=options.layers,
         max_documents_per_domain=options.documents,
         batch_tokens=options.batch_tokens,
         weights=options.weights,
@@ -162,14 +219,14 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 def checkpoint(name: str, folder: Path) -> Path:
     if name == "mini":
         return mini.model_path()
-    if name != "random":
+    if name not in ("random", "layers0"):
         return Path(name)
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=32_000,
         hidden_size=512,
         intermediate_size=1792,
-        num_hidden_layers=8,
+        num_hidden_layers=8 if name == "random" else 12,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=WINDOW,

@@ -25,6 +25,7 @@ _HOMES = {
     "Trace": "trace",
     "claims": "measures",
     "divergence": "measures",
+    "export": "exporting",
     "from_arrays": "importers",
     "import_trace": "importers",
     "open_corpus": "corpus",
@@ -33,6 +34,7 @@ _HOMES = {
     "repeats": "measures",
     "report": "reporting",
     "shares": "measures",
+    "sql": "exporting",
     "tally": "tallying",
     "watch": "recording",
     "words": "measures",
@@ -43,6 +45,8 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.exporting import export as export
+    from moescope.exporting import sql as sql
     from moescope.importers import from_arrays as from_arrays
     from moescope.importers import import_trace as import_trace
     from moescope.measures import claims as claims

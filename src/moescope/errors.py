@@ -207,6 +207,12 @@ class NotRecorded(TraceError):
     code = "not-recorded"
 
 
+class NotExportable(TraceError):
+    """The format asked for has no way to say what the trace holds."""
+
+    code = "not-exportable"
+
+
 # ------------------------------------------------------------------------------------------------------- import
 
 
@@ -241,7 +247,7 @@ class ImportIncomplete(ForeignTraceError):
 
 
 class OutputExists(MoescopeError):
-    """The output of a report exists and is not one of ours; ``--force`` replaces it."""
+    """The output of a report or an export exists and is kept; ``--force`` replaces it, if it can be replaced."""
 
     code = "output-exists"
 

@@ -252,23 +252,6 @@ def test_the_pass_stops_before_the_last_experts_asked_for(tokenizer: Any) -> Non
     assert ran == ["layers.1.mlp.experts"]
 
 
-def test_a_model_that_accelerate_moves_about_runs_to_its_end(tokenizer: Any, tmp_path: Path) -> None:
-    from accelerate import cpu_offload
-
-    plain = tiny_model("mixtral")
-    inputs = {"input_ids": torch.arange(7).unsqueeze(0)}
-    with RouterWatch(find_experts(plain, "m")) as watch:
-        expected = watch.run(plain, inputs)
-    model = adopt_model(cpu_offload(tiny_model("mixtral")), tokenizer, layers=None)
-    _, stop_at = probe(model)
-    assert stop_at is None
-    with RouterWatch(model.experts, stop_at=stop_at) as watch:
-        choices = watch.run(model.body, inputs)
-    for layer, found in choices.items():
-        assert (found.expert_ids == expected[layer].expert_ids).all()
-    assert all(parameter.device.type == "meta" for parameter in model.body.parameters())  # offloaded again
-
-
 def test_modes_and_implementations_are_as_before_also_after_an_error(tokenizer: Any) -> None:
     body = tiny_model("mixtral")
     body.train()

@@ -30,6 +30,8 @@ COMMANDS = {
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",
+    "export": "Write a trace in a format of other programs.",
+    "sql": "Query a trace in SQL.",
     "demo": "Record the embedded model on the embedded corpus and write its report.",
 }
 

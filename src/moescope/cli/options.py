@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -60,16 +60,17 @@ force_option = click.option("--force", is_flag=True, help="Replace the output if
 
 def output_option(default: str | None, help: str) -> Callable[[Command], Command]:
     """``-o PATH``/``--output PATH`` -> ``output``; required if there is no default."""
+    given: dict[str, Any] = {} if default is None else {"default": default}  # None itself would count as a default
     return click.option(
         "-o",
         "--output",
         "output",
         type=click.Path(path_type=Path),
-        default=default,
         required=default is None,
         show_default=True,
         metavar="PATH",
         help=help,
+        **given,
     )
 
 

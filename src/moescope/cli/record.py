@@ -94,6 +94,17 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …",
 )
 @click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    help="Spread the model over all GPUs, memory and disk, instead of --device.",
+)
+@click.option(
+    "--offload-folder",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where --device-map keeps, meanwhile, what it puts on disk.  [default: beside the trace]",
+)
+@click.option(
     "--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Most tokens of a forward pass."
 )
 @click.option(
@@ -133,6 +144,8 @@ def command(out: Path, **arguments: Any) -> None:
     """
     from moescope.recording import record
 
+    if arguments["device_map"] and arguments["device"] != "auto":
+        raise click.UsageError("--device and --device-map exclude each other.")
     try:
         with _progress_bar() as (progress, announce):
             trace = record(out=out, progress=progress, announce=announce, **arguments)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,19 @@ _BLOCKS, _BLOCK_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A checkpoint spread over devices, memory and disk by accelerate.
+
+    Attributes:
+        device_map: ``auto``, ``balanced``, ``balanced_low_0``, ``sequential``, or a device for each module.
+        offload_folder: Where a temporary folder holds what is put on disk, until the recording is over.
+    """
+
+    device_map: str | Mapping[str, int | str]
+    offload_folder: Path
+
+
+@dataclass(frozen=True)
 class Model:
     """A model, its tokenizer and the layers to record.
 
@@ -47,18 +63,23 @@ class Model:
         tokenizer: Its tokenizer.
         experts: The layers to record, ascending.
         description: Provenance for the header of a trace.
+        remove_offloaded: Removes what was put on disk for this model; afterwards it cannot run.
     """
 
     body: Any
     tokenizer: Tokenizer
     experts: tuple[Experts, ...]
     description: dict[str, Any]
+    remove_offloaded: Callable[[], object] = lambda: None
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go; for weights that accelerate moves about, any real device will do."""
+        """Where inputs go; for weights that accelerate keeps elsewhere, where it runs the model."""
         device: torch.device = next(self.body.parameters()).device
-        return device if device.type != "meta" else torch.device("cpu")
+        if device.type == "meta":
+            places = (getattr(hook, "execution_device", None) for _, hook in accelerate_hooks(self.body))
+            device = torch.device(next((place for place in places if place is not None), "cpu"))
+        return device
 
     @property
     def max_positions(self) -> int | None:
@@ -116,7 +137,7 @@ def load_model(
     *,
     layers: Sequence[int] | None,
     dtype: str,
-    device: str,
+    device: str | Spread,
     block: str = "mlp",
     trust_remote_code: bool = False,
 ) -> Model:
@@ -126,7 +147,7 @@ def load_model(
         path: Folder of a checkpoint, or the name of one in the local Hugging Face cache. Nothing is downloaded.
         layers: Layers to record, or None for all with routed experts.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or several.
         block: ``mlp`` or ``attention``: which routed blocks to record.
         trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
     Raises:
@@ -139,13 +160,17 @@ def load_model(
     """
     checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code)
     with quiet():
-        whole = _load_weights(checkpoint, dtype, trust_remote_code)
+        if isinstance(device, Spread):
+            whole, remove = _load_spread(checkpoint, dtype, device, trust_remote_code)
+        else:
+            whole = _load_weights(checkpoint, trust_remote_code, dtype=dtype).to(find_device(device))
+            remove = None
     body = text_tower(whole)
-    body.to(find_device(device))
     experts = find_experts(body, checkpoint.name, block=block)
     left_out = (*find_left_out(whole, experts), *checkpoint.elsewhere)
     fingerprint = checkpoint_fingerprint(checkpoint.folder)
-    return describe(body, checkpoint.tokenizer, experts, layers, checkpoint.name, fingerprint, left_out)
+    model = describe(body, checkpoint.tokenizer, experts, layers, checkpoint.name, fingerprint, left_out)
+    return model if remove is None else replace(model, remove_offloaded=remove)
 
 
 def open_checkpoint(
@@ -274,15 +299,39 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     """Run a few tokens through the model, to see that every layer speaks and how many experts a token gets.
 
     Returns:
-        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak, or
-        None if it must run on (accelerate moves the weights about and has to clean up).
+        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak.
     """
     ids = torch.arange(4, device=model.device).remainder(model.num_embeddings or 2).unsqueeze(0)
-    with RouterWatch(model.experts) as watch:
+    with weights_put_back(model), RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, {"input_ids": ids})
     layers = tuple(trace_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.body.modules())
-    return layers, None if offloaded else list(choices)[-1]
+    return layers, list(choices)[-1]
+
+
+def accelerate_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The hooks by which accelerate moves weights and inputs, each with its module."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
+            if each is not None:
+                yield module, each
+
+
+@contextmanager
+def weights_put_back(model: Model) -> Iterator[None]:
+    """Afterwards accelerate's offloaded weights are where they were, also if the forward pass inside was cut short.
+
+    accelerate loads a module's weights before its forward and drops them after it; a pass that ends by an exception
+    never comes to the latter in the modules that it leaves.
+    """
+    try:
+        yield
+    finally:
+        for module, hook in accelerate_hooks(model.body):
+            if getattr(hook, "offload", False):
+                tensors = module.parameters(recurse=hook.place_submodules)
+                if any(tensor.device.type != "meta" for tensor in tensors):
+                    hook.post_forward(module, None)
 
 
 def trace_layer(experts: Experts, top_k: int) -> Layer:
@@ -300,7 +349,7 @@ def trace_layer(experts: Experts, top_k: int) -> Layer:
 
 @contextmanager
 def ready_to_record(model: Model) -> Iterator[None]:
-    """Evaluation mode and, on a CPU, the eager experts; afterwards everything is as it was before.
+    """Evaluation mode and, on a CPU, the eager experts; afterwards everything of a given model is as it was before.
 
     No other implementation of the experts is faster on a CPU, and some are far slower (docs/decisions/log.md).
     """
@@ -318,6 +367,7 @@ def ready_to_record(model: Model) -> Iterator[None]:
             config._experts_implementation = before[key]
         for module in training:
             module.training = True
+        model.remove_offloaded()
 
 
 def implementations(model: Model) -> dict[str, str]:
@@ -411,20 +461,38 @@ def _unknown_family(folder: Path) -> str | None:
     return str(family) if family not in transformers.CONFIG_MAPPING else None
 
 
-def _load_weights(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
+def _load_spread(
+    checkpoint: Checkpoint, dtype: str, spread: Spread, trust_remote_code: bool
+) -> tuple[Any, Callable[[], object]]:
+    """The model, and what removes the folder with its offloaded weights, which is gone with the model at the latest."""
+    spread.offload_folder.mkdir(parents=True, exist_ok=True)
+    offloaded = tempfile.mkdtemp(prefix="moescope-offload-", dir=spread.offload_folder)
+    try:
+        device_map = spread.device_map if isinstance(spread.device_map, str) else dict(spread.device_map)
+        body = _load_weights(
+            checkpoint, trust_remote_code, dtype=dtype, device_map=device_map, offload_folder=offloaded
+        )
+    except BaseException:
+        shutil.rmtree(offloaded, ignore_errors=True)
+        raise
+    return body, weakref.finalize(body, shutil.rmtree, offloaded, ignore_errors=True)
+
+
+def _load_weights(checkpoint: Checkpoint, trust_remote_code: bool, **options: Any) -> Any:
     folder = checkpoint.folder
     try:
         body, loading = checkpoint.kind.from_pretrained(
             folder,
             config=checkpoint.config,
-            dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             key_mapping=checkpoint.renamed or None,
+            **options,
         )
     except Exception as error:  # whatever a damaged file makes three libraries raise
-        raise ModelDamaged(folder, f"its weights cannot be loaded: {error}") from error
+        hint = "does the device map name every module?" if "device_map" in options else None
+        raise ModelDamaged(folder, f"its weights cannot be loaded: {error}", hint) from error
     lacking = sorted({*loading["missing_keys"], *(str(key) for key in loading.get("mismatched_keys", ()))})
     if lacking:  # transformers would go on with random values
         raise ModelDamaged(folder, f"{len(lacking)} tensors are missing or misshapen, such as {lacking[0]}")

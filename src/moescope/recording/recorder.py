@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,18 +24,21 @@ from moescope.recording.batches import Encode, Portion, batches, num_characters,
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
+    Spread,
     adopt_model,
     find_device,
     implementations,
     load_model,
     probe,
     ready_to_record,
+    weights_put_back,
 )
 from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Meter, Progress
 from moescope.recording.routers import Router
 from moescope.recording.spool import remove_work
 from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
+from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
 
@@ -68,6 +71,8 @@ def record(
     block: str = "mlp",
     routers: Sequence[Router] | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
     weights: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     part_tokens: int = PART_TOKENS,
@@ -84,7 +89,7 @@ def record(
 
     Args:
         model: Folder of a checkpoint (or its name in the local Hugging Face cache), or a loaded (model, tokenizer).
-        corpus: Path of a corpus, or an opened one, or documents.
+        corpus: Path of a corpus, or an opened one, or documents; read on a thread of its own, ahead of the model.
         out: Folder of the trace to write. An unfinished trace of the same recording is continued.
         layers: Layers to record, counted over the whole model; None for all with routed experts.
         window: Longest sequence the model reads, added tokens included; capped at what the model was made for.
@@ -96,6 +101,10 @@ def record(
         block: ``mlp`` for the experts of the feed-forward blocks, ``attention`` for a model that routes its attention.
         routers: How to read the routers of a loaded model that moescope does not know (`moescope.Router`).
         trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
+        device_map: Spread the checkpoint over devices, memory and disk, as accelerate does: ``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential``, or a device for each module, such as ``{"": "cpu"}``; instead of
+            `device`.
+        offload_folder: Where what a device map puts on disk is kept meanwhile; beside the trace unless given.
         weights: Record the gate weights, too.
         batch_tokens: Most tokens of a forward pass, padding included.
         part_tokens: Tokens of a part: what an interruption can cost.
@@ -127,22 +136,30 @@ def record(
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     streamed: Streamed | None = None
     if isinstance(model, str | Path):
-        find_device(device)
+        if device_map is None:
+            find_device(device)
+        elif device != "auto":
+            raise ValueError(f"a device ({device}) and a device map exclude each other")
+        elif stream:
+            raise ValueError("a model is streamed through one device, or spread by a device map, not both")
         if routers is not None:
             raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
-        if must_stream(model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force):
+        if device_map is None and must_stream(
+            model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force
+        ):
             if trust_remote_code:
                 raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
             streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory, block=block)
             ready = streamed.model
         else:
+            placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
             ready = load_model(
-                model, layers=layers, dtype=dtype, device=device, block=block, trust_remote_code=trust_remote_code
+                model, layers=layers, dtype=dtype, device=placement, block=block, trust_remote_code=trust_remote_code
             )
     elif stream:
         raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
-    elif (dtype, device) != ("auto", "auto"):
-        raise ValueError("the dtype and device of a loaded model are what they are")
+    elif (dtype, device, device_map) != ("auto", "auto", None):
+        raise ValueError("the dtype and the devices of a loaded model are what they are")
     else:
         ready = adopt_model(*model, layers=layers, block=block, routers=routers)
     documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
@@ -196,12 +213,20 @@ def _record_parts(
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
     meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
-    remaining = islice(documents, totals["documents_read"], None)
-    for portion in portions(remaining, model.tokenizer.encode, writer.header.run["part_tokens"]):
-        note = portion.note()
-        if portion.documents:
-            writer.write(_record_part(model, watch, portion, writer.header, meter), note)
-        totals = {name: totals[name] + note[name] for name in totals}
+    done, part_tokens = totals["documents_read"], writer.header.run["part_tokens"]
+
+    def tokenized(documents: Iterator[Document]) -> Iterator[Portion]:
+        return portions(islice(documents, done, None), model.tokenizer.encode, part_tokens)
+
+    def write(finished: tuple[Part, dict[str, int]]) -> None:
+        writer.write(*finished)
+
+    with read_ahead(documents, tokenized) as upcoming, WriteBehind(write) as written:
+        for portion in upcoming:
+            note = portion.note()
+            if portion.documents:
+                written.put((_record_part(model, watch, portion, writer.header, meter), note))
+            totals = {name: totals[name] + note[name] for name in totals}
     if not totals["tokens"]:
         name = writer.header.corpus["name"]
         raise CorpusEmpty(name, f"none of its {totals['documents_read']} documents has a token")
@@ -220,7 +245,9 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
         if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
-        for layer, choices in watch.run(model.body, inputs).items():
+        with weights_put_back(model):
+            spoken = watch.run(model.body, inputs)
+        for layer, choices in spoken.items():
             gate_weights = choices.gate_weights[batch.places]
             check_finite(layer, gate_weights, batch.rows, part)
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]

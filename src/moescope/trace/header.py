@@ -1,6 +1,7 @@
 """`trace.json`: what was recorded, from which model and corpus, and how; written once, before the first token.
 
-A recording may be resumed only by one whose header is equal, so everything that could change a choice is in it.
+A recording may be resumed only by one whose header agrees, so everything that could change a choice is in it; names
+that a move to another machine changes may differ.
 """
 
 from __future__ import annotations
@@ -133,8 +134,24 @@ class Header:
             raise TraceDamaged(path, f"{FILE_NAME} is not a valid header: {error!r}") from None
 
     def differences(self, other: Header) -> list[str]:
-        """What differs from `other`, one ``field: this, other`` a line; empty if nothing does."""
-        return list(_differences("", json.loads(self.to_json()), json.loads(other.to_json())))
+        """What speaks against going on with a trace that has the header `other`.
+
+        The folder that a model came from, the name of a corpus that says the domain of each document, and the Python
+        that ran may differ: fingerprints say whether it is the same model and corpus.
+
+        Returns:
+            One ``field: this, other`` a difference; empty if there is none.
+        """
+        left, right = json.loads(self.to_json()), json.loads(other.to_json())
+        ignored = [("run", "python")]
+        if self.model.get("fingerprint") is not None:
+            ignored.append(("model", "name"))
+        if self.corpus.get("fingerprint") is not None and self.corpus.get("domain_field") is not None:
+            ignored.append(("corpus", "name"))  # without such a field the name of a file may be the domain
+        for section, name in ignored:
+            left[section].pop(name, None)
+            right[section].pop(name, None)
+        return list(_differences("", left, right))
 
 
 _JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}

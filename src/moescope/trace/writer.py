@@ -25,11 +25,11 @@ except ImportError:  # pragma: no cover - Windows has no advisory locks; there t
 
 
 class TraceWriter:
-    """Creates a trace, or goes on with an unfinished one that has an equal header.
+    """Creates a trace, or goes on with an unfinished one whose header agrees.
 
     Args:
         path: Folder of the trace.
-        header: What is recorded; a resumed trace must have an equal one.
+        header: What is recorded; that of a resumed trace must agree (`Header.differences`), and stays as it is.
         vocabulary: Text pieces of the tokenizer.
         force: Replace a trace that is complete or has another header. Anything but a trace is never replaced.
     Raises:
@@ -69,7 +69,7 @@ class TraceWriter:
     def _can_resume(self) -> bool:
         if (self.path / SUMMARY).exists():
             return False
-        return not (self.path / header.FILE_NAME).exists() or read_header(self.path) == self.header
+        return not (self.path / header.FILE_NAME).exists() or not self.header.differences(read_header(self.path))
 
     def _clear(self) -> None:
         (self.path / checksums.FILE_NAME).unlink(missing_ok=True)  # first: without its list nothing counts as a trace

@@ -1,0 +1,32 @@
+"""``moescope export``: the door to ``moescope.export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+
+
+@click.command()
+@click.argument("format", type=click.Choice(["vllm", "jsonl"]))
+@trace_argument
+@output_option(None, "File or folder to write.")
+@layers_option
+@force_option
+def command(format: str, trace: Path, output: Path, layers: tuple[int, ...] | None, force: bool) -> None:
+    """Write a trace in a format of other programs.
+
+    vllm: arrays of expert ids as vLLM returns them (token, layer of the model, choice), one .npy a sequence in a
+    folder, or all in one file if PATH ends in .npz; layout.json says which layers are real. jsonl: a line a token and
+    layer. Prints the path.
+
+    \b
+    Example:
+      moescope export vllm pile.moe -o arrays.npz
+      moescope export jsonl pile.moe -o routing.jsonl --layers 0,15
+    """
+    from moescope.exporting import export
+
+    click.echo(export(trace, output, format=format, layers=layers, force=force))

@@ -1,0 +1,146 @@
+"""``moescope sql``: a query over a trace, or, without one, what there is to query."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from moescope.cli.options import count, trace_argument
+
+MOST_ROWS = 1000
+"""Rows that are shown as text; CSV and JSON hold all."""
+
+
+@click.command()
+@trace_argument
+@click.argument("query", required=False)
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(["text", "csv", "json"]),
+    default="text",
+    show_default=True,
+    help="How the result is written to stdout.",
+)
+def command(trace: Path, query: str | None, format: str) -> None:
+    """Query a trace in SQL.
+
+    Views: tokens (a row a token, a column a layer and rank), choices (a row a token, layer and rank), vocabulary.
+    Without QUERY, shows their columns and two examples. DuckDB answers; it can read the trace and nothing else.
+
+    \b
+    Example:
+      moescope sql pile.moe "SELECT domain, L15_0 AS expert, count(*) FROM tokens GROUP BY ALL"
+    """
+    from moescope.exporting.database import answer, examples, schema
+    from moescope.trace import open_trace
+
+    opened = open_trace(trace)
+    if query is None:
+        columns = schema(opened)
+        _write(
+            ["view", "column", "type", "meaning"],
+            iter([[(each.view, each.name, each.type, each.meaning) for each in columns]]),
+            format,
+        )
+        if format == "text":
+            click.echo("\nExamples:")
+            for example in examples(opened):
+                click.echo(f"  {example}")
+        return
+    try:
+        with answer(opened, query) as result:
+            _write(result.names, result.batches, format)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'QUERY'") from error
+
+
+def _write(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]], format: str) -> None:
+    """Print rows as they come; as text, the first of them once their widths are known."""
+    out = sys.stdout
+    if format == "csv":
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(names)
+        for rows in batches:
+            writer.writerows([_plain(value) for value in row] for row in rows)
+    elif format == "json":
+        _write_json(names, batches, out)
+    else:
+        _print(names, batches)
+
+
+def _write_json(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]], out: TextIO) -> None:
+    separator = "[\n "
+    for rows in batches:
+        for row in rows:
+            values = dict(zip(names, map(_plain, row), strict=True))
+            out.write(separator + json.dumps(values, ensure_ascii=False, allow_nan=False))
+            separator = ",\n "
+    out.write("[]\n" if separator == "[\n " else "\n]\n")
+
+
+def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from moescope.reporting.numbers import MISSING
+    from moescope.reporting.visible import visible
+
+    table: list[tuple[Any, ...]] = []
+    for rows in batches:
+        table += rows
+        if len(table) > MOST_ROWS:
+            break
+    console = Console(highlight=False)
+    shown = [[MISSING if value is None else visible(_short(value)) for value in row] for row in table[:MOST_ROWS]]
+    numeric = [
+        all(isinstance(row[at], int | float | decimal.Decimal | None) for row in table) for at in range(len(names))
+    ]
+    heading = [visible(name) for name in names]
+    widths = [max(map(_width, column)) for column in zip(heading, *shown, strict=True)]
+    for number, row in enumerate([heading, *shown]):
+        cells = [
+            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        console.print(Text("  ".join(cells).rstrip(), "" if number else "bold"), soft_wrap=True)
+        if not number:
+            console.print(Text("─" * (sum(widths) + 2 * len(widths) - 2), "dim"), soft_wrap=True)
+    if len(table) > MOST_ROWS:
+        click.echo(f"only the first {count(MOST_ROWS, 'row')} are shown; --format csv writes all", err=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(_plain(value))
+
+
+def _width(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a result as CSV and JSON hold it: exact numbers, text, lists and objects of them; None for NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return "".join(chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02X}" for byte in value)
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return value if isinstance(value, str | int | bool | None) else str(value)

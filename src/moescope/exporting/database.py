@@ -1,0 +1,218 @@
+"""A trace as SQL tables, queried by DuckDB where it lies: nothing is copied, and a query can touch nothing else.
+
+Views: ``tokens`` (the parts as they are, a row a token), ``choices`` (the same long: a row a token, layer and rank) and
+``vocabulary``. DuckDB gets them from pyarrow, which verifies each page's checksum; its own access to files, network and
+settings is off, so neither a query nor a path in a trace can reach out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from moescope.errors import require
+from moescope.trace import Trace, open_trace
+from moescope.trace.part import id_dtype
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTINGS = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "lock_configuration": "true",
+}
+
+
+ROWS_AT_A_TIME = 10_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a query.
+
+    Attributes:
+        names: Its columns.
+        batches: Its rows, some at a time.
+    """
+
+    names: tuple[str, ...]
+    batches: Iterator[list[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a view.
+
+    Attributes:
+        view: Its view.
+        name: Its name; of columns that repeat for each layer and rank, the first and the last.
+        type: Its SQL type.
+        meaning: What it holds.
+    """
+
+    view: str
+    name: str
+    type: str
+    meaning: str
+
+
+def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
+    """Answer a query in SQL (DuckDB's) over the views ``tokens``, ``choices`` and ``vocabulary`` of a trace.
+
+    Args:
+        trace: The trace, or its folder.
+        query: One statement; with several, the result is that of the last.
+    Raises:
+        ValueError: The query is at fault.
+        MissingExtra: The extra `sql` is not installed.
+        TraceError: The trace is not there or damaged.
+    """
+    with _ask(trace, query) as result:
+        frame: pd.DataFrame = result.df()
+    return frame
+
+
+@contextmanager
+def answer(trace: Trace | str | Path, query: str) -> Iterator[Answer]:
+    """The result of a query, read while the block lasts; arguments and errors as of `sql`."""
+    with _ask(trace, query) as result:
+        names = tuple(column[0] for column in result.description)
+        yield Answer(names, iter(lambda: result.fetchmany(ROWS_AT_A_TIME), []))
+
+
+@contextmanager
+def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
+    """DuckDB's result of a query; what goes wrong in the block is said as `sql` says it."""
+    duckdb = require("duckdb", extra="sql")
+    opened = open_trace(trace) if isinstance(trace, str | Path) else trace
+    connection = _connect(duckdb, opened)
+    try:
+        result = connection.execute(query)
+        if result is None or not result.description:
+            raise ValueError("the query holds no statement")
+        yield result
+    except duckdb.Error as error:
+        _blame_the_trace(opened, error)
+        raise ValueError(str(error)) from error
+    finally:
+        connection.close()
+
+
+def schema(trace: Trace | str | Path) -> list[Column]:
+    """The columns of the views, with a line of meaning each."""
+    opened = open_trace(trace) if isinstance(trace, str | Path) else trace
+    layers = opened.layers
+    experts = [name for layer in layers for name in layer.expert_columns()]
+    weights = [name for layer in layers for name in layer.weight_columns()] if opened.header.weights else []
+    id_types = sorted({_ID_TYPES[id_dtype(layer)().itemsize] for layer in layers}, key=len, reverse=True)
+    columns = [Column("tokens", *row) for row in _TOKEN_COLUMNS]
+    columns.append(
+        Column("tokens", _span(experts), " or ".join(id_types), "L{layer}_{rank}: the expert that ran; NULL: dropped")
+    )
+    if weights:
+        columns.append(Column("tokens", _span(weights), "FLOAT", "W{layer}_{rank}: its gate weight, as executed"))
+    columns += [Column("choices", *row) for row in _TOKEN_COLUMNS]
+    columns += [
+        Column("choices", "layer", "UINTEGER", "index in the whole model"),
+        Column("choices", "rank", "UINTEGER", "0 is the choice with the largest gate weight"),
+        Column("choices", "expert", "USMALLINT", "the expert that ran; NULL: dropped by capacity"),
+    ]
+    if weights:
+        columns.append(Column("choices", "weight", "FLOAT", "its gate weight, as executed"))
+    columns += [Column("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
+    return columns
+
+
+def examples(trace: Trace) -> list[str]:
+    """Two queries that this trace can answer."""
+    layer = trace.layers[len(trace.layers) // 2]
+    return [
+        f"SELECT domain, {layer.expert_columns()[0]} AS expert, count(*) AS n FROM tokens GROUP BY ALL ORDER BY ALL",
+        f"SELECT text, expert, count(*) AS n FROM choices JOIN vocabulary USING (token_id) "
+        f"WHERE layer = {layer.layer} AND rank = 0 GROUP BY ALL ORDER BY n DESC LIMIT 20",
+    ]
+
+
+_TOKEN_COLUMNS = (
+    ("document", "UINTEGER", "index of the record in the corpus"),
+    ("domain", "VARCHAR", "label that the corpus gives the document"),
+    ("sequence", "UINTEGER", "window within the document; pairs of tokens never cross one"),
+    ("position", "UINTEGER", "place within the window"),
+    ("token_id", "UINTEGER", "vocabulary id"),
+)
+_VOCABULARY_COLUMNS = (
+    ("token_id", "UINTEGER", "vocabulary id"),
+    ("text", "VARCHAR", "its text piece; bytes that are not UTF-8 by themselves read U+FFFD"),
+    ("bytes", "BLOB", "its exact bytes"),
+)
+_ID_TYPES = {1: "UTINYINT", 2: "USMALLINT"}
+
+
+def _connect(duckdb: Any, trace: Trace) -> Any:
+    """An empty database in memory that knows the views of a trace and nothing else."""
+    pieces = trace.vocabulary.pieces
+    vocabulary = pa.table(
+        {
+            "token_id": pa.array(pieces.keys(), pa.uint32()),
+            "text": pa.array([piece.decode(errors="replace") for piece in pieces.values()], pa.string()),
+            "bytes": pa.array(pieces.values(), pa.binary()),
+        }
+    )
+    connection = duckdb.connect(":memory:", config=SETTINGS)
+    connection.register("tokens", _tokens(trace))
+    connection.register("vocabulary", vocabulary)
+    connection.execute(f"CREATE VIEW choices AS {_choices(trace)}")
+    return connection
+
+
+def _tokens(trace: Trace) -> ds.Dataset:
+    """The parts as one dataset of the columns that the header promises; every page's checksum is verified."""
+    numbers = [name for name, type, _ in _TOKEN_COLUMNS if type == "UINTEGER"]
+    fields = [pa.field(name, pa.uint32() if name in numbers else pa.string()) for name, _, _ in _TOKEN_COLUMNS]
+    for layer in trace.layers:
+        fields += [pa.field(name, pa.from_numpy_dtype(id_dtype(layer))) for name in layer.expert_columns()]
+    if trace.header.weights:
+        fields += [pa.field(name, pa.float32()) for layer in trace.layers for name in layer.weight_columns()]
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    return ds.dataset(
+        [str(part.path.absolute()) for part in trace.parts],
+        schema=pa.schema(fields),
+        format=ds.ParquetFileFormat(default_fragment_scan_options=options),
+    )
+
+
+def _choices(trace: Trace) -> str:
+    """The long view: a branch a layer, so that a query about one layer reads only its columns."""
+    keys = ", ".join(name for name, _, _ in _TOKEN_COLUMNS)
+    branches = []
+    for layer in trace.layers:
+        ranks = ", ".join(map(str, range(layer.top_k)))
+        lists = {
+            "rank": f"[{ranks}]::UINTEGER[]",
+            "expert": f"[{', '.join(layer.expert_columns())}]::USMALLINT[]",
+        }
+        if trace.header.weights:
+            lists["weight"] = f"[{', '.join(layer.weight_columns())}]"
+        unnested = ", ".join(f"unnest({values}) AS {name}" for name, values in lists.items())
+        branches.append(f"SELECT {keys}, {layer.layer}::UINTEGER AS layer, {unnested} FROM tokens")
+    return " UNION ALL ".join(branches)
+
+
+def _span(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def _blame_the_trace(trace: Trace, error: Exception) -> None:
+    """Raise `TraceDamaged` if the query failed where DuckDB reads the parts and a part is damaged."""
+    if "'tokens' failed" in str(error) or "arrow" in str(error).lower():
+        for problem in trace.verify():
+            raise problem from error

@@ -1,0 +1,66 @@
+"""JSON lines, one a token and layer, in the field names that loggers of routing use.
+
+    {"domain": "ArXiv", "document": 17, "sequence": 0, "token_idx": 0, "token_id": 1169, "layer": 3, "num_experts": 8,
+     "experts": [5, 2], "gating_probs": [0.61, 0.39]}
+
+``token_idx`` is the place in the document, from 0, over all its sequences; ``experts`` are ordered by gate weight;
+``gating_probs`` are gate weights as executed, which need not sum to 1, and missing if none were recorded. An id from
+``num_experts`` on is a null expert, -1 an assignment that was dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moescope.trace import Layer, Part, Trace
+
+ROWS_AT_A_TIME = 1024
+
+
+def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
+    """Write the layers of a trace to a file, token by token, a token's layers ascending."""
+    weights = trace.header.weights
+    with path.open("w", encoding="ascii", newline="\n") as file:
+        for part in trace.iter_parts([layer.layer for layer in layers], weights=weights):
+            starts = part.document_starts()
+            places = np.arange(part.num_tokens) - np.repeat(starts[:-1], np.diff(starts))
+            for start in range(0, part.num_tokens, ROWS_AT_A_TIME):
+                rows = slice(start, start + ROWS_AT_A_TIME)
+                file.writelines(_lines(part.rows(rows), places[rows], layers))
+
+
+def _lines(part: Part, places: np.ndarray[tuple[int], np.dtype[np.int64]], layers: tuple[Layer, ...]) -> Iterator[str]:
+    domains = [json.dumps(name) for name in part.domain_names]
+    tokens = [
+        f'{{"domain": {domains[domain]}, "document": {document}, "sequence": {sequence}, "token_idx": {place}, '
+        f'"token_id": {token_id}, '
+        for domain, document, sequence, place, token_id in zip(
+            part.domain.tolist(),
+            part.document.tolist(),
+            part.sequence.tolist(),
+            places.tolist(),
+            part.token_id.tolist(),
+            strict=True,
+        )
+    ]
+    columns: list[list[str]] = []
+    for layer in layers:
+        head = f'"layer": {layer.layer}, "num_experts": {layer.num_experts}, "experts": '
+        ends = [f"{head}{ids}" for ids in part.expert_ids[layer.layer].tolist()]
+        if part.gate_weights:
+            texts = _numbers(part.gate_weights[layer.layer])
+            ends = [f'{end}, "gating_probs": [{text}]' for end, text in zip(ends, texts, strict=True)]
+        columns.append(ends)
+    for token, layers_of_token in zip(tokens, zip(*columns, strict=True), strict=True):
+        for end in layers_of_token:
+            yield f"{token}{end}}}\n"
+
+
+def _numbers(weights: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> list[str]:
+    """Rows of weights, each as the shortest decimal that reads back as the same float32; null for NaN and infinity."""
+    texts = np.where(np.isfinite(weights), weights.astype(np.float32).astype("U32"), "null")
+    return [", ".join(row) for row in texts.tolist()]
