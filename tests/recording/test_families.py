@@ -144,6 +144,23 @@ def check_metadata(family: str, config: Any, trace: Trace) -> None:
     assert count is None or max(layer.layer for layer in trace.layers) < count
 
 
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers", "doge"])
+def test_windows_share_a_forward_pass_only_where_that_changes_no_choice(family: str, tmp_path: Path) -> None:
+    model, passes = tiny_model(family), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    trace = record((model, byte_level_tokenizer()), some_documents([40, 20, 40, 30, 7]), tmp_path / "t", window=16)
+    del passes[0]  # the probe
+    most = max(len(kwargs["input_ids"]) for kwargs in passes)
+    num_padding = sum(kwargs["input_ids"].numel() for kwargs in passes) - trace.num_tokens
+    if family == "mixtral":
+        assert most > 1
+        assert num_padding > 0
+    else:
+        assert (most > 1) == (family == "switch_transformers")  # equal lengths
+        assert num_padding == 0
+        assert not any("attention_mask" in kwargs for kwargs in passes)
+
+
 @dataclass
 class Truth:
     """What a knock-out says of one layer, over the tokens that were run.
