@@ -281,6 +281,8 @@ def main() -> None:
                 if failures <= 10:
                     print(f"input {number}:", file=sys.stderr)
                     traceback.print_exc()
+            if number % 1000 == 999:
+                print(f"{number + 1:,}, {failures} failures", file=sys.stderr, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for outcome, count in sorted(fuzzer.outcomes.items()):
         print(f"{count:7,}  {outcome}")

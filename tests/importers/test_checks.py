@@ -303,6 +303,14 @@ def test_a_pickle_that_would_run_something_does_not_run_and_is_named(
     assert target.exists()
 
 
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = json.dumps({"token_idx": 0, "layer": 0, "experts": [0, 1]})
+    path.write_text("\ufeff\n\n\n" + row + "\r\n\n  \n" + row.replace("[0, 1]", "[]") + "\n\n")
+    with pytest.raises(ImportMalformed, match=r"a\.jsonl, line 7: experts: has 0 experts"):
+        moescope.import_trace("jsonl", [path], tmp_path / "o.moe")
+
+
 def test_a_line_beyond_the_limit_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"[" * (2 << 20))

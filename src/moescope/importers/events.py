@@ -19,7 +19,7 @@ from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
 from moescope.importers.findings import Findings
 
-MAX_DOCUMENTS = 1 << 22
+MAX_DOCUMENTS = 1 << 20
 MAX_DOCUMENT_EVENTS = 1 << 24
 """Assignments of one document, which must be held in memory."""
 BUCKET_EVENTS = 1 << 22

@@ -20,10 +20,13 @@ from moescope.corpus.compression import BrokenFile, chunks
 from moescope.errors import ImportMalformed, ImportNotFound, ImportTooLarge
 
 MAX_LINE_BYTES = 1 << 25
-"""Longest line or file of JSON: as Python objects it takes up to 24 times as much."""
+"""Longest line or file of JSON."""
 
 MAX_RESPONSE_BYTES = 1 << 28
 """Longest line or file of JSON most of which is one string."""
+
+MAX_VALUES = 12_000_000
+"""Most values of JSON that are decoded together; each takes up to 64 bytes."""
 
 MAX_WINDOW_BYTES = 1 << 27
 COMPRESSED_BYTES = 1 << 11
@@ -108,23 +111,23 @@ def lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[str, by
         ImportTooLarge: A line is longer than the limit.
     """
     number, pieces, size = 1, list[bytes](), 0
-    first = True
-    for chunk in plain(path):
-        end, *rest = (chunk.removeprefix(BOM) if first else chunk).split(b"\n")
-        first = False
-        for piece in (end, *rest):
-            if piece is not end:
-                line = b"".join(pieces)
-                if line.strip():
-                    yield f"{path}, line {number}", line
-                number, pieces, size = number + 1, [], 0
-            pieces.append(piece)
-            size += len(piece)
-            if size > max_bytes:
-                raise ImportTooLarge(f"{path}, line {number}", f"is longer than {max_bytes:,} bytes")
-    line = b"".join(pieces)
-    if line.strip():
+    for count, chunk in enumerate(plain(path)):
+        end, *starts = (chunk if count else chunk.removeprefix(BOM)).split(b"\n")
+        pieces.append(end)
+        size += len(end)
+        for start in starts:
+            _check_length(path, number, size, max_bytes)
+            if size and (line := b"".join(pieces)).strip():
+                yield f"{path}, line {number}", line
+            number, pieces, size = number + 1, [start], len(start)
+        _check_length(path, number, size, max_bytes)
+    if (line := b"".join(pieces)).strip():
         yield f"{path}, line {number}", line
+
+
+def _check_length(path: Path, number: int, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ImportTooLarge(f"{path}, line {number}", f"is longer than {max_bytes:,} bytes")
 
 
 def decode(text: bytes, kind: type[T], place: object) -> T:
@@ -132,7 +135,10 @@ def decode(text: bytes, kind: type[T], place: object) -> T:
 
     Raises:
         ImportMalformed: It is not JSON, or has another shape.
+        ImportTooLarge: It holds more values than the limit.
     """
+    if len(text) > MAX_VALUES and (found := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise ImportTooLarge(place, f"holds some {found:,} values together, expected at most {MAX_VALUES:,}")
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -196,6 +202,8 @@ def number(text: Any, place: str, what: str, *, low: int = 0, high: int = 2**32 
     Raises:
         ImportMalformed: It is something else.
     """
+    if type(text) is int and low <= text <= high:
+        return text
     value = text
     if isinstance(text, str):
         digits = text.strip()

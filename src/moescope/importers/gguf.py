@@ -10,10 +10,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import ImportMalformed
+from moescope.errors import ImportMalformed, ImportTooLarge
 
 MAX_ENTRIES = 1 << 16
 MAX_STRING_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 26
+"""All strings together."""
+MAX_LENGTH = 1 << 20
+"""Numbers of a tensor that is read."""
 MAX_KEPT_ITEMS = 1024
 """Longest array of metadata that is kept; longer ones are skipped."""
 F32 = 0
@@ -60,6 +64,8 @@ class Gguf:
         if tensor.kind != F32:
             raise ImportMalformed(f"{self.path}, {name}", f"is of type {tensor.kind}, expected F32")
         length = int(np.prod(tensor.shape, dtype=np.float64))
+        if length > MAX_LENGTH:
+            raise ImportTooLarge(f"{self.path}, {name}", f"holds {length:,} numbers, expected at most {MAX_LENGTH:,}")
         if tensor.offset + 4 * length > self.path.stat().st_size:
             raise ImportMalformed(f"{self.path}, {name}", "lies beyond the end of the file")
         return np.fromfile(self.path, "<f4", length, offset=tensor.offset).reshape(tensor.shape)
@@ -109,6 +115,7 @@ class _Head:
 
     file: BinaryIO
     path: Path
+    text_bytes: int = 0
 
     def take(self, size: int) -> bytes:
         data = self.file.read(size)
@@ -124,6 +131,9 @@ class _Head:
         length = self.scalar(10)
         if length > MAX_STRING_BYTES:
             raise ImportMalformed(self.path, f"has a string of {length} bytes at byte {self.file.tell()}")
+        self.text_bytes += length
+        if self.text_bytes > MAX_TEXT_BYTES:
+            raise ImportTooLarge(self.path, f"describes itself in more than {MAX_TEXT_BYTES:,} bytes")
         return self.take(length).decode(errors="replace")
 
     def value(self, kind: int) -> Any:

@@ -274,6 +274,8 @@ def _events(
 
 
 def _label(value: Any, place: str) -> str:
+    if type(value) is str and len(value) <= 1000:
+        return value
     if isinstance(value, bool) or not isinstance(value, str | int | float) or len(str(value)) > 1000:
         raise ImportMalformed(place, f"has {str(value)[:40]!r} where a document or domain is named")
     return str(value)

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
+from moescope.importers.assembly import MAX_LAYERS
 from moescope.importers.documents import RoutedDocument, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
@@ -39,6 +40,8 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             tokens = np.array(line.input_ids, np.int64)
             if len(ids) != len(tokens):
                 raise ImportMalformed(place, f"has {len(tokens)} input_ids, but {len(ids)} tokens of exp_ids")
+            if ids.shape[2] > MAX_LAYERS:
+                raise ImportMalformed(place, f"has {ids.shape[2]} layers, expected at most {MAX_LAYERS}")
             indices = options.layers if options.layers is not None else range(ids.shape[2])
             if len(ids) and len(indices) != ids.shape[2]:
                 raise ImportMalformed(place, f"has {ids.shape[2]} layers, --layers names {len(indices)}")

@@ -25,7 +25,7 @@ def probe(path: str, max_bytes: int, columns: list[str], batch_rows: int) -> Non
         wanted = [name for name in file.schema_arrow.names if name in columns]
         for batch in file.iter_batches(batch_rows, columns=wanted, use_threads=False):
             batch.validate(full=True)
-            if batch.nbytes > max_bytes // 8:  # as Python objects it takes some eight times as much
+            if batch.nbytes > max_bytes // 16:  # as Python objects it takes some nine times as much
                 raise MemoryError(f"{batch.num_rows} rows take {batch.nbytes} bytes")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moescope.errors import ImportMalformed, ImportTooLarge
+from moescope.importers.assembly import MAX_LAYERS
 from moescope.importers.documents import CountedDocument, Ids, Model, RoutedDocument, integers
 from moescope.importers.files import find, number, rows, stem
 from moescope.importers.findings import Findings, Options
@@ -52,7 +53,7 @@ def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Gene
     if len(counts.shape) not in (2, 3) or counts.dtype.kind not in "iu":
         raise ImportMalformed(path, f"logical_count is {counts.dtype} of shape {counts.shape}, expected [pass, L, E]")
     num_passes = counts.shape[0] if len(counts.shape) == 3 else 1
-    if 0 in counts.shape or counts.shape[-1] > MAX_EXPERTS or num_passes > 1 << 20:
+    if 0 in counts.shape or counts.shape[-1] > MAX_EXPERTS or counts.shape[-2] > MAX_LAYERS or num_passes > 1 << 20:
         raise ImportMalformed(path, f"logical_count has the shape {counts.shape}")
     for index in range(num_passes):
         one = counts.numpy(index, index + 1)[0] if len(counts.shape) == 3 else counts.numpy()
@@ -70,8 +71,8 @@ def _records(
     if not isinstance(physical, Tensor) or len(physical.shape) != 2 or physical.dtype.kind not in "iu":
         raise ImportMalformed(path, "lacks last_physical_to_logical_map [layer, physical expert]")
     logical = physical.numpy().astype(np.int64)
-    if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS:
-        raise ImportMalformed(path, "last_physical_to_logical_map is empty or maps to impossible experts")
+    if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS or len(logical) > MAX_LAYERS:
+        raise ImportMalformed(path, "last_physical_to_logical_map is empty, or of impossible experts or layers")
     model = Model(num_experts=int(logical.max()) + 1)
     for index, record in enumerate(value["records"]):
         place = f"{path}, record {index}"

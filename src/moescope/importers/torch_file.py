@@ -26,6 +26,7 @@ MAX_DESCRIPTION_BYTES = 1 << 26
 MAX_STEPS = 1 << 23
 MAX_CONTAINERS = 1 << 20
 MAX_MEMBERS = 1 << 20
+MAX_DIRECTORY_BYTES = 1 << 25
 MAX_TENSOR_BYTES = 1 << 28
 
 _STORAGES = {
@@ -97,6 +98,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            _check_directory(path)
             self._archive = zipfile.ZipFile(path)
             members = self._archive.infolist()
             if len(members) > MAX_MEMBERS:
@@ -168,6 +170,20 @@ class TorchFile:
             raise ImportMalformed(self.path, f"breaks off: {len(data)} bytes of a tensor of {size}")
         shape = (rows, *tensor.shape[1:]) if tensor.shape else ()
         return np.frombuffer(data, tensor.dtype).reshape(shape)
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a zip whose list of pieces is too long, before anything reads it."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - (1 << 16) - 128))
+        tail = file.read()
+    at, long = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    size = int.from_bytes(tail[at + 12 : at + 16], "little") if at >= 0 else 0
+    if long >= 0:
+        size = max(size if size != 2**32 - 1 else 0, int.from_bytes(tail[long + 40 : long + 48], "little"))
+    if MAX_DIRECTORY_BYTES < size < 2**32 - 1:
+        raise ImportTooLarge(path, f"lists its pieces in {size:,} bytes, expected at most {MAX_DIRECTORY_BYTES:,}")
 
 
 def _interpret(text: bytes, file: TorchFile) -> Any:
