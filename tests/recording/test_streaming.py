@@ -238,7 +238,7 @@ def test_stopped_after_any_batch_it_goes_on_to_the_same_trace(mixtral: Path, tmp
     record(mixtral, documents, tmp_path / "once.moe", stream=True, progress=calls.append, **OPTIONS)
     out = tmp_path / "again.moe"
     first_layers = []
-    for number in range(1, len(calls), 4):
+    for number in range(1, len(calls), 6):
         announced: list[Estimate] = []
         with pytest.raises(Stop):
             record(mixtral, documents, out, progress=stopped_after(number), stream=True, memory=0, **OPTIONS)
