@@ -3,7 +3,7 @@ against accelerate's disk offload.
 
     python benchmarks/stream.py                      # a random Mixtral of 4.1 GB, 16 sequences of 512 tokens
     python benchmarks/stream.py --small              # a quick check of the same code on a model of 50 MB
-    python benchmarks/stream.py --figure docs/images/streaming.png
+    python benchmarks/stream.py --figure docs/images/streaming.png    # other sizes of model and corpus, drawn
 
 The checkpoint is written shard by shard, as the hub has it. Every road runs in a process of its own, whose peak is
 VmHWM of /proc, on files that the system has forgotten (posix_fadvise DONTNEED). "Compute" is the in-memory model's body
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where 10 GB fit; a temporary folder by default")
-    parser.add_argument("--figure", type=Path, help="measure more sizes and draw them here")
+    parser.add_argument("--figure", type=Path, help="measure sizes of model and corpus instead, and draw them here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -67,9 +67,11 @@ def main() -> None:
         layer_bytes = largest_layer(folder / "model")
         size = checkpoint_bytes(folder / "model")
         print(f"{size / 1e9:.2f} GB, {config.num_hidden_layers} layers of {layer_bytes / 1e9:.3f} GB, bf16")
-        compare(folder, options, size, layer_bytes)
         if options.figure:
-            draw(options.figure, by_size(folder, config, options), by_corpus(folder, options), layer_bytes)
+            rate = read_rate(folder / "model")
+            draw(options.figure, by_size(folder, config, options), by_corpus(folder, options), size / rate, layer_bytes)
+        else:
+            compare(folder, options, size, layer_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -114,7 +116,7 @@ def by_size(folder: Path, config: Any, options: argparse.Namespace) -> list[dict
         model = folder / f"layers-{layers}"
         shorter(folder / "model", model, layers)
         peaks = {
-            road: measure(road, model, folder / f"{layers}-{road}.moe", 4, options)["peak"]
+            road: measure(road, model, folder / f"{layers}-{road}.moe", 2, options)["peak"]
             for road in ("streaming", "memory")
         }
         found.append({"size": checkpoint_bytes(model), **peaks})
@@ -123,14 +125,30 @@ def by_size(folder: Path, config: Any, options: argparse.Namespace) -> list[dict
 
 
 def by_corpus(folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Time a token over corpora of different sizes, and that of the computing alone."""
+    """CPU time a token over corpora of different sizes, and that of the computing alone."""
     found = []
-    for sequences in (1, 2, 4, 8, 16, 32):
+    for sequences in (1, 2, 4, 8, 16):
         streaming = measure("streaming", folder / "model", folder / f"{sequences}-sequences.moe", sequences, options)
-        found.append({"tokens": sequences * SEQUENCE, "seconds": streaming["seconds"]})
-        print(f"  {sequences * SEQUENCE:,} tokens: {1000 * found[-1]['seconds'] / found[-1]['tokens']:.1f} ms a token")
-    compute = measure("memory", folder / "model", folder / "floor.moe", 8, options)["compute"]
-    return [entry | {"floor": compute["seconds"] / (8 * SEQUENCE)} for entry in found]
+        found.append({"tokens": sequences * SEQUENCE, "seconds": streaming["cpu_seconds"]})
+        print(
+            f"  {sequences * SEQUENCE:,} tokens: {1000 * found[-1]['seconds'] / found[-1]['tokens']:.1f} ms of CPU a "
+            f"token, {streaming['seconds']:.1f} s in all"
+        )
+    compute = measure("memory", folder / "model", folder / "floor.moe", 4, options)["compute"]
+    return [entry | {"floor": compute["cpu_seconds"] / (4 * SEQUENCE)} for entry in found]
+
+
+def read_rate(folder: Path) -> float:
+    """Bytes a second at which the system reads files that it has forgotten."""
+    forget(folder)
+    start_seconds, done = time.perf_counter(), 0
+    for file in sorted(folder.glob("layer-*.safetensors"))[:6]:
+        with file.open("rb", buffering=0) as opened:
+            while block := opened.read(2**23):
+                done += len(block)
+    rate = done / (time.perf_counter() - start_seconds)
+    print(f"  the disk reads {rate / 1e9:.2f} GB/s")
+    return rate
 
 
 def measure(road: str, model: Path, out: Path, sequences: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -340,7 +358,13 @@ def some_documents(sequences: int) -> list[Document]:
     return [Document(n, each.domain, each.text[:8000], max_tokens=length) for n, each in enumerate(chosen)]
 
 
-def draw(path: Path, sizes: list[dict[str, float]], corpora: list[dict[str, float]], layer_bytes: int) -> None:
+def draw(
+    path: Path,
+    sizes: list[dict[str, float]],
+    corpora: list[dict[str, float]],
+    read_seconds: float,
+    layer_bytes: int,
+) -> None:
     """Peak memory against model size, and time a token against corpus size; colours of Okabe and Ito."""
     import matplotlib.pyplot as plt
 
@@ -354,9 +378,10 @@ def draw(path: Path, sizes: list[dict[str, float]], corpora: list[dict[str, floa
     left.set(xlabel="checkpoint (GB)", ylabel="peak memory (GB)", xlim=0, ylim=0)
     left.legend(frameon=False, fontsize=8)
     tokens = [each["tokens"] for each in corpora]
-    right.plot(
-        tokens, [1000 * each["seconds"] / each["tokens"] for each in corpora], color=blue, marker="o", label="streamed"
-    )
+    milliseconds = [1000 * each["seconds"] / each["tokens"] for each in corpora]
+    right.plot(tokens, milliseconds, color=blue, marker="o", label="streamed, CPU time")
+    reading = [1000 * read_seconds / number for number in tokens]
+    right.plot(tokens, reading, color=orange, linestyle=":", marker="s", label="reading it once, meanwhile")
     right.axhline(1000 * corpora[0]["floor"], color=grey, linestyle="--", label="computing alone, in memory")
     right.set_xscale("log", base=2)
     right.set_xticks(tokens, [f"{number:,}" for number in tokens], fontsize=8)

@@ -31,7 +31,7 @@ from moescope.errors import (
     TraceExists,
     TraceMismatch,
 )
-from moescope.recording import Estimate, layerwise, record, shards, spool, streaming
+from moescope.recording import Estimate, Progress, layerwise, record, shards, spool, streaming
 from moescope.recording.model import Checkpoint
 from moescope.recording.rehearsal import rehearse
 from moescope.recording.routers import find_experts
@@ -234,11 +234,14 @@ def stopped_after(number: int) -> Callable[[object], None]:
 def test_stopped_after_any_batch_it_goes_on_to_the_same_trace(mixtral: Path, tmp_path: Path) -> None:
     documents = some_documents()
     whole = record(mixtral, documents, tmp_path / "whole.moe", stream=False, **OPTIONS)
-    calls: list[object] = []
+    calls: list[Progress] = []
     record(mixtral, documents, tmp_path / "once.moe", stream=True, progress=calls.append, **OPTIONS)
+    fractions = [call.fraction or 0 for call in calls]
+    assert fractions == sorted(set(fractions))
+    assert (fractions[-1], calls[-1].tokens) == (1.0, whole.num_tokens)
     out = tmp_path / "again.moe"
     first_layers = []
-    for number in range(1, len(calls), 4):
+    for number in range(1, len(calls), 6):
         announced: list[Estimate] = []
         with pytest.raises(Stop):
             record(mixtral, documents, out, progress=stopped_after(number), stream=True, memory=0, **OPTIONS)

@@ -303,6 +303,7 @@ def _run_layer(
     experts = [each for each in model.experts if each.layer == layer]
     table = _Table(layer, sum(portion.num_tokens for portion in read), weights=plan.weights) if experts else None
     states = None if last else spool.states_of(layer)
+    passed = 0
     try:
         with RouterWatch(experts, stop_at=layer if bare else None) as watch:
             for index, (portion, first_row, batch) in enumerate(_batches(model, read, plan)):
@@ -315,7 +316,8 @@ def _run_layer(
                     table.add(choices[layer], batch, first_row, portion, plan, len(model.tokenizer.added_ids))
                 if states is not None:
                     states.append(returned)
-                advance(first_row + len(batch.rows))
+                passed += len(batch.rows)
+                advance(passed)
     except BaseException:
         if states is not None:
             states.close()
