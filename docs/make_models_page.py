@@ -1,4 +1,4 @@
-"""Write `docs/reference/models.md` from the families that `tests/recording/test_families.py` checks.
+"""Write `docs/reference/models.md`, and the table of README.md, from the families that test_families.py checks.
 
 python docs/make_models_page.py
 """
@@ -16,6 +16,8 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference" / "models.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 
 HEAD = """# Supported models
 
@@ -59,6 +61,18 @@ Where a token's choices depend on all that is in the batch (Doge mixes the route
 its capacity over it), each window is a forward pass of its own, whatever `--batch-tokens` says. Switch counts capacity
 by sequence: windows of equal length go together, without padding.
 """
+
+
+def readme() -> str:
+    """The text of the README with its table of families as the page has them, a row a way of reading."""
+    rows: dict[str, list[str]] = {}
+    for line in page().splitlines():
+        if match := re.fullmatch(r"\| (\w+) \| (`.*`)? \| (.*) \| .*\|", line):
+            rows.setdefault(match[3].split(";")[0], []).append(match[1])
+    table = ["| what is recorded | families |", "|---|---|"]
+    table += [f"| {says} | {', '.join(names)} |" for says, names in sorted(rows.items(), key=lambda row: -len(row[1]))]
+    text = README.read_text(encoding="utf-8")
+    return text[: text.index(BEGIN)] + "\n".join([BEGIN, *table, ""]) + text[text.index(END) :]
 
 
 def page() -> str:
@@ -124,3 +138,4 @@ def _router(experts: Any, parent: Any) -> str:
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

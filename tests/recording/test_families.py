@@ -81,6 +81,7 @@ def test_the_page_of_supported_models_says_what_is_checked() -> None:
     script.loader.exec_module(module)
     stale = "docs/reference/models.md is stale: python docs/make_models_page.py"
     assert (DOCS / "reference" / "models.md").read_text(encoding="utf-8") == module.page(), stale
+    assert (DOCS.parent / "README.md").read_text(encoding="utf-8") == module.readme(), stale
 
 
 @pytest.mark.parametrize("family", FAMILIES)
