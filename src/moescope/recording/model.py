@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,9 @@ class Checkpoint:
     name: str
     config: Any
     tokenizer: Tokenizer
-    kind: Any
-    renamed: dict[str, str]
-    elsewhere: tuple[str, ...]
+    kind: Any = transformers.AutoModel
+    renamed: dict[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 def load_model(

@@ -40,7 +40,7 @@ from moescope.recording.model import (
 from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Progress
 from moescope.recording.rehearsal import Rehearsal, rehearse, run_layer
-from moescope.recording.routers import find_experts, select_experts
+from moescope.recording.routers import find_experts, find_left_out, select_experts
 from moescope.recording.shards import Shards
 from moescope.recording.spool import Spool, has_work, without_top_k, work_folder
 from moescope.trace import Header, Layer, TraceWriter
@@ -209,7 +209,10 @@ def open_streamed(
         with quiet():
             layerwise.check(select_experts(layerwise.experts, layers, None, path)[-1].layer, bare=rehearsal.bare)
         fingerprint = checkpoint_fingerprint(checkpoint.folder)
-        model = describe(layerwise.body, checkpoint.tokenizer, layerwise.experts, layers, checkpoint.name, fingerprint)
+        left_out = (*find_left_out(layerwise.body, layerwise.experts), *checkpoint.elsewhere)
+        model = describe(
+            layerwise.body, checkpoint.tokenizer, layerwise.experts, layers, checkpoint.name, fingerprint, left_out
+        )
         before, start = layerwise.shards.bytes_read, time.monotonic()
         with quiet():
             layerwise.load_rest()
