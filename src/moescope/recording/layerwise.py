@@ -99,6 +99,8 @@ class Layerwise:
             self._empty = dict([*self.body.named_parameters(), *self.body.named_buffers()])
             self._conversions = get_model_conversion_mapping(self.body)
             self._targets = self._find_targets()
+            self._stacked: dict[str, Tensor] = {}  # in the layer that is loaded
+            self._spare: list[Tensor] = []  # of the layer that was freed, for the next one to be read into
         except BaseException:
             self.shards.close()
             raise
@@ -186,6 +188,7 @@ class Layerwise:
     def free(self, layer: int) -> None:
         """Empty one layer."""
         self._empty_out(layer)
+        self._spare, self._stacked = list(self._stacked.values()), {}
 
     def run(self, layer: int, inputs: Mapping[str, Tensor], before: Any) -> Any:
         """Run one layer, which must be loaded.
@@ -316,11 +319,20 @@ class Layerwise:
             places = self._places(converter, keys, tensors, self._empty[target])
             if places is None or any(re.search(pattern.replace("*", ".*"), target) for pattern in plan):
                 continue
-            out = torch.empty(self._empty[target].shape, dtype=self._empty[target].dtype)
+            out = self._room_for(self._empty[target])
             for key, (index, start, end) in places.items():
                 tensors.pop(key).read_into(out[index, start:end])
+            self._stacked[target] = out
             merged[target] = out.to(self.device)
+        self._spare.clear()  # what this layer has no use for
         return merged
+
+    def _room_for(self, empty: Tensor) -> Tensor:
+        """Memory for a tensor: that of the layer before if it fits, since new pages cost time to fault in."""
+        for index, spare in enumerate(self._spare):
+            if (spare.shape, spare.dtype) == (empty.shape, empty.dtype):
+                return self._spare.pop(index)
+        return torch.empty(empty.shape, dtype=empty.dtype)
 
     def _places(
         self, converter: WeightConverter, keys: list[str], tensors: Mapping[str, StoredTensor], target: Tensor
