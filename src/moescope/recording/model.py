@@ -95,6 +95,17 @@ class Model:
         """
         return any(getattr(module, "is_causal", True) is False for module in self.body.modules())
 
+    def masks_blocks(self, window: int) -> bool:
+        """Whether torch, on a CPU, would compute attention that a mask then throws away: beyond a sliding window."""
+        config = _text_config(self.body)
+        reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        return (
+            isinstance(reach, int)
+            and reach < window
+            and self.device.type == "cpu"
+            and getattr(config, "_attn_implementation", None) == "sdpa"
+        )
+
     @property
     def batching(self) -> Batching:
         """Which windows may go through the model together without a change of a choice: the strictest of its layers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ import transformers
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.errors import CorpusEmpty, TraceExists
+from moescope.recording.attention import SkipMaskedBlocks
 from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
@@ -199,6 +201,7 @@ def record(
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
+            SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
         ):
             _record_parts(ready, watch, documents, writer, report)
         remove_work(out)  # of a streamed recording that was given up for this one
