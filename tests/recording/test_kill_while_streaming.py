@@ -1,6 +1,6 @@
 """kill -9 at random moments of a streamed recording: the same call goes on, to the trace of the road in memory.
 
-    python tests/recording/test_kill_while_streaming.py --kills 200 --folder /tmp/kills    # as often as you like
+    python tests/recording/test_kill_while_streaming.py --kills 200 --folder FOLDER    # as often as you like
 
 As `test_kill_and_resume`: a server loads everything once and forks each recording. It rehearses the family once, too.
 """
