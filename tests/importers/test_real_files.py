@@ -68,8 +68,8 @@ def test_the_previous_tokens_experts_predict_hardly_better_than_popularity(
         hits += int((mine[:, :, None] == before[:, None, :]).any(axis=2).sum())
         likely += int(np.isin(mine, most).sum())
         total += mine.size
-    assert 100 * hits / total == pytest.approx(previous, abs=1.0)
-    assert 100 * likely / total == pytest.approx(popular, abs=3.0)
+    assert 100 * hits / total == pytest.approx(previous, abs=0.2)
+    assert 100 * likely / total == pytest.approx(popular, abs=0.2)
 
 
 def test_gpt_oss_fingerprints_read_as_json_reads_them(shared_data: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_imported_trace_is_measured_like_a_recorded_one(shared_data: Path, tm
         for layers in entry.values():
             for layer, choice in layers.items():
                 counts[int(layer.split("_")[1])].update(choice["selected_experts"])
-    found = shares["share"].sel(layer=7)
-    values = found.isel({d: 0 for d in found.dims if d not in ("expert",)}).values
-    assert values.shape == (32,)
-    assert trace.num_tokens * 4 == sum(counts[7].values())
+    for layer in range(24):
+        found = shares["share"].sel(layer=layer, domain="philosophy", choice="either").values
+        expected = np.array([counts[layer][expert] for expert in range(32)]) / (4 * trace.num_tokens)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
