@@ -2,8 +2,9 @@
 
 Rule of the room: the only one that imports torch and transformers. It never changes what a model computes and leaves no
 hook behind; it records the experts that ran, and what it cannot read exactly it refuses. `routers` says where a model
-routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it, and
-`recorder` is the way from a corpus to a trace.
+routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it,
+`attention` skips what a mask excludes, `threads` read ahead and write behind, and `recorder` is the way from a corpus
+to a trace.
 """
 
 from moescope.errors import require
