@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.corpus import Document
-from moescope.errors import CorpusEmpty, DiskFull, ModelNotStreamable, TraceMismatch
+from moescope.errors import CorpusEmpty, DiskFull, ModelNotStreamable
 from moescope.recording.batches import Batch, Portion, batches, portions, windows
 from moescope.recording.hooks import Choices, RouterWatch
 from moescope.recording.layerwise import NO_STREAM, Layerwise
@@ -46,7 +46,7 @@ from moescope.recording.spool import Spool, has_work, without_top_k, work_folder
 from moescope.trace import Header, Layer, TraceWriter
 from moescope.trace import header as trace_header
 from moescope.trace.reader import read_header
-from moescope.trace.writer import refuse_foreign
+from moescope.trace.writer import refuse_foreign, refuse_other
 
 BASE_BYTES = 10**9
 """What the interpreter, torch and the activations of a batch are allowed beside a layer and the spool."""
@@ -476,13 +476,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_trace(out: Path, plan: Header) -> None:
     if (out / trace_header.FILE_NAME).exists():
-        differences = without_top_k(plan).differences(without_top_k(read_header(out)))
-        if differences:
-            raise TraceMismatch(
-                out,
-                "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
-                "run the command it was started with, choose another output, or --force to record it anew",
-            )
+        refuse_other(out, without_top_k(plan), without_top_k(read_header(out)))
 
 
 def _refuse_small_disk(work: Path, estimate: Estimate) -> None:

@@ -83,13 +83,7 @@ class TraceWriter:
             raise TraceExists(self.path, "holds a complete trace, which is kept", "--force records it anew")
         sums = checksums.read(self.path)
         if header.FILE_NAME in sums and (self.path / header.FILE_NAME).exists():
-            differences = self.header.differences(read_header(self.path))
-            if differences:
-                raise TraceMismatch(
-                    self.path,
-                    "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
-                    "run the command it was started with, choose another output, or --force to record it anew",
-                )
+            refuse_other(self.path, self.header, read_header(self.path))
         if sums and not (self.path / list(sums)[-1]).exists():
             sums.popitem()  # it was listed, and the kill came before it was renamed
         for leftover in self.path.rglob(f"*{checksums.TEMPORARY}"):
@@ -159,6 +153,20 @@ def refuse_foreign(path: Path) -> None:
     elif not path.exists():
         return
     raise TraceExists(path, "exists and is not a trace", "choose another output")
+
+
+def refuse_other(path: Path, wanted: Header, found: Header) -> None:
+    """Refuse an unfinished trace that another recording began.
+
+    Raises:
+        TraceMismatch: The headers differ; the differing fields are named.
+    """
+    if differences := wanted.differences(found):
+        raise TraceMismatch(
+            path,
+            "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
+            "run the command it was started with, choose another output, or --force to record it anew",
+        )
 
 
 def _writer(text: bytes) -> Callable[[BinaryIO], None]:
