@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
+from moescope.trace import Counts, Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 VOCABULARY = Vocabulary.from_pieces([f" w{i}".encode() for i in range(50)])
 
@@ -47,13 +47,34 @@ def make_part(
     )
 
 
-def make_trace(path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True) -> Trace:
+def make_trace(
+    path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True, token_ids: bool = True
+) -> Trace:
     """Write the parts as a trace; layers of which an assignment is dropped say so in the header."""
     layers = tuple(replace(a, drops=any((part.expert_ids[a.layer] == -1).any() for part in parts)) for a in layers)
-    header = Header(layers, weights=bool(parts[0].gate_weights), model={"name": "synthetic"})
+    header = Header(
+        layers,
+        weights=bool(parts[0].gate_weights),
+        token_ids=token_ids,
+        phases=parts[0].phase is not None,
+        model={"name": "synthetic"},
+    )
     with TraceWriter(path, header, VOCABULARY) as writer:
         for part in parts:
             writer.write(part, {"documents_read": int(part.document.max()) + 1})
         if finish:
             writer.finish({"tokens": sum(part.num_tokens for part in parts)})
+    return open_trace(path)
+
+
+def make_counts(path: Path, loads: dict[int, dict[int, dict[int, int]]], layers: tuple[Layer, ...] = ()) -> Trace:
+    """Write a trace of counts; `loads` has document -> layer -> expert -> assignments, the domains in turn."""
+    rows = [(g, layer, e, n) for g, by in loads.items() for layer, of in by.items() for e, n in of.items()]
+    document, layer, expert, count = np.array(rows, np.int64).T
+    names = ("ArXiv", "Github")
+    layers = layers or tuple(Layer(int(at), 8, 2, ranked=False) for at in np.unique(layer))
+    header = Header(layers, token_ids=False, counts_only=True, model={"name": "synthetic"})
+    with TraceWriter(path, header, Vocabulary({})) as writer:
+        writer.write(Counts(document, document % 2, names, layer, expert, count), {"documents_read": len(loads)})
+        writer.finish({})
     return open_trace(path)

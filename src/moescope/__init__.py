@@ -19,11 +19,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Document": "corpus",
+    "Router": "recording",
+    "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
     "divergence": "measures",
     "export": "exporting",
+    "from_arrays": "importers",
+    "import_trace": "importers",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
@@ -32,6 +36,7 @@ _HOMES = {
     "shares": "measures",
     "sql": "exporting",
     "tally": "tallying",
+    "watch": "recording",
     "words": "measures",
 }
 
@@ -42,12 +47,17 @@ if TYPE_CHECKING:
     from moescope.corpus import open_corpus as open_corpus
     from moescope.exporting import export as export
     from moescope.exporting import sql as sql
+    from moescope.importers import from_arrays as from_arrays
+    from moescope.importers import import_trace as import_trace
     from moescope.measures import claims as claims
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
     from moescope.measures import words as words
+    from moescope.recording import Router as Router
     from moescope.recording import record as record
+    from moescope.recording.callback import RoutingCallback as RoutingCallback
+    from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally

@@ -114,6 +114,12 @@ class ModelUnsupported(ModelError):
     code = "model-unsupported"
 
 
+class ModelNotStreamable(ModelError):
+    """The model cannot be recorded layer by layer with the choices it makes as a whole; ``--no-stream`` loads it."""
+
+    code = "model-not-streamable"
+
+
 class TokenizerMissing(ModelError):
     """The checkpoint has no tokenizer that can be loaded."""
 
@@ -205,6 +211,39 @@ class NotExportable(TraceError):
     """The format asked for has no way to say what the trace holds."""
 
     code = "not-exportable"
+
+
+# ------------------------------------------------------------------------------------------------------- import
+
+
+class ForeignTraceError(MoescopeError):
+    """Base of the errors about a recording of another program."""
+
+    code = "import"
+
+
+class ImportNotFound(ForeignTraceError):
+    """There is nothing at the path, or nothing there that the format's program writes."""
+
+    code = "import-not-found"
+
+
+class ImportMalformed(ForeignTraceError):
+    """A recording of another program cannot be right; it says where, what was expected and what was found."""
+
+    code = "import-malformed"
+
+
+class ImportTooLarge(ForeignTraceError):
+    """A piece of a recording that must be held in memory at once (a line, a document, a tensor) is beyond the limit."""
+
+    code = "import-too-large"
+
+
+class ImportIncomplete(ForeignTraceError):
+    """The file does not say something that the trace needs; the hint names the option that does."""
+
+    code = "import-incomplete"
 
 
 class OutputExists(MoescopeError):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from synthetic import make_part, make_trace
+from synthetic import make_counts, make_part, make_trace
 
 from moescope import trace
 
@@ -39,16 +39,23 @@ def page() -> str:
 def test_the_page_on_the_trace_format_names_the_columns_a_part_has(page: str, tmp_path: Path) -> None:
     layers = (trace.Layer(15, 8, 2), trace.Layer(16, 300, 1))
     part = make_part(np.random.default_rng(0), layers, [3], weights=True)
-    written = make_trace(tmp_path / "t.moe", [part], layers)
+    written = make_trace(tmp_path / "t.moe", [replace(part, phase=np.array([0, 0, 1]))], layers)
     schema = pq.read_schema(written.parts[0].path)
     documented = {name: kind for name, kind, _ in table_rows(page, "column")}
     for field in schema:
         pattern = re.sub(r"(?<=^[LW])\d+_\d+$", "{layer}_{rank}", field.name)
         assert str(field.type) in documented[pattern], field
-    assert [name for name in documented if "{" not in name] == schema.names[:5]
+    assert [name for name in documented if "{" not in name] == schema.names[:6]
     vocabulary = pq.read_schema(written.path / "vocabulary.parquet")
     second = page[page.index("## `vocabulary.parquet`") :]
     assert [(row[0], row[1]) for row in table_rows(second, "column")] == [(f.name, str(f.type)) for f in vocabulary]
+
+
+def test_the_page_on_the_trace_format_names_the_columns_of_counts(page: str, tmp_path: Path) -> None:
+    written = make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}})
+    schema = pq.read_schema(written.parts[0].path)
+    documented = [(name, kind) for name, kind, _ in table_rows(page, "column of counts")]
+    assert [(field.name, str(field.type)) for field in schema] == documented
 
 
 def test_the_page_on_the_trace_format_names_the_keys_of_the_header(page: str) -> None:
@@ -56,6 +63,19 @@ def test_the_page_on_the_trace_format_names_the_keys_of_the_header(page: str) ->
     assert [row[0] for row in table_rows(page, "key")] == list(header)
     assert [row[0] for row in table_rows(page, "key of a layer")] == [f.name for f in fields(trace.Layer)]
     assert f"# The trace format, version {trace.FORMAT_VERSION}" in page
+
+
+def test_the_page_on_importers_names_the_formats_and_columns_there_are() -> None:
+    from moescope.importers import FORMATS
+    from moescope.importers.named import NAMES
+
+    text = (DOCS / "reference" / "importers.md").read_text(encoding="utf-8")
+    formats = [(name, made.source, made.files, made.gives, made.document) for name, made in FORMATS.items()]
+    assert table_rows(text, "format") == formats
+    assert table_rows(text, "what") == [(what, ", ".join(names)) for what, names in NAMES.items()]
+    second = text[text.index("## What each file says") :]
+    named = {name for row in table_rows(second, "format") for name in re.findall(r"[a-z-]+", row[0])}
+    assert set(FORMATS) <= named
 
 
 def test_the_page_on_errors_is_made_from_their_classes() -> None:

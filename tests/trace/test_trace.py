@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic import VOCABULARY, make_part, make_trace
+from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
 from moescope import errors
-from moescope.trace import Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
+from moescope.trace import PHASES, Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
 from moescope.trace.reader import verify
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
@@ -78,6 +79,62 @@ def test_columns_are_plain_parquet_with_one_or_two_bytes_an_id_and_nulls_for_dro
     assert (types["L0_0"], types["L3_0"], types["token_id"], types["domain"]) == ("uint8", "uint16", "uint32", "string")
     assert table["L0_0"].null_count == int((parts(dropped=0.2)[0].expert_ids[0][:, 0] == -1).sum()) > 0
     assert [name for name in table.column_names if table.schema.field(name).nullable] == table.column_names[5:]
+
+
+def test_phases_come_back_and_are_text_in_the_file(tmp_path: Path) -> None:
+    phase = np.random.default_rng(1).integers(0, 2, 63)
+    trace = make_trace(tmp_path / "t.moe", [replace(parts()[0], phase=phase)], LAYERS)
+    (part,) = trace.iter_parts()
+    assert part.phase is not None
+    np.testing.assert_array_equal(part.phase, phase)
+    np.testing.assert_array_equal(part.rows(phase == 1).phase, 1)
+    assert pq.read_table(trace.parts[0].path)["phase"].to_pylist() == [PHASES[code] for code in phase]
+    assert trace.verify() == []
+
+
+def test_phases_the_header_does_not_announce_are_refused(tmp_path: Path) -> None:
+    with (
+        TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY) as writer,
+        pytest.raises(ValueError, match="phase"),
+    ):
+        writer.write(replace(parts()[0], phase=np.zeros(63, int)), {})
+
+
+def test_a_trace_without_token_ids_has_no_such_column_and_reads_zeros(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(weights=True), LAYERS, token_ids=False)
+    (first, _) = trace.iter_parts(weights=True)
+    assert not first.token_id.any()
+    np.testing.assert_array_equal(first.expert_ids[3], parts()[0].expert_ids[3])
+    assert "token_id" not in pq.read_schema(trace.parts[0].path).names
+    assert trace.verify() == []
+
+
+LOADS = {0: {0: {0: 7, 3: 1}, 3: {299: 16}}, 4: {0: {1: 4}}}
+
+
+def test_counts_come_back_and_what_needs_tokens_is_refused(tmp_path: Path) -> None:
+    trace = make_counts(tmp_path / "c.moe", LOADS, LAYERS)
+    (counts,) = trace.iter_counts()
+    rows = zip(counts.document.tolist(), counts.layer.tolist(), counts.expert.tolist(), counts.count, strict=True)
+    assert list(rows) == [(0, 0, 0, 7), (0, 0, 3, 1), (0, 3, 299, 16), (4, 0, 1, 4)]
+    assert (trace.domains, trace.document_numbers.tolist(), trace.num_tokens) == (("ArXiv",), [0, 4], 6)
+    assert trace.verify() == []
+    for question in (lambda: list(trace.iter_parts()), lambda: trace.document(0), lambda: trace.parts[0].read(LAYERS)):
+        with pytest.raises(errors.NotRecorded, match="counts of assignments, and no token"):
+            question()
+
+
+@pytest.mark.parametrize(
+    ("loads", "message"),
+    [
+        ({0: {1: {0: 1}}}, "layer 1 is not in the header"),
+        ({0: {0: {8: 1}}}, "expert id"),
+        ({0: {0: {0: 0}}}, "a count is 0"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(tmp_path: Path, loads: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_counts(tmp_path / "c.moe", loads, LAYERS)
 
 
 def test_a_dropped_assignment_where_the_header_knows_of_none_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import keyword
 import sys
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from moescope.errors import DiskFull, MoescopeError
 
 COMMANDS = {
     "record": "Run a model over a corpus and record its routing.",
+    "import": "Make a trace of what another program recorded.",
     "info": "Show what a trace holds.",
     "shares": "Show the share of the assignments each expert receives, by domain.",
     "repeats": "Show how often consecutive tokens go to the same expert.",
@@ -43,7 +45,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"moescope.cli.{cmd_name}").command
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = importlib.import_module(f"moescope.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -35,8 +35,17 @@ def command(trace: Path, format: str) -> None:
 
 def _contents(trace: Trace) -> dict[str, Any]:
     """The header and what the parts add up to, JSON-able."""
-    documents, tokens = Counter[str](), Counter[str]()
-    for part in trace.iter_parts(layers=()):
+    documents, tokens, assignments = Counter[str](), Counter[str](), 0
+    if trace.header.counts_only:
+        from moescope.tallying import tally
+
+        sums = tally(trace).data
+        documents, tokens = (
+            Counter(dict(zip(trace.domains, sums[name].values.tolist(), strict=True)))
+            for name in ("documents", "tokens")
+        )
+        assignments = int(sums["made"].sum())
+    for part in () if trace.header.counts_only else trace.iter_parts(layers=()):
         tokens.update(_counts(part.domain, part.domain_names))
         documents.update(_counts(part.domain[part.document_starts()[:-1]], part.domain_names))
     header = json.loads(trace.header.to_json())
@@ -47,7 +56,7 @@ def _contents(trace: Trace) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
         "documents": documents.total(),
         "tokens": tokens.total(),
-        "assignments": tokens.total() * sum(layer.top_k for layer in trace.layers),
+        "assignments": assignments or tokens.total() * sum(layer.top_k for layer in trace.layers),
         "domains": {name: {"documents": documents[name], "tokens": tokens[name]} for name in trace.domains},
         "summary": trace.summary,
         **header,
@@ -77,9 +86,11 @@ def _text(contents: dict[str, Any]) -> str:
         "corpus": _pairs({name: corpus[name] for name in corpus if name != "sample"}),
         "sample": _pairs(corpus.get("sample") or {}),
         "run": _pairs(contents["run"]),
-        "summary": _pairs(contents["summary"] or {}),
+        "summary": _pairs({name: value for name, value in (contents["summary"] or {}).items() if name != "warnings"}),
+        "lacks": ", ".join(_lacks(contents)),
     }
     lines = [f"{name:<12}  {visible(fact)}" for name, fact in facts.items() if fact]
+    lines += [f"{'warning':<12}  {visible(str(each))}" for each in (contents["summary"] or {}).get("warnings", [])]
 
     rows = [(visible(name), f"{n['documents']:,}", f"{n['tokens']:,}") for name, n in contents["domains"].items()]
     header = ("domain", "documents", "tokens")
@@ -89,6 +100,14 @@ def _text(contents: dict[str, Any]) -> str:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name + " " * (widths[0] - cell_len(name)), *cells]))
     return "\n".join(lines)
+
+
+def _lacks(contents: dict[str, Any]) -> Iterator[str]:
+    """What a trace of another program may not hold."""
+    if contents["counts_only"]:
+        yield "tokens (it holds counts of assignments)"
+    elif not contents["token_ids"]:
+        yield "token ids"
 
 
 def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:

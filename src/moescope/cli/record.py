@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,19 @@ from moescope.errors import TraceError
 from moescope.trace import open_trace
 
 if TYPE_CHECKING:
-    from moescope.recording import Progress
+    from moescope.recording import Estimate, Progress
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Read a size in bytes, such as 24GB, 1.5GiB or 500M."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
+    if match is None:
+        raise click.BadParameter(f"expected a size such as 24GB, 1.5GiB or 500MB; found {value!r}.")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -53,6 +66,14 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
 )
+@click.option(
+    "--block",
+    type=click.Choice(["mlp", "attention"]),
+    default="mlp",
+    show_default=True,
+    help="Which routed blocks, of a model that routes its attention, too.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
 @click.option("--sample-seed", type=int, default=0, show_default=True, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
@@ -93,6 +114,18 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     show_default=True,
     help="Tokens of a part: what an interruption can cost.",
 )
+@click.option(
+    "--stream/--no-stream",
+    "stream",
+    default=None,
+    help="Go through the model layer by layer, or load it whole.  [default: layer by layer if it does not fit]",
+)
+@click.option(
+    "--memory",
+    callback=_parse_size,
+    metavar="SIZE",
+    help="Memory that recording may take, such as 24GB.  [default: what is free]",
+)
 @click.option("--force", is_flag=True, help="Replace a finished trace, or one of another recording.")
 def command(out: Path, **arguments: Any) -> None:
     """Run a model over a corpus and record its routing.
@@ -101,6 +134,9 @@ def command(out: Path, **arguments: Any) -> None:
     is downloaded. CORPUS is a file or folder of JSON lines (such as the Pile's .jsonl.zst), Parquet or text.
 
     A recording that was interrupted, even by kill -9, goes on when the same command is run again.
+
+    A model that does not fit into memory is streamed: its layers are read one at a time, each once, and the whole
+    corpus passes through each. What that will take is said before it starts.
 
     \b
     Example:
@@ -111,8 +147,8 @@ def command(out: Path, **arguments: Any) -> None:
     if arguments["device_map"] and arguments["device"] != "auto":
         raise click.UsageError("--device and --device-map exclude each other.")
     try:
-        with _progress_bar() as progress:
-            trace = record(out=out, progress=progress, **arguments)
+        with _progress_bar() as (progress, announce):
+            trace = record(out=out, progress=progress, announce=announce, **arguments)
     except KeyboardInterrupt:
         click.echo(_what_is_kept(out), err=True)
         raise
@@ -132,16 +168,45 @@ def describe(progress: Progress) -> str:
         '65,536 tokens, 7,921/s, 1:02:03 left'
     """
     text = f"{count(progress.tokens, 'token')}, {progress.tokens_per_second:,.0f}/s"
-    if progress.seconds_left is None:
-        return text
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return text if progress.seconds_left is None else f"{text}, {_duration(progress.seconds_left)} left"
+
+
+def describe_estimate(estimate: Estimate) -> str:
+    """What a streamed recording will take.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> print(describe_estimate(SimpleNamespace(
+        ...     model_bytes=93.4e9, memory_bytes=6.1e9, spool_bytes=2e9, disk_bytes=1.7e9, num_layers=32,
+        ...     first_layer=0, tokens=100_000, compute_seconds=4100.0, read_seconds=195.0, seconds=4106.0)))
+        streaming 100,000 tokens through 32 layers, one at a time; each is read once, 93.4 GB in all
+        time: about 1:08:26 (computing 1:08:20, reading 3:15 meanwhile)
+        memory: up to 6.1 GB, 2.0 GB of it for what layers hand on; disk: up to 1.7 GB while it runs
+    """
+    start = f", going on with layer {estimate.first_layer}" if estimate.first_layer else ""
+    return (
+        f"streaming {count(estimate.tokens, 'token')} through {count(estimate.num_layers, 'layer')}, one at a time"
+        f"{start}; each is read once, {_gigabytes(estimate.model_bytes)} in all\n"
+        f"time: about {_duration(estimate.seconds)} (computing {_duration(estimate.compute_seconds)}, reading "
+        f"{_duration(estimate.read_seconds)} meanwhile)\n"
+        f"memory: up to {_gigabytes(estimate.memory_bytes)}, {_gigabytes(estimate.spool_bytes)} of it for what layers "
+        f"hand on; disk: up to {_gigabytes(estimate.disk_bytes)} while it runs"
+    )
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 or not number else f"{number / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{text}, {hours}:{minutes:02}:{seconds:02} left" if hours else f"{text}, {minutes}:{seconds:02} left"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Yields what to call after every forward pass; without a terminal nothing is drawn."""
+def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Estimate], None]]]:
+    """Yields what to call after every forward pass, and before streaming; without a terminal no bar is drawn."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -162,12 +227,19 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
                 numbers=describe(progress),
             )
 
-        yield update
+        def announce(estimate: Estimate) -> None:
+            console.print(describe_estimate(estimate), highlight=False, soft_wrap=True)
+
+        yield update, announce
 
 
 def _what_is_kept(out: Path) -> str:
     try:
         tokens = open_trace(out).num_tokens
     except TraceError:
+        from moescope.recording.spool import has_work, work_folder
+
+        if has_work(out):
+            return f"{work_folder(out)}: the finished layers are kept; the same command goes on from there"
         return f"{out}: nothing is recorded yet"
     return f"{out}: the first {count(tokens, 'token')} are kept; the same command goes on from there"

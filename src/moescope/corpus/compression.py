@@ -20,9 +20,15 @@ class BrokenFile(Exception):
     """The compressed data is damaged or cut short; what came before was good."""
 
 
-def chunks(path: Path) -> Iterator[bytes]:
+def chunks(
+    path: Path, *, compressed_bytes: int = COMPRESSED_BYTES, max_window_bytes: int = MAX_WINDOW_BYTES
+) -> Iterator[bytes]:
     """Yield the plain bytes of a file, piece by piece.
 
+    Args:
+        path: The file.
+        compressed_bytes: Read at a time of a zstd file; a hostile one grows 30,000-fold.
+        max_window_bytes: Memory that a zstd file may ask for.
     Raises:
         BrokenFile: After the last piece that could be decompressed.
     """
@@ -30,7 +36,7 @@ def chunks(path: Path) -> Iterator[bytes]:
         magic = file.peek(4)[:4]
         try:
             if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
-                yield from _decompressed_zstd(file)
+                yield from _decompressed_zstd(file, compressed_bytes, max_window_bytes)
             elif magic[:2] == b"\x1f\x8b":
                 with gzip.open(file) as plain:
                     yield from iter(partial(plain.read, PLAIN_BYTES), b"")
@@ -40,11 +46,11 @@ def chunks(path: Path) -> Iterator[bytes]:
             raise BrokenFile(str(error)) from error
 
 
-def _decompressed_zstd(file: BinaryIO) -> Iterator[bytes]:
+def _decompressed_zstd(file: BinaryIO, compressed_bytes: int, max_window_bytes: int) -> Iterator[bytes]:
     """Decompress frame after frame; unlike zstandard's ``stream_reader``, notice when the last one is cut short."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)
     frame, rest = None, b""
-    while data := rest or file.read(COMPRESSED_BYTES):
+    while data := rest or file.read(compressed_bytes):
         frame = frame or decompressor.decompressobj()
         if plain := frame.decompress(data):
             yield plain

@@ -6,6 +6,7 @@ An answer is "yes" or "no" only where an interval or a corrected test decides; "
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,13 +46,13 @@ class Claim:
 
 
 def claims(
-    shares: xr.Dataset, repeats: xr.Dataset, divergence: xr.Dataset, words: xr.Dataset | None = None
+    shares: xr.Dataset, repeats: xr.Dataset | None, divergence: xr.Dataset, words: xr.Dataset | None = None
 ) -> list[Claim]:
     """Answer each claim of section 5 from the results of the measures.
 
     Args:
         shares: Of `moescope.shares`.
-        repeats: Of `moescope.repeats`.
+        repeats: Of `moescope.repeats`; None if the trace does not tell what token follows what.
         divergence: Of `moescope.divergence`.
         words: Of `moescope.words`; None leaves out the claims about words.
     Returns:
@@ -62,9 +63,7 @@ def claims(
         _mathematics(divergence),
         _first_and_last(divergence),
         *([] if words is None else [_word(words, name) for name in words["word"].values.tolist()]),
-        _locality(repeats),
-        _locality_grows(repeats),
-        _locality_by_domain(repeats),
+        *(_about_first(name, statement, repeats, judge) for name, statement, judge in _LOCALITY),
     ]
     return found
 
@@ -163,12 +162,20 @@ def _word(words: xr.Dataset, name: str) -> Claim:
     return Claim(title, statement, answer, evidence)
 
 
-def _locality(repeats: xr.Dataset) -> Claim:
-    statement = "Consecutive tokens are sent to the same expert more often than at random."
+def _about_first(name: str, statement: str, repeats: xr.Dataset | None, judge: Judge) -> Claim:
+    """A claim about repeated first choices, which not every trace can tell."""
+    if repeats is None:
+        return Claim(name, statement, "not enough data", "The trace holds counts, not the order of tokens.")
+    if "first" not in repeats["kind"].values:
+        return Claim(name, statement, "not enough data", "The trace does not say which choice is a token's first.")
+    return judge(name, statement, repeats)
+
+
+def _locality(name: str, statement: str, repeats: xr.Dataset) -> Claim:
     rate, marginal = repeats.sel(kind="first"), repeats["marginal"].sel(kind="first")
     known = np.isfinite(rate["low"].values)
     if not known.any():
-        return Claim("Consecutive tokens repeat", statement, "not enough data", _too_few_documents())
+        return Claim(name, statement, "not enough data", _too_few_documents())
     above = (rate["low"].values > marginal.values) & known
     below = (rate["high"].values < marginal.values) & known
     excess = rate["rate"] - marginal
@@ -182,12 +189,10 @@ def _locality(repeats: xr.Dataset) -> Claim:
     )
     share = above.sum() / known.sum()
     answer: Answer = "yes" if share > 0.9 else "mixed" if above.any() else "no"
-    return Claim("Consecutive tokens repeat", statement, answer, evidence)
+    return Claim(name, statement, answer, evidence)
 
 
-def _locality_grows(repeats: xr.Dataset) -> Claim:
-    statement = "Repetition is close to random at the first layer and far above it at the middle and the last."
-    name = "Repetition grows with depth"
+def _locality_grows(name: str, statement: str, repeats: xr.Dataset) -> Claim:
     if repeats.sizes["layer"] < 3:
         return Claim(name, statement, "not enough data", "Fewer than three layers were recorded.")
     first = repeats.sel(kind="first")
@@ -208,10 +213,8 @@ def _locality_grows(repeats: xr.Dataset) -> Claim:
     return Claim(name, statement, answer, evidence)
 
 
-def _locality_by_domain(repeats: xr.Dataset) -> Claim:
-    statement = "How often assignments repeat depends on the domain; code and mathematics differ from prose in it."
+def _locality_by_domain(name: str, statement: str, repeats: xr.Dataset) -> Claim:
     first = repeats.sel(kind="first")
-    name = "Repetition depends on the domain"
     if first.sizes["domain"] < 2 or not np.isfinite(first["low"]).any():
         return Claim(name, statement, "not enough data", "At least two domains of several documents are needed.")
     spread = first["rate"].max("domain") - first["rate"].min("domain")
@@ -228,6 +231,26 @@ def _locality_by_domain(repeats: xr.Dataset) -> Claim:
     )
     answer: Answer = "yes" if apart.mean() > 0.5 else "mixed" if apart.any() else "no"
     return Claim(name, statement, answer, evidence)
+
+
+Judge = Callable[[str, str, xr.Dataset], Claim]
+_LOCALITY: tuple[tuple[str, str, Judge], ...] = (
+    (
+        "Consecutive tokens repeat",
+        "Consecutive tokens are sent to the same expert more often than at random.",
+        _locality,
+    ),
+    (
+        "Repetition grows with depth",
+        "Repetition is close to random at the first layer and far above it at the middle and the last.",
+        _locality_grows,
+    ),
+    (
+        "Repetition depends on the domain",
+        "How often assignments repeat depends on the domain; code and mathematics differ from prose in it.",
+        _locality_by_domain,
+    ),
+)
 
 
 def _largest(values: xr.DataArray) -> tuple[str, int]:

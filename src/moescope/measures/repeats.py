@@ -13,9 +13,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moescope.errors import NotRecorded
 from moescope.measures import statistics
 from moescope.measures.statistics import described
 from moescope.tallying import REPEAT_KINDS, Tally
+from moescope.trace import COUNTS_HINT
 
 
 def repeats(tally: Tally) -> xr.Dataset:
@@ -31,11 +33,18 @@ def repeats(tally: Tally) -> xr.Dataset:
           the popularity of experts explains without any order (N1); exact from the table of pairs, else from a sample
           of tokens;
         * `pairs`, `documents` (domain).
+
+        Where the trace does not say which choice is the first, `kind` is only "any".
+    Raises:
+        NotRecorded: The tally is of a trace of counts.
     Source:
         Mixtral of Experts, section 5, Table 5 and Figure 10 (`first`, `any`); HOBBIT (arXiv 2411.01433)
         (`first_in_next`). The intervals and the marginal null are ours.
     """
+    if tally.counts_only:
+        raise NotRecorded("repeats", "the trace holds counts, which do not tell what token follows what", COUNTS_HINT)
     data = tally.data
+    kinds = data["kind"].values.tolist()
     y, n = data["repeats"].values, data["pairs"].values[:, None, None]
     documents = data["documents"].values[:, None, None]
     rate = statistics.ratio(y, n)
@@ -49,10 +58,11 @@ def repeats(tally: Tally) -> xr.Dataset:
     )
     low, high = statistics.proportion_interval(rate, error, documents)
     dims = ("domain", "layer", "kind")
-    uniform = [
-        uniform_repeats(num_ids, top_k)
+    by_shape = [
+        dict(zip(REPEAT_KINDS, uniform_repeats(num_ids, top_k), strict=True))
         for num_ids, top_k in zip(data["num_ids"].values.tolist(), data["top_k"].values.tolist(), strict=True)
     ]
+    uniform = [[rates[kind] for kind in kinds] for rates in by_shape]
     return xr.Dataset(
         {
             "rate": described(
@@ -93,25 +103,29 @@ def _marginal(tally: Tally) -> NDArray[np.float64]:
     data = tally.data
     tokens = data["tokens"].values.astype(float)
     ordered_pairs = tokens * (tokens - 1)
-    first = data["loads"].sel(choice="first").values.astype(float)
     members = data["loads"].sel(choice="either").values.astype(float)
-    made_first = data["made"].sel(choice="first").values.astype(float)
-    result = np.full((*data["made"].shape[:2], len(REPEAT_KINDS)), np.nan)
-    for at, (layer, top_k) in enumerate(zip(tally.layers, data["top_k"].values.tolist(), strict=True)):
-        same_first = (first[:, at] * (first[:, at] - 1)).sum(axis=1)
+    result: dict[str, NDArray[np.float64]] = {
+        kind: np.full(data["made"].shape[:2], np.nan) for kind in data["kind"].values.tolist()
+    }
+    if tally.ranked:
+        first = data["loads"].sel(choice="first").values.astype(float)
+        made_first = data["made"].sel(choice="first").values.astype(float)
+        same_first = (first * (first - 1)).sum(axis=2)
         # A token's own first choice is in its own set: those pairs of a token with itself are taken out.
-        first_in_set = (first[:, at] * members[:, at]).sum(axis=1) - made_first[:, at]
-        result[:, at, 0] = statistics.ratio(same_first, ordered_pairs)
-        result[:, at, 2] = statistics.ratio(first_in_set, ordered_pairs)
+        first_in_set = (first * members).sum(axis=2) - made_first
+        result["first"] = statistics.ratio(same_first, ordered_pairs[:, None])
+        result["first_in_next"] = statistics.ratio(first_in_set, ordered_pairs[:, None])
+    for at, (layer, top_k) in enumerate(zip(tally.layers, data["top_k"].values.tolist(), strict=True)):
         if top_k == 1:
-            result[:, at, 1] = result[:, at, 0]
+            sharing = (members[:, at] * (members[:, at] - 1)).sum(axis=1)
+            result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)
         elif tally.sample is not None and layer in tally.sample.expert_ids:
             for domain in range(len(tokens)):
-                result[domain, at, 1] = sets_meet(tally.sample.tokens(domain, layer), tally.data.sizes["expert"])
+                result["any"][domain, at] = sets_meet(tally.sample.tokens(domain, layer), tally.data.sizes["expert"])
         else:
             sharing = _pairs_meet(data["pair"].isel(layer=at).values, members[:, at])
-            result[:, at, 1] = statistics.ratio(sharing, ordered_pairs)
-    return result
+            result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)
+    return np.stack(list(result.values()), axis=-1)
 
 
 def _pairs_meet(pair: NDArray[np.int64], members: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -52,6 +52,7 @@ def words(
     Raises:
         ValueError: A word is empty.
         NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace has no token ids, or does not say which choice is the first.
     Source:
         The claim on `self`, `Question` and indentation in Mixtral of Experts, section 5; definitions and nulls are
         ours.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from moescope.corpus import Document
 
 Encode = Callable[[str], NDArray[np.uint32]]
+Batching = Literal["padded", "equal", "alone"]
 
 
 @dataclass
@@ -33,6 +35,15 @@ class Portion:
     num_read: int = 0
     num_tokens: int = 0
     num_characters: int = 0
+
+    def note(self) -> dict[str, int]:
+        """What a trace notes of the part, so that a recording can go on after it."""
+        return {
+            "documents_read": self.num_read,
+            "documents_empty": self.num_read - len(self.documents),
+            "tokens": self.num_tokens,
+            "characters": self.num_characters,
+        }
 
 
 @dataclass(frozen=True)
@@ -108,14 +119,26 @@ def windows(portion: Portion, length: int) -> list[Window]:
     return found
 
 
-def batches(windows: Sequence[Window], added_ids: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+def batches(
+    windows: Sequence[Window], added_ids: Sequence[int], batch_tokens: int, batching: Batching = "padded"
+) -> Iterator[Batch]:
     """Group windows of similar length into batches, the longest first.
 
     Args:
         windows: Windows of one part.
         added_ids: Ids to put in front of each window.
         batch_tokens: Most tokens of a batch, padding included; a single longer window is a batch of its own.
+        batching: Which windows may go together without a change of a choice: any, ``padded`` to one length; those of
+            ``equal`` length; or none, each ``alone``.
     """
+    if batching == "equal":
+        lengths: dict[int, list[Window]] = {}
+        for window in windows:
+            lengths.setdefault(len(window.token_ids), []).append(window)
+        for same in lengths.values():
+            yield from batches(same, added_ids, batch_tokens)
+        return
+    batch_tokens = 1 if batching == "alone" else batch_tokens
     ordered = sorted(windows, key=lambda window: -len(window.token_ids))  # stable: equal lengths stay in corpus order
     start = 0
     while start < len(ordered):

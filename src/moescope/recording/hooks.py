@@ -7,9 +7,11 @@ it ends.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moescope.errors import ModelUnsupported, RouterSilent
 from moescope.recording.routers import Experts, check_call
+from moescope.trace.part import DROPPED
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,54 @@ class _LastRouterSpoke(BaseException):
     """Ends a forward pass; no ``except Exception`` of a model may swallow it."""
 
 
+Tell = Callable[[Tensor, Tensor], None]
+"""Called with the ids and the gate weights of a layer, each of shape (token, choice), in the router's order."""
+
+
+def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
+    """Hook a layer, so that `tell` is called each time it chooses; whoever calls this removes the hooks.
+
+    Args:
+        experts: The layer, in any of the ways in which one can be read.
+        tell: May raise; the forward pass then ends before the experts of this layer run, where the layer is read by its
+            arguments, and after its router has run otherwise.
+    Raises:
+        ModelUnsupported: From within the forward pass, if what comes by is not ids and gate weights.
+    """
+    called, router = experts.called, experts.router
+    if called is None and router is None:
+        raise ValueError(f"{experts.name} says no module to listen to")
+    outputs: list[Any] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        output = outputs.pop() if outputs else None
+        tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if called is None:
+            tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+        else:
+            outputs[:] = [output]
+
+    handles = []
+    if router is not None:
+        handles.append(router.register_forward_hook(after, with_kwargs=True))
+    if called is not None:
+        handles.append(called.register_forward_pre_hook(before, with_kwargs=True))
+    return handles
+
+
+def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Any, Any]:
+    try:
+        ids, weights = experts.read(args, kwargs, output)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelUnsupported(
+            experts.name,
+            f"layer {experts.layer} is called, or answers, in another way than its reading knows: {error!r}",
+        ) from error
+    return ids, weights
+
+
 class RouterWatch:
     """Watches the routers of a model while its ``with`` block lasts.
 
@@ -56,8 +107,7 @@ class RouterWatch:
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
-            handle = experts.module.register_forward_pre_hook(self._hook(experts), with_kwargs=True)
-            self._handles.append(handle)
+            self._handles += listen(experts, self._note(experts))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -68,6 +118,8 @@ class RouterWatch:
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they spoke.
 
+        The decoder of an encoder-decoder reads what its encoder reads, after its start token, which is not returned.
+
         Args:
             model: The model, best without its head.
             inputs: ``input_ids`` of shape (sequence, token), and ``attention_mask`` if some tokens are padding.
@@ -75,10 +127,20 @@ class RouterWatch:
             RouterSilent: A layer did not speak exactly once, or not for every token.
             ModelUnsupported: A layer was called with something else than ids and gate weights.
         """
-        return self.observe(lambda: model(**inputs, use_cache=False), inputs["input_ids"].numel())
+        input_ids = inputs["input_ids"]
+        more: dict[str, Any] = {"use_cache": False} if _takes_use_cache(type(model).forward) else {}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            more["decoder_input_ids"] = _after_start(model, input_ids)
+        return self.observe(lambda: model(**inputs, **more), input_ids.numel(), num_sequences=len(input_ids))
 
-    def observe(self, forward: Callable[[], object], num_tokens: int) -> dict[int, Choices]:
-        """Call `forward`, which runs the watched layers over `num_tokens` tokens, padding included; as `run`."""
+    def observe(self, forward: Callable[[], object], num_tokens: int, *, num_sequences: int = 1) -> dict[int, Choices]:
+        """Call `forward`, which runs the watched layers over `num_tokens` tokens, padding included; as `run`.
+
+        Args:
+            forward: Runs the layers. Those of an encoder-decoder's decoder read one token more a sequence, first.
+            num_tokens: Tokens of all sequences.
+            num_sequences: How many sequences these are; only a decoder's layers need to know.
+        """
         self._calls = []
         with suppress(_LastRouterSpoke), torch.no_grad():  # inference_mode would leave its tensors in buffers
             forward()
@@ -86,23 +148,53 @@ class RouterWatch:
         spoke = [experts.layer for experts, _, _ in calls]
         rows = {experts.layer: len(ids) for experts, ids, _ in calls}
         for experts in self.experts:
-            if spoke.count(experts.layer) != 1 or rows[experts.layer] != num_tokens:
+            expected = num_tokens + num_sequences * experts.in_decoder
+            if spoke.count(experts.layer) != 1 or rows[experts.layer] != expected:
                 raise RouterSilent(
                     f"layer {experts.layer}",
                     f"{experts.name} was called {spoke.count(experts.layer)} times with {rows.get(experts.layer, 0)} "
-                    f"rows, expected once with {num_tokens}",
+                    f"rows, expected once with {expected}",
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
-        return {experts.layer: _ranked(experts, ids, weights) for experts, ids, weights in calls}
+        found = {}
+        for experts, ids, weights in calls:
+            if experts.in_decoder:
+                ids, weights = _without_start(ids, num_sequences), _without_start(weights, num_sequences)
+            found[experts.layer] = _ranked(experts, ids, weights)
+        return found
 
-    def _hook(self, experts: Experts) -> Any:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids, weights = check_call(experts, *experts.read(args, kwargs))
+    def _note(self, experts: Experts) -> Tell:
+        def note(ids: Tensor, weights: Tensor) -> None:
             self._calls.append((experts, ids, weights))
             if experts.layer == self._stop_at:
                 raise _LastRouterSpoke
 
         return note
+
+
+@cache
+def _takes_use_cache(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _after_start(model: Any, input_ids: Tensor) -> Tensor:
+    """The start token of the decoder before each sequence, shape (sequence, token + 1)."""
+    config = model.config
+    start = next(
+        (
+            token_id
+            for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+            if (token_id := getattr(config, name, None)) is not None
+        ),
+        0,
+    )
+    return torch.cat([input_ids.new_full((len(input_ids), 1), start), input_ids], dim=1)
+
+
+def _without_start(rows: Tensor, num_sequences: int) -> Tensor:
+    """Rows of all tokens but the first of each sequence."""
+    return rows.view(num_sequences, -1, rows.shape[1])[:, 1:].reshape(-1, rows.shape[1])
 
 
 def _ranked(experts: Experts, ids: Tensor, weights: Tensor) -> Choices:
@@ -111,10 +203,11 @@ def _ranked(experts: Experts, ids: Tensor, weights: Tensor) -> Choices:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order)
     expert_ids, gate_weights = ids.to(torch.int16).cpu().numpy(), weights.float().cpu().numpy()
-    limit = experts.num_experts + experts.num_null_experts
-    if expert_ids.min() < 0 or expert_ids.max() >= limit:
+    limit, least = experts.num_experts + experts.num_null_experts, DROPPED if experts.drops else 0
+    if expert_ids.min() < least or expert_ids.max() >= limit:
         raise ModelUnsupported(
             experts.name,
-            f"layer {experts.layer} chose expert {expert_ids.max()} or {expert_ids.min()}, expected 0..{limit - 1}",
+            f"layer {experts.layer} chose expert {expert_ids.max()} or {expert_ids.min()}, "
+            f"expected {least}..{limit - 1}",
         )
     return Choices(expert_ids, gate_weights)

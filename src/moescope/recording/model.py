@@ -6,10 +6,11 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from torch import nn
 from transformers.utils import logging
 
 from moescope.errors import ModelDamaged, ModelNotFound, ModelUnsupported
+from moescope.recording.batches import Batching
 from moescope.recording.hooks import RouterWatch
-from moescope.recording.routers import Experts, find_experts, refuse_odd_families, select_experts
+from moescope.recording.routers import (
+    Experts,
+    Router,
+    find_experts,
+    find_left_out,
+    given_experts,
+    num_layers,
+    select_experts,
+    text_tower,
+)
 from moescope.recording.tokenizer import Tokenizer
 from moescope.trace import Layer
 
@@ -64,7 +75,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where inputs go; for weights that accelerate keeps elsewhere, where it runs the model."""
-        device: torch.device = self.body.device
+        device: torch.device = next(self.body.parameters()).device
         if device.type == "meta":
             places = (getattr(hook, "execution_device", None) for _, hook in accelerate_hooks(self.body))
             device = torch.device(next((place for place in places if place is not None), "cpu"))
@@ -73,7 +84,7 @@ class Model:
     @property
     def max_positions(self) -> int | None:
         """Longest sequence the model was made for, if it says so."""
-        limit = getattr(_text_config(self.body.config), "max_position_embeddings", None)
+        limit = getattr(_text_config(self.body), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
@@ -86,7 +97,7 @@ class Model:
 
     def masks_blocks(self, window: int) -> bool:
         """Whether torch, on a CPU, would compute attention that a mask then throws away: beyond a sliding window."""
-        config = _text_config(self.body.config)
+        config = _text_config(self.body)
         reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         return (
             isinstance(reach, int)
@@ -96,12 +107,51 @@ class Model:
         )
 
     @property
-    def num_embeddings(self) -> int:
-        """Token ids that the model knows."""
+    def batching(self) -> Batching:
+        """Which windows may go through the model together without a change of a choice: the strictest of its layers."""
+        kinds = {experts.batching for experts in self.experts}
+        return "alone" if "alone" in kinds else "equal" if "equal" in kinds else "padded"
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Token ids that the model knows, if it says so."""
+        if not hasattr(self.body, "get_input_embeddings"):
+            return None
         return int(self.body.get_input_embeddings().weight.shape[0])
 
 
-def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, device: str | Spread) -> Model:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which only the weights have not been read.
+
+    Attributes:
+        folder: Where it lies.
+        name: What a trace calls it.
+        config: The configuration of the part that reads text.
+        tokenizer: Its tokenizer.
+        kind: The class of transformers that builds that part.
+        renamed: Names of weights in the files that the class calls otherwise, as patterns.
+        elsewhere: Routed blocks in the parts that are not built.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    tokenizer: Tokenizer
+    kind: Any = transformers.AutoModel
+    renamed: dict[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
+
+
+def load_model(
+    path: Path | str,
+    *,
+    layers: Sequence[int] | None,
+    dtype: str,
+    device: str | Spread,
+    block: str = "mlp",
+    trust_remote_code: bool = False,
+) -> Model:
     """Load a checkpoint; everything that can be refused is refused before its weights are read.
 
     Args:
@@ -109,6 +159,8 @@ def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, de
         layers: Layers to record, or None for all with routed experts.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or several.
+        block: ``mlp`` or ``attention``: which routed blocks to record.
+        trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
     Raises:
         ModelNotFound: There is no checkpoint.
         ModelDamaged: Its configuration or weights cannot be read, or lack a tensor.
@@ -117,28 +169,66 @@ def load_model(path: Path | str, *, layers: Sequence[int] | None, dtype: str, de
         ModelUnsupported: It has some whose routing cannot be read exactly.
         NoSuchLayer: A layer asked for has no routed experts.
     """
-    folder = find_checkpoint(path)
-    with _quiet():
-        config = _load_config(folder)
-        refuse_odd_families(config, path)
-        with torch.device("meta"):
-            skeleton = transformers.AutoModel.from_config(config)
-        select_experts(find_experts(skeleton, path), layers, _num_layers(config), path)
-        del skeleton
-        tokenizer = Tokenizer.load(folder)
+    checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code)
+    with quiet():
         if isinstance(device, Spread):
-            body, remove = _load_spread(folder, config, dtype, device)
+            whole, remove = _load_spread(checkpoint, dtype, device, trust_remote_code)
         else:
-            body, remove = _load_weights(folder, config, dtype=dtype).to(find_device(device)), lambda: None
+            whole = _load_weights(checkpoint, trust_remote_code, dtype=dtype).to(find_device(device))
+            remove = None
+    body = text_tower(whole)
+    experts = find_experts(body, checkpoint.name, block=block)
+    left_out = (*find_left_out(whole, experts), *checkpoint.elsewhere)
+    fingerprint = checkpoint_fingerprint(checkpoint.folder)
+    model = describe(body, checkpoint.tokenizer, experts, layers, checkpoint.name, fingerprint, left_out)
+    return model if remove is None else replace(model, remove_offloaded=remove)
+
+
+def open_checkpoint(
+    path: Path | str, layers: Sequence[int] | None, *, block: str = "mlp", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Find a checkpoint, and refuse what can be refused before its weights are read; as `load_model`."""
+    folder = find_checkpoint(path)
+    with quiet():
+        config = _load_config(folder, trust_remote_code)
+        kind, config, renamed, elsewhere = _how_to_build(config)
+        with torch.device("meta"):
+            skeleton = text_tower(_build(kind, config, path, trust_remote_code))
+        select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
+        tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
     name = folder.resolve().name if Path(path).is_dir() else str(path)
-    return replace(_describe(body, tokenizer, layers, name, checkpoint_fingerprint(folder)), remove_offloaded=remove)
+    return Checkpoint(folder, name, config, tokenizer, kind, renamed, elsewhere)
 
 
-def adopt_model(model: Any, tokenizer: Any, *, layers: Sequence[int] | None) -> Model:
-    """Take a model and a tokenizer that the caller has loaded; both are left as they are."""
-    body = model.base_model
+def adopt_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    layers: Sequence[int] | None,
+    block: str = "mlp",
+    routers: Sequence[Router] | None = None,
+) -> Model:
+    """Take a model and a tokenizer that the caller has loaded; both are left as they are.
+
+    Args:
+        model: A model of transformers; with `routers`, any module that is called with ``input_ids``.
+        tokenizer: A tokenizer of transformers.
+        layers: Layers to record, or None for all with routed experts.
+        block: ``mlp`` or ``attention``: which routed blocks to record.
+        routers: How to read the model's routers, if it is not one that moescope knows.
+    Raises:
+        ValueError: A router is not in the model.
+        MoescopeError: As `load_model`.
+    """
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
-    return _describe(body, Tokenizer(tokenizer), layers, name, tensors_fingerprint(body))
+    if routers is not None:
+        body, experts = model, given_experts(model, routers)
+        left_out: tuple[str, ...] = ()
+    else:
+        body = text_tower(model.base_model)
+        experts = find_experts(body, name, block=block)
+        left_out = find_left_out(model.base_model, experts)
+    return describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body), left_out)
 
 
 def find_device(device: str) -> torch.device:
@@ -203,8 +293,9 @@ def tensors_fingerprint(model: nn.Module) -> str:
     """sha256 over configuration, names, shapes and values of a model in memory; some values of each if it is large."""
     tensors = sorted(model.state_dict().items())
     whole = sum(tensor.nbytes for _, tensor in tensors) <= HASHED_WHOLE_BYTES
-    config: Any = model.config
-    digest = hashlib.sha256(config.to_json_string().encode())
+    config: Any = getattr(model, "config", None)
+    text = config.to_json_string() if hasattr(config, "to_json_string") else repr(model)
+    digest = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if tensor.device.type == "meta":
@@ -221,20 +312,10 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     Returns:
         The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak.
     """
-    ids = torch.arange(4, device=model.device).remainder(model.num_embeddings).unsqueeze(0)
+    ids = torch.arange(4, device=model.device).remainder(model.num_embeddings or 2).unsqueeze(0)
     with weights_put_back(model), RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, {"input_ids": ids})
-    layers = tuple(
-        Layer(
-            layer=experts.layer,
-            num_experts=experts.num_experts,
-            top_k=choices[experts.layer].expert_ids.shape[1],
-            module=experts.name,
-            num_null_experts=experts.num_null_experts,
-            num_shared_experts=experts.num_shared_experts,
-        )
-        for experts in model.experts
-    )
+    layers = tuple(trace_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
     return layers, list(choices)[-1]
 
 
@@ -264,6 +345,19 @@ def weights_put_back(model: Model) -> Iterator[None]:
                     hook.post_forward(module, None)
 
 
+def trace_layer(experts: Experts, top_k: int) -> Layer:
+    """A layer as a trace describes it."""
+    return Layer(
+        layer=experts.layer,
+        num_experts=experts.num_experts,
+        top_k=top_k,
+        module=experts.name,
+        num_null_experts=experts.num_null_experts,
+        num_shared_experts=experts.num_shared_experts,
+        drops=experts.drops,
+    )
+
+
 @contextmanager
 def ready_to_record(model: Model) -> Iterator[None]:
     """Evaluation mode and, on a CPU, the eager experts; afterwards everything of a given model is as it was before.
@@ -289,7 +383,7 @@ def ready_to_record(model: Model) -> Iterator[None]:
 
 def implementations(model: Model) -> dict[str, str]:
     """Which code computes attention and experts, for the header of a trace."""
-    config = _text_config(model.body.config)
+    config = _text_config(model.body)
     experts_config = getattr(model.experts[0].module, "config", config)
     return {
         "attn_implementation": str(getattr(config, "_attn_implementation", None)),
@@ -297,32 +391,77 @@ def implementations(model: Model) -> dict[str, str]:
     }
 
 
-def _describe(body: Any, tokenizer: Tokenizer, layers: Sequence[int] | None, name: str, fingerprint: str) -> Model:
-    num_layers = _num_layers(body.config)
-    experts = select_experts(find_experts(body, name), layers, num_layers, name)
-    architectures = getattr(body.config, "architectures", None) or [type(body).__name__]
-    description = {
+def describe(
+    body: Any,
+    tokenizer: Tokenizer,
+    experts: Sequence[Experts],
+    layers: Sequence[int] | None,
+    name: str,
+    fingerprint: str,
+    left_out: Sequence[str] = (),
+) -> Model:
+    """A model ready to be recorded, from its body, which need not be loaded yet."""
+    config = getattr(body, "config", None)
+    count = num_layers(config)
+    selected = select_experts(experts, layers, count, name)
+    for message in dict.fromkeys(each.warning for each in selected if each.warning):
+        warnings.warn(f"{name}: {message}", stacklevel=2)
+    architectures = getattr(config, "architectures", None) or [type(body).__name__]
+    description: dict[str, Any] = {
         "name": name,
-        "family": str(body.config.model_type),
+        "family": str(getattr(config, "model_type", None) or "custom"),
         "architecture": str(architectures[0]),
-        "num_layers": num_layers,
-        "dtype": str(body.dtype).removeprefix("torch."),
+        "num_layers": count,
+        "dtype": str(next(body.parameters()).dtype).removeprefix("torch."),
         "fingerprint": fingerprint,
     }
-    return Model(body, tokenizer, experts, description)
+    if left_out:
+        description["not_recorded"] = list(left_out)
+    return Model(body, tokenizer, selected, description)
 
 
-def _load_config(folder: Path) -> Any:
+def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    if trust_remote_code and (code := sorted(path.name for path in folder.glob("*.py"))):
+        warnings.warn(f"{folder}: code of the checkpoint runs: {', '.join(code)}", stacklevel=2)
+    failures = Exception if trust_remote_code else (OSError, ValueError, KeyError, TypeError)
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except failures as error:
         if (family := _unknown_family(folder)) is not None:
             raise ModelUnsupported(
                 folder,
-                f"its family {family!r} is unknown to transformers {transformers.__version__}",
-                "a newer transformers may know it; models that bring their own code are not run",
+                f"its family {family!r} is unknown to transformers {transformers.__version__}"
+                + (f", and its own code fails: {error}" if trust_remote_code else ""),
+                "a newer transformers may know it; code that a checkpoint brings is run only with --trust-remote-code",
             ) from error
         raise ModelDamaged(folder, f"its config.json cannot be read: {error}") from error
+
+
+def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str], tuple[str, ...]]:
+    """How the part that reads text is built: class, configuration, renamed weights; and routed blocks elsewhere."""
+    if config.model_type == "qwen3_omni_moe":  # transformers has no headless model of the whole
+        renamed = {r"^thinker\.model\.": "language_model.", r"^thinker\.": ""}
+        return transformers.AutoModel, config.thinker_config, renamed, ("talker.model.layers.*.mlp.experts",)
+    own = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own and "AutoModel" not in own and type(config) not in transformers.MODEL_MAPPING:
+        return transformers.AutoModelForCausalLM, config, {}, ()
+    return transformers.AutoModel, config, {}, ()
+
+
+def _build(kind: Any, config: Any, path: Path | str, trust_remote_code: bool) -> Any:
+    """The model without weights, and without its head if it has one."""
+    try:
+        return kind.from_config(config, trust_remote_code=trust_remote_code).base_model
+    except Exception as error:
+        if not trust_remote_code and getattr(config, "auto_map", None) is None:
+            raise
+        raise ModelUnsupported(
+            path,
+            f"its model cannot be built: {error}",
+            None if trust_remote_code else "code that a checkpoint brings is run only with --trust-remote-code",
+        ) from error
 
 
 def _unknown_family(folder: Path) -> str | None:
@@ -333,23 +472,34 @@ def _unknown_family(folder: Path) -> str | None:
     return str(family) if family not in transformers.CONFIG_MAPPING else None
 
 
-def _load_spread(folder: Path, config: Any, dtype: str, spread: Spread) -> tuple[Any, Callable[[], object]]:
+def _load_spread(
+    checkpoint: Checkpoint, dtype: str, spread: Spread, trust_remote_code: bool
+) -> tuple[Any, Callable[[], object]]:
     """The model, and what removes the folder with its offloaded weights, which is gone with the model at the latest."""
     spread.offload_folder.mkdir(parents=True, exist_ok=True)
     offloaded = tempfile.mkdtemp(prefix="moescope-offload-", dir=spread.offload_folder)
     try:
         device_map = spread.device_map if isinstance(spread.device_map, str) else dict(spread.device_map)
-        body = _load_weights(folder, config, dtype=dtype, device_map=device_map, offload_folder=offloaded)
+        body = _load_weights(
+            checkpoint, trust_remote_code, dtype=dtype, device_map=device_map, offload_folder=offloaded
+        )
     except BaseException:
         shutil.rmtree(offloaded, ignore_errors=True)
         raise
     return body, weakref.finalize(body, shutil.rmtree, offloaded, ignore_errors=True)
 
 
-def _load_weights(folder: Path, config: Any, **options: Any) -> Any:
+def _load_weights(checkpoint: Checkpoint, trust_remote_code: bool, **options: Any) -> Any:
+    folder = checkpoint.folder
     try:
-        body, loading = transformers.AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True, **options
+        body, loading = checkpoint.kind.from_pretrained(
+            folder,
+            config=checkpoint.config,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            key_mapping=checkpoint.renamed or None,
+            **options,
         )
     except Exception as error:  # whatever a damaged file makes three libraries raise
         hint = "does the device map name every module?" if "device_map" in options else None
@@ -357,21 +507,17 @@ def _load_weights(folder: Path, config: Any, **options: Any) -> Any:
     lacking = sorted({*loading["missing_keys"], *(str(key) for key in loading.get("mismatched_keys", ()))})
     if lacking:  # transformers would go on with random values
         raise ModelDamaged(folder, f"{len(lacking)} tensors are missing or misshapen, such as {lacking[0]}")
-    return body.eval()
+    return body.base_model.eval()
 
 
-def _num_layers(config: Any) -> int | None:
-    number = getattr(_text_config(config), "num_hidden_layers", None)
-    return number if isinstance(number, int) else None
-
-
-def _text_config(config: Any) -> Any:
+def _text_config(body: Any) -> Any:
+    config = getattr(body, "config", None)
     get = getattr(config, "get_text_config", None)
     return get() if callable(get) else config
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and notes with which transformers loads."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

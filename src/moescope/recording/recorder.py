@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,16 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, ModelDamaged, RouterNotFinite, TraceExists
+from moescope.errors import CorpusEmpty, TraceExists
 from moescope.recording.attention import SkipMaskedBlocks
-from moescope.recording.batches import Encode, Portion, Window, batches, num_characters, portions, windows
+from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.model import (
     Model,
@@ -38,6 +35,11 @@ from moescope.recording.model import (
     ready_to_record,
     weights_put_back,
 )
+from moescope.recording.parts import check_finite, check_token_ids, unrouted
+from moescope.recording.progress import Meter, Progress
+from moescope.recording.routers import Router
+from moescope.recording.spool import remove_work
+from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace.reader import SUMMARY
@@ -45,23 +47,6 @@ from moescope.trace.reader import SUMMARY
 BATCH_TOKENS = 4096
 PART_TOKENS = 65_536
 WINDOW = 2048
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a recording is.
-
-    Attributes:
-        tokens: Tokens recorded, those of a resumed trace included.
-        fraction: Share of the corpus's text that is recorded, 0 to 1; None if the documents can be read only once.
-        tokens_per_second: Speed of this call.
-        seconds_left: Time to the end at this speed; None if it cannot be known.
-    """
-
-    tokens: int
-    fraction: float | None
-    tokens_per_second: float
-    seconds_left: float | None
 
 
 class Documents(Protocol):
@@ -85,6 +70,9 @@ def record(
     sample_seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    block: str = "mlp",
+    routers: Sequence[Router] | None = None,
+    trust_remote_code: bool = False,
     device_map: str | Mapping[str, int | str] | None = None,
     offload_folder: str | Path | None = None,
     weights: bool = False,
@@ -94,7 +82,10 @@ def record(
     domain_field: str | None = None,
     strict: bool = False,
     force: bool = False,
+    stream: bool | None = None,
+    memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> Trace:
     """Record every choice that a model's routers make on a corpus.
 
@@ -109,6 +100,9 @@ def record(
         sample_seed: Seed of the sample.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``; it changes some choices.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` …
+        block: ``mlp`` for the experts of the feed-forward blocks, ``attention`` for a model that routes its attention.
+        routers: How to read the routers of a loaded model that moescope does not know (`moescope.Router`).
+        trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
         device_map: Spread the checkpoint over devices, memory and disk, as accelerate does: ``auto``, ``balanced``,
             ``balanced_low_0``, ``sequential``, or a device for each module, such as ``{"": "cpu"}``; instead of
             `device`.
@@ -120,30 +114,56 @@ def record(
         domain_field: Field of the corpus that holds the domain.
         strict: Stop at a malformed record instead of counting it.
         force: Replace a finished trace, or one of another recording.
+        stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
+        memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
+            layers hand on stays in memory. None for what is free.
         progress: Called after every forward pass.
+        announce: Called before a streamed recording starts, with what it will take.
     Returns:
         The finished trace.
     Raises:
         MoescopeError: The model, the corpus or the output is at fault; `moescope.errors` has a class for each case.
     """
     out = Path(out)
+    if block not in ("mlp", "attention"):
+        raise ValueError(f"block is 'mlp' or 'attention', not {block!r}")
     if window < 1 or batch_tokens < 1 or part_tokens < 1:
         raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory of {memory} bytes is below 0")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
+        remove_work(out)
         raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
+    streamed: Streamed | None = None
     if isinstance(model, str | Path):
         if device_map is None:
             find_device(device)
         elif device != "auto":
             raise ValueError(f"a device ({device}) and a device map exclude each other")
-        placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
-        ready = load_model(model, layers=layers, dtype=dtype, device=placement)
+        elif stream:
+            raise ValueError("a model is streamed through one device, or spread by a device map, not both")
+        if routers is not None:
+            raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
+        if device_map is None and must_stream(
+            model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force
+        ):
+            if trust_remote_code:
+                raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
+            streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory, block=block)
+            ready = streamed.model
+        else:
+            placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
+            ready = load_model(
+                model, layers=layers, dtype=dtype, device=placement, block=block, trust_remote_code=trust_remote_code
+            )
+    elif stream:
+        raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
     elif (dtype, device, device_map) != ("auto", "auto", None):
         raise ValueError("the dtype and the devices of a loaded model are what they are")
     else:
-        ready = adopt_model(*model, layers=layers)
+        ready = adopt_model(*model, layers=layers, block=block, routers=routers)
     documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
     if max_tokens_per_domain is not None or max_documents_per_domain is not None:
         if not isinstance(corpus, Corpus):
@@ -159,7 +179,6 @@ def record(
     if window <= len(ready.tokenizer.added_ids):
         raise ValueError(f"a window of {window} has no room beside the {len(ready.tokenizer.added_ids)} added tokens")
     with ready_to_record(ready):
-        layers_found, stop_at = probe(ready)
         run = {
             "window": window,
             "batch_tokens": batch_tokens,
@@ -168,15 +187,24 @@ def record(
             **implementations(ready),
             **_versions(),
         }
-        header = Header(
-            layers_found, weights, ready.description, ready.tokenizer.description(), documents.description(), run
-        )
+        provenance = (weights, ready.description, ready.tokenizer.description(), documents.description())
+        report = progress or (lambda _: None)
+        if streamed is not None:
+            plan = Header(planned_layers(ready), *provenance, run | {"road": "stream"})
+            with streamed.layerwise:
+                record_streamed(
+                    streamed, documents, plan, out, force=force, report=report, announce=announce or (lambda _: None)
+                )
+            return open_trace(out)
+        layers_found, stop_at = probe(ready)
+        header = Header(layers_found, *provenance, run)
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
             SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
         ):
-            _record_parts(ready, watch, documents, writer, progress or (lambda _: None))
+            _record_parts(ready, watch, documents, writer, report)
+        remove_work(out)  # of a streamed recording that was given up for this one
     return open_trace(out)
 
 
@@ -187,7 +215,7 @@ def _record_parts(
     totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
-    meter = _Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
+    meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
     done, part_tokens = totals["documents_read"], writer.header.run["part_tokens"]
 
     def tokenized(documents: Iterator[Document]) -> Iterator[Portion]:
@@ -198,12 +226,7 @@ def _record_parts(
 
     with read_ahead(documents, tokenized) as upcoming, WriteBehind(write) as written:
         for portion in upcoming:
-            note = {
-                "documents_read": portion.num_read,
-                "documents_empty": portion.num_read - len(portion.documents),
-                "tokens": portion.num_tokens,
-                "characters": portion.num_characters,
-            }
+            note = portion.note()
             if portion.documents:
                 written.put((_record_part(model, watch, portion, writer.header, meter), note))
             totals = {name: totals[name] + note[name] for name in totals}
@@ -214,19 +237,14 @@ def _record_parts(
     writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
 
 
-def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: _Meter) -> Part:
+def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: Meter) -> Part:
     """Run the model over one part."""
     added_ids = model.tokenizer.added_ids
     cut = windows(portion, header.run["window"] - len(added_ids))
-    part = _unrouted(portion, cut, header)
-    if (largest := int(part.token_id.max())) >= model.num_embeddings:
-        raise ModelDamaged(
-            model.description["name"],
-            f"its tokenizer gives id {largest}, but the model knows {model.num_embeddings} ids",
-            "is it the tokenizer of this model?",
-        )
+    part = unrouted(portion, cut, header)
+    check_token_ids(portion, model.num_embeddings, model.description["name"])
     looks_ahead = model.looks_ahead
-    for batch in batches(cut, added_ids, header.run["batch_tokens"]):
+    for batch in batches(cut, added_ids, header.run["batch_tokens"], model.batching):
         inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
         if batch.attention_mask is not None and looks_ahead:
             inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
@@ -234,7 +252,7 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
             spoken = watch.run(model.body, inputs)
         for layer, choices in spoken.items():
             gate_weights = choices.gate_weights[batch.places]
-            _check_finite(layer, gate_weights, batch.rows, part)
+            check_finite(layer, gate_weights, batch.rows, part)
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
             if header.weights:
                 part.gate_weights[layer][batch.rows] = gate_weights
@@ -242,68 +260,11 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
     return part
 
 
-def _unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
-    """A part whose token columns are filled and whose choices are not."""
-    lengths = [len(token_ids) for _, token_ids in portion.documents]
-    domains = {document.domain: None for document, _ in portion.documents}
-    codes = {domain: code for code, domain in enumerate(domains)}
-    shapes = {layer.layer: (portion.num_tokens, layer.top_k) for layer in header.layers}
-    return Part(
-        document=np.repeat(np.array([document.number for document, _ in portion.documents], np.uint32), lengths),
-        domain=np.repeat(np.array([codes[document.domain] for document, _ in portion.documents]), lengths),
-        domain_names=tuple(domains),
-        sequence=np.repeat(
-            np.array([window.sequence for window in cut], np.uint32), [len(window.token_ids) for window in cut]
-        ),
-        position=np.concatenate([np.arange(len(window.token_ids), dtype=np.uint32) for window in cut]),
-        token_id=np.concatenate([window.token_ids for window in cut]),
-        expert_ids={layer: np.empty(shape, np.int16) for layer, shape in shapes.items()},
-        gate_weights={layer: np.empty(shape, np.float32) for layer, shape in shapes.items()} if header.weights else {},
-    )
-
-
-def _check_finite(layer: int, gate_weights: NDArray[np.float32], rows: NDArray[np.int64], part: Part) -> None:
-    if np.isfinite(gate_weights).all():
-        return
-    row = rows[~np.isfinite(gate_weights).all(axis=1)].min()
-    raise RouterNotFinite(
-        f"layer {layer}",
-        f"a gate weight is NaN or infinite in document {part.document[row]}, sequence {part.sequence[row]}, position "
-        f"{part.position[row]}",
-        "the model's weights are damaged, or overflow in this dtype: does --dtype float32 help?",
-    )
-
-
 def _num_characters(documents: Documents, encode: Encode) -> int | None:
     """Characters that will be recorded; reading a corpus is nothing beside running a model over it."""
     if isinstance(documents, _Given) and not documents.can_be_read_again:
         return None
     return sum(num_characters(document, encode) for document in documents)
-
-
-class _Meter:
-    """Counts what is recorded and tells the caller."""
-
-    def __init__(
-        self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
-    ) -> None:
-        self._report = report
-        self._tokens_before, self._tokens = tokens, tokens
-        self._characters_before, self._characters = characters, float(characters)
-        self._total = total_characters
-        self._start = time.monotonic()
-
-    def add(self, tokens: int, characters: float) -> None:
-        self._tokens += tokens
-        self._characters += characters
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        fraction = seconds_left = None
-        if self._total:
-            fraction = min(1.0, self._characters / self._total)
-            left = max(0.0, self._total - self._characters)
-            seconds_left = seconds * left / (self._characters - self._characters_before)
-        speed = (self._tokens - self._tokens_before) / seconds
-        self._report(Progress(self._tokens, fraction, speed, seconds_left))
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Tokenizer:
         self.added_ids = self._find_added_ids()
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Load the tokenizer of a checkpoint.
+    def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        """Load the tokenizer of a checkpoint; code that it brings is run only if `trust_remote_code`.
 
         Raises:
             TokenizerMissing: It has none, or one that cannot be loaded.
@@ -46,7 +46,9 @@ class Tokenizer:
                 folder, "has no tokenizer files", "copy tokenizer.json from the model's publisher into the folder"
             )
         try:
-            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            return cls(
+                AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise TokenizerMissing(folder, f"its tokenizer cannot be loaded: {error}") from error
 

@@ -75,7 +75,9 @@ def read_document(trace: Trace, number: int, layers: Iterable[int] | None = None
     Raises:
         NoSuchDocument: The trace does not hold it.
         NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace has no token ids, or does not say which choice is the first.
     """
+    trace.need_text(layers)
     return _routed(trace, trace.document(number, layers, weights=trace.header.weights))
 
 

@@ -26,11 +26,11 @@ class Results:
         layers: Layers that tables and figures with a panel a layer show.
         words_asked: Words of the claims about words, without indentation.
         shares: Of `moescope.shares`, of all recorded layers, as are the next three.
-        repeats: Of `moescope.repeats`.
+        repeats: Of `moescope.repeats`; None for a trace of counts.
         divergence: Of `moescope.divergence`.
-        words: Of `moescope.words`.
+        words: Of `moescope.words`; None where the trace lacks token ids, or the order of the choices.
         claims: Of `moescope.claims`.
-        documents: A sample of documents with the choices of `embedded_layers`.
+        documents: A sample of documents with the choices of `embedded_layers`; none where `words` is None.
         embedded_layers: Layers the documents hold.
     """
 
@@ -38,12 +38,18 @@ class Results:
     layers: tuple[int, ...]
     words_asked: tuple[str, ...]
     shares: xr.Dataset
-    repeats: xr.Dataset
+    repeats: xr.Dataset | None
     divergence: xr.Dataset
-    words: xr.Dataset
+    words: xr.Dataset | None
     claims: list[Claim]
     documents: list[RoutedDocument]
     embedded_layers: tuple[Layer, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an importer found odd in the trace's source."""
+        found = (self.trace.summary or {}).get("warnings", [])
+        return [str(warning) for warning in found] if isinstance(found, list) else []
 
 
 def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Sequence[str] = WORDS) -> Results:
@@ -59,8 +65,10 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
     """
     shown = shown_layers(trace, layers)
     counts = tally(trace)
-    of_shares, of_repeats, of_divergence = shares(counts), repeats(counts), divergence(counts)
-    of_words = words(trace, list(words_asked), indentation=True, tally=counts)
+    of_shares, of_divergence = shares(counts), divergence(counts)
+    of_repeats = None if counts.counts_only else repeats(counts)
+    has_text = counts.ranked and trace.header.token_ids
+    of_words = words(trace, list(words_asked), indentation=True, tally=counts) if has_text else None
     embedded = embedded_layers(trace, shown)
     return Results(
         trace=trace,
@@ -71,7 +79,9 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         divergence=of_divergence,
         words=of_words,
         claims=claims(of_shares, of_repeats, of_divergence, of_words),
-        documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked),
+        documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
+        if has_text
+        else [],
         embedded_layers=embedded,
     )
 

@@ -123,7 +123,7 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
     corpus has domains of the paper, what the paper published.
     """
     data = repeats.sel(layer=list(layers))
-    kinds = ("first", "any")
+    kinds = [kind for kind in ("first", "any") if kind in data["kind"].values]
     domains = data["domain"].values.tolist()
 
     def rows(name: str, *, interval: bool = False) -> tuple[Row, ...]:
@@ -154,9 +154,9 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
             Section("", rows("rate", interval=True)),
             Section("expected from the popularity of the experts alone", rows("marginal")),
             Section("expected from uniform routing", (Row("any domain", uniform),)),
-            *_published(domains, layers),
+            *(_published(domains, layers) if len(kinds) == 2 else []),
         ),
-        groups=(("first choice", len(layers)), (describe_any(top_k), len(layers))),
+        groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
         notes=("± half of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
         frame=frames.repeats_frame(data),
     )

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moescope.errors import OutputExists, require
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from moescope.reporting.page import PageFigure
     from moescope.reporting.results import Results
     from moescope.reporting.tables import Table
@@ -164,12 +166,12 @@ def _write_text(path: Path, text: str) -> None:
 def _tables(results: Results) -> list[Table]:
     from moescope.reporting import tables
 
-    return [
-        tables.shares_table(results.shares, results.layers),
-        tables.repeats_table(results.repeats, results.layers),
-        tables.words_table(results.words, results.layers),
-        tables.divergence_table(results.divergence, results.layers),
-    ]
+    found = [tables.shares_table(results.shares, results.layers)]
+    if results.repeats is not None:
+        found.append(tables.repeats_table(results.repeats, results.layers))
+    if results.words is not None:
+        found.append(tables.words_table(results.words, results.layers))
+    return [*found, tables.divergence_table(results.divergence, results.layers)]
 
 
 def _figures(results: Results, folder: Path) -> list[PageFigure]:
@@ -185,7 +187,7 @@ def _figures(results: Results, folder: Path) -> list[PageFigure]:
         "shares": lambda: figures.draw_shares(results.shares, results.layers),
         "choices": lambda: figures.draw_choices(results.shares, results.layers),
         "divergence": lambda: figures.draw_divergence(results.divergence),
-        "repeats": lambda: figures.draw_repeats(results.repeats),
+        "repeats": lambda: figures.draw_repeats(cast("xr.Dataset", results.repeats)),
         "tokens": lambda: figures.draw_tokens(examples, shown, results.words_asked),
     }
     found = []

@@ -107,7 +107,9 @@ def find_occurrences(
     Raises:
         ValueError: A word is empty.
         NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace has no token ids, or does not say which choice is the first.
     """
+    trace.need_text(layers)
     patterns = [(word, word_pattern(word)) for word in words]
     patterns += [(INDENTATION, INDENTATION_PATTERN)] if indentation else []
     chosen = tuple(layer.layer for layer in trace.select_layers(layers))

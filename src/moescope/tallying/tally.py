@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
+from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import TokenSample
 from moescope.trace import Layer, Part, Trace
 
@@ -22,8 +20,6 @@ REPEAT_KINDS = ("first", "any", "first_in_next")
 
 MAX_PAIR_TABLE_IDS = 128
 """With two choices of at most this many ids, the tally keeps the exact table of pairs; otherwise a token sample."""
-
-_COLUMNS_A_READ = 64
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,17 @@ class Tally:
               first and second choice, those with one choice dropped at (e, e);
             * coordinates `num_experts`, `num_ids`, `top_k` (layer).
         sample: Tokens kept for what sums cannot tell where there is no `pair`; None where it is not needed.
+        counts_only: Whether it comes from a trace of counts. Then `choice` is only "either", there are no repeats, no
+            pairs and no `pair`, `tokens` is the most assignments of a layer over its top-k, and the sums of squares and
+            products are float64.
+        ranked: Whether the choices of every layer are in the order of their gate weights. If not, nobody knows which is
+            the first: `choice` is only "either", `kind` only "any".
     """
 
     data: xr.Dataset
     sample: TokenSample | None = None
+    counts_only: bool = False
+    ranked: bool = True
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -62,7 +65,7 @@ class Tally:
         """The tally of both; their documents must be disjoint.
 
         Raises:
-            ValueError: The layers, or their shapes, differ.
+            ValueError: The layers, or their shapes, differ, or only one has nothing but counts.
         """
         if not isinstance(other, Tally):
             return NotImplemented
@@ -70,10 +73,12 @@ class Tally:
         for name in ("layer", "num_experts", "num_ids", "top_k"):
             if mine[name].values.tolist() != theirs[name].values.tolist():
                 raise ValueError(f"tallies of different layers cannot be added: {name} differs")
+        if self.counts_only != other.counts_only:
+            raise ValueError("a tally of counts and one of tokens cannot be added")
         domains = list(dict.fromkeys([*self.domains, *other.domains]))
         mine, theirs = (data.reindex(domain=domains, fill_value=0) for data in (mine, theirs))
         sample = self.sample and self.sample.merge(other.sample, self.domains, other.domains, domains)
-        return Tally(mine + theirs, sample)
+        return Tally(mine + theirs, sample, self.counts_only, self.ranked and other.ranked)
 
     def _repr_html_(self) -> str:
         return self.data._repr_html_()
@@ -94,35 +99,9 @@ def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | N
         ValueError: `threads` is not positive.
     """
     chosen = trace.select_layers(layers)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    local = threading.local()
-    accumulators: list[_Sums] = []
-
-    def count(index: int) -> None:
-        if not hasattr(local, "sums"):
-            local.sums = _Sums.zeros(len(trace.domains), chosen)
-            accumulators.append(local.sums)
-        sampled: dict[int, NDArray[np.int32]] = {}
-        for group in _groups(chosen):
-            part = trace.with_trace_domains(trace.parts[index].read(group, tokens=False))
-            local.sums.add(part, chosen, group)
-            if local.sums.sample is not None:
-                fresh = TokenSample.of_part(part, len(trace.domains), [layer for layer in group if _sampled(layer)])
-                sampled |= fresh.expert_ids
-        if local.sums.sample is not None:
-            local.sums.sample.absorb(TokenSample(fresh.hashes, sampled))
-
-    if threads == 1:
-        for index in range(len(trace.parts)):
-            count(index)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(count, range(len(trace.parts))))
-    total = _Sums.zeros(len(trace.domains), chosen)
-    for sums in accumulators:
-        total.merge(sums)
+    if trace.header.counts_only:
+        return _tally_counts(trace, chosen)
+    (total,) = one_pass(trace, chosen, lambda: [_Sums.zeros(len(trace.domains), chosen)], threads=threads)
     return total.labelled(trace.domains, chosen)
 
 
@@ -138,8 +117,9 @@ def choice_labels(top_k: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Sums:
-    """The arrays that the kernels add to. L layers, S layers with a table of pairs; the rest as in `kernels`."""
+    """The counter of the tally: arrays that the kernels add to. L layers; the rest as in `kernels`."""
 
+    layers: tuple[Layer, ...]
     documents_D: NDArray[np.int64]
     tokens_D: NDArray[np.int64]
     pairs_D: NDArray[np.int64]
@@ -154,6 +134,7 @@ class _Sums:
     repeats_by_pairs_LDM: NDArray[np.int64]
     pair_LDEE: NDArray[np.int64]
     sample: TokenSample | None
+    sampled: dict[int, NDArray[np.int32]]
 
     @classmethod
     def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _Sums:
@@ -169,6 +150,7 @@ class _Sums:
         loads = (len(layers), num_domains, num_choices, num_ids)
         repeats = (len(layers), num_domains, len(REPEAT_KINDS))
         return cls(
+            layers=tuple(layers),
             documents_D=zeros(num_domains),
             tokens_D=zeros(num_domains),
             pairs_D=zeros(num_domains),
@@ -183,10 +165,12 @@ class _Sums:
             repeats_by_pairs_LDM=zeros(*repeats),
             pair_LDEE=zeros(len(layers) if paired else 0, num_domains, paired_ids, paired_ids),
             sample=TokenSample.empty(num_domains, sampled) if sampled else None,
+            sampled={},
         )
 
-    def add(self, part: Part, layers: Sequence[Layer], group: Sequence[Layer]) -> None:
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part; what belongs to no layer is counted with the first group."""
+        layers = self.layers
         starts_G = part.document_starts()
         domain_G = part.domain[starts_G[:-1]].astype(np.int64)
         starts_Q = part.sequence_starts()
@@ -223,14 +207,20 @@ class _Sums:
                 kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
             else:
                 kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+        if self.sample is not None:
+            fresh = TokenSample.of_part(part, len(self.documents_D), [layer for layer in group if _sampled(layer)])
+            self.sampled.update(fresh.expert_ids)
+            if group[-1] == layers[-1]:  # the sample of this part is whole
+                self.sample.absorb(TokenSample(fresh.hashes, dict(self.sampled)))
+                self.sampled.clear()
 
     def merge(self, other: _Sums) -> None:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, np.ndarray):
                 mine += theirs
-            elif mine is not None:
-                mine.absorb(theirs)
+        if self.sample is not None and other.sample is not None:
+            self.sample.absorb(other.sample)
 
     def labelled(self, domains: Sequence[str], layers: Sequence[Layer]) -> Tally:
         def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -256,17 +246,71 @@ class _Sums:
             pair = np.zeros((len(layers), len(domains), num_ids, num_ids), np.int64)
             pair[:, :, : self.pair_LDEE.shape[2], : self.pair_LDEE.shape[3]] = self.pair_LDEE
             variables["pair"] = (("domain", "layer", "expert", "second_expert"), swap(pair), {"units": "tokens"})
-        coordinates: dict[str, Any] = {
-            "domain": list(domains),
-            "layer": [layer.layer for layer in layers],
-            "choice": choice_labels(max(layer.top_k for layer in layers)),
-            "expert": np.arange(num_ids),
-            "kind": list(REPEAT_KINDS),
-            "num_experts": ("layer", [layer.num_experts for layer in layers]),
-            "num_ids": ("layer", [layer.num_ids for layer in layers]),
-            "top_k": ("layer", [layer.top_k for layer in layers]),
-        }
-        return Tally(xr.Dataset(variables, coordinates), self.sample)
+        coordinates = _coordinates(domains, layers, choice_labels(max(layer.top_k for layer in layers)))
+        data = xr.Dataset(variables, coordinates)
+        ranked = all(layer.ranked for layer in layers)
+        return Tally(data if ranked else data.sel(choice=["either"], kind=["any"]), self.sample, ranked=ranked)
+
+
+def _coordinates(domains: Sequence[str], layers: Sequence[Layer], choices: list[str]) -> dict[str, Any]:
+    return {
+        "domain": list(domains),
+        "layer": [layer.layer for layer in layers],
+        "choice": choices,
+        "expert": np.arange(max(layer.num_ids for layer in layers)),
+        "kind": list(REPEAT_KINDS),
+        "num_experts": ("layer", [layer.num_experts for layer in layers]),
+        "num_ids": ("layer", [layer.num_ids for layer in layers]),
+        "top_k": ("layer", [layer.top_k for layer in layers]),
+    }
+
+
+def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
+    """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "either" alone."""
+    num_domains, num_layers, num_ids = len(trace.domains), len(layers), max(layer.num_ids for layer in layers)
+    documents_D, tokens_D = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
+    made_DL = np.zeros((num_domains, num_layers), np.int64)
+    loads_DLE = np.zeros((num_domains, num_layers, num_ids), np.int64)
+    made_squared_DL = np.zeros(made_DL.shape)
+    loads_squared_DLE, loads_by_made_DLE = np.zeros(loads_DLE.shape), np.zeros(loads_DLE.shape)
+    place_of_layer = np.full(max(layer.layer for layer in trace.layers) + 1, -1)
+    place_of_layer[[layer.layer for layer in layers]] = np.arange(num_layers)
+    top_k_L = np.array([layer.top_k for layer in layers])
+    for counts in trace.iter_counts():
+        starts_G = counts.document_starts()
+        codes = np.array([trace.domains.index(name) for name in counts.domain_names])
+        domain_G = codes[counts.domain[starts_G[:-1]]]
+        g = np.repeat(np.arange(len(domain_G)), np.diff(starts_G))
+        layer = place_of_layer[counts.layer]
+        asked = layer >= 0
+        g, layer, expert, y = g[asked], layer[asked], counts.expert[asked], counts.count[asked]
+        made_GL = np.zeros((len(domain_G), num_layers), np.int64)
+        np.add.at(made_GL, (g, layer), y)
+        np.add.at(documents_D, domain_G, 1)
+        np.add.at(tokens_D, domain_G, (made_GL // top_k_L).max(axis=1))
+        np.add.at(made_DL, domain_G, made_GL)
+        np.add.at(made_squared_DL, domain_G, made_GL.astype(float) ** 2)
+        at = (domain_G[g], layer, expert)
+        np.add.at(loads_DLE, at, y)
+        np.add.at(loads_squared_DLE, at, y.astype(float) ** 2)
+        np.add.at(loads_by_made_DLE, at, y.astype(float) * made_GL[g, layer])
+    repeats_DLM = np.zeros((num_domains, num_layers, len(REPEAT_KINDS)), np.int64)
+    choices, experts, kinds = ("domain", "layer", "choice"), ("domain", "layer", "choice", "expert"), "kind"
+    variables: dict[str, Any] = {
+        "documents": ("domain", documents_D, {"units": "documents"}),
+        "tokens": ("domain", tokens_D, {"units": "tokens"}),
+        "pairs": ("domain", np.zeros(num_domains, np.int64), {"units": "pairs of consecutive tokens"}),
+        "pairs_squared": ("domain", np.zeros(num_domains, np.int64)),
+        "made": (choices, made_DL[:, :, None], {"units": "assignments"}),
+        "made_squared": (choices, made_squared_DL[:, :, None]),
+        "loads": (experts, loads_DLE[:, :, None], {"units": "assignments"}),
+        "loads_squared": (experts, loads_squared_DLE[:, :, None]),
+        "loads_by_made": (experts, loads_by_made_DLE[:, :, None]),
+    }
+    names = ("repeats", "repeats_squared", "repeats_by_pairs")
+    variables |= dict.fromkeys(names, (("domain", "layer", kinds), repeats_DLM))
+    coordinates = _coordinates(trace.domains, layers, choice_labels(0))
+    return Tally(xr.Dataset(variables, coordinates), counts_only=True, ranked=False)
 
 
 def _has_pair_table(layer: Layer) -> bool:
@@ -275,16 +319,3 @@ def _has_pair_table(layer: Layer) -> bool:
 
 def _sampled(layer: Layer) -> bool:
     return layer.top_k > 1 and not _has_pair_table(layer)
-
-
-def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers read together, so that memory stays bounded whatever the number of layers."""
-    groups: list[list[Layer]] = [[]]
-    columns = 0
-    for layer in layers:
-        if groups[-1] and columns + layer.top_k > _COLUMNS_A_READ:
-            groups.append([])
-            columns = 0
-        groups[-1].append(layer)
-        columns += layer.top_k
-    return groups

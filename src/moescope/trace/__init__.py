@@ -2,13 +2,27 @@
 
 Rule of the room: the format and nothing else. It imports neither torch nor matplotlib, knows no model and no measure,
 and every file it writes is written once, checksummed and never changed again. `docs/reference/trace-format.md` is the
-format in words; `header`, `part`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the two doors.
+format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the two
+doors.
 """
 
+from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.header import FORMAT_VERSION, Header, Layer
-from moescope.trace.part import Part
+from moescope.trace.part import PHASES, Part
 from moescope.trace.reader import Trace, open_trace
 from moescope.trace.vocabulary import Vocabulary
 from moescope.trace.writer import TraceWriter
 
-__all__ = ["FORMAT_VERSION", "Header", "Layer", "Part", "Trace", "TraceWriter", "Vocabulary", "open_trace"]
+__all__ = [
+    "COUNTS_HINT",
+    "FORMAT_VERSION",
+    "PHASES",
+    "Counts",
+    "Header",
+    "Layer",
+    "Part",
+    "Trace",
+    "TraceWriter",
+    "Vocabulary",
+    "open_trace",
+]

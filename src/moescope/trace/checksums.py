@@ -69,20 +69,31 @@ def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:
                 _sync(file)
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with (folder / FILE_NAME).open("ab") as sums:
-                length = sums.tell()
-                try:
-                    sums.write(f"{digest}  {name}\n".encode())
-                    _sync(sums)
-                except OSError:
-                    os.truncate(folder / FILE_NAME, length)
-                    raise
+            enlist(folder, name, digest)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        temporary.replace(path)
-        _sync_folder(path.parent)
     return digest
+
+
+def enlist(folder: Path, name: str, digest: str) -> None:
+    """List a file that is written and synced under its temporary name, and give it its own.
+
+    Raises:
+        DiskFull: There is no room for the line; it is not listed.
+    """
+    path = folder / name
+    with no_room(folder):
+        with (folder / FILE_NAME).open("ab") as sums:
+            length = sums.tell()
+            try:
+                sums.write(f"{digest}  {name}\n".encode())
+                _sync(sums)
+            except OSError:
+                os.truncate(folder / FILE_NAME, length)
+                raise
+        path.with_name(path.name + TEMPORARY).replace(path)
+        _sync_folder(path.parent)
 
 
 def digest_file(path: Path) -> str:

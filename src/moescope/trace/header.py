@@ -75,6 +75,9 @@ class Header:
         tokenizer: Class, fingerprint and added tokens.
         corpus: Name, format, fingerprint, fields and sampling of the corpus.
         run: Window, batching, device, implementations and library versions.
+        token_ids: Whether vocabulary ids are known; some programs keep routing without them.
+        phases: Whether each token is told to be of a prompt (prefill) or generated (decode).
+        counts_only: Whether the source kept only how many assignments each expert received, and no token.
     """
 
     layers: tuple[Layer, ...]
@@ -83,11 +86,16 @@ class Header:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    token_ids: bool = True
+    phases: bool = False
+    counts_only: bool = False
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]
         if not indices or indices != sorted(set(indices)):
             raise ValueError(f"layers must be ascending, distinct and at least one, not {indices}")
+        if self.counts_only and (self.weights or self.token_ids or self.phases):
+            raise ValueError("a trace of counts has neither gate weights nor token ids nor phases")
 
     def to_json(self) -> str:
         """The text of ``trace.json``."""
@@ -120,7 +128,7 @@ class Header:
             )
         try:
             layers = tuple(Layer(**_checked(Layer, layer)) for layer in document["layers"])
-            values = {f.name: document[f.name] for f in fields(cls) if f.name != "layers"}
+            values = {f.name: document[f.name] for f in fields(cls) if f.name in document and f.name != "layers"}
             return cls(layers=layers, **_checked(cls, values))
         except (KeyError, TypeError, ValueError) as error:
             raise TraceDamaged(path, f"{FILE_NAME} is not a valid header: {error!r}") from None

@@ -1,13 +1,14 @@
 """A part of a trace: whole documents, one row a token, as arrays in memory and as one Parquet file.
 
-The columns are ``document, domain, sequence, position, token_id``, then ``L{layer}_{rank}`` (chosen expert; null = the
-assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate weight as executed).
+The columns are ``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then
+``L{layer}_{rank}`` (chosen expert; null = the assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate
+weight as executed).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,13 +19,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moescope.errors import TraceDamaged
+from moescope.errors import NotRecorded, TraceDamaged
+from moescope.trace.counts import COUNT_COLUMNS, COUNTS_HINT, Counts, check_counts
 from moescope.trace.header import Header, Layer
 
 DROPPED = -1
 """The expert id, in memory, of an assignment that was dropped by capacity; a null in the file."""
 
-TOKEN_COLUMNS = ("document", "domain", "sequence", "position", "token_id")
+PHASES = ("prefill", "decode")
+"""Names of the codes of `Part.phase`: read with others as part of a prompt, or one by one as it was generated."""
+
 ROW_GROUP_TOKENS = 131_072
 _METADATA_KEY = b"moescope"
 
@@ -39,9 +43,10 @@ class Part:
         domain_names: Labels of the domains.
         sequence: Window within the document, from 0, shape (token,).
         position: Place within the window, from 0, tokens added by the tokenizer not counted, shape (token,).
-        token_id: Vocabulary id, shape (token,).
+        token_id: Vocabulary id, shape (token,); all zero if the header says that they are not known.
         expert_ids: For each layer the chosen experts, rank 0 first, shape (token, choice); -1 = dropped.
         gate_weights: For each layer the gate weights, shape (token, choice), dimensionless; empty if not recorded.
+        phase: Code of the phase, an index into `PHASES`, shape (token,); None if the header says that it is not known.
     """
 
     document: NDArray[np.integer[Any]]
@@ -52,6 +57,7 @@ class Part:
     token_id: NDArray[np.integer[Any]]
     expert_ids: Mapping[int, NDArray[np.integer[Any]]]
     gate_weights: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    phase: NDArray[np.integer[Any]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +84,22 @@ class Part:
             self.token_id[selected],
             {layer: ids[selected] for layer, ids in self.expert_ids.items()},
             {layer: weights[selected] for layer, weights in self.gate_weights.items()},
+            None if self.phase is None else self.phase[selected],
         )
+
+
+def token_columns(header: Header) -> list[str]:
+    """Names of the columns that say which token a row is."""
+    known = ["token_id"] if header.token_ids else []
+    return ["document", "domain", "sequence", "position", *known, *(["phase"] if header.phases else [])]
+
+
+def column_names(header: Header) -> list[str]:
+    """Names of the columns of a part, in their order."""
+    if header.counts_only:
+        return list(COUNT_COLUMNS)
+    names = token_columns(header) + [name for layer in header.layers for name in layer.expert_columns()]
+    return names + ([name for layer in header.layers for name in layer.weight_columns()] if header.weights else [])
 
 
 def check(part: Part, header: Header) -> None:
@@ -90,12 +111,16 @@ def check(part: Part, header: Header) -> None:
     num_tokens = part.num_tokens
     if num_tokens == 0:
         raise ValueError("a part holds at least one token")
-    for name in TOKEN_COLUMNS:
+    if header.counts_only or (part.phase is not None) != header.phases:
+        raise ValueError("tokens and their phases must be given exactly if the header says so")
+    for name in token_columns(header):
         column = getattr(part, name)
         if column.shape != (num_tokens,) or (column < 0).any():
             raise ValueError(f"{name} must be {num_tokens} numbers from 0, found shape {column.shape}")
     if part.domain.max() >= len(part.domain_names):
         raise ValueError(f"domain code {part.domain.max()} has no name")
+    if part.phase is not None and part.phase.max() >= len(PHASES):
+        raise ValueError(f"phase code {part.phase.max()} has no name")
     _check_order(part)
     if set(part.expert_ids) != {layer.layer for layer in header.layers}:
         raise ValueError(f"expert ids are given for layers {sorted(part.expert_ids)}, the header has others")
@@ -143,13 +168,14 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
     nullable = {name for layer in header.layers if layer.drops for name in layer.expert_columns()}
     columns: dict[str, pa.Array] = {
         "document": pa.array(part.document.astype(np.uint32)),
-        "domain": pa.DictionaryArray.from_arrays(part.domain.astype(np.int32), list(part.domain_names)).cast(
-            pa.string()
-        ),
+        "domain": _labels(part.domain, part.domain_names),
         "sequence": pa.array(part.sequence.astype(np.uint32)),
         "position": pa.array(part.position.astype(np.uint32)),
-        "token_id": pa.array(part.token_id.astype(np.uint32)),
     }
+    if header.token_ids:
+        columns["token_id"] = pa.array(part.token_id.astype(np.uint32))
+    if part.phase is not None:
+        columns["phase"] = _labels(part.phase, PHASES)
     weight_names: list[str] = []
     for layer in header.layers:
         ids = part.expert_ids[layer.layer]
@@ -165,14 +191,14 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
                 weight_names.append(name)
     fields = [pa.field(name, column.type, nullable=name in nullable) for name, column in columns.items()]
     table = pa.table(columns, pa.schema(fields))
-    zstd = {"token_id": 9, "position": 3, **dict.fromkeys(weight_names, 3)}
+    zstd = {"position": 3, **({"token_id": 9} if header.token_ids else {}), **dict.fromkeys(weight_names, 3)}
     with pq.ParquetWriter(
         file,
         table.schema,
         use_dictionary=[name for name in columns if name not in zstd],
         column_encoding={
-            "token_id": "PLAIN",
             "position": "DELTA_BINARY_PACKED",
+            **({"token_id": "PLAIN"} if header.token_ids else {}),
             **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT"),
         },
         compression={name: "zstd" if name in zstd else "none" for name in columns},
@@ -181,11 +207,32 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
         data_page_size=2**20,
         max_rows_per_page=ROW_GROUP_TOKENS // 2,
         write_page_checksum=True,
-        write_statistics=list(TOKEN_COLUMNS),
+        write_statistics=token_columns(header),
         store_schema=False,
     ) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP_TOKENS)
         writer.add_key_value_metadata({_METADATA_KEY: json.dumps({"progress": progress}).encode()})
+
+
+def write_counts(file: BinaryIO, counts: Counts, progress: Mapping[str, Any]) -> None:
+    """Write a part of a trace of counts as Parquet."""
+    columns = {
+        "document": pa.array(counts.document.astype(np.uint32)),
+        "domain": _labels(counts.domain, counts.domain_names),
+        "layer": pa.array(counts.layer.astype(np.uint16)),
+        "expert": pa.array(counts.expert.astype(np.uint16)),
+        "count": pa.array(counts.count.astype(np.uint64)),
+    }
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    with pq.ParquetWriter(
+        file, pa.schema(fields), compression="zstd", write_page_checksum=True, store_schema=False
+    ) as writer:
+        writer.write_table(pa.table(columns, pa.schema(fields)))
+        writer.add_key_value_metadata({_METADATA_KEY: json.dumps({"progress": progress}).encode()})
+
+
+def _labels(codes: NDArray[np.integer[Any]], names: Sequence[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(codes.astype(np.int32), list(names)).cast(pa.string())
 
 
 def id_dtype(layer: Layer) -> type[np.uint8 | np.uint16]:
@@ -198,7 +245,7 @@ class PartFile:
 
     Attributes:
         path: The Parquet file.
-        num_tokens: Its rows.
+        num_tokens: Its rows; in a trace of counts those are no tokens.
         progress: What the recorder noted when it finished the part.
     """
 
@@ -209,10 +256,7 @@ class PartFile:
             metadata = pq.read_metadata(path)
             names = metadata.schema.names
             note = json.loads((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
-        expected = [*TOKEN_COLUMNS, *(name for layer in header.layers for name in layer.expert_columns())]
-        if header.weights:
-            expected += [name for layer in header.layers for name in layer.weight_columns()]
-        if names != expected:
+        if names != (expected := column_names(header)):
             odd = sorted(set(names) ^ set(expected)) or ["their order"]
             raise TraceDamaged(path, f"the columns are not those of the header: {', '.join(odd[:5])}")
         if not isinstance(note, dict) or not isinstance(note.get("progress"), dict):
@@ -226,44 +270,55 @@ class PartFile:
         Args:
             layers: Layers of the header.
             weights: Read the gate weights, too.
-            tokens: Read the token ids; otherwise `Part.token_id` is all zero.
+            tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
         Raises:
+            NotRecorded: It is a part of a trace of counts.
             TraceDamaged: A page fails its checksum, or a value cannot be right.
         """
+        if self._header.counts_only:
+            raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
         layers = tuple(layers)
-        wanted = [name for name in TOKEN_COLUMNS if tokens or name != "token_id"]
+        wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase")]
         wanted += [name for layer in layers for name in layer.expert_columns()]
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
+        labels = [name for name in ("domain", "phase") if name in wanted]
         with self._damage():
             with pq.ParquetFile(
-                self.path, page_checksum_verification=True, read_dictionary=["domain"], buffer_size=2**16
+                self.path, page_checksum_verification=True, read_dictionary=labels, buffer_size=2**16
             ) as file:
                 table = file.read(wanted, use_threads=False)
             if table.num_rows != self.num_tokens:
                 raise ValueError(f"{table.num_rows} rows, expected {self.num_tokens}")
-            domain = table["domain"].combine_chunks()
-            domain = domain.combine_chunks() if isinstance(domain, pa.ChunkedArray) else domain
-            names = tuple(domain.dictionary.to_pylist())
-            if domain.null_count or domain.indices.null_count or pc.max(domain.indices).as_py() >= len(names):
-                raise ValueError("column domain has nulls or codes without a name")
+            domain, names = _codes(table, "domain")
             part = Part(
                 _numbers(table, "document"),
-                domain.indices.to_numpy(zero_copy_only=False),
+                domain,
                 names,
                 _numbers(table, "sequence"),
                 _numbers(table, "position"),
-                _numbers(table, "token_id") if tokens else np.zeros(self.num_tokens, np.uint32),
+                _numbers(table, "token_id") if "token_id" in wanted else np.zeros(self.num_tokens, np.uint32),
                 {layer.layer: _expert_ids(table, layer) for layer in layers},
                 {layer.layer: _gate_weights(table, layer) for layer in layers} if weights else {},
+                _phase(table) if "phase" in wanted else None,
             )
             _check_order(part)
         return part
 
-    def documents(self) -> NDArray[np.integer[Any]]:
-        """The documents of the part in their order, shape (document,)."""
-        with self._damage(), pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            document = _numbers(file.read(["document"], use_threads=False), "document")
-        return document[_run_starts(document)[:-1]]
+    def read_counts(self) -> Counts:
+        """Read a part of a trace of counts.
+
+        Raises:
+            TraceDamaged: A page fails its checksum, or a value cannot be right.
+        """
+        with self._damage():
+            with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
+                table = file.read(list(COUNT_COLUMNS), use_threads=False)
+            domain, names = _codes(table, "domain")
+            numbers = (_numbers(table, name) for name in COUNT_COLUMNS if name != "domain")
+            document, layer, expert, count = (column.astype(np.int64) for column in numbers)
+            counts = Counts(document, domain, names, layer, expert, count)
+            check_counts(counts, self._header)
+        return counts
 
     def _damage(self) -> _Damage:
         return _Damage(self.path)
@@ -291,6 +346,23 @@ def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
     if column.null_count:
         raise ValueError(f"column {name} has nulls")
     return column.to_numpy()
+
+
+def _codes(table: pa.Table, name: str) -> tuple[NDArray[np.integer[Any]], tuple[str, ...]]:
+    """Codes of a column of labels, and the labels."""
+    column = table[name].combine_chunks()
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    names = tuple(column.dictionary.to_pylist())
+    if column.null_count or column.indices.null_count or pc.max(column.indices).as_py() >= len(names):
+        raise ValueError(f"column {name} has nulls or codes without a name")
+    return column.indices.to_numpy(zero_copy_only=False), names
+
+
+def _phase(table: pa.Table) -> NDArray[np.integer[Any]]:
+    codes, names = _codes(table, "phase")
+    if unknown := set(names) - set(PHASES):
+        raise ValueError(f"column phase holds {min(unknown)!r}, expected {' or '.join(PHASES)}")
+    return np.array([PHASES.index(name) for name in names], np.uint8)[codes]
 
 
 def _expert_ids(table: pa.Table, layer: Layer) -> NDArray[np.integer[Any]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged, TraceNotFound
 from moescope.trace import checksums, header, vocabulary
+from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.header import Header, Layer
 from moescope.trace.part import Part, PartFile
 from moescope.trace.vocabulary import Vocabulary
@@ -50,7 +51,13 @@ class Trace:
 
     @property
     def num_tokens(self) -> int:
-        """Recorded tokens."""
+        """Recorded tokens; in a trace of counts, the most assignments of a layer over its top-k."""
+        if self.header.counts_only:
+            totals = {layer.layer: 0 for layer in self.layers}
+            for counts in self.iter_counts():
+                for layer in totals:
+                    totals[layer] += int(counts.count[counts.layer == layer].sum())
+            return max(totals[layer.layer] // layer.top_k for layer in self.layers)
         return sum(part.num_tokens for part in self.parts)
 
     @cached_property
@@ -60,7 +67,7 @@ class Trace:
         documents = [np.zeros(0, np.int64)]
         owners = [np.zeros(0, np.int64)]
         for index, file in enumerate(self.parts):
-            part = file.read((), tokens=False)
+            part = file.read_counts() if self.header.counts_only else file.read((), tokens=False)
             starts = part.document_starts()[:-1]
             domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
             documents.append(part.document[starts].astype(np.int64))
@@ -118,11 +125,11 @@ class Trace:
         Raises:
             NoSuchLayer: A layer was not recorded.
             NoSuchDomain: A domain is not in the trace.
-            NotRecorded: Gate weights are asked for and were not recorded.
+            NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
             TraceDamaged: A page fails its checksum.
         """
+        self.need_tokens(weights=weights)
         chosen = self.select_layers(layers)
-        self._need_weights(weights)
         kept = None if domains is None else [self._domain_code(name) for name in domains]
         for file in self.parts:
             part = self.with_trace_domains(file.read(chosen, weights=weights))
@@ -130,6 +137,15 @@ class Trace:
                 part = part.rows(np.isin(part.domain, kept))
             if part.num_tokens:
                 yield part
+
+    def iter_counts(self) -> Iterator[Counts]:
+        """Read a trace of counts part by part; domain codes index the names of each part.
+
+        Raises:
+            TraceDamaged: A page fails its checksum.
+        """
+        for file in self.parts:
+            yield file.read_counts()
 
     def document(self, number: int, layers: Iterable[int] | None = None, *, weights: bool = False) -> Part:
         """The rows of one document.
@@ -140,14 +156,15 @@ class Trace:
             weights: Read the gate weights, too.
         Raises:
             NoSuchDocument: The trace does not hold it.
+            NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
         """
+        self.need_tokens(weights=weights)
         _, numbers, owners = self._contents
         place = np.flatnonzero(numbers == number)
         if not len(place):
             near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
             hint = f"documents near it: {', '.join(str(n) for n in sorted(near))}" if len(near) else None
             raise NoSuchDocument(self.path, f"document {number} is not in the trace ({len(numbers)} are)", hint)
-        self._need_weights(weights)
         part = self.parts[owners[place[0]]].read(self.select_layers(layers), weights=weights)
         return self.with_trace_domains(part.rows(part.document == number))
 
@@ -166,6 +183,7 @@ class Trace:
             part.token_id,
             part.expert_ids,
             part.gate_weights,
+            part.phase,
         )
 
     def verify(self) -> list[TraceDamaged]:
@@ -176,7 +194,26 @@ class Trace:
         """
         return verify(self.path)
 
-    def _need_weights(self, weights: bool) -> None:
+    def need_text(self, layers: Iterable[int] | None = None) -> None:
+        """Refuse a trace from which a text with the first choice of each token cannot be had.
+
+        Raises:
+            NotRecorded: It has no tokens or no token ids, or does not say which choice is the first.
+        """
+        self.need_tokens()
+        if not self.header.token_ids:
+            raise NotRecorded(self.path, "has no token ids, so its text is not known")
+        if not all(layer.ranked for layer in self.select_layers(layers)):
+            raise NotRecorded(self.path, "does not say which of a token's choices is the first")
+
+    def need_tokens(self, *, weights: bool = False) -> None:
+        """Refuse a trace of counts and, if they are needed, one without gate weights.
+
+        Raises:
+            NotRecorded: It has no tokens, or no gate weights.
+        """
+        if self.header.counts_only:
+            raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
         if weights and not self.header.weights:
             raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
 
@@ -262,7 +299,10 @@ def verify(path: Path) -> list[TraceDamaged]:
     try:
         trace = open_trace(path)
         for file in trace.parts:
-            file.read(trace.layers, weights=trace.header.weights)
+            if trace.header.counts_only:
+                file.read_counts()
+            else:
+                file.read(trace.layers, weights=trace.header.weights)
         _ = trace.num_documents, trace.vocabulary
         tokens = (trace.summary or {}).get("tokens", trace.num_tokens)
         if tokens != trace.num_tokens:

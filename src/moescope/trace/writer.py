@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from moescope.errors import TraceBusy, TraceExists, TraceMismatch
 from moescope.trace import checksums, header, part, vocabulary
+from moescope.trace.counts import Counts, check_counts
 from moescope.trace.header import Header
 from moescope.trace.part import Part
 from moescope.trace.reader import PARTS, SUMMARY, open_parts, part_name, read_header
@@ -42,8 +43,7 @@ class TraceWriter:
         self.path = Path(path)
         self.header = header
         self._lock: int | None = None
-        if self.path.exists() and not self._is_ours():
-            raise TraceExists(self.path, "exists and is not a trace", "choose another output")
+        refuse_foreign(self.path)
         with checksums.no_room(self.path):
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -55,13 +55,6 @@ class TraceWriter:
         except BaseException:
             self.close()
             raise
-
-    def _is_ours(self) -> bool:
-        """A trace, or the empty folder or the beginnings of one."""
-        if not self.path.is_dir():
-            return False
-        names = {child.name.removesuffix(checksums.TEMPORARY) for child in self.path.iterdir()}
-        return names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}
 
     def _acquire(self) -> None:
         if fcntl is None:  # pragma: no cover
@@ -112,19 +105,23 @@ class TraceWriter:
         checksums.commit(self.path, vocabulary.FILE_NAME, pieces.write)
         checksums.commit(self.path, header.FILE_NAME, _writer(self.header.to_json().encode()))
 
-    def write(self, rows: Part, progress: Mapping[str, Any]) -> None:
+    def write(self, rows: Part | Counts, progress: Mapping[str, Any]) -> None:
         """Write the next part; when this returns, no kill and no crash can lose it.
 
         Args:
-            rows: Whole documents.
+            rows: Whole documents; counts if the header says so.
             progress: JSON-able note from which the recorder goes on after this part.
         Raises:
             ValueError: The part contradicts the header or the format.
             DiskFull: There is no room; the parts before this one are kept.
         """
-        part.check(rows, self.header)
         name = part_name(len(self.progress))
-        checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
+        if isinstance(rows, Counts):
+            check_counts(rows, self.header)
+            checksums.commit(self.path, name, lambda file: part.write_counts(file, rows, progress))
+        else:
+            part.check(rows, self.header)
+            checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
         self.progress.append(dict(progress))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -147,6 +144,21 @@ class TraceWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a path that holds anything but a trace, an empty folder or the beginnings of a trace.
+
+    Raises:
+        TraceExists: It does; it is never replaced.
+    """
+    if path.is_dir():
+        names = {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()}
+        if names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}:
+            return
+    elif not path.exists():
+        return
+    raise TraceExists(path, "exists and is not a trace", "choose another output")
 
 
 def _writer(text: bytes) -> Callable[[BinaryIO], None]:

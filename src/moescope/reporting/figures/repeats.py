@@ -30,7 +30,8 @@ def draw_repeats(repeats: xr.Dataset) -> Figure:
     """
     marks = style.domain_marks(repeats["domain"].values.tolist())
     top_k = int(repeats["top_k"].values.max())
-    kinds = ["first"] if top_k == 1 else ["first", "any"]
+    kinds = [kind for kind in ("first", "any") if kind in repeats["kind"].values]
+    kinds = kinds[:1] if top_k == 1 else kinds
     with style.style():
         handles = [
             *style.line_handles(marks),

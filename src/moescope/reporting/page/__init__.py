@@ -76,8 +76,8 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
 
     Args:
         results: What the report is of.
-        figures: Named shares, choices, divergence, repeats and tokens.
-        tables: Named repeats, words and divergence.
+        figures: Named shares and divergence; choices, repeats and tokens if the trace can tell.
+        tables: Named divergence; repeats and words if the trace can tell.
     """
     folder = resources.files(__package__)
     css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))
@@ -93,6 +93,8 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
         model=_model_name(results),
         complete=results.trace.complete,
         facts=list(_facts(results)),
+        lacks=list(_lacks(results)),
+        warnings=[_tied(visible(warning)) for warning in results.warnings],
         provenance=list(_provenance(results)),
         claims=[
             {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
@@ -152,11 +154,22 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
     layers = trace.layers
     experts = sorted({layer.num_experts for layer in layers})
     top_k = sorted({layer.top_k for layer in layers})
-    yield "Tokens", count(trace.num_tokens), f"of {count(trace.num_documents)} documents"
+    of = "counted in {} documents or passes" if trace.header.counts_only else "of {} documents"
+    yield "Tokens", count(trace.num_tokens), of.format(count(trace.num_documents))
     corpus = trace.header.corpus.get("name")
     yield "Domains", count(len(trace.domains)), f"in {visible(str(corpus))}" if corpus else ""
     yield "Layers with experts", count(len(layers)), f"{layers[0].layer} to {layers[-1].layer}"
     yield "Experts a layer", " or ".join(map(str, experts)), f"{' or '.join(map(str, top_k))} chosen a token"
+
+
+def _lacks(results: Results) -> Iterator[str]:
+    """What the trace cannot tell, and so what the page leaves out."""
+    if results.repeats is None:
+        yield "The trace holds counts of assignments and no tokens: what follows is what counts can tell."
+    elif not results.trace.header.token_ids:
+        yield "The trace has no token ids: nothing can be said of words, and no text can be shown."
+    if results.repeats is not None and "first" not in results.repeats["kind"].values:
+        yield "The trace does not say which choice of a token is the first: all choices are taken together."
 
 
 def _provenance(results: Results) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,142 @@
+"""Plain numpy arrays as a trace, for whoever has routing in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moescope.importers.documents import Model, RoutedDocument
+from moescope.importers.findings import Findings, Options
+from moescope.importers.writing import write
+from moescope.trace import Trace, Vocabulary
+
+
+def from_arrays(
+    path: str | Path,
+    expert_ids: Mapping[int, ArrayLike] | ArrayLike,
+    *,
+    num_experts: int,
+    layers: Sequence[int] | None = None,
+    gate_weights: Mapping[int, ArrayLike] | ArrayLike | None = None,
+    token_ids: ArrayLike | None = None,
+    documents: ArrayLike | None = None,
+    sequences: ArrayLike | None = None,
+    domains: str | Sequence[str] = "arrays",
+    phases: ArrayLike | None = None,
+    ranked: bool = False,
+    model: str = "",
+    vocabulary: Vocabulary | None = None,
+    force: bool = False,
+) -> Trace:
+    """Write arrays as a trace.
+
+    Args:
+        path: Folder of the trace to write.
+        expert_ids: Chosen experts, ids from 0, -1 where no expert ran: shape (layer, token, choice), or for each layer
+            an array of shape (token, choice).
+        num_experts: Routed experts of a layer.
+        layers: Index of each layer in the whole model; from 0 if not given. Not with a mapping.
+        gate_weights: Factors that multiplied the experts' outputs, shaped like `expert_ids`; choices are put in their
+            order, the largest first.
+        token_ids: Vocabulary ids, shape (token,).
+        documents: Which document a token is of, shape (token,); a document's tokens follow each other. One if not
+            given.
+        sequences: Which sequence a token is of, shape (token,); pairs of tokens never cross from one to the next.
+        domains: The label of all documents, or one a token.
+        phases: Whether a token was generated (1) or part of a prompt (0), shape (token,).
+        ranked: Whether choices stand in order of gate weight; not needed with gate weights.
+        model: Name of the model.
+        vocabulary: Text pieces of the token ids.
+        force: Replace a finished trace.
+    Returns:
+        The finished trace.
+    Raises:
+        ValueError: Shapes do not fit, or a document's tokens do not follow each other.
+        ImportMalformed: A value cannot be right, such as an id beyond the experts or an expert chosen twice.
+        TraceExists: There is a finished trace already.
+    """
+    by_layer = _by_layer(expert_ids, layers, "iu")
+    shapes = {layer: ids.shape for layer, ids in by_layer.items()}
+    if not shapes or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"expert_ids must be (layer, token, choice), or (token, choice) a layer, found {shapes}")
+    num_tokens = next(iter(shapes.values()))[0]
+    if any(shape[0] != num_tokens for shape in shapes.values()) or not num_tokens:
+        raise ValueError(f"all layers must have the same tokens, at least one, found {shapes}")
+    weights = {} if gate_weights is None else _by_layer(gate_weights, layers, "fiu")
+    if weights and {layer: array.shape for layer, array in weights.items()} != shapes:
+        raise ValueError("gate_weights must be shaped like expert_ids")
+    columns = {
+        name: None if values is None else np.asarray(values)
+        for name, values in {
+            "token_ids": token_ids,
+            "documents": documents,
+            "sequences": sequences,
+            "phases": phases,
+        }.items()
+    }
+    for name, column in columns.items():
+        if column is not None and (column.shape != (num_tokens,) or column.dtype.kind not in "iub"):
+            raise ValueError(f"{name} must be {num_tokens} whole numbers, found {column.dtype} of shape {column.shape}")
+    labels = None if isinstance(domains, str) else list(domains)
+    if labels is not None and len(labels) != num_tokens:
+        raise ValueError(f"domains must be one label, or {num_tokens}, found {len(labels)}")
+    if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
+        raise ValueError("phases must be 0 (prompt) or 1 (generated)")
+
+    def read() -> Generator[RoutedDocument, None, None]:
+        numbers = columns["documents"]
+        ends = np.append(_changes(numbers), num_tokens) if numbers is not None else np.array([num_tokens])
+        starts = np.append(0, ends[:-1])
+        if numbers is not None and len(np.unique(numbers[starts])) != len(starts):
+            raise ValueError("the tokens of a document must follow each other")
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            here = slice(start, end)
+            domain = domains if isinstance(domains, str) else str(labels[start]) if labels else ""
+            if labels is not None and any(label != labels[start] for label in labels[here]):
+                raise ValueError(f"a document has one domain; tokens {start} to {end - 1} have several")
+            began = None
+            if (sequence := columns["sequences"]) is not None:
+                began = np.append(True, np.diff(sequence[here]) != 0)
+            chosen, phase = columns["token_ids"], columns["phases"]
+            yield RoutedDocument(
+                f"arrays, tokens {start} to {end - 1}",
+                domain,
+                {layer: ids[here] for layer, ids in by_layer.items()},
+                {layer: array[here] for layer, array in weights.items()},
+                None if chosen is None else chosen[here],
+                began,
+                None if phase is None else phase[here].astype(np.uint8),
+                ranked=ranked,
+                model=Model(model, num_experts),
+            )
+
+    corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}
+    run = {"importer": "arrays", "source": "numpy"}
+    return write(Path(path), read(), Options(), Findings(), corpus=corpus, run=run, vocabulary=vocabulary, force=force)
+
+
+def _by_layer(
+    values: Mapping[int, ArrayLike] | ArrayLike, layers: Sequence[int] | None, kinds: str
+) -> dict[int, NDArray[Any]]:
+    if isinstance(values, Mapping):
+        if layers is not None:
+            raise ValueError("layers are the keys of a mapping already")
+        found = {int(layer): np.asarray(array) for layer, array in sorted(values.items())}
+    else:
+        array = np.asarray(values)
+        indices = range(len(array)) if layers is None else layers
+        if len(indices) != len(array):
+            raise ValueError(f"layers must be {len(array)} indices, found {len(indices)}")
+        found = dict(zip(map(int, indices), array, strict=True))
+    for layer, array in found.items():
+        if array.dtype.kind not in kinds:
+            raise ValueError(f"layer {layer} holds {array.dtype}, expected numbers of kind {kinds!r}")
+    return found
+
+
+def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
+    return np.flatnonzero(values[1:] != values[:-1]) + 1

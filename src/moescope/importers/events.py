@@ -1,0 +1,235 @@
+"""Routing that comes one event a row, in any order: gathered to documents, with bounded memory.
+
+An event is one assignment: a document's token chose an expert in a layer. Events wait on disk beside the trace once
+they are many, and come back a bucket of documents at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.errors import ImportMalformed, ImportTooLarge
+from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
+from moescope.importers.findings import Findings
+
+MAX_DOCUMENTS = 1 << 20
+MAX_DOCUMENT_EVENTS = 1 << 24
+"""Assignments of one document, which must be held in memory."""
+BUCKET_EVENTS = 1 << 22
+"""Assignments that are sorted at a time."""
+
+EVENT = np.dtype(
+    [
+        ("document", "<u4"),
+        ("token", "<i8"),
+        ("layer", "<u2"),
+        ("slot", "<u2"),
+        ("expert", "<i4"),
+        ("weight", "<f4"),
+        ("token_id", "<i8"),
+        ("phase", "i1"),
+    ]
+)
+UNKNOWN = -1
+"""In `token_id` and `phase`: the file does not say it."""
+
+Event = tuple[int, int, int, int, int, float, int, int]
+"""The fields of `EVENT` in their order; a weight that is unknown is NaN."""
+
+
+@dataclass
+class Documents:
+    """The documents that events are of, by the keys of the file."""
+
+    places: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    _numbers: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def number(self, key: tuple[object, ...], domain: str, place: str) -> int:
+        """The number of a document, from 0 in order of appearance."""
+        found = self._numbers.get(key)
+        if found is None:
+            found = self._numbers[key] = len(self._numbers)
+            if found >= MAX_DOCUMENTS:
+                raise ImportTooLarge(place, f"begins document number {found + 1:,}", "is the right field taken for it?")
+            self.places.append(place)
+            self.domains.append(domain)
+        return found
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What holds for all events of a file.
+
+    Attributes:
+        weights: Whether gate weights are there.
+        ranked: Whether slots are in order of gate weight.
+        model: What the file says of the model.
+    """
+
+    weights: bool
+    ranked: bool
+    model: Model = NO_MODEL
+
+
+def gather(
+    batches: Iterable[NDArray[Any]], documents: Documents, meaning: Meaning, findings: Findings
+) -> Generator[RoutedDocument, None, None]:
+    """Turn batches of events, dtype `EVENT`, into documents, in order of appearance.
+
+    Raises:
+        ImportMalformed: A token's choice of a layer comes twice.
+        ImportTooLarge: A document has more assignments than can be held in memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="moescope-events-") as folder:
+        spool = _EventSpool(Path(folder))
+        for batch in batches:
+            spool.put(batch)
+        for bucket in spool.buckets(documents):
+            starts = np.flatnonzero(np.diff(bucket["document"], prepend=-1))
+            for events in np.split(bucket, starts[1:]):
+                number = int(events["document"][0])
+                yield _document(events, documents.domains[number], documents.places[number], meaning, findings)
+
+
+def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
+    """Events as arrays, a hundred thousand at a time."""
+    waiting: list[Event] = []
+    for event in events:
+        waiting.append(event)
+        if len(waiting) == 100_000:
+            yield _array(waiting)
+            waiting = []
+    if waiting:
+        yield _array(waiting)
+
+
+def _array(events: list[Event]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # a weight beyond float32 is infinite, and told of as such
+        return np.array(events, EVENT)
+
+
+class _EventSpool:
+    """Events in the order they came, in memory up to a bucket and on disk beyond."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._memory: list[NDArray[Any]] = []
+        self._length = 0
+        self._file = folder / "events"
+        self._sizes = np.zeros(1024, np.int64)
+
+    def put(self, batch: NDArray[Any]) -> None:
+        sizes = np.bincount(batch["document"])
+        if len(sizes) > len(self._sizes):
+            self._sizes = np.concatenate([self._sizes, np.zeros(2 * len(sizes), np.int64)])
+        self._sizes[: len(sizes)] += sizes
+        self._memory.append(batch)
+        self._length += len(batch)
+        if self._length > BUCKET_EVENTS:
+            self._spill(self._file, np.concatenate(self._memory))
+            self._memory = []
+            self._length = 0
+
+    def buckets(self, documents: Documents) -> Iterator[NDArray[Any]]:
+        """Events of whole documents, sorted by document, token, layer and slot."""
+        largest = int(self._sizes.argmax())
+        if self._sizes[largest] > MAX_DOCUMENT_EVENTS:
+            raise ImportTooLarge(
+                documents.places[largest],
+                f"begins a document of {self._sizes[largest]:,} assignments, expected at most {MAX_DOCUMENT_EVENTS:,}",
+                "is there a field that says where a document ends?",
+            )
+        if not self._file.exists():
+            if self._memory:
+                yield _sorted(np.concatenate(self._memory))
+            return
+        if self._memory:
+            self._spill(self._file, np.concatenate(self._memory))
+            self._memory = []
+        bucket_of = np.cumsum(self._sizes) // BUCKET_EVENTS
+        with self._file.open("rb") as file:
+            while len(events := np.frombuffer(file.read(EVENT.itemsize << 20), EVENT)):
+                wanted = bucket_of[events["document"]]
+                order = np.argsort(wanted, kind="stable")
+                for part in np.split(order, np.flatnonzero(np.diff(wanted[order])) + 1):
+                    self._spill(self._folder / f"bucket{wanted[part[0]]}", events[part])
+        self._file.unlink()
+        for bucket in range(int(bucket_of[-1]) + 1):
+            path = self._folder / f"bucket{bucket}"
+            if path.exists():
+                yield _sorted(np.fromfile(path, EVENT))
+                path.unlink()
+
+    @staticmethod
+    def _spill(path: Path, events: NDArray[Any]) -> None:
+        with path.open("ab") as file:
+            events.tofile(file)
+
+
+def _sorted(events: NDArray[Any]) -> NDArray[Any]:
+    return events[np.lexsort((events["slot"], events["layer"], events["token"], events["document"]))]
+
+
+def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, findings: Findings) -> RoutedDocument:
+    """The routing of one document, its events sorted; tokens that do not follow each other begin a sequence."""
+    token, layer, slot = events["token"], events["layer"], events["slot"]
+    twice = (token[1:] == token[:-1]) & (layer[1:] == layer[:-1]) & (slot[1:] == slot[:-1])
+    if twice.any():
+        at = int(np.flatnonzero(twice)[0])
+        raise ImportMalformed(
+            f"{place}, token {token[at]}, layer {layer[at]}",
+            "comes twice in one document",
+            "does the file hold several recordings, or is there a field that tells documents apart?",
+        )
+    new_token = np.append(True, token[1:] != token[:-1])
+    row = np.cumsum(new_token) - 1
+    tokens = token[new_token]
+    starts = np.append(True, np.diff(tokens) != 1)
+    if starts[1:].any():
+        findings.count("gaps in the numbers of tokens begin a new sequence", int(starts[1:].sum()))
+    ids, weights = {}, {}
+    layers = np.unique(layer).tolist()
+    if len(layers) * len(tokens) > 1 << 26:
+        raise ImportTooLarge(place, f"begins a document of {len(tokens):,} tokens and {len(layers)} layers")
+    for index in layers:
+        mine = layer == index
+        rows, slots = row[mine], slot[mine]
+        first = np.append(True, rows[1:] != rows[:-1])
+        rank = np.arange(len(rows)) - np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
+        if (slots != rank).any():
+            findings.count("assignments stand in slots that do not count from 0", int((slots != rank).sum()))
+        width = int(rank.max()) + 1
+        if len(tokens) * width > 1 << 26:
+            raise ImportTooLarge(place, f"begins a document with a token of {width} choices in layer {index}")
+        ids[index] = np.full((len(tokens), width), -1, np.int32)
+        ids[index][rows, rank] = events["expert"][mine]
+        if meaning.weights:
+            weights[index] = np.zeros((len(tokens), width), np.float32)
+            weights[index][rows, rank] = events["weight"][mine]
+    known = events["token_id"][new_token]
+    same = events["token_id"] == known[row]
+    if not same.all():
+        at = int(np.flatnonzero(~same)[0])
+        raise ImportMalformed(
+            f"{place}, token {token[at]}", f"has token ids {known[row[at]]} and {events['token_id'][at]}, expected one"
+        )
+    phase = events["phase"][new_token]
+    return RoutedDocument(
+        place,
+        domain,
+        ids,
+        weights,
+        known if (known != UNKNOWN).all() else None,
+        starts,
+        phase.astype(np.uint8) if (phase != UNKNOWN).all() else None,
+        ranked=meaning.ranked,
+        model=meaning.model,
+    )

@@ -1,0 +1,177 @@
+"""The formats by name, and the one door to all of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import moescope
+from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.files import find, fingerprint
+from moescope.importers.findings import Findings, Options
+from moescope.importers.writing import write
+from moescope.trace import Trace, Vocabulary
+
+Reader = Callable[[Sequence[Path], Options, Findings], Generator[RoutedDocument | CountedDocument, None, None]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that can be imported.
+
+    Attributes:
+        source: The program that writes it.
+        files: What its files are.
+        gives: ``tokens``, ``counts``, or both.
+        document: What a document of the trace is.
+        reader: Module and function that read it.
+        folder: What is read of a folder; empty if a folder cannot be given.
+    """
+
+    source: str
+    files: str
+    gives: str
+    document: str
+    reader: str
+    folder: str = ""
+
+    def read(self) -> Reader:
+        """The function that reads it, imported now."""
+        module, _, name = self.reader.partition(":")
+        reader: Reader = getattr(importlib.import_module(f"moescope.importers.{module}"), name)
+        return reader
+
+
+FORMATS: Mapping[str, Format] = {
+    "sglang": Format(
+        "SGLang expert distribution recorder",
+        "`.pt` of the modes per_token, per_pass, stat, stat_approx",
+        "tokens (per_token), counts (the others)",
+        "forward pass",
+        "sglang:read",
+        "expert_distribution_recorder_*.pt",
+    ),
+    "sglang-csv": Format(
+        "SGLang 0.4.5",
+        "`expert_distribution_rank*.csv`",
+        "counts",
+        "file",
+        "sglang:read_csv",
+        "expert_distribution_rank*.csv",
+    ),
+    "sglang-returned": Format(
+        "SGLang `return_routed_experts`",
+        "raw int32, base64, `.npy`, JSON of the HTTP server",
+        "tokens",
+        "answer",
+        "routed_experts:read",
+    ),
+    "vllm": Format(
+        "vLLM `--enable-return-routed-experts`",
+        "`.npy`, base64 of one, JSON of the HTTP server",
+        "tokens",
+        "answer",
+        "routed_experts:read",
+    ),
+    "imatrix": Format("llama.cpp `llama-imatrix`", "GGUF", "counts", "file", "imatrix:read"),
+    "bigmoeonedge": Format("BigMoeOnEdge `--route-trace`", "CSV", "tokens", "turn", "bigmoeonedge:read"),
+    "gpt-oss": Format("GPT-OSS-MoE-ExpertFingerprinting", "`*_examples.json`", "tokens", "example", "gpt_oss:read"),
+    "jsonl": Format(
+        "any logger", "JSON lines with named fields", "tokens", "as a field says, else file", "named:read_jsonl"
+    ),
+    "csv": Format("any logger", "CSV with named columns", "tokens", "as a column says, else file", "named:read_csv"),
+    "parquet": Format(
+        "any logger",
+        "Parquet with named columns",
+        "tokens",
+        "as a column says, else file",
+        "named:read_parquet",
+        "*.parquet",
+    ),
+    "moe-policylang": Format(
+        "moe-policylang", "JSON lines with a header line, Parquet", "tokens", "prompt", "policylang:read"
+    ),
+    "megatron": Format(
+        "Megatron-LM router trace",
+        "`router_trace_rank*.jsonl`",
+        "tokens",
+        "forward pass of a rank",
+        "megatron:read",
+        "router_trace_rank*.jsonl",
+    ),
+    "tensorrt-llm": Format(
+        "TensorRT-LLM expert statistics",
+        "folder with `meta_info.json` and `rank*.safetensors`",
+        "counts",
+        "iteration",
+        "tensorrt_llm:read",
+        "rank*.safetensors",
+    ),
+    "olmoe": Format("OLMoE `run_moe_analysis.py`", "JSON lines", "tokens", "line", "olmoe:read"),
+}
+
+
+def import_trace(
+    format: str,
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    num_layers: int | None = None,
+    layers: Sequence[int] | None = None,
+    domain: str | None = None,
+    model: str | None = None,
+    ranked: bool = False,
+    fields: Mapping[str, str] | None = None,
+    vocabulary: Vocabulary | None = None,
+    force: bool = False,
+) -> Trace:
+    """Make a trace of what another program recorded.
+
+    Args:
+        format: One of `FORMATS`.
+        files: Files, or folders where the format is one of folders.
+        out: Folder of the trace to write.
+        num_experts: Routed experts of a layer, where the files do not say it.
+        top_k: Experts chosen a token, where the files do not say it.
+        num_layers: Layers of the model, dense ones included.
+        layers: Layers with routed experts, counted over the whole model.
+        domain: Label of all documents; else what the files say, else the name of each file.
+        model: Name of the model.
+        ranked: Whether choices stand in order of gate weight although the files have no weights.
+        fields: Names of columns by what they hold (`named.NAMES`), for jsonl, csv and parquet.
+        vocabulary: Text pieces of the token ids.
+        force: Replace a finished trace.
+    Returns:
+        The finished trace; what looked odd is in its summary, under ``warnings``.
+    Raises:
+        ValueError: The format is unknown, or a number is below 1.
+        ForeignTraceError: A file is missing, cannot be right, or does not say enough.
+        TraceExists: There is a finished trace already.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is none of {', '.join(FORMATS)}")
+    for name, value in (("num_experts", num_experts), ("top_k", top_k), ("num_layers", num_layers)):
+        if value is not None and not 1 <= value <= 2**16:
+            raise ValueError(f"{name} is {value}, expected 1 to 65536")
+    if layers is not None and (not layers or sorted(set(layers)) != list(layers) or not 0 <= layers[-1] < 2**16):
+        raise ValueError(f"layers must be ascending, distinct and at least one, found {list(layers)[:20]}")
+    chosen = FORMATS[format]
+    paths = [Path(file) for file in files]
+    found = find(paths, chosen.folder or None)
+    options = Options(
+        num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {}
+    )
+    findings = Findings()
+    given = {name: value for name, value in vars(options).items() if value and name not in ("domain", "model")}
+    corpus = {
+        "name": paths[0].name if len(paths) == 1 else f"{len(found)} files",
+        "format": format,
+        "fingerprint": fingerprint(found),
+    }
+    run = {"importer": format, "source": chosen.source, "moescope": moescope.__version__, **given}
+    documents = chosen.read()(paths, options, findings)
+    return write(Path(out), documents, options, findings, corpus=corpus, run=run, vocabulary=vocabulary, force=force)

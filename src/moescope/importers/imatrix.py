@@ -1,0 +1,70 @@
+"""llama.cpp importance matrices (GGUF): how many tokens each expert of a layer received; a document is a file.
+
+The matrix counts for each of the gate, up and down projections; all three see the tokens of one router.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moescope.errors import ImportMalformed, ImportNotFound
+from moescope.importers import gguf
+from moescope.importers.documents import CountedDocument, Model
+from moescope.importers.files import find, stem
+from moescope.importers.findings import Findings, Options
+
+_COUNTS = re.compile(r"blk\.(\d{1,5})\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
+
+
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
+    """One document a file.
+
+    Raises:
+        ForeignTraceError: A file is something else, or its counts are no counts.
+    """
+    for path in find(paths):
+        file = gguf.read(path)
+        if (kind := file.metadata.get("general.type")) != "imatrix":
+            raise ImportMalformed(path, f"is a GGUF file of type {str(kind)[:40]!r}, expected 'imatrix'")
+        counts: dict[int, np.ndarray] = {}
+        for name in sorted(file.tensors):
+            if match := _COUNTS.fullmatch(name):
+                layer = int(match[1])
+                found = file.f32(name)
+                if found.ndim not in (1, 2) or found.size != max(found.shape, default=0):
+                    raise ImportMalformed(
+                        f"{path}, {name}", f"has the shape {found.shape}, expected one count an expert"
+                    )
+                values = found.reshape(-1)
+                if not np.isfinite(values).all() or (values < 0).any() or (values != np.floor(values)).any():
+                    raise ImportMalformed(f"{path}, {name}", "holds numbers that are no counts")
+                if (values >= 2**53).any():
+                    raise ImportMalformed(f"{path}, {name}", f"counts {values.max()} tokens")
+                whole = values.astype(np.int64)
+                if layer in counts and not np.array_equal(counts[layer], whole):
+                    findings.warn(f"{path}: the projections of layer {layer} count differently; the first was taken")
+                counts.setdefault(layer, whole)
+                if (values >= 2**24).any():
+                    findings.warn(f"{path}: counts from 16,777,216 on are rounded to float32")
+        if not counts:
+            raise ImportNotFound(path, "holds no counts of experts", "is it of a model with routed experts?")
+        yield CountedDocument(str(path), options.domain or stem(path), counts, _model(file, counts, options, findings))
+
+
+def _model(file: gguf.Gguf, counts: dict[int, np.ndarray], options: Options, findings: Findings) -> Model:
+    """Top-k, from the number of tokens, if the two numbers agree."""
+    chunks, size = (file.metadata.get(f"imatrix.chunk_{name}") for name in ("count", "size"))
+    if options.top_k is None and isinstance(chunks, int) and isinstance(size, int) and chunks * size > 0:
+        totals = {int(count.sum()) for count in counts.values()} - {0}
+        tokens = chunks * size
+        if len(totals) == 1 and (total := totals.pop()) % tokens == 0 and total // tokens <= 2**16:
+            findings.warn(
+                f"top-k was taken to be {total // tokens}: {total:,} assignments of the {tokens:,} tokens of "
+                f"{chunks} chunks; --top-k says it"
+            )
+            return Model(top_k=total // tokens)
+    return Model()

@@ -1,0 +1,427 @@
+"""Documents of tokens on their way to a trace: every check that routing allows is made here, once, for all formats.
+
+Unit: a token. What cannot be right is refused; what looks odd is imported and noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.errors import ImportMalformed, ImportTooLarge
+from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly, spans
+from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.trace import Header, Layer, Part
+
+PART_TOKENS = 65_536
+PART_CELLS = 1 << 24
+"""Assignments after which a part is closed although it has fewer tokens."""
+MAX_DOCUMENT_CELLS = 1 << 26
+"""Assignments of one document, which must be held in memory."""
+MAX_DOCUMENT_TOKENS = 1 << 22
+MAX_PIECES = 1 << 21
+REPEATED_ROWS = 1000
+"""Identical tokens in a row that look like a warm-up."""
+
+
+@dataclass
+class _LayerFacts:
+    """What was seen of a layer so far.
+
+    Attributes:
+        largest: Largest id; -1 if there is none.
+        zero_rows: Tokens of which every id is zero, which is no routing.
+        width: Slots used: the last that holds an expert of any token, and one.
+        filled: Tokens by the number of their experts, shape (number,).
+    """
+
+    largest: int = -1
+    zero_rows: int = 0
+    width: int = 0
+    filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def add(self, chosen: NDArray[np.int64]) -> None:
+        """Count tokens by how many experts each has."""
+        found = np.bincount(chosen, minlength=len(self.filled))
+        found[: len(self.filled)] += self.filled
+        self.filled = found
+
+
+@dataclass
+class Tokens(Assembly):
+    """Documents of tokens."""
+
+    _waiting: list[RoutedDocument] = field(default_factory=list)
+    _tokens: int = 0
+    _widths: dict[int, int] = field(default_factory=dict)
+    _largest_part: int = 0
+    _rows: int = 0
+    _layers: dict[int, _LayerFacts] = field(default_factory=dict)
+    _weights: bool = True
+    _any_weights: bool = False
+    _token_ids: bool = True
+    _any_token_ids: bool = False
+    _phases: bool = True
+    _any_phases: bool = False
+    _ranked: bool = True
+    _zero_everywhere: int = 0
+    _run: int = 0
+    _run_place: str = ""
+    _repeated: int = 0
+    _repeated_place: str = ""
+    _last: dict[int, NDArray[Any]] = field(default_factory=dict)
+
+    def add(self, document: RoutedDocument | CountedDocument) -> None:
+        """Take the next document."""
+        place = document.place
+        if not isinstance(document, RoutedDocument):
+            raise ImportMalformed(place, "holds counts, and what came before holds tokens", "import them one by one")
+        self.learn(document.model, place)
+        wanted = {layer: ids for layer, ids in document.expert_ids.items() if self.takes(layer, place)}
+        if len(wanted) < len(document.expert_ids):
+            weights = {layer: array for layer, array in document.gate_weights.items() if layer in wanted}
+            document = replace(document, expert_ids=wanted, gate_weights=weights)
+        shapes = {layer: ids.shape for layer, ids in wanted.items()}
+        num_tokens = next(iter(shapes.values()), (0,))[0]
+        if num_tokens == 0:
+            self.findings.count("documents without a token were left out")
+            return
+        for layer, shape in shapes.items():
+            if len(shape) != 2 or shape[0] != num_tokens or not 1 <= shape[1] <= 4096:
+                raise ImportMalformed(
+                    f"{place}, layer {layer}", f"ids have the shape {shape}, expected ({num_tokens}, choices)"
+                )
+        cells = num_tokens * sum(width for _, width in shapes.values())
+        if cells > MAX_DOCUMENT_CELLS or num_tokens > MAX_DOCUMENT_TOKENS:
+            raise ImportTooLarge(
+                place,
+                f"is one document of {num_tokens:,} tokens and {cells:,} assignments, expected at most "
+                f"{MAX_DOCUMENT_TOKENS:,} and {MAX_DOCUMENT_CELLS:,}",
+            )
+        for name, column in (("token ids", document.token_ids), ("phases", document.phase), ("", document.starts)):
+            if column is not None and column.shape != (num_tokens,):
+                raise ImportMalformed(place, f"has {num_tokens} tokens of routing, but {len(column)} {name}")
+        if document.token_ids is not None and not 0 <= document.token_ids.min() <= document.token_ids.max() < 2**32:
+            raise ImportMalformed(place, "a token id is below 0 or beyond 32 bits")
+        for piece_id, piece in document.pieces.items():
+            if len(self.pieces) < MAX_PIECES:
+                self.pieces.setdefault(piece_id, piece)
+        self._layers.update({layer: _LayerFacts() for layer in shapes if layer not in self._layers})
+        if len(self._layers) > MAX_LAYERS:
+            raise ImportMalformed(place, f"has the {len(self._layers)}th layer, expected at most {MAX_LAYERS}")
+        widths = {layer: max(self._widths.get(layer, 0), width) for layer, (_, width) in shapes.items()}
+        joined = (self._tokens + num_tokens) * sum((self._widths | widths).values())
+        if self._waiting and joined > max(2 * PART_CELLS, 2 * cells):  # documents of different layers
+            self._flush()
+        self._waiting.append(document)
+        self._widths |= widths
+        self._tokens += num_tokens
+        if self._tokens >= PART_TOKENS or self._tokens * sum(self._widths.values()) >= PART_CELLS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Join the waiting documents to one part, check it and put it aside."""
+        documents, self._waiting = self._waiting, []
+        lengths = np.array([next(iter(d.expert_ids.values())).shape[0] for d in documents])
+        ends = np.cumsum(lengths)
+        num_tokens = int(ends[-1])
+        places = _Places([d.place for d in documents], ends)
+        layers = sorted({layer for d in documents for layer in d.expert_ids})
+        all_weights = all(set(d.gate_weights) == set(d.expert_ids) for d in documents)
+        self._any_weights |= any(d.gate_weights for d in documents)
+        self._weights &= all_weights
+        self._ranked &= all(d.ranked for d in documents)
+        self._token_ids &= all(d.token_ids is not None for d in documents)
+        self._any_token_ids |= any(d.token_ids is not None for d in documents)
+        self._phases &= all(d.phase is not None for d in documents)
+        self._any_phases |= any(d.phase is not None for d in documents)
+        zero_is_dense = all(d.zero_is_dense for d in documents)
+
+        starts = np.zeros(num_tokens, bool)
+        for d, end, length in zip(documents, ends, lengths, strict=True):
+            if d.starts is not None:
+                starts[end - length : end] = d.starts
+            starts[end - length] = True
+        arrays: Arrays = {
+            "document": np.repeat(np.arange(self.num_documents, self.num_documents + len(documents)), lengths),
+            "domain": np.repeat(np.array([self.code_of(d.domain, d.place) for d in documents]), lengths),
+            "starts": starts,
+        }
+        if self._token_ids:
+            arrays["token_id"] = np.concatenate([np.asarray(d.token_ids) for d in documents]).astype(np.uint32)
+        if self._phases:
+            arrays["phase"] = np.concatenate([np.asarray(d.phase) for d in documents]).astype(np.uint8)
+        zero_rows = np.ones(num_tokens, bool)
+        for layer in layers:
+            blocks = [d.expert_ids.get(layer) for d in documents]
+            ids = self._joined(layer, blocks, lengths, places)
+            zero = self._check_ids(layer, ids, places, zero_is_dense)
+            zero_rows &= zero
+            arrays[f"L{layer}"] = ids
+            if self._weights:
+                weights = np.zeros(ids.shape, np.float32)
+                for d, end, length in zip(documents, ends, lengths, strict=True):
+                    if (block := d.gate_weights.get(layer)) is not None:
+                        if block.shape != d.expert_ids[layer].shape:
+                            raise ImportMalformed(
+                                f"{d.place}, layer {layer}",
+                                f"has gate weights of shape {block.shape}, ids of {d.expert_ids[layer].shape}",
+                            )
+                        with np.errstate(over="ignore"):
+                            weights[end - length : end, : block.shape[1]] = block
+                weights[ids < 0] = 0
+                arrays[f"W{layer}"] = weights
+        if not any(f"W{layer}" in arrays for layer in layers):
+            self._weights = False
+        self._zero_everywhere += int(zero_rows.sum()) if layers else 0
+        if self._weights:
+            self._order_by_weight(arrays, layers, places)
+        self._find_repeats(arrays, layers, places)
+        self.spool.put(arrays)
+        self.num_documents += len(documents)
+        self._rows += num_tokens
+        self._largest_part = max(self._largest_part, num_tokens)
+        self._tokens, self._widths = 0, {}
+
+    def _joined(
+        self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places
+    ) -> NDArray[Any]:
+        """Ids of one layer, shape (token, choice); -1 where a document says nothing. Ids beyond bounds are refused."""
+        width = max(block.shape[1] for block in blocks if block is not None)
+        highest = (self.model.num_experts or 2**16) - 1
+        ids = np.full((int(lengths.sum()), width), -1, np.int16 if highest < 2**15 else np.int32)
+        end = 0
+        for block, length in zip(blocks, lengths.tolist(), strict=True):
+            end += length
+            if block is None:
+                continue
+            if block.min() < -1 or block.max() > highest:
+                row = int(np.flatnonzero((block < -1).any(axis=1) | (block > highest).any(axis=1))[0])
+                bad = next(int(i) for i in block[row] if not -1 <= i <= highest)
+                raise ImportMalformed(
+                    f"{places.at(end - length + row)}, layer {layer}",
+                    f"has expert id {bad}, expected 0 to {highest}",
+                    "is the number of experts right, and are shared experts counted among the ids?",
+                )
+            ids[end - length : end, : block.shape[1]] = block
+        return ids
+
+    def _check_ids(self, layer: int, ids: NDArray[Any], places: _Places, zero_is_dense: bool) -> NDArray[np.bool_]:
+        """Refuse an expert chosen twice; return which rows are nothing but zeros, and were no routing."""
+        facts = self._layers[layer]
+        zero = np.zeros(len(ids), bool)
+        used = np.flatnonzero((ids >= 0).any(axis=0))
+        width = int(used[-1]) + 1 if len(used) else 0
+        if self.model.top_k is not None and width > self.model.top_k:
+            raise ImportMalformed(
+                f"{places.at(int(np.flatnonzero(ids[:, width - 1] >= 0)[0]))}, layer {layer}",
+                f"has {width} experts a token, expected {self.model.top_k}",
+            )
+        if ids.shape[1] > 1 and width:
+            ordered = np.sort(ids[:, :width], axis=1)
+            twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+            if twice.any():
+                if zero_is_dense:
+                    zero = (ids[:, :width] == 0).all(axis=1)
+                    twice &= ~zero
+                if twice.any():
+                    row = int(np.flatnonzero(twice)[0])
+                    raise ImportMalformed(
+                        f"{places.at(row)}, layer {layer}",
+                        f"chooses an expert twice ({_row(ids[row])}), expected {width} different ones",
+                    )
+                ids[zero] = -1
+        facts.zero_rows += int(zero.sum())
+        facts.width = max(facts.width, width)
+        facts.largest = max(facts.largest, int(ids.max()))
+        facts.add((ids >= 0).sum(axis=1))
+        return zero
+
+    def _order_by_weight(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
+        """Put choices in order of gate weight, the largest first, where they are not."""
+        for layer in layers:
+            weights, ids = arrays[f"W{layer}"], arrays[f"L{layer}"]
+            if not np.isfinite(weights).all():
+                self._weights = False
+                row = int(np.flatnonzero(~np.isfinite(weights).all(axis=1))[0])
+                self.findings.warn(
+                    f"gate weights were left out: at {places.at(row)}, layer {layer}, one is NaN or infinite"
+                )
+                return
+            if (weights < 0).any():
+                self.findings.warn(f"layer {layer} has gate weights below 0; are they router logits?")
+            unordered = (weights[:, 1:] > weights[:, :-1]).any(axis=1)
+            if unordered.any():
+                rows = np.flatnonzero(unordered)
+                order = np.argsort(-weights[rows], axis=1, kind="stable")
+                weights[rows] = np.take_along_axis(weights[rows], order, axis=1)
+                ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
+                self.findings.count("(token, layer) rows were put in order of gate weight", len(rows))
+
+    def _find_repeats(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
+        """Count tokens that are routed exactly like the one before them, in long runs."""
+        same = np.ones(len(arrays["document"]), bool)
+        for layer in layers:
+            ids = arrays[f"L{layer}"]
+            last = self._last.get(layer)
+            same[0] &= last is not None and last.shape == ids[0].shape and bool((last == ids[0]).all())
+            same[1:] &= (ids[1:] == ids[:-1]).all(axis=1)
+        self._last = {layer: arrays[f"L{layer}"][-1].copy() for layer in layers}
+        breaks = np.flatnonzero(~same)
+        if not len(breaks):
+            self._run += len(same)
+            return
+        self._end_run(int(breaks[0]))
+        runs = np.diff(np.append(breaks, len(same)))
+        for at in np.flatnonzero(runs[:-1] >= REPEATED_ROWS):
+            self._run, self._run_place = 0, places.at(int(breaks[at]))
+            self._end_run(int(runs[at]))
+        self._run, self._run_place = int(runs[-1]), places.at(int(breaks[-1]))
+
+    def _end_run(self, more: int = 0) -> None:
+        if self._run + more >= REPEATED_ROWS:
+            self._repeated += self._run + more
+            self._repeated_place = self._repeated_place or self._run_place
+        self._run = 0
+
+    def finish(self, name: str) -> Header:
+        """Close the last part; the header, now that everything is known."""
+        if self._waiting:
+            self._flush()
+        if not self._rows:
+            raise ImportMalformed(name, "holds no token")
+        self._end_run()
+        if self._repeated:
+            self.findings.warn(
+                f"{self._repeated:,} tokens are routed exactly like the one before them, in runs of {REPEATED_ROWS:,} "
+                f"or more, the first at {self._repeated_place}; is it a warm-up?"
+            )
+        kept = self._routed_layers(name)
+        self.check_layers(kept, name)
+        if self._any_weights and not self._weights and not any("gate weights" in m for m in self.findings.messages()):
+            self.findings.warn("gate weights were left out: not every token has them")
+        if self._any_token_ids and not self._token_ids:
+            self.findings.warn("token ids were left out: not every document has them")
+        if self._any_phases and not self._phases:
+            self.findings.warn("phases were left out: not every document tells prefill and decode apart")
+        num_experts = self.count_experts(max(self._layers[layer].largest for layer in kept))
+        ranked = self._weights or self._ranked or self.options.ranked
+        if not ranked:
+            self.findings.warn(
+                "the order of a token's choices is unknown: rank 0 need not have the largest gate weight"
+            )
+        layers = []
+        for index in kept:
+            facts = self._layers[index]
+            top_k = self.model.top_k or facts.width
+            if top_k > num_experts:
+                raise ImportMalformed(f"{name}, layer {index}", f"has {top_k} experts a token, of {num_experts}")
+            missing = self._rows - (int(facts.filled[top_k]) if top_k < len(facts.filled) else 0)
+            if missing:
+                none = self._rows - int(facts.filled[1:].sum())
+                self.findings.warn(
+                    f"layer {index}: {missing:,} of {self._rows:,} tokens have fewer than {top_k} experts"
+                    + (f", {none:,} of them none" if none else "")
+                    + "; what is missing is recorded as assignments that ran no expert"
+                )
+            if facts.largest == 0 and num_experts > 1:
+                self.findings.warn(f"layer {index} sends every token to expert 0; is it a dense layer?")
+            layers.append(Layer(index, num_experts, top_k, ranked=ranked, drops=bool(missing)))
+        if (cells := self._largest_part * sum(layer.top_k for layer in layers)) > 2 * MAX_DOCUMENT_CELLS:
+            raise ImportTooLarge(
+                name, f"has parts of {cells:,} assignments once tokens are given all {len(layers)} layers"
+            )
+        self.totals = {"tokens": self._rows}
+        return Header(
+            tuple(layers),
+            weights=self._weights,
+            model=self.described(),
+            tokenizer={"ids": "numbered by the importer, by first appearance"}
+            if self.pieces and self._token_ids
+            else {},
+            token_ids=self._token_ids,
+            phases=self._phases,
+        )
+
+    def _routed_layers(self, name: str) -> list[int]:
+        """Layers that have routing; those of nothing but padding or zeros are left out, and told of."""
+        silent = sorted(layer for layer, facts in self._layers.items() if facts.largest < 0)
+        dense = [layer for layer in silent if self._layers[layer].zero_rows]
+        empty = [layer for layer in silent if not self._layers[layer].zero_rows]
+        if empty:
+            self.findings.warn(f"layers {spans(empty)} hold padding only and were left out as dense")
+        if dense:
+            self.findings.warn(
+                f"layers {spans(dense)} are zero everywhere, which is how these programs write "
+                "dense layers, and were left out"
+            )
+        kept = sorted(set(self._layers) - set(silent))
+        for layer in kept:
+            extra = self._layers[layer].zero_rows - self._zero_everywhere
+            if extra > 0:
+                raise ImportMalformed(
+                    f"{name}, layer {layer}",
+                    f"has {extra:,} rows of zeros although other layers of their tokens are routed",
+                )
+        if self._zero_everywhere and kept:
+            self.findings.warn(
+                f"{self._zero_everywhere:,} tokens are zero in every layer: their routing was not recorded"
+            )
+        return kept
+
+    def parts(self, header: Header) -> Iterator[tuple[Part, dict[str, Any]]]:
+        """The parts that were put aside, as the header says."""
+        names = tuple(self.domains)
+        for arrays in self.spool:
+            starts, document = arrays["starts"], arrays["document"]
+            rows = np.arange(len(document))
+            begin = np.maximum.accumulate(np.where(starts, rows, 0))
+            counter = np.cumsum(starts)
+            first = np.append(True, document[1:] != document[:-1])
+            base = np.maximum.accumulate(np.where(first, counter, 0))
+            ids, weights = {}, {}
+            for layer in header.layers:
+                ids[layer.layer] = _of_width(arrays.get(f"L{layer.layer}"), len(rows), layer.top_k, -1)
+                if header.weights:
+                    weights[layer.layer] = _of_width(arrays.get(f"W{layer.layer}"), len(rows), layer.top_k, 0)
+            part = Part(
+                document.astype(np.uint32),
+                arrays["domain"],
+                names,
+                (counter - base).astype(np.uint32),
+                (rows - begin).astype(np.uint32),
+                arrays["token_id"] if header.token_ids else np.zeros(len(rows), np.uint32),
+                ids,
+                weights,
+                arrays["phase"] if header.phases else None,
+            )
+            yield part, {"documents": int(document[-1]) + 1}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which document a row of a part is of."""
+
+    names: list[str]
+    ends: NDArray[np.int64]
+
+    def at(self, row: int) -> str:
+        index = int(np.searchsorted(self.ends, row, side="right"))
+        return f"{self.names[index]}, token {row - (int(self.ends[index - 1]) if index else 0)}"
+
+
+def _of_width(values: NDArray[Any] | None, rows: int, width: int, fill: int) -> NDArray[Any]:
+    """A layer's columns, cut or filled to `width`."""
+    if values is None:
+        return np.full((rows, width), fill, np.int32 if fill else np.float32)
+    if values.shape[1] >= width:
+        return values[:, :width]
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
+
+
+def _row(ids: NDArray[Any]) -> str:
+    return ", ".join(map(str, ids[:12].tolist())) + (", …" if len(ids) > 12 else "")

@@ -1,0 +1,74 @@
+"""Documents in, a trace out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moescope.errors import ImportMalformed, TraceExists
+from moescope.importers.counts import AssignmentCounts
+from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.findings import Findings, Options
+from moescope.importers.tokens import Tokens
+from moescope.trace import Counts, Part, Trace, TraceWriter, Vocabulary, open_trace
+from moescope.trace.reader import SUMMARY
+
+
+def write(
+    out: Path,
+    documents: Generator[RoutedDocument | CountedDocument, None, None],
+    options: Options,
+    findings: Findings,
+    *,
+    corpus: Mapping[str, Any],
+    run: Mapping[str, Any],
+    vocabulary: Vocabulary | None = None,
+    force: bool = False,
+) -> Trace:
+    """Check the documents and write them as a trace.
+
+    Args:
+        out: Folder of the trace.
+        documents: All of one kind; read once, one at a time.
+        options: What the user says of the model.
+        findings: Where to note what is odd; told at the end, and kept in the trace.
+        corpus: Provenance of the text.
+        run: Provenance of the recording.
+        vocabulary: Text pieces of the token ids, if known.
+        force: Replace a finished trace.
+    Returns:
+        The finished trace.
+    Raises:
+        ForeignTraceError: The documents cannot be right.
+    """
+    if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after everything is read
+        raise TraceExists(out, "holds a complete trace, which is kept", "--force replaces it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        closing(documents),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".import", dir=out.parent) as folder,
+    ):
+        assembly: Tokens | AssignmentCounts | None = None
+        for document in documents:
+            if assembly is None:
+                kind = Tokens if isinstance(document, RoutedDocument) else AssignmentCounts
+                assembly = kind(Path(folder), options, findings)
+            assembly.add(document)
+        if assembly is None:
+            raise ImportMalformed(corpus["name"], "holds no routing at all")
+        header = assembly.finish(str(corpus["name"]))
+        header = replace(header, corpus=dict(corpus), run=dict(run))
+        pieces = vocabulary or Vocabulary(assembly.pieces if header.token_ids else {})
+        totals = {"documents": assembly.num_documents, **assembly.totals}
+        with TraceWriter(out, header, pieces, force=force) as writer:
+            parts: Iterator[tuple[Part | Counts, dict[str, Any]]] = assembly.parts(header)
+            for index, (rows, note) in enumerate(parts):
+                if index >= len(writer.progress):  # an interrupted import was here before
+                    writer.write(rows, note)
+            writer.finish(totals | {"warnings": findings.messages()})
+    findings.tell()
+    return open_trace(out)

@@ -1,0 +1,117 @@
+"""One pass over a trace that fills several counters, a part and some layers at a time, on several threads.
+
+A counter holds sums that do not grow with tokens and merges with another of its kind, so neither the number of threads
+nor the order of the parts changes a result. What a new measure needs from tokens is a new counter.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol, Self, TypeVar
+
+from moescope.trace import Layer, Part, Trace
+
+COLUMNS_A_READ = 64
+"""Columns of expert ids read together, so that memory stays bounded whatever the number of layers."""
+
+
+class Counter(Protocol):
+    """Sums that a pass fills."""
+
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Count some layers of a part.
+
+        Args:
+            part: Whole documents, with the domain codes of the trace. Beside the layers of `group` it holds the layer
+                counted before them, if there is one, for what goes from layer to layer.
+            group: The layers to count; the groups of a part come in ascending order, the first layer's first.
+        """
+
+    def merge(self, other: Self) -> None:
+        """Add what another counter of the same trace and layers holds, in place."""
+
+
+C = TypeVar("C", bound=Counter)
+
+
+def one_pass(
+    trace: Trace,
+    layers: Sequence[Layer],
+    make: Callable[[], Sequence[C]],
+    *,
+    threads: int | None = None,
+    tokens: bool = False,
+    weights: bool = False,
+) -> list[C]:
+    """Fill the counters that `make` gives with the whole trace.
+
+    Args:
+        trace: The trace, complete or not.
+        layers: Layers to count, ascending.
+        make: Makes empty counters, the same ones on each call; called once a thread.
+        threads: Parts counted at a time; None for the number of processors.
+        tokens: Whether a counter needs token ids or phases.
+        weights: Whether a counter needs gate weights.
+    Returns:
+        The counters of the whole trace.
+    Raises:
+        NotRecorded: Gate weights are needed and were not recorded, or the trace holds counts only.
+        TraceDamaged: A page fails its checksum.
+        ValueError: `threads` is not positive.
+    """
+    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    trace.need_tokens(weights=weights)
+    local = threading.local()
+    made: list[Sequence[C]] = []
+
+    def count(index: int) -> None:
+        if not hasattr(local, "counters"):
+            local.counters = make()
+            made.append(local.counters)
+        before: Part | None = None
+        for group in _groups(layers):
+            part = trace.with_trace_domains(trace.parts[index].read(group, tokens=tokens, weights=weights))
+            for counter in local.counters:
+                counter.add(part if before is None else _with_layer_before(part, before), group)
+            before = part
+
+    if threads == 1:
+        for index in range(len(trace.parts)):
+            count(index)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(count, range(len(trace.parts))))
+    total = list(make())
+    for counters in made:
+        for mine, theirs in zip(total, counters, strict=True):
+            mine.merge(theirs)
+    return total
+
+
+def _with_layer_before(part: Part, before: Part) -> Part:
+    layer = max(before.expert_ids)
+    weights = {layer: before.gate_weights[layer]} if before.gate_weights else {}
+    return replace(
+        part,
+        expert_ids={layer: before.expert_ids[layer], **part.expert_ids},
+        gate_weights={**weights, **part.gate_weights},
+    )
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers read together."""
+    groups: list[list[Layer]] = [[]]
+    columns = 0
+    for layer in layers:
+        if groups[-1] and columns + layer.top_k > COLUMNS_A_READ:
+            groups.append([])
+            columns = 0
+        groups[-1].append(layer)
+        columns += layer.top_k
+    return groups
