@@ -263,3 +263,24 @@ def test_the_command_writes_and_prints_the_path(trace: Trace, tmp_path: Path) ->
     assert run("csv", trace.path, "-o", tmp_path / "x").exit_code == 2
     assert run("vllm", trace.path).exit_code == 2
     assert run("vllm", tmp_path / "no", "-o", tmp_path / "x").exit_code == 1
+
+
+def columns(trace: Trace) -> dict[str, np.ndarray]:
+    """What a trace says of each token, the windows of a document apart."""
+    parts = list(trace.iter_parts(weights=True))
+    found = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("document", "token_id")}
+    found["domain"] = np.concatenate([np.array(part.domain_names)[part.domain] for part in parts])
+    for layer in trace.layers:
+        found[f"L{layer.layer}"] = np.concatenate([part.expert_ids[layer.layer] for part in parts])
+        found[f"W{layer.layer}"] = np.concatenate([part.gate_weights[layer.layer] for part in parts])
+    return found
+
+
+def test_json_lines_come_back_through_the_importer_without_an_option_but_the_number_of_experts(tmp_path: Path) -> None:
+    trace = a_trace(tmp_path / "t.moe", LAYERS[:2])
+    lines = moescope.export(trace, tmp_path / "out.jsonl", format="jsonl")
+    again = moescope.import_trace("jsonl", [lines], tmp_path / "again.moe", num_experts=8)
+    found, expected = columns(again), columns(trace)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
