@@ -18,16 +18,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "measures",
     "Document": "corpus",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
+    "compare": "measures",
     "divergence": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
+    "saturation": "measures",
     "shares": "measures",
     "tally": "tallying",
     "words": "measures",
@@ -38,9 +41,12 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.measures import Comparison as Comparison
     from moescope.measures import claims as claims
+    from moescope.measures import compare as compare
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
+    from moescope.measures import saturation as saturation
     from moescope.measures import shares as shares
     from moescope.measures import words as words
     from moescope.recording import record as record

@@ -201,6 +201,12 @@ class NotRecorded(TraceError):
     code = "not-recorded"
 
 
+class TracesUnlike(TraceError):
+    """The traces do not hold the same tokens, or not the same layers, so they cannot be compared token by token."""
+
+    code = "traces-unlike"
+
+
 class OutputExists(MoescopeError):
     """The output of a report exists and is not one of ours; ``--force`` replaces it."""
 

@@ -88,6 +88,11 @@ class Trace:
         return self._contents[1]
 
     @property
+    def document_parts(self) -> NDArray[np.int64]:
+        """Index of the part that holds each of `document_numbers`."""
+        return self._contents[2]
+
+    @property
     def num_documents(self) -> int:
         """Recorded documents; those without a token are not in a trace."""
         return len(self._contents[1])
