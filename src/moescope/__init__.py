@@ -24,6 +24,7 @@ _HOMES = {
     "Trace": "trace",
     "claims": "measures",
     "compare": "measures",
+    "consistency": "measures",
     "divergence": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from moescope.measures import Comparison as Comparison
     from moescope.measures import claims as claims
     from moescope.measures import compare as compare
+    from moescope.measures import consistency as consistency
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
     from moescope.measures import saturation as saturation

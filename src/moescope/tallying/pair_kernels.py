@@ -89,9 +89,9 @@ def count_changes(
                     b_E[e] += 1
             if k == 0:
                 first_b_DE[d] += b_E
-        for e in range(num_ids):
-            change = b_E[e] - a_E[e]
-            load_a_DE[d, e] += a_E[e]
-            load_b_DE[d, e] += b_E[e]
-            change_squared_DE[d, e] += change * change
-            change_by_tokens_DE[d, e] += change * (end - first_row)
+        for expert in range(num_ids):
+            change = b_E[expert] - a_E[expert]
+            load_a_DE[d, expert] += a_E[expert]
+            load_b_DE[d, expert] += b_E[expert]
+            change_squared_DE[d, expert] += change * change
+            change_by_tokens_DE[d, expert] += change * (end - first_row)
