@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import permutations
+from itertools import pairwise, permutations
 from math import factorial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def looked_at(part: Part, layer: Layer, length: int, documents: set[int]) -> np.
     """Pairs of segment and expert with exactly v activations, by going to every place."""
     exactly = np.zeros(length + 1, np.int64)
     starts = part.sequence_starts()
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts.tolist()):
         if int(part.document[start]) not in documents:
             continue
         for place in range(start, end - length + 1):

@@ -310,7 +310,7 @@ def _saturation_frame(data: xr.Dataset) -> pd.DataFrame:
         one = data.isel(checkpoint=at).drop_vars(["checkpoint", "step"])
         frame = _agreement_frame(one)
         frame.insert(0, "step", step)
-        frame.insert(0, "checkpoint", visible(name))
+        frame.insert(0, "checkpoint", name)
         parts.append(frame)
     return pd.concat(parts, ignore_index=True)
 
