@@ -226,6 +226,38 @@ def test_documents_of_equal_agreement_by_chance_give_no_interval_and_come_last()
     assert np.isnan(found["high"].values).tolist() == [False, True]
 
 
+def test_gate_weight_on_shared_experts_and_margins_are_those_of_a_loop(tmp_path: Path) -> None:
+    rng = np.random.default_rng(17)
+    layers = (Layer(0, 8, 3), Layer(2, 8, 1))
+    mine = make_part(rng, layers, [20, 30, 9, 40, 11, 16], weights=True, dropped=0.1)
+    theirs = make_part(rng, layers, [20, 30, 9, 40, 11, 16])
+    weights = np.array(mine.gate_weights[0])
+    weights[5] = 0
+    mine = replace(mine, gate_weights={**mine.gate_weights, 0: weights})
+    theirs = replace(theirs, token_id=mine.token_id)
+    halves = [mine.rows(mine.document < 2), mine.rows(mine.document >= 2)]
+    a = make_trace(tmp_path / "a.moe", halves, layers)
+    b = make_trace(tmp_path / "b.moe", [theirs], layers)
+    found = moescope.compare(a, b).weights
+    assert found is not None
+    assert moescope.compare(b, a).weights is None
+    for layer in (0, 2):
+        kept, margins = [], {True: [], False: []}
+        columns = (mine.expert_ids[layer], theirs.expert_ids[layer], mine.gate_weights[layer])
+        for x, y, w in zip(*(np.asarray(column).tolist() for column in columns), strict=True):
+            made = {e: weight for e, weight in zip(x, w, strict=True) if e >= 0}
+            if sum(made.values()) > 0:
+                kept.append(sum(weight for e, weight in made.items() if e in y) / sum(made.values()))
+            if len(w) > 1 and min(x[:2]) >= 0 and w[0] + w[1] > 0:
+                margins[x[0] == y[0]].append((w[0] - w[1]) / (w[0] + w[1]))
+        at = found.isel(domain=0).sel(layer=layer)
+        assert float(at["kept"]) == pytest.approx(np.mean(kept))
+        assert float(at["kept_low"]) < np.mean(kept) < float(at["kept_high"])
+        for name, same in (("margin_same", True), ("margin_differs", False)):
+            value = float(at[name])
+            assert value == pytest.approx(np.mean(margins[same])) if margins[same] else np.isnan(value)
+
+
 def test_unranked_choices_have_no_first(tmp_path: Path) -> None:
     layers = (replace(LAYER, ranked=False),)
     trace = make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(8), layers, [9] * 6)], layers)

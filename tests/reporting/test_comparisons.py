@@ -89,6 +89,15 @@ def test_the_table_of_agreement_shows_all_domains_by_layer_and_the_domains_of_so
     assert len(table.frame) == 4 * len(LAYERS) * 2
 
 
+def test_the_table_of_agreement_tells_of_gate_weights_where_there_are_some(tmp_path):
+    part = make_part(np.random.default_rng(1), LAYERS[:1], [40] * 9, domains=DOMAINS, weights=True)
+    trace = make_synthetic(tmp_path / "w.moe", [part], LAYERS[:1])
+    table = tables.agreement_table(moescope.compare(trace, trace), [0])
+    assert table.columns[6:9] == ("on shared experts", "margin, same first", "margin, other first")
+    assert [cell.value for cell in table.sections[0].rows[0].cells[6:9:2]] == ["100", "–"]
+    assert (table.frame["weight_kept_percent"] == 100).all()
+
+
 def test_the_table_of_changes_holds_every_expert_and_its_frame_every_domain(comparison):
     table = tables.changes_table(comparison, [7])
     assert [row.label for row in table.sections[0].rows] == [str(expert) for expert in range(8)]

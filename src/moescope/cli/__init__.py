@@ -27,7 +27,7 @@ COMMANDS = {
     "words": "Show whether the tokens of a word go to the same expert.",
     "consistency": "Show how well one set of experts would serve consecutive tokens.",
     "compare": "Show how far two traces send the same tokens to the same experts.",
-    "saturation": "Show how early in a training a router settles.",
+    "saturation": "Show how early a router settles on the experts it chooses in the end.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

@@ -53,6 +53,10 @@ class Comparison:
         changes: Dims (domain, layer, expert): `share_a`, `share_b` of all assignments that the tokens could make;
             `change` = B - A, `low`, `high`; `p_value`, `q_value` of no change, paired by document, the false discovery
             rate controlled over layers and experts (and over domains, apart from all of them together). None as above.
+        weights: Dims (domain, layer), by the gate weights of A: `kept`, `kept_low`, `kept_high`, the part of a token's
+            gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
+            (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
+            as above, and where A has no gate weights.
         tokens: Dims (token_id), those seen at least 10 times in at least two documents, the surely lowest agreement
             first: `text`, `seen`, `documents`, `agreement`, `low`, `high` of sets over all layers compared. None as
             above, and where token ids are not known.
@@ -67,6 +71,7 @@ class Comparison:
     matching: Matching | None
     agreement: xr.Dataset | None
     changes: xr.Dataset | None
+    weights: xr.Dataset | None
     tokens: xr.Dataset | None
     distances: xr.Dataset | None
     remarks: tuple[str, ...]
@@ -101,7 +106,7 @@ def compare(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads:
     elif shared_layers and not (a.header.token_ids and b.header.token_ids) and not same_corpus(a, b):
         reason = reason or "a trace has no token ids, and the headers do not say that the corpus is the same"
     elif shared_layers:
-        counted = tally_pair(a, b, layers, threads=threads)
+        counted = tally_pair(a, b, layers, weights=a.header.weights, threads=threads)
         if counted.matching.share < LEAST_SHARE:
             reason = reason or "fewer than half of the tokens are the same"
     matching = counted.matching if counted is not None else None
@@ -110,12 +115,13 @@ def compare(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads:
         remarks.append(f"not compared: layers {', '.join(map(str, skipped))}, which are not alike in both traces")
     if counted is None or reason is not None:
         remarks.insert(0, f"Only distributions are compared, not tokens: {reason}.")
-        return Comparison(names, matching, None, None, None, _distances(a, b, layers), tuple(remarks))
+        return Comparison(names, matching, None, None, None, None, _distances(a, b, layers), tuple(remarks))
     return Comparison(
         names,
         matching,
         agreement(counted),
         changes(counted),
+        shared_weight(counted) if a.header.weights else None,
         None if counted.by_token is None else lowest_agreement(counted, a.vocabulary),
         None,
         tuple(remarks),
@@ -216,6 +222,34 @@ def changes(counted: PairTally) -> xr.Dataset:
             "q_value": variable(q_value, "p-value adjusted over layers and experts", "Benjamini and Hochberg 1995"),
         },
         {name: data[name] for name in ("domain", "layer", "expert", "num_experts", "num_ids", "documents", "tokens")},
+    )
+
+
+def shared_weight(counted: PairTally) -> xr.Dataset:
+    """How much gate weight the shared experts carry, and how close the first choices were: see `Comparison.weights`.
+
+    Args:
+        counted: The sums over the tokens of both, with gate weights.
+    """
+    data = with_all_domains(counted.data)
+    documents = data["documents"].values[:, None]
+    y, yy, yn, n, nn = (
+        data[name].values for name in ("kept", "kept_squared", "kept_by_weighed", "weighed", "weighed_squared")
+    )
+    value = statistics.ratio(y, n)
+    error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents)
+    low, high = statistics.proportion_interval(value, error, documents)
+    same, differs = (statistics.ratio(data[f"margin_{x}"], data[f"num_{x}"]) for x in ("same", "differs"))
+    dims = ("domain", "layer")
+    return xr.Dataset(
+        {
+            "kept": described(value, dims, "gate weight of A on experts that B chose, too", "1"),
+            "kept_low": described(low, dims, "95 % interval, low end", "1"),
+            "kept_high": described(high, dims, "95 % interval, high end", "1"),
+            "margin_same": described(same, dims, "mean margin in A where the first choice is the same", "1"),
+            "margin_differs": described(differs, dims, "mean margin in A where the first choice differs", "1"),
+        },
+        {name: data[name] for name in ("domain", "layer", "num_experts", "top_k", "documents", "tokens")},
     )
 
 

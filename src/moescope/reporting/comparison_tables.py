@@ -20,6 +20,10 @@ from moescope.reporting.visible import shorten, visible
 MOST_TOKENS = 20
 """Token ids that a table shows; its frame holds all."""
 
+_ABOUT_WEIGHTS = (
+    "on shared experts: part of the gate weight in A on experts that B chose, too. margin: (first - second) / (first + "
+    "second) gate weight in A, where the first choice is the same in B and where it is another: near 0 is a tie."
+)
 _KINDS = {"set": "both chose, of the choices", "first": "the same first choice"}
 
 
@@ -30,7 +34,7 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         comparison: Of `moescope.compare`, token by token.
         layers: Layers at which the domains are shown.
     """
-    data, changes = comparison.agreement, comparison.changes
+    data, changes, weights = comparison.agreement, comparison.changes, comparison.weights
     assert data is not None
     assert changes is not None
     domains = data["domain"].values.tolist()
@@ -44,6 +48,12 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
                 float(at[name]) for name in ("agreement", "low", "high", "popularity", "kappa")
             )
             cells += [Cell(percent(value), spread(value, low, high)), Cell(percent(null)), Cell(_plain(kappa))]
+        if weights is not None:
+            of = weights.sel(domain=domain, layer=layer)
+            kept, low, high, same, differs = (
+                float(of[name]) for name in ("kept", "kept_low", "kept_high", "margin_same", "margin_differs")
+            )
+            cells += [Cell(percent(kept), spread(kept, low, high)), Cell(_plain(same)), Cell(_plain(differs))]
         changed = int((changes["q_value"].sel(domain=domain, layer=layer) < SIGNIFICANT).sum())
         return Row(label, (*cells, Cell(f"{changed} of {int(data['num_ids'].sel(layer=layer))}")))
 
@@ -61,17 +71,26 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         "agreement",
         f"Agreement of A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}, %",
         "",
-        (*(name for _ in kinds for name in ("measured", "popularity", "kappa")), "shares changed"),
+        (
+            *(name for _ in kinds for name in ("measured", "popularity", "kappa")),
+            *(() if weights is None else ("on shared experts", "margin, same first", "margin, other first")),
+            "shares changed",
+        ),
         tuple(sections),
-        groups=(*((titles[kind], 3) for kind in kinds), ("experts", 1)),
+        groups=(
+            *((titles[kind], 3) for kind in kinds),
+            *(() if weights is None else (("gate weight of A", 3),)),
+            ("experts", 1),
+        ),
         notes=(
             "measured: chosen in both traces, of the choices of a token; ± half of a 95 % interval, by document. "
             "popularity: the same if B were dealt to the tokens at random. kappa: from 0, popularity alone, to 1.",
             f"shares changed: experts whose share of the assignments differs between A and B (paired by document, "
             f"false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            *(() if weights is None else (_ABOUT_WEIGHTS,)),
             *comparison.remarks,
         ),
-        frame=_agreement_frame(data),
+        frame=_agreement_frame(data, weights),
     )
 
 
@@ -285,8 +304,8 @@ def _consistency_row(label: str, at: xr.Dataset, prefix: str, uniform: float) ->
     )
 
 
-def _agreement_frame(data: xr.Dataset) -> pd.DataFrame:
-    """A row a (domain, layer, kind)."""
+def _agreement_frame(data: xr.Dataset, weights: xr.Dataset | None = None) -> pd.DataFrame:
+    """A row a (domain, layer, kind); what is known of gate weights stands in both kinds."""
     shares = ["agreement", "low", "high", "popularity", "uniform"]
     kappas = ["kappa", "kappa_low", "kappa_high"]
     dims = [str(dim) for dim in data["agreement"].dims]
@@ -299,6 +318,13 @@ def _agreement_frame(data: xr.Dataset) -> pd.DataFrame:
             frame = frame.merge(sizes, on=keys, how="left")
     frame = frame[[*dims, *columns]]
     frame[shares] *= 100
+    if weights is not None:
+        kept = ["kept", "kept_low", "kept_high"]
+        more = weights[[*kept, "margin_same", "margin_differs"]].to_dataframe().reset_index()
+        more[kept] *= 100
+        more = more[["domain", "layer", *kept, "margin_same", "margin_differs"]]
+        more = more.rename(columns={name: f"weight_{name}_percent" for name in kept})
+        frame = frame.merge(more, on=["domain", "layer"], how="left")
     return frame.rename(columns={name: f"{name}_percent" for name in shares})
 
 

@@ -95,3 +95,37 @@ def count_changes(
             load_b_DE[d, expert] += b_E[expert]
             change_squared_DE[d, expert] += change * change
             change_by_tokens_DE[d, expert] += change * (end - first_row)
+
+
+@numba.njit(cache=True, nogil=True)
+def weigh_shared(
+    a_KT: Ids, b_KT: Ids, weights_KT: NDArray[np.float32], kept_T: NDArray[np.float64], margin_T: NDArray[np.float64]
+) -> None:
+    """Weigh what each token shares by the gate weights of the first trace.
+
+    Args:
+        a_KT: Choices in the first trace.
+        b_KT: Choices in the second trace.
+        weights_KT: Gate weights in the first trace.
+        kept_T: Set to the part of the token's gate weight that lies on experts of the second trace, too; NaN where the
+            weights do not add up to a positive number.
+        margin_T: Set to (w0 - w1) / (w0 + w1) of the first two; NaN where there are none.
+    """
+    num_choices = a_KT.shape[0]
+    for t in range(kept_T.size):
+        total = shared = 0.0
+        for i in range(num_choices):
+            e = a_KT[i, t]
+            if e >= 0:
+                weight = np.float64(weights_KT[i, t])
+                total += weight
+                for j in range(b_KT.shape[0]):
+                    if b_KT[j, t] == e:
+                        shared += weight
+                        break
+        kept_T[t] = shared / total if 0 < total < np.inf else np.nan
+        margin_T[t] = np.nan
+        if num_choices > 1 and a_KT[0, t] >= 0 and a_KT[1, t] >= 0:
+            first, second = np.float64(weights_KT[0, t]), np.float64(weights_KT[1, t])
+            if 0 < first + second < np.inf:
+                margin_T[t] = (first - second) / (first + second)

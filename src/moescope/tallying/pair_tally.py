@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -38,6 +39,10 @@ class PairTally:
             * `loads_a`, `loads_b` (domain, layer, expert): assignments of all ranks in A and in B;
             * `change_squared`, `change_by_tokens` (domain, layer, expert): Σ over documents of (load in B - load in A)²
               and of that difference times the tokens;
+            * if asked for, float64, by the gate weights of A (domain, layer): `kept`, `kept_squared`,
+              `kept_by_weighed`, `weighed`, `weighed_squared`, the part of a token's gate weight that lies on experts of
+              B, too, the tokens that have weights, and their moments; `margin_same`, `num_same`, `margin_differs`,
+              `num_differs`, Σ of (w0 - w1) / (w0 + w1) and tokens, where the first choice is the same and is not;
             * coordinates `num_experts`, `num_ids`, `top_k`, `ranked` (layer).
         by_token: How often the choices of each token id agree, over all layers counted: dims (token_id), `seen`,
             `documents`, `shared`, Σ over documents of their squares and product `shared_squared`, `shared_by_seen`,
@@ -50,7 +55,9 @@ class PairTally:
     matching: Matching
 
 
-def tally_pair(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None) -> PairTally:
+def tally_pair(
+    a: Trace, b: Trace, layers: Iterable[int] | None = None, *, weights: bool = False, threads: int | None = None
+) -> PairTally:
     """Count two traces over their common tokens, in one pass over both.
 
     Memory is a part of each trace, at most `one_pass.COLUMNS_A_READ` columns of it, and the sums: 48 bytes for each
@@ -60,15 +67,16 @@ def tally_pair(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threa
         a: The first trace.
         b: The second trace; the layers counted must have the same experts and the same top-k in both.
         layers: Layers to count, or None for all that both traces have.
+        weights: Weigh what is shared by the gate weights of A.
         threads: Parts counted at a time; None for the number of processors.
     Raises:
         NoSuchLayer: A layer was not recorded in both.
-        NotRecorded: A trace holds counts only.
+        NotRecorded: A trace holds counts only, or gate weights are asked for and A has none.
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive, or layers have other experts or another top-k in the second trace.
     """
-    for trace in (a, b):
-        trace.need_tokens()
+    a.need_tokens(weights=weights)
+    b.need_tokens()
     chosen = common_layers(a, b, layers)
     if not chosen:
         raise ValueError("the traces have no layer with the same experts and the same top-k in common")
@@ -88,9 +96,13 @@ def tally_pair(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threa
             found: dict[int, PairOfParts] = {}
             per_token: dict[int, NDArray[np.int64]] = {}
             for group in groups:
-                kept = _read(b if swapped else a, outer, group, tokens=by_token_id) if inners else None
+                kept = None
+                if inners:
+                    of_outer = weights and not swapped
+                    kept = _read(b if swapped else a, outer, group, tokens=by_token_id, weights=of_outer)
                 for inner in inners:
-                    other = _read(a if swapped else b, inner, group, tokens=by_token_id)
+                    of_inner = weights and swapped
+                    other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=of_inner)
                     assert kept is not None
                     part_a, part_b = (other, kept) if swapped else (kept, other)
                     if inner not in found:
@@ -117,7 +129,7 @@ def tally_pair(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threa
     pairs = [pair for _, some, _ in counted for pair in some]
     tokens = sum(number for _, _, number in counted)
     found = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
-    return total.labelled(a.domains, found, with_tokens=by_token_id)
+    return total.labelled(a.domains, found, with_tokens=by_token_id, with_weights=weights)
 
 
 def common_layers(a: Trace, b: Trace, layers: Iterable[int] | None = None) -> tuple[Layer, ...]:
@@ -146,9 +158,9 @@ def shape(layer: Layer) -> tuple[int, int, int]:
     return layer.num_experts, layer.num_null_experts, layer.top_k
 
 
-def _read(trace: Trace, index: int, group: Sequence[Layer], *, tokens: bool) -> Part:
+def _read(trace: Trace, index: int, group: Sequence[Layer], *, tokens: bool, weights: bool) -> Part:
     by_number = {layer.layer: layer for layer in trace.layers}
-    part = trace.parts[index].read([by_number[layer.layer] for layer in group], tokens=tokens)
+    part = trace.parts[index].read([by_number[layer.layer] for layer in group], tokens=tokens, weights=weights)
     return trace.with_trace_domains(part)
 
 
@@ -171,6 +183,7 @@ class _PairSums:
     loads_b_LDE: NDArray[np.int64]
     change_squared_LDE: NDArray[np.int64]
     change_by_tokens_LDE: NDArray[np.int64]
+    weighed_LD9: NDArray[np.float64]
     by_token: _TokenSums
 
     @classmethod
@@ -193,6 +206,7 @@ class _PairSums:
             loads_b_LDE=zeros(*by_expert),
             change_squared_LDE=zeros(*by_expert),
             change_by_tokens_LDE=zeros(*by_expert),
+            weighed_LD9=np.zeros((*by_expert[:2], len(_WEIGHED))),
             by_token=_TokenSums(),
         )
 
@@ -233,6 +247,9 @@ class _PairSums:
                 [shared_G, shared_G**2, shared_G * tokens_G, first_G, first_G**2, first_G * tokens_G], axis=1
             )
             np.add.at(self.agree_LD6[at], domain_G, moments_G6)
+            if part_a.gate_weights:
+                weights_KT = matching.selected(part_a.gate_weights[layer.layer], pair.rows_a)
+                np.add.at(self.weighed_LD9[at], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
             pair_kernels.count_changes(
                 a_KT,
                 b_KT,
@@ -257,21 +274,25 @@ class _PairSums:
                 mine += theirs
         self.by_token.merge(other.by_token)
 
-    def labelled(self, domains: Sequence[str], found: Matching, *, with_tokens: bool) -> PairTally:
+    def labelled(
+        self, domains: Sequence[str], found: Matching, *, with_tokens: bool, with_weights: bool = False
+    ) -> PairTally:
         used = np.flatnonzero(self.tokens_D)
         by_layer, by_expert = ("domain", "layer"), ("domain", "layer", "expert")
 
-        def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
+        def swap(sums_LD: NDArray[np.number[Any]]) -> NDArray[np.number[Any]]:
             return np.ascontiguousarray(sums_LD.swapaxes(0, 1)[used])
 
-        agree = dict(zip(_AGREE, np.moveaxis(self.agree_LD6, 2, 0), strict=True))
+        sums = dict(zip(_AGREE, np.moveaxis(self.agree_LD6, 2, 0), strict=True))
+        if with_weights:
+            sums |= zip(_WEIGHED, np.moveaxis(self.weighed_LD9, 2, 0), strict=True)
         names = ("first_a", "first_b", "loads_a", "loads_b", "change_squared", "change_by_tokens")
         data = xr.Dataset(
             {
                 "documents": ("domain", self.documents_D[used], {"units": "documents"}),
                 "tokens": ("domain", self.tokens_D[used], {"units": "tokens"}),
                 "tokens_squared": ("domain", self.tokens_squared_D[used]),
-                **{name: (by_layer, swap(sums)) for name, sums in agree.items()},
+                **{name: (by_layer, swap(values)) for name, values in sums.items()},
                 **{name: (by_expert, swap(getattr(self, f"{name}_LDE"))) for name in names},
             },
             {
@@ -287,6 +308,43 @@ class _PairSums:
         return PairTally(data, self.by_token.labelled() if with_tokens else None, found)
 
 
+def _weigh(
+    a_KT: NDArray[np.integer[Any]],
+    b_KT: NDArray[np.integer[Any]],
+    weights_KT: NDArray[np.float32],
+    starts_G: NDArray[np.int64],
+    ranked: bool,
+) -> NDArray[np.float64]:
+    """What each document adds to `_WEIGHED`, shape (document, 9)."""
+    kept_T, margin_T = np.empty(a_KT.shape[1]), np.empty(a_KT.shape[1])
+    pair_kernels.weigh_shared(a_KT, b_KT, weights_KT, kept_T, margin_T)
+
+    def by_document(values_T: NDArray[Any]) -> NDArray[np.float64]:
+        return np.add.reduceat(values_T, starts_G[:-1], dtype=float)
+
+    n = by_document(np.isfinite(kept_T))
+    y = by_document(np.nan_to_num(kept_T))
+    same_T = a_KT[0] == b_KT[0]
+    known_T = np.isfinite(margin_T) & ranked
+    margins = [
+        by_document(values)
+        for chosen in (known_T & same_T, known_T & ~same_T)
+        for values in (np.where(chosen, margin_T, 0.0), chosen)
+    ]
+    return np.stack([y, y * y, y * n, n, n * n, *margins], axis=1)
+
+
+_WEIGHED = (
+    "kept",
+    "kept_squared",
+    "kept_by_weighed",
+    "weighed",
+    "weighed_squared",
+    "margin_same",
+    "num_same",
+    "margin_differs",
+    "num_differs",
+)
 _AGREE = ("shared", "shared_squared", "shared_by_tokens", "first", "first_squared", "first_by_tokens")
 _BY_TOKEN = ("seen", "documents", "shared", "shared_squared", "shared_by_seen", "seen_squared")
 
