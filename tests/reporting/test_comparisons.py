@@ -98,6 +98,11 @@ def test_the_table_of_agreement_tells_of_gate_weights_where_there_are_some(tmp_p
     assert (table.frame["weight_kept_percent"] == 100).all()
 
 
+def test_a_kappa_of_one_is_printed_only_if_it_is_one():
+    printed = [tables._kappa(value, 3) for value in (1.0, 0.9998, 0.5, -0.02, float("nan"))]
+    assert printed == ["1.000", ">0.999", "0.500", "−0.020", "–"]
+
+
 def test_the_table_of_changes_holds_every_expert_and_its_frame_every_domain(comparison):
     table = tables.changes_table(comparison, [7])
     assert [row.label for row in table.sections[0].rows] == [str(expert) for expert in range(8)]

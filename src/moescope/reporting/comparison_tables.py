@@ -20,6 +20,9 @@ from moescope.reporting.visible import shorten, visible
 MOST_TOKENS = 20
 """Token ids that a table shows; its frame holds all."""
 
+NEARLY_THE_SAME = 0.98
+"""Agreement from which a table shows hundredths of a per cent."""
+
 _ABOUT_WEIGHTS = (
     "on shared experts: part of the gate weight in A on experts that B chose, too. margin: (first - second) / (first + "
     "second) gate weight in A, where the first choice is the same in B and where it is another: near 0 is a tie."
@@ -40,6 +43,9 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     domains = data["domain"].values.tolist()
     kinds = [kind for kind in _KINDS if np.isfinite(data["agreement"].sel(kind=kind)).any()]
 
+    # Dtypes and good quantisations differ in tenths of a per cent.
+    digits = 2 if float(data["agreement"].min()) > NEARLY_THE_SAME else 1
+
     def row(label: str, domain: str, layer: int) -> Row:
         cells = []
         for kind in kinds:
@@ -47,13 +53,15 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             value, low, high, null, kappa = (
                 float(at[name]) for name in ("agreement", "low", "high", "popularity", "kappa")
             )
-            cells += [Cell(percent(value), spread(value, low, high)), Cell(percent(null)), Cell(_plain(kappa))]
+            measured = Cell(percent(value, digits), spread(value, low, high, digits))
+            cells += [measured, Cell(percent(null)), Cell(_kappa(kappa, digits + 1))]
         if weights is not None:
             of = weights.sel(domain=domain, layer=layer)
             kept, low, high, same, differs = (
                 float(of[name]) for name in ("kept", "kept_low", "kept_high", "margin_same", "margin_differs")
             )
-            cells += [Cell(percent(kept), spread(kept, low, high)), Cell(_plain(same)), Cell(_plain(differs))]
+            measured = Cell(percent(kept, digits), spread(kept, low, high, digits))
+            cells += [measured, Cell(_plain(same)), Cell(_plain(differs, 3))]
         changed = int((changes["q_value"].sel(domain=domain, layer=layer) < SIGNIFICANT).sum())
         return Row(label, (*cells, Cell(f"{changed} of {int(data['num_ids'].sel(layer=layer))}")))
 
@@ -224,7 +232,7 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
                 of = data.isel(checkpoint=at).sel(layer=layer)
                 value = float(of[name])
                 if name == "kappa":
-                    cells.append(Cell(_plain(value)))
+                    cells.append(Cell(_kappa(value)))
                 else:
                     half = spread(value, float(of["low"]), float(of["high"])) if interval else ""
                     cells.append(Cell(percent(value), half))
@@ -356,6 +364,12 @@ def _consistency_frame(data: xr.Dataset) -> pd.DataFrame:
 
 def _plain(value: float, digits: int = 2) -> str:
     return MISSING if isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _kappa(value: float, digits: int = 2) -> str:
+    """A kappa; 1 only if it is exactly 1."""
+    rounded = _plain(value, digits)
+    return f">{1 - 10.0**-digits:.{digits}f}" if float(value) < 1 and rounded == f"{1:.{digits}f}" else rounded
 
 
 def _signed(value: float, digits: int = 2) -> str:

@@ -48,7 +48,7 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
         top = style.legend_rows(len(labels), columns) + 0.3
         figure = style.new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, top + 0.42 + 2.2)
         panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
-        style.place(figure, left=0.55, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        style.place(figure, left=0.5 if bottom == 0 else 0.6, right=0.1, top=top, bottom=0.42, between=0, rows=1)
         figure.subplots_adjust(wspace=0.16)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_panel(axes, agreement.sel(kind=kind), marks)
@@ -87,6 +87,7 @@ def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
         style.add_verticals(axes, layers.astype(float), low[0], high[0], edgecolor=INK, linewidth=0.9)
     else:
         axes.fill_between(layers, low[0], high[0], color=INK, alpha=0.15, linewidth=0)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if few:
         axes.set_xticks(layers)
