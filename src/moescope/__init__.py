@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "measures",
     "Document": "corpus",
     "Router": "recording",
     "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
     "claims": "measures",
+    "compare": "measures",
+    "consistency": "measures",
     "divergence": "measures",
     "export": "exporting",
     "from_arrays": "importers",
@@ -33,6 +36,7 @@ _HOMES = {
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
+    "saturation": "measures",
     "shares": "measures",
     "sql": "exporting",
     "tally": "tallying",
@@ -49,9 +53,13 @@ if TYPE_CHECKING:
     from moescope.exporting import sql as sql
     from moescope.importers import from_arrays as from_arrays
     from moescope.importers import import_trace as import_trace
+    from moescope.measures import Comparison as Comparison
     from moescope.measures import claims as claims
+    from moescope.measures import compare as compare
+    from moescope.measures import consistency as consistency
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
+    from moescope.measures import saturation as saturation
     from moescope.measures import shares as shares
     from moescope.measures import words as words
     from moescope.recording import Router as Router

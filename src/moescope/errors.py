@@ -246,6 +246,12 @@ class ImportIncomplete(ForeignTraceError):
     code = "import-incomplete"
 
 
+class TracesUnlike(TraceError):
+    """The traces do not hold the same tokens, or not the same layers, so they cannot be compared token by token."""
+
+    code = "traces-unlike"
+
+
 class OutputExists(MoescopeError):
     """The output of a report or an export exists and is kept; ``--force`` replaces it, if it can be replaced."""
 

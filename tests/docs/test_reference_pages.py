@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic import make_counts, make_part, make_trace
 
+import moescope
 from moescope import trace
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -85,6 +86,22 @@ def test_the_page_on_errors_is_made_from_their_classes() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/make_errors_page.py"
+
+
+def test_the_page_on_saturation_shows_the_curve_of_the_checkpoints_that_are_kept() -> None:
+    page = (DOCS / "reference" / "measures" / "saturation.md").read_text(encoding="utf-8")
+    paths = sorted((DOCS.parent / "training" / "checkpoint-traces").glob("pct-*.moe"))
+    steps = [int(path.stem.removeprefix("pct-")) for path in paths]
+    found = moescope.saturation([trace.open_trace(path) for path in paths], steps)
+    value = found.isel(domain=0).sel(kind="set")
+    rows = table_rows(page, "% of the training")
+    assert [int(row[0]) for row in rows] == steps[:-1]
+    for row, at in zip(rows, range(len(steps) - 1), strict=True):
+        for cell, layer in zip(row[1:], value["layer"].values, strict=True):
+            of = value.isel(checkpoint=at).sel(layer=layer)
+            half = max(float(of["agreement"] - of["low"]), float(of["high"] - of["agreement"]))
+            kappa = f"{float(of['kappa']):.2f}".replace("-", "−")
+            assert cell == f"{100 * float(of['agreement']):.1f} ± {100 * half:.1f} ({kappa})"
 
 
 def test_no_page_links_to_a_page_that_is_not_there() -> None:

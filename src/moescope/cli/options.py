@@ -57,6 +57,11 @@ format_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 """``--force`` -> ``force``."""
 
+figures_option = click.option(
+    "--figures", type=click.Path(path_type=Path), metavar="FOLDER", help="Also draw it there, as PNG, SVG and PDF."
+)
+"""``--figures FOLDER`` -> ``figures``: a folder, or None."""
+
 
 def output_option(default: str | None, help: str) -> Callable[[Command], Command]:
     """``-o PATH``/``--output PATH`` -> ``output``; required if there is no default."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from moescope.reporting.tables import Table
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def print_table(table: Table, format: str) -> None:
@@ -24,3 +30,22 @@ def print_table(table: Table, format: str) -> None:
 
     console = Console(highlight=False)
     console.print(styled(table, console.width if console.is_terminal else None), soft_wrap=True, end="")
+
+
+def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
+    """Draw a result as PNG, SVG and PDF; the folder is made.
+
+    Args:
+        name: ``NAME`` of ``draw_NAME`` in ``moescope.reporting.figures``, and of the files.
+        result: What it draws.
+        folder: Where.
+    Raises:
+        MissingExtra: The extra `report` is not installed.
+    """
+    from moescope.errors import require
+
+    require("matplotlib", extra="report")
+    from moescope.reporting import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures.save(getattr(figures, f"draw_{name}")(result), folder, name)

@@ -6,9 +6,23 @@ could be made. `statistics` holds what they share; `published` the figures of th
 """
 
 from moescope.measures.claims import Claim, claims
+from moescope.measures.compare import Comparison, compare
+from moescope.measures.consistency import consistency
 from moescope.measures.divergence import divergence
 from moescope.measures.repeats import repeats
+from moescope.measures.saturation import saturation
 from moescope.measures.shares import shares
 from moescope.measures.words import words
 
-__all__ = ["Claim", "claims", "divergence", "repeats", "shares", "words"]
+__all__ = [
+    "Claim",
+    "Comparison",
+    "claims",
+    "compare",
+    "consistency",
+    "divergence",
+    "repeats",
+    "saturation",
+    "shares",
+    "words",
+]

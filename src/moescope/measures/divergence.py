@@ -53,7 +53,7 @@ def divergence(tally: Tally) -> xr.Dataset:
     null, p_value, low, high = (np.full(to_rest.shape, np.nan) for _ in range(4))
     for at in np.ndindex(to_rest.shape) if num_domains > 1 else ():
         degrees = np.append(documents_D[at[0]], documents_D.sum() - documents_D[at[0]] - num_domains + 2) - 1
-        null[at], p_value[at], low[at], high[at] = _against_sampling(
+        null[at], p_value[at], low[at], high[at] = divergence_of_samples(
             float(to_rest[at]),
             (p_DLE[at] + rest_DLE[at]) / 2,
             np.stack([variance_DLE[at], rest_variance_DLE[at]]),
@@ -103,10 +103,18 @@ def js_divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.
     return np.maximum(nats / np.log(2), 0.0)
 
 
-def _against_sampling(
+def divergence_of_samples(
     observed: float, mean_E: NDArray[np.float64], variance_2E: NDArray[np.float64], degrees_2: NDArray[np.float64]
 ) -> tuple[float, float, float, float]:
-    """Expectation under equality, p-value, and the interval of the true divergence.
+    """Judge the divergence of two estimated distributions.
+
+    Args:
+        observed: Their divergence, bits.
+        mean_E: The mean of the two.
+        variance_2E: The variance of each share of each.
+        degrees_2: Degrees of freedom of each.
+    Returns:
+        Expectation under equality, p-value of equality, and the interval of the true divergence.
 
     For close p and q, JSD ≈ Σ (p - q)² / m / (8 ln 2), and under equality (p - q)² has the expectation v_p + v_q.
     """

@@ -96,9 +96,14 @@ def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int
     if not trace.num_tokens:
         raise NoSuchDocument(trace.path, "the trace holds no document yet", "`moescope record` goes on with it")
     recorded = tuple(layer.layer for layer in trace.select_layers(layers))
-    if layers is not None or len(recorded) <= 3:
-        return recorded
-    return recorded[0], recorded[(len(recorded) - 1) // 2], recorded[-1]
+    return recorded if layers is not None else first_middle_last(recorded)
+
+
+def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
+    """Three of the layers, or all if they are fewer."""
+    if len(layers) <= 3:
+        return tuple(layers)
+    return layers[0], layers[(len(layers) - 1) // 2], layers[-1]
 
 
 MOST_EMBEDDED_CHOICES = 128

@@ -75,7 +75,7 @@ def one_pass(
             local.counters = make()
             made.append(local.counters)
         before: Part | None = None
-        for group in _groups(layers):
+        for group in layer_groups(layers):
             part = trace.with_trace_domains(trace.parts[index].read(group, tokens=tokens, weights=weights))
             for counter in local.counters:
                 counter.add(part if before is None else _with_layer_before(part, before), group)
@@ -104,8 +104,8 @@ def _with_layer_before(part: Part, before: Part) -> Part:
     )
 
 
-def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers read together."""
+def layer_groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers that are read together, at most `COLUMNS_A_READ` columns of ids or one layer."""
     groups: list[list[Layer]] = [[]]
     columns = 0
     for layer in layers:

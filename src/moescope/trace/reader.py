@@ -61,21 +61,25 @@ class Trace:
         return sum(part.num_tokens for part in self.parts)
 
     @cached_property
-    def _contents(self) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
-        """Domains in the order they appear; the documents; the part each is in."""
+    def _contents(self) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Domains in the order they appear; the documents; the part each is in; the place of its domain."""
         domains: dict[str, None] = {}
         documents = [np.zeros(0, np.int64)]
         owners = [np.zeros(0, np.int64)]
+        codes = [np.zeros(0, np.int64)]
         for index, file in enumerate(self.parts):
             part = file.read_counts() if self.header.counts_only else file.read((), tokens=False)
             starts = part.document_starts()[:-1]
             domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
+            place = {name: at for at, name in enumerate(domains)}
+            places = np.array([place.get(name, -1) for name in part.domain_names], np.int64)
+            codes.append(places[part.domain[starts]])
             documents.append(part.document[starts].astype(np.int64))
             owners.append(np.full(len(starts), index))
         numbers = np.concatenate(documents)
         if len(np.unique(numbers)) != len(numbers):
             raise TraceDamaged(self.path, "a document is in two parts")
-        return tuple(domains), numbers, np.concatenate(owners)
+        return tuple(domains), numbers, np.concatenate(owners), np.concatenate(codes)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -86,6 +90,16 @@ class Trace:
     def document_numbers(self) -> NDArray[np.int64]:
         """Indices, in the corpus, of the recorded documents, in the order recorded."""
         return self._contents[1]
+
+    @property
+    def document_parts(self) -> NDArray[np.int64]:
+        """Index of the part that holds each of `document_numbers`."""
+        return self._contents[2]
+
+    @property
+    def document_domains(self) -> NDArray[np.int64]:
+        """Index into `domains` of the domain of each of `document_numbers`."""
+        return self._contents[3]
 
     @property
     def num_documents(self) -> int:
@@ -159,7 +173,7 @@ class Trace:
             NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
         """
         self.need_tokens(weights=weights)
-        _, numbers, owners = self._contents
+        _, numbers, owners, _ = self._contents
         place = np.flatnonzero(numbers == number)
         if not len(place):
             near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]

@@ -1,0 +1,396 @@
+"""Two traces compared: how often they send a token to the same experts, which shares changed, and for which tokens.
+
+The unit is the token that both traces hold in the same context. Agreement is the part of its top-k experts that both
+chose (router saturation of OLMoE); beside it stands what the popularity of the experts alone would give. Where the
+traces do not hold the same tokens, or expert ids cannot mean the same in both, only distributions are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import stats
+
+from moescope.measures import statistics
+from moescope.measures.divergence import divergence_of_samples, js_divergence
+from moescope.measures.shares import shares
+from moescope.measures.statistics import described
+from moescope.tallying import tally
+from moescope.tallying.matching import Matching, same_corpus
+from moescope.tallying.pair_tally import PairTally, common_layers, tally_pair
+from moescope.trace import Trace, Vocabulary
+
+OLMOE = "OLMoE (arXiv 2409.02060), router saturation"
+KINDS = ("set", "first")
+LEAST_SHARE = 0.5
+"""Of the tokens of the trace that has fewer, the part that must be in the other to compare token by token."""
+
+LEAST_SEEN = 10
+"""Occurrences below which a token id is not judged."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two traces, A and B, have in common and where they differ.
+
+    Attributes:
+        names: The traces.
+        matching: Which tokens are the same; None if a trace holds counts only.
+        agreement: Dims (domain, layer, kind); the first domain is all of them together. `kind` is "set", the part of
+            the top-k experts that both chose, or "first", whether the first choice is the same:
+
+            * `agreement`, `low`, `high`: the mean over matched tokens, with its 95 % interval clustered by document;
+            * `popularity`: the same if B had been dealt out to the tokens of the domain at random;
+            * `uniform` (layer, kind): the same if both drew their experts uniformly, k/E and 1/E;
+            * `kappa`, `kappa_low`, `kappa_high`: (agreement - popularity) / (1 - popularity), with the popularity
+              taken as known.
+
+            None if the traces are not compared token by token.
+        changes: Dims (domain, layer, expert): `share_a`, `share_b` of all assignments that the tokens could make;
+            `change` = B - A, `low`, `high`; `p_value`, `q_value` of no change, paired by document, the false discovery
+            rate controlled over layers and experts (and over domains, apart from all of them together). None as above.
+        weights: Dims (domain, layer), by the gate weights of A: `kept`, `kept_low`, `kept_high`, the part of a token's
+            gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
+            (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
+            as above, and where A has no gate weights.
+        tokens: Dims (token_id), those seen at least 10 times in at least two documents, the surely lowest agreement
+            first: `text`, `seen`, `documents`, `agreement`, `low`, `high` of sets over all layers compared. None as
+            above, and where token ids are not known.
+        distances: Dims (domain, layer), of the domains in both: `jsd` between the shares of A and B in bits, with
+            `null`, what sampling documents alone would give if they were equal, `low`, `high` of the true divergence,
+            `p_value` and `q_value`; NaN where expert ids cannot mean the same. `evenness_a`, `evenness_b`: entropy of
+            the shares over that of equal ones. None if the traces are compared token by token.
+        remarks: What a reader must know before believing a number.
+    """
+
+    names: tuple[str, str]
+    matching: Matching | None
+    agreement: xr.Dataset | None
+    changes: xr.Dataset | None
+    weights: xr.Dataset | None
+    tokens: xr.Dataset | None
+    distances: xr.Dataset | None
+    remarks: tuple[str, ...]
+
+
+def compare(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Comparison:
+    """Compare two traces: token by token if they hold the same tokens, otherwise their distributions.
+
+    Args:
+        a: The first trace.
+        b: The second trace: of another checkpoint, dtype or quantisation, or of another model or corpus.
+        layers: Layers to compare, or None for all that both have with the same experts.
+        threads: Parts counted at a time; None for the number of processors.
+    Returns:
+        The comparison; `remarks` says what was matched, what was not, and why.
+    Raises:
+        NoSuchLayer: A layer was not recorded in both.
+        TraceDamaged: A page fails its checksum.
+        ValueError: A layer asked for has other experts or another top-k in the second trace.
+    Source:
+        OLMoE, section 5.1; the nulls, intervals and tests are ours. Kappa is Cohen's (1960) for "first".
+    """
+    layers = None if layers is None else sorted(set(layers))
+    names = (a.path.name, b.path.name)
+    shared_layers = common_layers(a, b, layers)
+    reason, remarks = _same_experts(a, b)
+    if not shared_layers:
+        reason = "no layer has the same number of experts and the same top-k in both"
+    counted = None
+    if a.header.counts_only or b.header.counts_only:
+        reason = reason or "a trace holds counts and no tokens"
+    elif shared_layers and not (a.header.token_ids and b.header.token_ids) and not same_corpus(a, b):
+        reason = reason or "a trace has no token ids, and the headers do not say that the corpus is the same"
+    elif shared_layers:
+        counted = tally_pair(a, b, layers, weights=a.header.weights, threads=threads)
+        if counted.matching.share < LEAST_SHARE:
+            reason = reason or "fewer than half of the tokens are the same"
+    matching = counted.matching if counted is not None else None
+    remarks += _describe_matching(matching)
+    if len(skipped := _other_layers(a, b, shared_layers)) and layers is None:
+        remarks.append(f"not compared: layers {', '.join(map(str, skipped))}, which are not alike in both traces")
+    if counted is None or reason is not None:
+        remarks.insert(0, f"Only distributions are compared, not tokens: {reason}.")
+        return Comparison(names, matching, None, None, None, None, _distances(a, b, layers), tuple(remarks))
+    return Comparison(
+        names,
+        matching,
+        agreement(counted),
+        changes(counted),
+        shared_weight(counted) if a.header.weights else None,
+        None if counted.by_token is None else lowest_agreement(counted, a.vocabulary),
+        None,
+        tuple(remarks),
+    )
+
+
+def agreement(counted: PairTally) -> xr.Dataset:
+    """How often two traces agree: see `Comparison.agreement`.
+
+    Args:
+        counted: The sums over the tokens of both.
+    """
+    data = with_all_domains(counted.data)
+    documents, n = data["documents"].values[:, None], data["tokens"].values[:, None].astype(float)
+    top_k = data["top_k"].values.astype(float)
+    columns = []
+    for kind, choices in (("set", top_k), ("first", np.ones_like(top_k))):
+        prefix = "shared" if kind == "set" else "first"
+        y, yy, yn = (data[name].values for name in (prefix, f"{prefix}_squared", f"{prefix}_by_tokens"))
+        value = statistics.ratio(y, n * choices)
+        error = statistics.ratio_standard_error(y, n, yy, yn, data["tokens_squared"].values[:, None], documents)
+        low, high = statistics.proportion_interval(value, error / choices, documents)
+        loads = "loads" if kind == "set" else "first"
+        a, b = (data[f"{loads}_{side}"].values.astype(float) for side in "ab")
+        null = statistics.ratio((a * b).sum(axis=2), n * n * choices)
+        columns.append(np.stack([value, low, high, null]))
+    table = np.stack(columns, axis=-1)
+    table[..., 1] = np.where(data["ranked"].values[:, None].T, table[..., 1], np.nan)
+    value, low, high, null = table
+    with np.errstate(invalid="ignore", divide="ignore"):
+        kappas = [np.where(null < 1, (end - null) / (1 - null), np.nan) for end in (value, low, high)]
+    num_ids = data["num_ids"].values
+    dims, by_layer = ("domain", "layer", "kind"), ("layer", "kind")
+    names = ("kappa", "kappa_low", "kappa_high")
+    meanings = ("agreement beyond popularity, of what there was to gain", "95 % interval, low end", "high end")
+    return xr.Dataset(
+        {
+            "agreement": described(value, dims, "chosen by both, of the choices of a token", "1", OLMOE),
+            "low": described(low, dims, "95 % interval, low end", "1"),
+            "high": described(high, dims, "95 % interval, high end", "1"),
+            "popularity": described(null, dims, "agreement if B were dealt to the tokens at random", "1"),
+            "uniform": described(np.stack([top_k, np.ones_like(top_k)], 1) / num_ids[:, None], by_layer, "k/E", "1"),
+            **{
+                name: described(values, dims, meaning, "1", "Cohen 1960")
+                for name, values, meaning in zip(names, kappas, meanings, strict=True)
+            },
+        },
+        {
+            "domain": data["domain"],
+            "layer": data["layer"],
+            "kind": list(KINDS),
+            **{name: data[name] for name in ("num_experts", "num_ids", "top_k", "documents", "tokens")},
+        },
+    )
+
+
+def changes(counted: PairTally) -> xr.Dataset:
+    """Which shares changed, paired by document: see `Comparison.changes`."""
+    data = with_all_domains(counted.data)
+    documents = data["documents"].values[:, None, None]
+    n, nn = (data[name].values[:, None, None].astype(float) for name in ("tokens", "tokens_squared"))
+    top_k = data["top_k"].values[None, :, None]
+    a, b = (data[f"loads_{side}"].values for side in "ab")
+    change = statistics.ratio(b - a, n * top_k)
+    error = (
+        statistics.ratio_standard_error(
+            b - a, n, data["change_squared"].values, data["change_by_tokens"].values, nn, documents
+        )
+        / top_k
+    )
+    half = statistics.student_t(documents) * error
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p_value = 2 * stats.t.sf(np.abs(change) / error, np.maximum(documents - 1, 1))
+    # Without any spread between documents there is nothing to judge by, but no change in any of them is no change.
+    p_value = np.where(
+        error > 0, p_value, np.where((data["change_squared"].values == 0) & (documents > 1), 1.0, np.nan)
+    )
+    exists = np.arange(data.sizes["expert"])[None, None, :] < data["num_ids"].values[None, :, None]
+    q_value = np.concatenate(
+        [
+            statistics.false_discovery_rate(np.where(exists, p_value, np.nan)[part])
+            for part in (slice(1), slice(1, None))
+        ]
+    )
+    dims = ("domain", "layer", "expert")
+
+    def variable(values: NDArray[np.float64], long_name: str, source: str = "") -> tuple[object, ...]:
+        return described(np.where(exists, values, np.nan), dims, long_name, "1", source)
+
+    return xr.Dataset(
+        {
+            "share_a": variable(statistics.ratio(a, n * top_k), "share in the first trace"),
+            "share_b": variable(statistics.ratio(b, n * top_k), "share in the second trace"),
+            "change": variable(change, "share in the second trace less that in the first"),
+            "low": variable(change - half, "95 % interval, low end"),
+            "high": variable(change + half, "95 % interval, high end"),
+            "p_value": variable(p_value, "p-value of no change", "t test of a ratio, paired by document"),
+            "q_value": variable(q_value, "p-value adjusted over layers and experts", "Benjamini and Hochberg 1995"),
+        },
+        {name: data[name] for name in ("domain", "layer", "expert", "num_experts", "num_ids", "documents", "tokens")},
+    )
+
+
+def shared_weight(counted: PairTally) -> xr.Dataset:
+    """How much gate weight the shared experts carry, and how close the first choices were: see `Comparison.weights`.
+
+    Args:
+        counted: The sums over the tokens of both, with gate weights.
+    """
+    data = with_all_domains(counted.data)
+    documents = data["documents"].values[:, None]
+    y, yy, yn, n, nn = (
+        data[name].values for name in ("kept", "kept_squared", "kept_by_weighed", "weighed", "weighed_squared")
+    )
+    value = statistics.ratio(y, n)
+    error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents)
+    low, high = statistics.proportion_interval(value, error, documents)
+    same, differs = (statistics.ratio(data[f"margin_{x}"], data[f"num_{x}"]) for x in ("same", "differs"))
+    dims = ("domain", "layer")
+    return xr.Dataset(
+        {
+            "kept": described(value, dims, "gate weight of A on experts that B chose, too", "1"),
+            "kept_low": described(low, dims, "95 % interval, low end", "1"),
+            "kept_high": described(high, dims, "95 % interval, high end", "1"),
+            "margin_same": described(same, dims, "mean margin in A where the first choice is the same", "1"),
+            "margin_differs": described(differs, dims, "mean margin in A where the first choice differs", "1"),
+        },
+        {name: data[name] for name in ("domain", "layer", "num_experts", "top_k", "documents", "tokens")},
+    )
+
+
+def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
+    """Token ids, the surely lowest agreement first: see `Comparison.tokens`.
+
+    They are ordered by the upper end of the interval: ordered by the agreement itself, the first would be whichever
+    rare id chance was hardest on.
+
+    Args:
+        counted: The sums over the tokens of both.
+        vocabulary: The text of the ids.
+    """
+    assert counted.by_token is not None
+    known = counted.by_token
+    known = known.isel(token_id=(known["seen"].values >= LEAST_SEEN) & (known["documents"].values >= 2))
+    choices = float(counted.data["top_k"].values.sum())  # of a token in all layers
+    y, yy, yn, n, nn, documents = (
+        known[name].values.astype(float)
+        for name in ("shared", "shared_squared", "shared_by_seen", "seen", "seen_squared", "documents")
+    )
+    value = statistics.ratio(y, n * choices)
+    error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents) / choices
+    low, high = statistics.proportion_interval(value, error, documents)
+    # A few documents that happen to agree exactly say nothing on the spread between documents.
+    low, high = (np.where((error > 0) | (value == 0) | (value == 1), end, np.nan) for end in (low, high))
+    order = np.lexsort([known["token_id"].values, value, high])
+    text = [vocabulary.piece(token_id).decode(errors="replace") for token_id in known["token_id"].values.tolist()]
+    result = xr.Dataset(
+        {
+            "text": ("token_id", np.array(text, object)),
+            "seen": described(known["seen"].values, ("token_id",), "matched tokens with this id", "tokens"),
+            "documents": described(known["documents"].values, ("token_id",), "documents that hold it", "documents"),
+            "agreement": described(value, ("token_id",), "chosen by both, of the choices in all layers", "1", OLMOE),
+            "low": described(low, ("token_id",), "95 % interval, low end", "1"),
+            "high": described(high, ("token_id",), "95 % interval, high end", "1"),
+        },
+        {"token_id": known["token_id"]},
+    )
+    return result.isel(token_id=order)
+
+
+def all_domains_label(domains: Iterable[str]) -> str:
+    """A label for all domains together that no domain has."""
+    label, taken = "(all)", set(domains)
+    while label in taken:
+        label = f"({label})"
+    return label
+
+
+def with_all_domains(data: xr.Dataset) -> xr.Dataset:
+    """The sums with those of all domains together before them."""
+    total = data.sum("domain", keepdims=True)
+    total = total.assign_coords(domain=[all_domains_label(data["domain"].values.tolist())])
+    return xr.concat([total, data], "domain", data_vars="minimal", coords="minimal", join="outer", compat="equals")
+
+
+def _same_experts(a: Trace, b: Trace) -> tuple[str | None, list[str]]:
+    """Why expert ids cannot mean the same in both traces, or None; and what the headers leave open."""
+    mine, theirs = a.header.model, b.header.model
+    for name in ("architecture", "family", "num_layers"):
+        if None not in (values := [mine.get(name), theirs.get(name)]) and values[0] != values[1]:
+            return f"the models differ in {name}, so expert ids have no common meaning", []
+    fingerprints = [mine.get("fingerprint"), theirs.get("fingerprint")]
+    if None not in fingerprints and fingerprints[0] == fingerprints[1]:
+        return None, ["Both traces are of the same weights."]
+    return None, [
+        "The weights differ or are not known. Expert ids have a common meaning only in checkpoints, fine-tunings and "
+        "quantisations of one model; the headers cannot tell those from two models of one shape."
+    ]
+
+
+def _describe_matching(found: Matching | None) -> list[str]:
+    """What was matched and what was not, in sentences."""
+    if found is None:
+        return []
+    how = "document, sequence, position and token id" if found.by_token_id else "place in the same corpus"
+    lines = [
+        f"Matched by {how}: {found.tokens:,} tokens of {found.documents:,} documents; "
+        f"A has {found.tokens_a:,} of {found.documents_a:,}, B has {found.tokens_b:,} of {found.documents_b:,}."
+    ]
+    if found.documents_differing:
+        lines.append(
+            f"In {found.documents_differing:,} documents of both, token ids differ; from there on their tokens are "
+            "left out."
+        )
+    if found.documents_relabelled:
+        lines.append(f"{found.documents_relabelled:,} documents have another domain in B; that of A is used.")
+    return lines
+
+
+def _other_layers(a: Trace, b: Trace, common: Iterable[object]) -> list[int]:
+    shared = {layer.layer for layer in common}  # type: ignore[attr-defined]
+    return sorted({layer.layer for trace in (a, b) for layer in trace.layers} - shared)
+
+
+def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
+    """Distances of the distributions: see `Comparison.distances`."""
+    chosen = layers
+    if chosen is None:
+        chosen = sorted({layer.layer for layer in a.layers} & {layer.layer for layer in b.layers})
+    sides = [shares(tally(trace, chosen)).sel(choice="either") for trace in (a, b)] if chosen else []
+    domains = [name for name in a.domains if name in b.domains]
+    alike = {layer.layer for layer in common_layers(a, b)}
+    comparable = _same_experts(a, b)[0] is None
+    size = (len(domains), len(chosen))
+    jsd, null, p_value, low, high = (np.full(size, np.nan) for _ in range(5))
+    evenness = np.full((2, *size), np.nan)
+    for i, domain in enumerate(domains):
+        for j, layer in enumerate(chosen):
+            at = [side.sel(domain=domain, layer=layer) for side in sides]
+            p = [values["share"].values[: int(values["num_ids"])] for values in at]
+            evenness[:, i, j] = [_evenness(values) for values in p]
+            if not (comparable and layer in alike and all(np.isfinite(values).all() for values in p)):
+                continue
+            jsd[i, j] = js_divergence(*p)
+            variance = np.stack([values["standard_error"].values[: len(p[0])] ** 2 for values in at])
+            degrees = np.array([float(values["documents"]) - 1 for values in at])
+            if degrees.min() >= 1:
+                null[i, j], p_value[i, j], low[i, j], high[i, j] = divergence_of_samples(
+                    float(jsd[i, j]), (p[0] + p[1]) / 2, variance, degrees
+                )
+    dims = ("domain", "layer")
+    return xr.Dataset(
+        {
+            "jsd": described(jsd, dims, "Jensen-Shannon divergence between the shares", "bits", "Lin 1991"),
+            "null": described(null, dims, "divergence expected from sampling alone", "bits"),
+            "low": described(low, dims, "95 % interval, low end", "bits"),
+            "high": described(high, dims, "95 % interval, high end", "bits"),
+            "p_value": described(p_value, dims, "p-value of equal shares", "1", "Rao and Scott 1984"),
+            "q_value": described(
+                statistics.false_discovery_rate(p_value), dims, "adjusted over layers and domains", "1"
+            ),
+            "evenness_a": described(evenness[0], dims, "entropy of the shares over that of equal ones", "1"),
+            "evenness_b": described(evenness[1], dims, "the same in the second trace", "1"),
+        },
+        {"domain": domains, "layer": chosen},
+    )
+
+
+def _evenness(p: NDArray[np.float64]) -> float:
+    if not np.isfinite(p).all() or len(p) < 2:
+        return float("nan")
+    return float(stats.entropy(p) / np.log(len(p)))

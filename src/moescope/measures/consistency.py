@@ -1,0 +1,200 @@
+"""Local routing consistency (SRP): how well one fixed set of experts would serve a whole segment of tokens.
+
+The unit is a pair of an expert and a segment of m consecutive tokens of a sequence, at every place. The best fixed set
+takes the experts that are active at least so often in the segment; SRP is its F1 score against the experts the tokens
+really chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import stats
+
+from moescope.measures import statistics
+from moescope.measures.compare import all_domains_label
+from moescope.measures.statistics import described
+from moescope.tallying.segments import LENGTHS, Segments, count_segments
+from moescope.trace import Trace
+
+SOURCE = "arXiv 2505.16056, equation 6"
+
+
+def consistency(
+    trace: Trace,
+    layers: Iterable[int] | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    threads: int | None = None,
+    segments: Segments | None = None,
+) -> xr.Dataset:
+    """SRP by layer, domain and segment length, against random order within the document.
+
+    Args:
+        trace: The trace.
+        layers: Layers, or None for all.
+        lengths: m, tokens of a segment.
+        threads: Parts counted at a time; None for the number of processors.
+        segments: The counts of the trace if they are at hand; then `trace`, `layers` and `lengths` are not looked at.
+    Returns:
+        Dims (domain, layer, length), the first domain being all of them together; and, with `model_` before the name,
+        (domain, length) of all layers together with one threshold, as the source publishes it:
+
+        * `srp`, `low`, `high`: the F1 score of the best threshold; 95 %, jackknife over (groups of) documents;
+        * `size_ratio`: experts in the best fixed set over experts that a token chooses;
+        * `shuffled`: the SRP to expect if the tokens of each document stood in random order, exact;
+        * `beyond`, `beyond_low`, `beyond_high`: srp - shuffled, paired by document; `p_value` that it is 0 and
+          `q_value` with the false discovery rate controlled over layers and lengths (and over domains, apart from all
+          of them together);
+        * `uniform` (layer, length): SRP if each token drew k of E experts uniformly and without end;
+        * `documents` (domain, length): documents that hold a segment.
+
+        NaN where no document is long enough. Null experts are no experts here; a dropped assignment activates none.
+    Raises:
+        NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace holds counts only.
+        TraceDamaged: A page fails its checksum.
+        ValueError: A length is out of range or comes twice.
+    Source:
+        Liang et al., Not All Models Suit Expert Offloading (arXiv 2505.16056), equations 4 to 6: all places, segments
+        within a sequence, all experts of the group with one threshold. Null, intervals and tests are ours.
+    """
+    counted = count_segments(trace, layers, lengths=lengths, threads=threads) if segments is None else segments
+    num_layers, num_domains, num_lengths = len(counted.layers), len(counted.domains) + 1, len(counted.lengths)
+    fields = ("srp", "low", "high", "size_ratio", "shuffled", "beyond", "beyond_low", "beyond_high", "p_value")
+    table = np.full((len(fields), num_domains, num_layers + 1, num_lengths), np.nan)
+    for m, length in enumerate(counted.lengths):
+        for at in range(num_layers + 1):
+            pick = slice(None) if at == num_layers else slice(at, at + 1)
+            real, null = (sums[m][pick].sum(axis=0).astype(float) for sums in (counted.at_least, counted.expected))
+            for d in range(num_domains):
+                rows = np.flatnonzero(counted.segments[:, m] > 0)
+                rows = rows if d == 0 else rows[counted.domain_of_group[rows] == d - 1]
+                if len(rows):
+                    table[:, d, at, m] = _judge(real[rows], null[rows], counted.domain_of_group[rows], length)
+    values = dict(zip(fields, table, strict=True))
+    documents = np.concatenate([counted.documents.sum(axis=0, keepdims=True), counted.documents])
+    layer = [layer.layer for layer in counted.layers]
+    by_layer, by_model = ("domain", "layer", "length"), ("domain", "length")
+    variables = {}
+    for name, (meaning, source) in _MEANINGS.items():
+        if name == "q_value":
+            p = values["p_value"]
+            q = np.concatenate([_adjusted(p[:1]), _adjusted(p[1:])])
+            parts = q[:, :num_layers], q[:, num_layers]
+        else:
+            parts = values[name][:, :num_layers], values[name][:, num_layers]
+        variables[name] = described(parts[0], by_layer, meaning, "1", source)
+        variables[f"model_{name}"] = described(parts[1], by_model, f"{meaning}, all layers together", "1", source)
+    uniform = [[uniform_srp(a.num_experts, a.top_k, length) for length in counted.lengths] for a in counted.layers]
+    variables["uniform"] = described(uniform, ("layer", "length"), "SRP of uniform independent routing", "1")
+    variables["documents"] = described(documents, by_model, "documents with a segment", "documents")
+    return xr.Dataset(
+        variables,
+        {
+            "domain": [all_domains_label(counted.domains), *counted.domains],
+            "layer": layer,
+            "length": list(counted.lengths),
+            "num_experts": ("layer", [a.num_experts for a in counted.layers]),
+            "top_k": ("layer", [a.top_k for a in counted.layers]),
+        },
+    )
+
+
+_MEANINGS = {
+    "srp": ("F1 of the best fixed set of experts for a segment", SOURCE),
+    "low": ("95 % interval, low end", ""),
+    "high": ("95 % interval, high end", ""),
+    "size_ratio": ("experts in the best fixed set over experts a token chooses", SOURCE),
+    "shuffled": ("SRP with the tokens of each document in random order", ""),
+    "beyond": ("SRP less that of random order", ""),
+    "beyond_low": ("95 % interval, low end", ""),
+    "beyond_high": ("95 % interval, high end", ""),
+    "p_value": ("p-value of no more than random order", ""),
+    "q_value": ("p-value adjusted over layers and lengths", "Benjamini and Hochberg 1995"),
+}
+
+
+def uniform_srp(num_experts: int, top_k: int, length: int) -> float:
+    """SRP of uniform independent routing: activations of an expert in a segment are binomial.
+
+    Example:
+        Two of eight over segments of two tokens: an expert is active twice in 1/16 of the segments and once in 6/16.
+        Taking it where it is active at all gives 2 · 1/2 / (2 · 7/16 + 1/2).
+
+        >>> round(uniform_srp(8, 2, 2), 4)
+        0.7273
+    """
+    at_least = np.append(1.0, stats.binom.sf(np.arange(length), length, top_k / num_experts))
+    return float(best_f1(at_least, length)[0])
+
+
+def best_f1(at_least_V: NDArray[np.float64], length: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The best F1 score over thresholds a = 0 .. m, and that threshold.
+
+    Args:
+        at_least_V: Pairs of segment and expert with at least v activations, v = 0 .. m along the last axis.
+        length: m.
+    Returns:
+        max over a of 2 Σ_{f>=a} f / (m · #(f >= a) + Σ f), and the a; NaN where nothing is active.
+    """
+    # Σ of f over f >= a is a times their number, and one more for each v > a that they reach.
+    above = np.cumsum(at_least_V[..., ::-1], axis=-1)[..., ::-1]
+    active = np.append(above[..., 1:], np.zeros((*above.shape[:-1], 1)), axis=-1)
+    active += np.arange(length + 1) * at_least_V
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = 2 * active / (length * at_least_V + active[..., :1])
+    threshold = np.argmax(np.nan_to_num(f1, nan=-1.0), axis=-1)
+    return np.take_along_axis(f1, threshold[..., None], axis=-1)[..., 0], threshold
+
+
+def _judge(
+    real_RV: NDArray[np.float64], null_RV: NDArray[np.float64], domain_R: NDArray[np.int64], length: int
+) -> tuple[float, ...]:
+    """The values of one cell: see `fields` of `consistency`; R groups of documents with a segment."""
+    sides = np.stack([real_RV, null_RV])
+    total = sides.sum(axis=1)
+    (srp, shuffled), threshold = best_f1(total, length)
+    taken = total[0, threshold[0]] * length
+    activations = total[0, 1:].sum()
+    size_ratio = taken / activations if activations else np.nan
+    without = best_f1(total[:, None] - sides, length)[0]  # shape (side, group)
+    error, groups = _jackknife(without[0], domain_R)
+    difference_error, _ = _jackknife(without[0] - without[1], domain_R)
+    df = groups - len(np.unique(domain_R))
+    t = float(stats.t.ppf((1 + statistics.CONFIDENCE) / 2, df)) if df > 0 else np.nan
+    beyond = srp - shuffled
+    p_value = 2 * stats.t.sf(abs(beyond) / difference_error, df) if difference_error > 0 and df > 0 else np.nan
+    return (
+        srp,
+        float(np.maximum(0.0, srp - t * error)),
+        float(np.minimum(1.0, srp + t * error)),
+        size_ratio,
+        shuffled,
+        beyond,
+        beyond - t * difference_error,
+        beyond + t * difference_error,
+        p_value,
+    )
+
+
+def _jackknife(without_R: NDArray[np.float64], domain_R: NDArray[np.int64]) -> tuple[float, int]:
+    """Standard error from values with one group left out, stratified by domain, and the number of groups.
+
+    Source:
+        Wolter 2007, Introduction to Variance Estimation, section 4.5.
+    """
+    variance, groups = 0.0, 0
+    for code in np.unique(domain_R):
+        values = without_R[domain_R == code]
+        if len(values) > 1:
+            variance += (len(values) - 1) / len(values) * float(((values - values.mean()) ** 2).sum())
+        groups += len(values)
+    return float(np.sqrt(variance)), groups
+
+
+def _adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return statistics.false_discovery_rate(p_values)

@@ -1,0 +1,95 @@
+"""How often two traces agree, by layer: a line a domain, a black one for all; below, popularity alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from moescope.reporting.colours import INK, MUTED
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.tables import describe_any
+
+MOST_LAYERS_WITH_MARKERS = 16
+NEARLY_THE_SAME = 90.0
+"""Per cent above which everything must lie for the axis not to start at zero."""
+LEAST_RANGE = 2.0
+"""Points that the axis spans at least, so that noise around 100 % does not look like a cliff."""
+
+
+def draw_agreement(agreement: xr.Dataset) -> Figure:
+    """The agreement of all layers there are.
+
+    Args:
+        agreement: `Comparison.agreement` of `moescope.compare`.
+    """
+    domains = agreement["domain"].values.tolist()
+    marks = style.domain_marks(domains[1:]) if len(domains) > 2 else []
+    top_k = int(agreement["top_k"].values.max())
+    kinds = [kind for kind in ("set", "first") if np.isfinite(agreement["agreement"].sel(kind=kind)).any()]
+    kinds = kinds[:1] if top_k == 1 else kinds
+    lowest = 100 * float(agreement["low"].sel(kind=kinds).min())
+    bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
+    with style.style():
+        handles = [
+            Line2D([], [], color=INK, linewidth=1.8),
+            *style.line_handles(marks),
+            Patch(facecolor=MUTED, alpha=0.25, linewidth=0),
+        ]
+        labels = ["all domains", *(mark.name for mark in marks), "popularity of the experts alone"]
+        if bottom > 0:  # popularity is below what is shown
+            handles, labels = handles[:-1], labels[:-1]
+        columns = 5 if len(marks) <= 8 else 4
+        top = style.legend_rows(len(labels), columns) + 0.3
+        figure = style.new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, top + 0.42 + 2.2)
+        panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+        style.place(figure, left=0.5 if bottom == 0 else 0.6, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        figure.subplots_adjust(wspace=0.16)
+        for axes, kind in zip(panels, kinds, strict=True):
+            _draw_panel(axes, agreement.sel(kind=kind), marks)
+            title = "first choice" if kind == "first" else describe_any(top_k)
+            style.panel_title(axes, title[0].upper() + title[1:])
+            axes.set_xlabel("Layer", labelpad=2)
+        panels[0].set_ylim(bottom, 100)
+        panels[0].set_ylabel("Chosen in both traces (%)")
+        style.legend_above(figure, handles, labels, columns=columns)
+    return figure
+
+
+def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
+    layers = data["layer"].values
+    few = len(layers) <= MOST_LAYERS_WITH_MARKERS
+    value, low, high, null = (100 * data[name].values for name in ("agreement", "low", "high", "popularity"))
+    reach = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
+    x = np.concatenate([layers[:1] - reach, layers, layers[-1:] + reach])
+    lowest, highest = (np.concatenate([v[:1], v, v[-1:]]) for v in (null.min(axis=0), null.max(axis=0)))
+    axes.fill_between(x, lowest, highest, color=MUTED, alpha=0.25, linewidth=0, label="popularity")
+    for number, mark in enumerate(marks, start=1):
+        axes.plot(
+            layers,
+            value[number],
+            color=mark.colour,
+            linestyle=mark.line,
+            linewidth=0.9,
+            marker=mark.marker,
+            markersize=2.8,
+            markevery=1 if few else (number % 4, 4),
+            markeredgewidth=0,
+            label=mark.name,
+        )
+    axes.plot(layers, value[0], color=INK, linewidth=1.8, marker="o" if len(layers) == 1 else "", label="all domains")
+    if few:
+        style.add_verticals(axes, layers.astype(float), low[0], high[0], edgecolor=INK, linewidth=0.9)
+    else:
+        axes.fill_between(layers, low[0], high[0], color=INK, alpha=0.15, linewidth=0)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    if few:
+        axes.set_xticks(layers)
+    axes.set_xlim(layers[0] - reach, layers[-1] + reach)
+    axes.grid(axis="y")

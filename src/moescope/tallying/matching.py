@@ -1,0 +1,177 @@
+"""Which tokens of two traces are the same tokens; the unit is the token.
+
+Two rows are the same token if document, sequence and position are equal and so are the ids of it and of every token
+before it in its sequence: then both models read the same context. Neither the sizes of the parts nor the order of the
+documents matter, and memory is that of one part of each trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.trace import Part, Trace
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What two traces have in common.
+
+    Attributes:
+        by_token_id: Whether token ids were compared; otherwise tokens are the same by place in the same corpus.
+        tokens: Tokens that are the same in both.
+        tokens_a: Tokens of the first trace.
+        tokens_b: Tokens of the second trace.
+        documents: Documents with a token that is the same in both.
+        documents_a: Documents of the first trace.
+        documents_b: Documents of the second trace.
+        documents_differing: Documents of both in which the ids differ at some place that both have.
+        documents_relabelled: Documents of both with another domain in the second trace; the first trace's is used.
+    """
+
+    by_token_id: bool
+    tokens: int
+    tokens_a: int
+    tokens_b: int
+    documents: int
+    documents_a: int
+    documents_b: int
+    documents_differing: int
+    documents_relabelled: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of either trace is in the other."""
+        return self.tokens == self.tokens_a == self.tokens_b
+
+    @property
+    def share(self) -> float:
+        """Matched tokens as a part of those of the trace that has fewer."""
+        return self.tokens / max(1, min(self.tokens_a, self.tokens_b))
+
+
+@dataclass(frozen=True)
+class PairOfParts:
+    """A part of each trace and the rows that are the same tokens, whole documents together.
+
+    Attributes:
+        part_a: Index of the part in the first trace.
+        part_b: Index of the part in the second trace.
+        rows_a: Rows of the first part, shape (token,), or all of them.
+        rows_b: Rows of the second part, in the same order.
+        documents: Documents with a matched token.
+        documents_differing: Documents in which ids differ.
+        documents_relabelled: Documents with another domain.
+    """
+
+    part_a: int
+    part_b: int
+    rows_a: Rows | slice
+    rows_b: Rows | slice
+    documents: int
+    documents_differing: int
+    documents_relabelled: int
+
+
+def pairs_of_parts(a: Trace, b: Trace) -> list[tuple[int, list[int]]]:
+    """For each part of the trace with fewer parts, the parts of the other that share a document with it.
+
+    Read in this order, a part of the first is read once, and one of the other once for each part it shares documents
+    with: about once if both traces have their documents in one order.
+    """
+    outer, inner = (a, b) if len(a.parts) <= len(b.parts) else (b, a)
+    owner = dict(zip(inner.document_numbers.tolist(), inner.document_parts.tolist(), strict=True))
+    found: list[set[int]] = [set() for _ in outer.parts]
+    for document, part in zip(outer.document_numbers.tolist(), outer.document_parts.tolist(), strict=True):
+        if document in owner:
+            found[part].add(owner[document])
+    return [(index, sorted(others)) for index, others in enumerate(found)]
+
+
+def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool) -> PairOfParts:
+    """Find the tokens that two parts share.
+
+    Args:
+        a: Part of the first trace, with the token columns.
+        b: Part of the second trace.
+        part_a: Its index, to be kept.
+        part_b: Its index, to be kept.
+        by_token_id: Compare the token ids; otherwise the place alone.
+    """
+    starts_a, starts_b = a.sequence_starts(), b.sequence_starts()
+    keys_a, keys_b = _sequence_keys(a, starts_a), _sequence_keys(b, starts_b)
+    _, at_a, at_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
+    order = np.argsort(at_a)
+    at_a, at_b = at_a[order], at_b[order]
+    if not by_token_id:  # then a place means a token only where both have cut the document into the same sequences
+        alike = np.diff(starts_a)[at_a] == np.diff(starts_b)[at_b]
+        at_a, at_b = at_a[alike], at_b[alike]
+        odd = np.union1d(np.setdiff1d(keys_a, keys_a[at_a]), np.setdiff1d(keys_b, keys_b[at_b])) >> np.uint64(32)
+        kept = ~np.isin(keys_a[at_a] >> np.uint64(32), odd)
+        at_a, at_b = at_a[kept], at_b[kept]
+    lengths = np.minimum(np.diff(starts_a)[at_a], np.diff(starts_b)[at_b])
+    firsts = np.cumsum(lengths) - lengths
+    offset = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
+    rows_a, rows_b = (
+        np.repeat(starts[:-1][at], lengths) + offset for starts, at in ((starts_a, at_a), (starts_b, at_b))
+    )
+    documents_differing = 0
+    if by_token_id and len(rows_a):
+        differs = a.token_id[rows_a] != b.token_id[rows_b]
+        documents_differing = len(np.unique(a.document[rows_a[differs]]))
+        if documents_differing:
+            before = np.cumsum(differs)  # differences up to and with each row
+            before -= np.repeat(before[firsts] - differs[firsts], lengths)
+            rows_a, rows_b = rows_a[before == 0], rows_b[before == 0]
+    document_a, row_of_a = np.unique(a.document[rows_a], return_index=True)
+    names_a, names_b = np.array(a.domain_names, object), np.array(b.domain_names, object)
+    relabelled = names_a[a.domain[rows_a[row_of_a]]] != names_b[b.domain[rows_b[row_of_a]]]
+    whole = (len(rows_a) == a.num_tokens == b.num_tokens) and bool((rows_a == rows_b).all())
+    return PairOfParts(
+        part_a,
+        part_b,
+        slice(None) if whole else rows_a,
+        slice(None) if whole else rows_b,
+        len(document_a),
+        documents_differing,
+        int(relabelled.sum()),
+    )
+
+
+def _sequence_keys(part: Part, starts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Document and sequence of each sequence in one number."""
+    rows = starts[:-1]
+    return part.document[rows].astype(np.uint64) << np.uint64(32) | part.sequence[rows].astype(np.uint64)
+
+
+def same_corpus(a: Trace, b: Trace) -> bool | None:
+    """Whether the headers say that both traces are of one corpus; None if one does not say."""
+    fingerprints = [trace.header.corpus.get("fingerprint") for trace in (a, b)]
+    return None if None in fingerprints else fingerprints[0] == fingerprints[1]
+
+
+def selected(columns: NDArray[Any], rows: Rows | slice) -> NDArray[Any]:
+    """Rows of a table of shape (token, choice) as (choice, token), contiguous by choice."""
+    by_choice = columns.T
+    return by_choice if isinstance(rows, slice) else np.ascontiguousarray(by_choice[:, rows])
+
+
+def total(pairs: Sequence[PairOfParts], tokens: int, a: Trace, b: Trace, *, by_token_id: bool) -> Matching:
+    """The matching that all pairs of parts add up to."""
+    return Matching(
+        by_token_id,
+        tokens,
+        a.num_tokens,
+        b.num_tokens,
+        sum(pair.documents for pair in pairs),
+        a.num_documents,
+        b.num_documents,
+        sum(pair.documents_differing for pair in pairs),
+        sum(pair.documents_relabelled for pair in pairs),
+    )

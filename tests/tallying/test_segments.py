@@ -1,0 +1,113 @@
+"""Segments: counted and expected activations against every segment looked at, and every order tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, permutations
+from math import factorial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import make_counts, make_part, make_trace
+
+from moescope.errors import NotRecorded
+from moescope.tallying import one_pass, segments
+from moescope.tallying.segments import count_segments
+from moescope.trace import Layer, Part
+
+LAYERS = (Layer(0, 8, 2), Layer(4, 20, 3, num_null_experts=2), Layer(5, 40, 8))
+
+
+def looked_at(part: Part, layer: Layer, length: int, documents: set[int]) -> np.ndarray:
+    """Pairs of segment and expert with exactly v activations, by going to every place."""
+    exactly = np.zeros(length + 1, np.int64)
+    starts = part.sequence_starts()
+    for start, end in pairwise(starts.tolist()):
+        if int(part.document[start]) not in documents:
+            continue
+        for place in range(start, end - length + 1):
+            ids = part.expert_ids[layer.layer][place : place + length]
+            for expert in range(layer.num_experts):
+                exactly[int((ids == expert).any(axis=1).sum())] += 1
+    return exactly
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_activations_are_those_of_every_segment(
+    tmp_path: Path, dropped: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_pass, "COLUMNS_A_READ", 5)
+    rng = np.random.default_rng(0)
+    lengths = [40, 3, 25, 70, 16, 9]
+    part = make_part(rng, LAYERS, lengths, window=32, dropped=dropped)
+    halves = [part.rows(part.document < 3), part.rows(part.document >= 3)]
+    trace = make_trace(tmp_path / "t.moe", halves, LAYERS)
+    counted = count_segments(trace, lengths=(2, 5, 16), threads=threads)
+    assert counted.domain_of_group.tolist() == [0, 0, 1, 1, 2, 2]  # two documents of each domain, a group each
+    for m, length in enumerate((2, 5, 16)):
+        for at, layer in enumerate(LAYERS):
+            for group, document in enumerate([0, 3, 1, 4, 2, 5]):
+                exactly = looked_at(part, layer, length, {document})
+                at_least = exactly[::-1].cumsum()[::-1]
+                assert counted.at_least[m][at, group].tolist() == at_least.tolist()
+                assert counted.segments[group, m] * layer.num_experts == exactly.sum()
+        has = [sum(min(n - w, 32) >= length for w in range(0, n, 32)) > 0 for n in lengths]
+        assert counted.documents[:, m].tolist() == [has[d] + has[d + 3] for d in range(3)]
+
+
+def test_the_expected_activations_are_the_mean_over_every_order_of_a_document(tmp_path: Path) -> None:
+    layer = Layer(0, 4, 2)
+    part = make_part(np.random.default_rng(1), (layer,), [6], window=4)
+    trace = make_trace(tmp_path / "t.moe", [part], (layer,))
+    counted = count_segments(trace, lengths=(2, 3))
+    for m, length in enumerate((2, 3)):
+        total = np.zeros(length + 1)
+        for order in permutations(range(6)):
+            total += looked_at(replace(part, expert_ids={0: part.expert_ids[0][list(order)]}), layer, length, {0})
+        mean = (total / factorial(6))[::-1].cumsum()[::-1]
+        np.testing.assert_allclose(counted.expected[m][0, 0], mean, rtol=1e-12)
+
+
+def test_long_documents_and_long_segments_expect_what_scipy_does(tmp_path: Path) -> None:
+    from scipy import stats
+
+    layer = Layer(0, 64, 8)
+    part = make_part(np.random.default_rng(2), (layer,), [3000], window=4096)
+    trace = make_trace(tmp_path / "t.moe", [part], (layer,))
+    counted = count_segments(trace, lengths=(256,))
+    chosen = np.bincount(np.asarray(part.expert_ids[0]).ravel(), minlength=64)
+    tails = stats.hypergeom.sf(np.arange(-1, 256)[:, None], 3000, chosen, 256).sum(axis=1) * (3000 - 255)
+    np.testing.assert_allclose(counted.expected[0][0, 0], tails, rtol=1e-8, atol=1e-9)
+
+
+def test_an_expert_that_a_token_names_twice_does_not_leave_the_sums(tmp_path: Path) -> None:
+    layer = Layer(0, 8, 2)
+    part = make_part(np.random.default_rng(3), (layer,), [30], window=64)
+    ids = np.zeros((30, 2), np.int64)
+    trace = make_trace(tmp_path / "t.moe", [replace(part, expert_ids={0: ids})], (layer,))
+    counted = count_segments(trace, lengths=(4, 16))
+    assert counted.at_least[0][0, 0].tolist() == [27 * 8, 27, 27, 27, 27]
+    np.testing.assert_allclose(counted.expected[1][0, 0, 1:], 15)
+
+
+def test_documents_are_dealt_out_to_groups_of_nearly_equal_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "GROUPS_A_DOMAIN", 4)
+    part = make_part(np.random.default_rng(4), LAYERS[:1], [8] * 29, domains=("A", "B"))
+    counted = count_segments(make_trace(tmp_path / "t.moe", [part], LAYERS[:1]), lengths=(4,))
+    assert (counted.segments[:, 0] / 5).tolist() == [4, 4, 4, 3, 4, 4, 3, 3]
+
+
+@pytest.mark.parametrize("lengths", [(), (4, 4), (1,), (2**17,)])
+def test_lengths_that_make_no_sense_are_refused(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    trace = make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(5), LAYERS, [8])], LAYERS)
+    with pytest.raises(ValueError, match="lengths"):
+        count_segments(trace, lengths=lengths)
+
+
+def test_a_trace_of_counts_has_no_segments(tmp_path: Path) -> None:
+    with pytest.raises(NotRecorded, match="no token"):
+        count_segments(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
