@@ -115,6 +115,14 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
     assert tables == {"shares", "divergence"} | (set() if kind == "counts" else {"repeats"})
 
 
+def test_one_domain_diverges_from_nothing_and_gets_no_empty_figure(tmp_path: Path) -> None:
+    part = make_part(np.random.default_rng(4), LAYERS, [40] * 6, domains=("ArXiv",))
+    page = report(make_trace(tmp_path / "t.moe", [part], LAYERS), tmp_path / "report").read_text("utf-8")
+    assert 'figure id="shares"' in page
+    assert "divergence" not in {file.stem for file in (tmp_path / "report").rglob("*.*")}
+    assert 'figure id="divergence"' not in page
+
+
 def test_commands_serve_counts_or_refuse_in_one_line(tmp_path: Path) -> None:
     make_counts(tmp_path / "c.moe", {g: {0: {g: 6}} for g in range(4)})
     run = CliRunner()

@@ -120,8 +120,9 @@ def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:
         extra = [
             f"{shape[f'num_{kind}_experts']} {kind}" for kind in ("shared", "null") if shape[f"num_{kind}_experts"]
         ]
-        unranked = [] if shape["ranked"] else ["not ranked"]
-        notes = f" ({', '.join(extra + unranked)})" if extra + unranked else ""
+        extra += [] if shape["ranked"] else ["not ranked"]
+        extra += ["some assignments ran no expert"] if shape["drops"] else []
+        notes = f" ({', '.join(extra)})" if extra else ""
         yield f"{span}: top-{shape['top_k']} of {shape['num_experts']} experts{notes}"
 
 

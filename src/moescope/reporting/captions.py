@@ -57,26 +57,27 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> Iterat
         ),
         frame=frames.shares_frame(shown.sel(choice=["either"])),
     )
-    yield PageFigure(
-        name="divergence",
-        file="divergence",
-        label="Divergence",
-        title="How far each domain is from the others, layer by layer",
-        caption=(
-            "Jensen-Shannon divergence, bits, between a domain's shares and the mean of the other domains'. Not in "
-            "the paper, which judged by eye."
-        ),
-        how=(
-            "A dark row is a domain with experts of its own; dark columns at both ends are what the paper says of "
-            "the first and the last layer. A dot marks what sampling documents alone does not explain (false "
-            "discovery rate 5 %)."
-        ),
-        cannot=(
-            "With many documents even a trifle gets its dot: read the dot for whether, the bits for how much. Nor "
-            "does it say which experts make the difference, or whether topic, style or script is behind it."
-        ),
-        frame=frames.divergence_frame(results.divergence),
-    )
+    if results.shares.sizes["domain"] > 1:
+        yield PageFigure(
+            name="divergence",
+            file="divergence",
+            label="Divergence",
+            title="How far each domain is from the others, layer by layer",
+            caption=(
+                "Jensen-Shannon divergence, bits, between a domain's shares and the mean of the other domains'. Not in "
+                "the paper, which judged by eye."
+            ),
+            how=(
+                "A dark row is a domain with experts of its own; dark columns at both ends are what the paper says of "
+                "the first and the last layer. A dot marks what sampling documents alone does not explain (false "
+                "discovery rate 5 %)."
+            ),
+            cannot=(
+                "With many documents even a trifle gets its dot: read the dot for whether, the bits for how much. Nor "
+                "does it say which experts make the difference, or whether topic, style or script is behind it."
+            ),
+            frame=frames.divergence_frame(results.divergence),
+        )
     if len(known) > 1:
         choices = list(dict.fromkeys(["either", "first", known[top_k]]))
         yield PageFigure(

@@ -171,7 +171,9 @@ def _tables(results: Results) -> list[Table]:
         found.append(tables.repeats_table(results.repeats, results.layers))
     if results.words is not None:
         found.append(tables.words_table(results.words, results.layers))
-    return [*found, tables.divergence_table(results.divergence, results.layers)]
+    if results.shares.sizes["domain"] > 1:
+        found.append(tables.divergence_table(results.divergence, results.layers))
+    return found
 
 
 def _figures(results: Results, folder: Path) -> list[PageFigure]:

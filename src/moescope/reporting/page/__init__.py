@@ -76,8 +76,8 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
 
     Args:
         results: What the report is of.
-        figures: Named shares and divergence; choices, repeats and tokens if the trace can tell.
-        tables: Named divergence; repeats and words if the trace can tell.
+        figures: Named shares; divergence, choices, repeats and tokens if the trace can tell.
+        tables: Named divergence, repeats and words if the trace can tell.
     """
     folder = resources.files(__package__)
     css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))
