@@ -184,6 +184,31 @@ def test_a_change_that_is_not_there_is_found_in_five_of_a_hundred() -> None:
     assert 0.03 <= np.mean(rejected) <= 0.07, np.mean(rejected)
 
 
+def test_with_documents_of_one_length_the_interval_is_that_of_their_mean_on_the_logit_scale() -> None:
+    rng = np.random.default_rng(18)
+    layer = Layer(0, 8, 3)
+    a, b = (np.array([rng.permutation(8)[:3] for _ in range(240)]) for _ in range(2))
+    found = agreement(pair_tally(part_of(a, [20] * 12), part_of(b, [20] * 12), layer)).isel(domain=0, layer=0)
+    sets = np.array([len(set(x) & set(y)) / 3 for x, y in zip(a, b, strict=True)])
+    for kind, values in (("set", sets), ("first", (a[:, 0] == b[:, 0]).astype(float))):
+        rates = values.reshape(12, 20).mean(axis=1)
+        mean = rates.mean()
+        half = stats.t.ppf(0.975, 11) * stats.sem(rates) / (mean * (1 - mean))
+        ends = 1 / (1 + np.exp(-(np.log(mean / (1 - mean)) + np.array([-half, half]))))
+        at = found.sel(kind=kind)
+        np.testing.assert_allclose([at["low"], at["high"]], ends, rtol=1e-9)
+
+
+def test_the_false_discovery_rate_of_all_domains_does_not_pay_for_the_single_ones() -> None:
+    rng = np.random.default_rng(19)
+    a, b = (np.array([rng.permutation(8)[:2] for _ in range(480)]) for _ in range(2))
+    found = changes(pair_tally(part_of(a, [20] * 24, domains=4), part_of(b, [20] * 24, domains=4)))
+    for part in (slice(1), slice(1, None)):
+        p_values = found["p_value"].isel(domain=part).values
+        expected = stats.false_discovery_control(p_values.ravel()).reshape(p_values.shape)
+        np.testing.assert_allclose(found["q_value"].isel(domain=part).values, expected)
+
+
 def test_a_share_that_moved_is_found_with_its_size(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     a = np.array([rng.permutation(8)[:2] for _ in range(4000)])
@@ -198,6 +223,7 @@ def test_the_tokens_that_agree_least_come_first_and_rare_ones_are_not_judged() -
     rng = np.random.default_rng(7)
     token_id = np.tile(np.arange(10, dtype=np.uint32), 60)
     token_id[::97] = 4_000_000_000  # seven times
+    token_id[100:112] = 33  # in one document
     a = np.array([rng.permutation(8)[:2] for _ in range(600)])
     anew = np.array([rng.permutation(8)[:2] for _ in range(600)])
     b = np.where((token_id == 7)[:, None] | (rng.random((600, 1)) < 0.1), anew, a)

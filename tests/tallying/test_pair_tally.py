@@ -159,6 +159,15 @@ def test_tokens_after_one_that_differs_are_left_out_to_the_end_of_their_sequence
     assert not found.whole
 
 
+def test_a_sequence_whose_first_token_differs_is_left_out_whole(tmp_path: Path, whole: Part) -> None:
+    token_id = whole.token_id.copy()
+    token_id[(whole.document == 2) & (whole.sequence == 1) & (whole.position == 0)] += 1
+    a = make_trace(tmp_path / "a.moe", [whole], LAYERS)
+    b = make_trace(tmp_path / "b.moe", [replace(whole, token_id=token_id)], LAYERS)
+    check_against_the_loop(a, b)
+    assert tally_pair(a, b).matching.tokens == sum(LENGTHS) - 16
+
+
 def test_a_document_that_is_shorter_or_has_another_domain_in_one_trace_is_matched_as_far_as_it_goes(
     tmp_path: Path, whole: Part
 ) -> None:

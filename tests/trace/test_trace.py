@@ -429,3 +429,16 @@ def test_a_kept_trace_of_version_1_reads_as_it_was_written() -> None:
     assert part.gate_weights[1].tolist() == [[0.5, 0.25], [0.75, 0], [0.5, 0.5], [1, 0.125]]
     assert (part.sequence.tolist(), part.position.tolist()) == ([0, 0, 1, 0], [0, 1, 0, 0])
     assert trace.vocabulary.text(part.token_id[:3]) == "aé"
+
+
+def test_a_trace_knows_the_part_and_the_domain_of_each_document(tmp_path: Path) -> None:
+    layers = (Layer(0, 8, 2),)
+    rng = np.random.default_rng(0)
+    first = make_part(rng, layers, [3, 2], domains=("B", "A"))
+    second = make_part(rng, layers, [4, 1, 2], domains=("C", "A", "B"), first_document=2)
+    made = make_trace(tmp_path / "t.moe", [first, second], layers)
+    assert made.domains == ("B", "A", "C")
+    assert made.document_numbers.tolist() == [0, 1, 2, 3, 4]
+    assert made.document_parts.tolist() == [0, 0, 1, 1, 1]
+    names = [made.domains[code] for code in made.document_domains]
+    assert names == ["B", "A", "B", "C", "A"]
