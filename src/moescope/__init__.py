@@ -21,6 +21,7 @@ _HOMES = {
     "Document": "corpus",
     "Tally": "tallying",
     "Trace": "trace",
+    "balance": "measures",
     "claims": "measures",
     "divergence": "measures",
     "open_corpus": "corpus",
@@ -38,6 +39,7 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.measures import balance as balance
     from moescope.measures import claims as claims
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats

@@ -25,6 +25,7 @@ COMMANDS = {
     "shares": "Show the share of the assignments each expert receives, by domain.",
     "repeats": "Show how often consecutive tokens go to the same expert.",
     "words": "Show whether the tokens of a word go to the same expert.",
+    "balance": "Show how evenly the experts are loaded.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

@@ -5,10 +5,11 @@ variables carry their unit, definition and source in their attributes, with a nu
 could be made. `statistics` holds what they share; `published` the figures of the paper, to set beside one's own.
 """
 
+from moescope.measures.balance import balance
 from moescope.measures.claims import Claim, claims
 from moescope.measures.divergence import divergence
 from moescope.measures.repeats import repeats
 from moescope.measures.shares import shares
 from moescope.measures.words import words
 
-__all__ = ["Claim", "claims", "divergence", "repeats", "shares", "words"]
+__all__ = ["Claim", "balance", "claims", "divergence", "repeats", "shares", "words"]

@@ -5,10 +5,20 @@ state and no window; `style` holds the one look and writes the files. Figures ar
 width of a page.
 """
 
+from moescope.reporting.figures.balance import draw_balance
 from moescope.reporting.figures.divergence import draw_divergence
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
 from moescope.reporting.figures.style import save
 from moescope.reporting.figures.tokens import draw_tokens
 
-__all__ = ["as_bars", "draw_choices", "draw_divergence", "draw_repeats", "draw_shares", "draw_tokens", "save"]
+__all__ = [
+    "as_bars",
+    "draw_balance",
+    "draw_choices",
+    "draw_divergence",
+    "draw_repeats",
+    "draw_shares",
+    "draw_tokens",
+    "save",
+]
