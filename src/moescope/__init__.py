@@ -24,6 +24,7 @@ _HOMES = {
     "RoutingCallback": "recording.callback",
     "Tally": "tallying",
     "Trace": "trace",
+    "balance": "measures",
     "claims": "measures",
     "compare": "measures",
     "consistency": "measures",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from moescope.importers import from_arrays as from_arrays
     from moescope.importers import import_trace as import_trace
     from moescope.measures import Comparison as Comparison
+    from moescope.measures import balance as balance
     from moescope.measures import claims as claims
     from moescope.measures import compare as compare
     from moescope.measures import consistency as consistency

@@ -30,6 +30,7 @@ COMMANDS = {
     "consistency": "Show how well one set of experts would serve consecutive tokens.",
     "compare": "Show how far two traces send the same tokens to the same experts.",
     "saturation": "Show how early a router settles on the experts it chooses in the end.",
+    "balance": "Show how evenly the experts are loaded.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

@@ -5,6 +5,7 @@ variables carry their unit, definition and source in their attributes, with a nu
 could be made. `statistics` holds what they share; `published` the figures of the paper, to set beside one's own.
 """
 
+from moescope.measures.balance import balance
 from moescope.measures.claims import Claim, claims
 from moescope.measures.compare import Comparison, compare
 from moescope.measures.consistency import consistency
@@ -17,6 +18,7 @@ from moescope.measures.words import words
 __all__ = [
     "Claim",
     "Comparison",
+    "balance",
     "claims",
     "compare",
     "consistency",

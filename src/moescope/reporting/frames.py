@@ -83,6 +83,42 @@ def divergence_frame(divergence: xr.Dataset) -> pd.DataFrame:
     return pd.concat([rest[columns], pairs.reindex(columns=columns)], ignore_index=True)
 
 
+def balance_frame(balance: xr.Dataset) -> pd.DataFrame:
+    """A row a (domain, layer, batch), the batch in sequences and empty for the whole trace; then a row a statistic of
+    the gate weights.
+    """
+    shapes = ["imbalance", "cv", "gini", "entropy"]
+    names = [f"{name}{end}" for name in shapes for end in ("", "_low", "_high", "_null")]
+    names += ["max_vio", "busiest", "idle", "nearly_idle", "nearly_idle_low", "nearly_idle_high"]
+    drop = ["num_experts", "top_k", "documents"]
+    parts = [balance[names].drop_vars(drop, errors="ignore").to_dataframe().reset_index()]
+    parts[0].insert(0, "what", "loads")
+    everything = balance["domain"].values[0]
+    if "batch_imbalance" in balance:
+        renamed = {"batch_imbalance": "imbalance", "batch_imbalance_low": "imbalance_low"}
+        renamed |= {"batch_imbalance_high": "imbalance_high", "batch_null": "imbalance_null"}
+        rows = balance[list(renamed)].drop_vars(drop, errors="ignore").to_dataframe().reset_index()
+        for at, quantile in enumerate(balance["quantile"].values.tolist()):
+            for source, name in (("batch_quantile", "quantile"), ("batch_null_quantile", "null_quantile")):
+                rows[f"{name}_{100 * quantile:g}"] = balance[source].isel(quantile=at).values.ravel()
+        rows.insert(0, "what", "loads within a batch")
+        rows.insert(1, "domain", everything)
+        rows["batches"] = rows["batch"].map(balance["batches"].to_series())
+        rows["tokens_a_batch"] = rows["batch"].map(balance["batch_tokens"].to_series())
+        parts.append(rows.rename(columns={**renamed, "batch": "sequences_a_batch"}))
+    if "weight" in balance:
+        names = ["weight", "weight_low", "weight_high"]
+        rows = balance[names].drop_vars(drop, errors="ignore").to_dataframe().reset_index()
+        rows.insert(0, "what", "gate weights")
+        for at, quantile in enumerate(balance["quantile"].values.tolist()):
+            by_token = balance["weight_quantile"].isel(quantile=at, drop=True).to_series()
+            keys = pd.MultiIndex.from_frame(rows[["layer", "statistic"]])
+            rows[f"quantile_{100 * quantile:g}"] = by_token.reindex(keys).values
+            rows.loc[rows["domain"] != everything, f"quantile_{100 * quantile:g}"] = np.nan
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True)
+
+
 def tokens_frame(documents: Sequence[RoutedDocument], layers: Sequence[int]) -> pd.DataFrame:
     """A row a token, with the first-choice expert in each layer; -1 = dropped."""
     parts = [

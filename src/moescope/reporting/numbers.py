@@ -49,6 +49,16 @@ def spread(value: float, low: float, high: float, digits: int = 1) -> str:
     return sign + _rounded(100 * max(value - low, high - value), digits)
 
 
+def number(value: float, digits: int = 2) -> str:
+    """A plain number, such as a ratio.
+
+    Example:
+        >>> number(1.2345), number(0.0), number(0.001), number(float("nan"))
+        ('1.23', '0', '<0.01', '–')
+    """
+    return _rounded(value, digits)
+
+
 def count(number: int) -> str:
     """A whole number, thousands apart.
 

@@ -17,7 +17,7 @@ import xarray as xr
 
 from moescope.measures import published
 from moescope.reporting import frames
-from moescope.reporting.numbers import MISSING, bits, count, percent, spread
+from moescope.reporting.numbers import MISSING, bits, count, number, percent, spread
 from moescope.reporting.visible import visible
 
 SIGNIFICANT = 0.05
@@ -235,6 +235,115 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     )
 
 
+def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> list[Table]:
+    """Load balance, a row a layer: the loads, then batches and gate weights where there are any.
+
+    The frame of the first table holds everything.
+
+    Args:
+        balance: Of `moescope.balance`.
+        layers: Layers to show.
+    """
+    data = balance.sel(layer=list(layers))
+    domains = data["domain"].values.tolist()
+    kept = {"imbalance": 2, "cv": 3, "gini": 3, "entropy": 4}
+
+    def loads(domain: str) -> tuple[Row, ...]:
+        rows = []
+        for layer in layers:
+            at = data.sel(domain=domain, layer=layer)
+            busiest, nearly = float(at["busiest"]), (int(at["nearly_idle_low"]), int(at["nearly_idle_high"]))
+            experts = (
+                Cell(MISSING if isnan(busiest) else str(int(busiest))),
+                Cell(str(int(at["idle"]))),
+                Cell(str(int(at["nearly_idle"])), "" if nearly[0] == nearly[1] else f" ({nearly[0]}–{nearly[1]})"),
+            )
+            rows.append(Row(str(layer), (*(_number_cell(at, name, digits) for name, digits in kept.items()), *experts)))
+        return tuple(rows)
+
+    def null(layer: int) -> tuple[Cell, ...]:
+        at = data.sel(domain=domains[0], layer=layer)
+        return *(Cell(number(float(at[f"{name}_null"]), digits)) for name, digits in kept.items()), *[Cell("")] * 3
+
+    tables = [
+        Table(
+            "balance",
+            "Load balance of the routed experts",
+            "layer",
+            ("imbalance", "CV", "Gini", "H / log E", "busiest expert", "idle", "nearly idle"),
+            (
+                Section("the whole trace", loads(domains[0])),
+                Section("perfect balance, with documents like these", tuple(Row(str(n), null(n)) for n in layers)),
+                *(Section(visible(domain), loads(domain)) for domain in domains[1:]),
+            ),
+            notes=(
+                "imbalance: largest load over mean load, 1 if all are equal (MaxVio is this minus 1).",
+                "idle: no assignment at all; nearly idle: others with less than a tenth of the uniform share (in "
+                "brackets, surely and possibly).",
+                "± the larger side of a 95 % interval, by document.",
+            ),
+            frame=frames.balance_frame(data),
+        )
+    ]
+    if "batch_imbalance" in data:
+        sizes = [size for size in data["batch"].values.tolist() if data["batches"].sel(batch=size)]
+        tables += [_batches_table(data, layers, sizes)] if sizes else []
+    if "weight" in data:
+        everything = data.sel(domain=domains[0])
+        rows = tuple(
+            Row(
+                str(layer),
+                tuple(_number_cell(everything.sel(layer=layer, statistic=name), "weight", 3) for name in _WEIGHTS),
+            )
+            for layer in layers
+        )
+        tables.append(
+            Table(
+                "weights",
+                "Gate weights of a token, normalised to sum 1; mean over the tokens of the trace",
+                "layer",
+                tuple(_WEIGHTS.values()),
+                (Section("", rows),),
+                notes=("± half of a 95 % interval, by document.",),
+                frame=tables[0].frame.query("what == 'gate weights'").dropna(axis=1, how="all"),
+            )
+        )
+    return tables
+
+
+_WEIGHTS = {"first": "the largest", "margin": "its lead over the second", "entropy": "entropy, bits"}
+
+
+def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]) -> Table:
+    """Imbalance within batches, three columns a size."""
+    rows = []
+    for layer in layers:
+        cells: list[Cell] = []
+        for size in sizes:
+            at = data.sel(layer=layer, batch=size)
+            worst = Cell(number(float(at["batch_quantile"].isel(quantile=-1)), 2))
+            cells += [_number_cell(at, "batch_imbalance", 2), worst, Cell(number(float(at["batch_null"]), 2))]
+        rows.append(Row(str(layer), tuple(cells)))
+    titles = tuple(
+        (f"{size} sequence{'s' * (size > 1)}, {count(round(float(data['batch_tokens'].sel(batch=size))))} tokens", 3)
+        for size in sizes
+    )
+    return Table(
+        "batches",
+        "Imbalance within batches",
+        "layer",
+        ("mean", "95 %", "by chance") * len(sizes),
+        (Section("", tuple(rows)),),
+        groups=titles,
+        notes=(
+            "95 %: the quantile over batches; by chance: the mean of batches of as many tokens drawn independently "
+            "from the whole trace.",
+            "± half of a 95 % interval of the mean, over batches.",
+        ),
+        frame=frames.balance_frame(data).query("what == 'loads within a batch'").dropna(axis=1, how="all"),
+    )
+
+
 def describe_choice(choice: str, top_k: int) -> str:
     """Words for a coordinate of choice.
 
@@ -262,6 +371,13 @@ def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:
     )
     layers_text = ", ".join(map(str, published.LAYERS))
     return [Section(f"Mixtral-8x7B on the Pile as published, layers {layers_text} of 32", rows)]
+
+
+def _number_cell(at: xr.Dataset, name: str, digits: int) -> Cell:
+    value, low, high = (float(at[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    if isnan(low) or isnan(high):
+        return Cell(number(value, digits))
+    return Cell(number(value, digits), f"±{number(max(value - low, high - value), digits)}")
 
 
 def _share_cell(data: xr.Dataset, name: str, ends: tuple[str, str] | None, **at: object) -> Cell:

@@ -6,6 +6,7 @@ width of a page.
 """
 
 from moescope.reporting.figures.agreement import draw_agreement
+from moescope.reporting.figures.balance import draw_balance
 from moescope.reporting.figures.consistency import draw_consistency
 from moescope.reporting.figures.divergence import draw_divergence
 from moescope.reporting.figures.repeats import draw_repeats
@@ -17,6 +18,7 @@ from moescope.reporting.figures.tokens import draw_tokens
 __all__ = [
     "as_bars",
     "draw_agreement",
+    "draw_balance",
     "draw_choices",
     "draw_consistency",
     "draw_divergence",

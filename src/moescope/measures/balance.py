@@ -1,0 +1,312 @@
+"""Load balance: how evenly the assignments fall on the experts, over the whole trace and within batches.
+
+The unit is the assignment, all ranks together, to a routed expert; null experts and dropped assignments are left out.
+Imbalance is the largest load over the mean load, from 1 (the paper of auxiliary-loss-free balancing calls it less 1
+MaxVio); the rest describes all experts, not only the busiest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.measures import groups, statistics
+from moescope.measures.statistics import Numbers, described
+from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounts, count_balance
+from moescope.tallying.balance_kernels import BINS_PER_E, FIXED, WEIGHT_BINS, WEIGHT_FIXED
+from moescope.trace import Layer, Trace
+
+ALL = "(all)"
+"""Label of all domains together, in the place of a domain."""
+
+NEARLY_IDLE = 0.1
+"""Part of the uniform share below which an expert is nearly idle; one with no assignment at all is idle."""
+
+NULL_DRAWS = 512
+QUANTILES = (0.05, 0.5, 0.95)
+
+LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"
+SUMMARIES = {
+    "imbalance": ("largest load over mean load", "1", "Switch Transformers (arXiv 2101.03961), of f_i"),
+    "cv": ("standard deviation of the loads over their mean", "1", "Shazeer et al. 2017 (arXiv 1701.06538)"),
+    "gini": ("Gini coefficient of the loads", "1", "Gini 1912"),
+    "entropy": ("entropy of the shares over that of equal ones, H / log E", "1", "Shannon 1948"),
+}
+
+_GINI = list(SUMMARIES).index("gini")
+
+
+def balance(
+    trace: Trace | BalanceCounts,
+    layers: Iterable[int] | None = None,
+    *,
+    threads: int | None = None,
+    seed: int = 0,
+) -> xr.Dataset:
+    """How evenly a trace loads its experts.
+
+    Args:
+        trace: The trace, counted in one pass; or its counts, if they are there.
+        layers: Layers of the trace to measure, or None for all.
+        threads: Parts counted at a time; None for the number of processors.
+        seed: Of the draws behind the nulls.
+    Returns:
+        By (domain, layer), the first "domain" being all of them together, "(all)":
+
+        * `imbalance`, `max_vio` (imbalance - 1), `cv`, `gini`, `entropy` (H / log E); with `_low` and `_high`, 95 %
+          interval over documents, and `_null`, what perfectly balanced routing would show with documents that vary as
+          these do;
+        * `busiest`: the expert with the largest load;
+        * `idle`: experts without an assignment; `nearly_idle`: others with less than a tenth of the uniform share;
+          `nearly_idle_low`, `nearly_idle_high`: those surely and those possibly below, by intervals of their shares.
+
+        By (layer, batch), unless the trace holds counts; `batch` is the number of consecutive sequences:
+
+        * `batch_imbalance`: mean over batches; `_low`, `_high`: 95 % interval of that mean; `batch_quantile`
+          (layer, batch, quantile);
+        * `batch_null`, `batch_null_quantile`: the same of batches with as many tokens, drawn from the whole trace
+          independently; `batches` (batch), `batch_tokens` (batch).
+
+        By (domain, layer, statistic), if gate weights were recorded: `weight`, `weight_low`, `weight_high`, and
+        `weight_quantile` (layer, statistic, quantile), of the weights of a token normalised to sum 1: the largest
+        ("first"), its lead over the second ("margin"), their entropy in bits ("entropy").
+    Raises:
+        NoSuchLayer: A layer was not recorded.
+    Source:
+        The definitions: see the variables; intervals: `measures.groups`.
+    """
+    counts = trace if isinstance(trace, BalanceCounts) else count_balance(trace, layers, threads=threads)
+    rng = np.random.default_rng(seed)
+    scopes = [ALL, *counts.domains]
+    by_domain = ("domain", "layer")
+    found = [
+        [_of_loads(loads_GE, layer, rng) for layer, loads_GE in zip(counts.layers, _scoped(counts, at), strict=True)]
+        for at in range(len(scopes))
+    ]
+    variables: dict[str, Any] = {}
+
+    def table(name: str) -> NDArray[Any]:
+        return np.array([[row[name] for row in rows] for rows in found])
+
+    for name, (long_name, units, source) in SUMMARIES.items():
+        variables[name] = described(table(name), by_domain, long_name, units, source)
+        variables[f"{name}_low"] = described(table(f"{name}_low"), by_domain, "95 % interval, low end", units)
+        variables[f"{name}_high"] = described(table(f"{name}_high"), by_domain, "95 % interval, high end", units)
+        variables[f"{name}_null"] = described(
+            table(f"{name}_null"), by_domain, "the same of perfect balance with such documents", units
+        )
+    variables["max_vio"] = described(table("imbalance") - 1, by_domain, "MaxVio, imbalance - 1", "1", LOSS_FREE)
+    variables["busiest"] = described(table("busiest"), by_domain, "expert with the largest load", "expert_id")
+    for name, long_name in (
+        ("idle", "experts without an assignment"),
+        ("nearly_idle", "other experts below a tenth of the uniform share"),
+        ("nearly_idle_low", "of them, those surely below"),
+        ("nearly_idle_high", "experts with an assignment that may be below"),
+    ):
+        variables[name] = described(table(name), by_domain, long_name, "experts")
+    coordinates: dict[str, Any] = {
+        "domain": scopes,
+        "layer": [layer.layer for layer in counts.layers],
+        "num_experts": ("layer", [layer.num_experts for layer in counts.layers]),
+        "top_k": ("layer", [layer.top_k for layer in counts.layers]),
+        "documents": ("domain", _with_all(counts.documents_DG.sum(axis=1))),
+    }
+    if counts.batch_sizes:
+        variables |= _batches(counts, rng)
+        coordinates |= {"batch": list(counts.batch_sizes), "quantile": list(QUANTILES)}
+    if counts.has_weights:
+        variables |= _weights(counts)
+        coordinates |= {"statistic": list(WEIGHT_STATISTICS), "quantile": list(QUANTILES)}
+    return xr.Dataset(variables, coordinates)
+
+
+def summaries(loads: Numbers) -> Numbers:
+    """Imbalance, squared coefficient of variation, Gini coefficient and 1 - H / log E of loads along the last axis.
+
+    Args:
+        loads: Loads or shares, shape (..., expert), not all zero.
+    Returns:
+        Shape (..., 4); for a single expert 1, 0, 0, 0.
+
+    Example:
+        >>> summaries(np.array([3.0, 1.0, 0.0, 0.0])).round(4).tolist()
+        [3.0, 1.5, 0.625, 0.5944]
+    """
+    with np.errstate(invalid="ignore"):
+        p = loads / loads.sum(axis=-1, keepdims=True)
+    num_experts = p.shape[-1]
+    squared_cv = num_experts * ((p - 1 / num_experts) ** 2).sum(axis=-1)
+    weights = 2 * np.arange(1, num_experts + 1) - num_experts - 1
+    gini = (np.sort(p, axis=-1) * weights).sum(axis=-1) / num_experts
+    nats = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    deficit = 1 - nats / np.log(num_experts) if num_experts > 1 else np.zeros(p.shape[:-1])
+    return np.stack([num_experts * p.max(axis=-1), squared_cv, gini, deficit], axis=-1)
+
+
+def _scoped(counts: BalanceCounts, at: int) -> NDArray[np.int64]:
+    """Loads by layer, group and expert of all domains (0) or of the one at `at` - 1."""
+    return counts.loads_LDGE.sum(axis=1) if at == 0 else counts.loads_LDGE[:, at - 1]
+
+
+def _with_all(values_D: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate([values_D.sum(axis=0, keepdims=True), values_D])
+
+
+def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, rng: np.random.Generator) -> dict[str, float]:
+    """Everything about one layer of one domain."""
+    num_experts = layer.num_experts
+    loads_GE = loads_GE[:, :num_experts]
+    made_G = loads_GE.sum(axis=1)
+    ends = [f"{name}{end}" for name in SUMMARIES for end in ("", "_low", "_high", "_null")]
+    if not made_G.sum():
+        idle = dict.fromkeys(("nearly_idle", "nearly_idle_low", "nearly_idle_high"), 0)
+        return dict.fromkeys([*ends, "busiest"], float("nan")) | {"idle": num_experts} | idle
+    p, error = groups.ratio_errors(loads_GE, made_G)
+    value, jack_error, used = groups.jackknife(summaries, loads_GE)
+    seen = summaries(p)
+    null = around = np.full((1, 4), np.nan)
+    if used > 1:
+        uniform = np.full(num_experts, 1 / num_experts)
+        null = summaries(groups.draws_around(uniform, loads_GE, NULL_DRAWS, rng))
+        around = summaries(groups.draws_around(p, loads_GE, NULL_DRAWS, rng))
+    limit = np.quantile(null, 0.95, axis=0)
+    half = groups.student(used) * jack_error
+    low, high = value - half, value + half
+    # Noise adds to differences between equal experts, which the jackknife does not see of Gini's absolute values.
+    bias = around[:, _GINI].mean() - seen[_GINI]
+    low[_GINI] = min(value[_GINI], seen[_GINI] - 2 * bias) - half[_GINI]
+    high[_GINI] = max(value[_GINI], seen[_GINI] - bias) + half[_GINI]
+    low[0], high[0] = (num_experts * end for end in groups.interval_of_largest(p, error, used))
+    floor = np.array([1.0, 0, 0, 0])
+    ceiling = np.array([num_experts, num_experts - 1, 1 - 1 / num_experts, 1.0])
+    low = np.where(np.isfinite(low) & (seen <= limit), floor, low)  # perfect balance would show as much
+    low, high = (np.clip(end, floor, ceiling) for end in (np.fmin(low, seen), np.fmax(high, seen)))
+    low, high = (np.where(np.isfinite(half), end, np.nan) for end in (low, high))
+    expected = null.mean(axis=0)
+    # Square root of the squared coefficient of variation; H / log E is 1 less its deficit.
+    found: dict[str, float] = {}
+    for at, name in enumerate(SUMMARIES):
+        values = {"": seen[at], "_low": low[at], "_high": high[at], "_null": expected[at]}
+        if name == "cv":
+            values = {end: np.sqrt(v) for end, v in values.items()} | {"_null": np.sqrt(null[:, at]).mean()}
+        if name == "entropy":
+            values = {"": 1 - seen[at], "_low": 1 - high[at], "_high": 1 - low[at], "_null": 1 - expected[at]}
+        found |= {f"{name}{end}": float(v) for end, v in values.items()}
+    below, above = statistics.proportion_interval(p, error, used)
+    threshold = NEARLY_IDLE / num_experts
+    working = p > 0
+    return found | {
+        "busiest": float(p.argmax()),
+        "idle": int((~working).sum()),
+        "nearly_idle": int((working & (p < threshold)).sum()),
+        "nearly_idle_low": int((working & (above < threshold)).sum()),
+        "nearly_idle_high": int((working & ~(below >= threshold)).sum()),
+    }
+
+
+def _batches(counts: BalanceCounts, rng: np.random.Generator) -> dict[str, Any]:
+    """The variables of batches."""
+    number_LS = counts.imbalances_LSB.sum(axis=2)
+    mean = statistics.ratio(counts.imbalance_LS / FIXED, number_LS)
+    square = statistics.ratio(counts.imbalance_squared_LS / FIXED, number_LS)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(np.maximum(square - mean**2, 0) / (number_LS - 1))
+    half = statistics.student_t(number_LS) * error
+    sizes = tuple(range(len(counts.batch_sizes)))
+    seen = [[_quantiles(counts.imbalances_LSB[at, s]) for s in sizes] for at in range(len(counts.layers))]
+    draws = [_null_batches(counts, s, rng) for s in sizes]
+    null_LSR = np.stack(draws, axis=1)
+    dims, by_quantile = ("layer", "batch"), ("layer", "batch", "quantile")
+    return {
+        "batch_imbalance": described(mean, dims, "imbalance within a batch, mean over batches", "1", LOSS_FREE),
+        "batch_imbalance_low": described(np.maximum(mean - half, 1), dims, "95 % interval, low end", "1"),
+        "batch_imbalance_high": described(mean + half, dims, "95 % interval, high end", "1"),
+        "batch_quantile": described(np.array(seen), by_quantile, "imbalance within a batch, quantile", "1"),
+        "batch_null": described(null_LSR.mean(axis=2), dims, "the same of tokens drawn independently", "1"),
+        "batch_null_quantile": described(
+            np.moveaxis(np.quantile(null_LSR, QUANTILES, axis=2), 0, 2), by_quantile, "its quantile", "1"
+        ),
+        "batches": described(number_LS.max(axis=0), ("batch",), "batches", "batches"),
+        "batch_tokens": described(
+            statistics.ratio(counts.token_sums_SB.sum(axis=1), counts.tokens_SB.sum(axis=1)),
+            ("batch",),
+            "tokens of a batch, mean",
+            "tokens",
+        ),
+    }
+
+
+def _null_batches(counts: BalanceCounts, s: int, rng: np.random.Generator) -> Numbers:
+    """Imbalance of batches of independent tokens, shape (layer, draw).
+
+    Tokens are drawn with replacement from a sample of the trace, with all their choices; what the sample's loads differ
+    from the whole trace's is added, so that the mean is exact. The same draws serve all layers.
+    """
+    bins = counts.tokens_SB[s]
+    hashed = len(counts.tokens(counts.layers[0].layer))
+    if not bins.sum() or not hashed:
+        return np.full((len(counts.layers), NULL_DRAWS), np.nan)
+    of_bin = statistics.ratio(counts.token_sums_SB[s], bins)
+    tokens_R = np.rint(of_bin[rng.choice(len(bins), NULL_DRAWS, p=bins / bins.sum())]).astype(np.int64)
+    drawn_RT = rng.multinomial(tokens_R, np.full(hashed, 1 / hashed)).astype(np.float32)
+    results = []
+    for at, layer in enumerate(counts.layers):
+        ids = counts.tokens(layer.layer)
+        chosen_TE = np.zeros((hashed, layer.num_experts), np.float32)
+        rows, choices = np.nonzero((ids >= 0) & (ids < layer.num_experts))
+        chosen_TE[rows, ids[rows, choices]] = 1
+        load_E = counts.loads_LDGE[at, :, :, : layer.num_experts].sum(axis=(0, 1))
+        shift_E = load_E / max(int(counts.tokens_DG.sum()), 1) - chosen_TE.mean(axis=0)
+        loads_RE = np.maximum(drawn_RT @ chosen_TE + tokens_R[:, None] * shift_E, 0)
+        total = loads_RE.sum(axis=1)
+        results.append(statistics.ratio(loads_RE.max(axis=1) * layer.num_experts, total))
+    return np.array(results)
+
+
+def _quantiles(histogram_B: NDArray[np.int64]) -> Numbers:
+    """Quantiles of imbalances from their histogram, linear within a bin of half a per cent."""
+    edges = np.exp(np.arange(len(histogram_B) + 1) / BINS_PER_E)
+    return _from_histogram(histogram_B, edges)
+
+
+def _from_histogram(histogram_B: NDArray[np.int64], edges: Numbers) -> Numbers:
+    total = histogram_B.sum()
+    if not total:
+        return np.full(len(QUANTILES), np.nan)
+    below = np.concatenate([[0], np.cumsum(histogram_B)]) / total
+    kept = np.concatenate([[True], np.diff(below) > 0])
+    kept[:-1] |= kept[1:]  # the lower edge of a bin that holds something
+    return np.interp(QUANTILES, below[kept], edges[kept])
+
+
+def _weights(counts: BalanceCounts) -> dict[str, Any]:
+    """The variables of gate weights."""
+    num_layers, num_domains = counts.weighed_LDG.shape[:2]
+    value, low, high = (np.full((num_domains + 1, num_layers, len(WEIGHT_STATISTICS)), np.nan) for _ in range(3))
+    most_LW = np.array([[1.0, 1.0, np.log2(layer.top_k)] for layer in counts.layers])
+    for at, layer in np.ndindex(num_domains + 1, num_layers):
+        sums_DGW, n_DG = counts.weights_LDGW[layer], counts.weighed_LDG[layer]
+        y_GW, n_G = (sums_DGW.sum(axis=0), n_DG.sum(axis=0)) if at == 0 else (sums_DGW[at - 1], n_DG[at - 1])
+        mean, error = groups.ratio_errors(y_GW, n_G)
+        half = groups.student(int((n_G > 0).sum())) * error
+        value[at, layer] = mean / WEIGHT_FIXED
+        low[at, layer] = np.clip((mean - half) / WEIGHT_FIXED, 0, most_LW[layer])
+        high[at, layer] = np.clip((mean + half) / WEIGHT_FIXED, 0, most_LW[layer])
+    edges = np.linspace(0, 1, WEIGHT_BINS + 1)
+    quantiles = [
+        [_from_histogram(of_W, edges) * most for of_W, most in zip(of_layer, most_W, strict=True)]
+        for of_layer, most_W in zip(counts.weight_histogram_LWB, most_LW, strict=True)
+    ]
+    dims = ("domain", "layer", "statistic")
+    return {
+        "weight": described(value, dims, "statistic of a token's gate weights, mean over tokens", "1; entropy: bits"),
+        "weight_low": described(low, dims, "95 % interval, low end", "1; entropy: bits"),
+        "weight_high": described(high, dims, "95 % interval, high end", "1; entropy: bits"),
+        "weight_quantile": described(
+            np.array(quantiles), ("layer", "statistic", "quantile"), "its quantile over tokens", "1; entropy: bits"
+        ),
+    }

@@ -1,0 +1,106 @@
+"""Intervals from random groups of documents, for what is no ratio of document totals; all intervals are 95 %.
+
+A group is a set of documents chosen by hash (`tallying.document_groups`), so groups are independent and the variation
+between them carries whatever dependence there is within documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from moescope.measures.statistics import CONFIDENCE, Numbers
+
+
+def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbers, Numbers]:
+    """Ratios Σy / Σn over groups and their standard errors, linearised.
+
+    Args:
+        y_GE: What was counted, shape (group, thing).
+        n_G: What could have been counted, shape (group,).
+    Returns:
+        Ratio and standard error, shape (thing,); NaN where nothing could have been counted, the error also where fewer
+        than two groups could.
+    """
+    used = n_G > 0
+    y, n = y_GE[used].astype(float), n_G[used].astype(float)
+    groups, total = len(n), n.sum()
+    if not groups:
+        return np.full(y_GE.shape[1], np.nan), np.full(y_GE.shape[1], np.nan)
+    ratio = y.sum(axis=0) / total
+    if groups < 2:
+        return ratio, np.full(y_GE.shape[1], np.nan)
+    residual = y - ratio * n[:, None]
+    return ratio, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
+
+
+def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:
+    """Quantile of Student's t with groups - 1 degrees of freedom; NaN for fewer than two groups."""
+    return float(stats.t.ppf(probability, groups - 1)) if groups > 1 else float("nan")
+
+
+def jackknife(measure: Callable[[Numbers], Numbers], y_GE: NDArray[np.int64]) -> tuple[Numbers, Numbers, int]:
+    """Bias-corrected values and standard errors of a smooth function of sums, leaving out a group at a time.
+
+    Args:
+        measure: From sums, shape (..., thing), to values, shape (..., value).
+        y_GE: The sums of each group, shape (group, thing).
+    Returns:
+        Value and standard error, shape (value,), and the number of groups that hold something.
+    Source:
+        Busing, Meijer and van der Leeden 1999, Delete-m jackknife for unequal m, Statistics and Computing 9.
+    """
+    n_G = y_GE.sum(axis=1).astype(float)
+    y = y_GE[n_G > 0].astype(float)
+    n_G = n_G[n_G > 0]
+    total = y.sum(axis=0)
+    whole = measure(total[None])[0]
+    if len(y) < 2:
+        return whole, np.full(whole.shape, np.nan), len(y)
+    without = measure(total - y)
+    h = (n_G.sum() / n_G)[:, None]
+    value = len(y) * whole - ((1 - 1 / h) * without).sum(axis=0)
+    pseudo = h * whole - (h - 1) * without
+    return value, np.sqrt(((pseudo - value) ** 2 / (h - 1)).mean(axis=0)), len(y)
+
+
+def interval_of_largest(p: Numbers, error: Numbers, groups: int) -> tuple[float, float]:
+    """95 % interval of the largest of several true shares, of which the largest estimate is biased upwards.
+
+    The upper end is the largest pointwise upper end: whichever share is truly the largest lies below its own. The lower
+    end is the largest of the lower ends drawn for all contenders at once, so that it holds even if they are equal:
+    shares that cannot be the largest are no contenders.
+
+    Source:
+        Chernozhukov, Lee and Rosen 2013, Intersection bounds: estimation and inference, Econometrica 81 (contenders
+        by adaptive selection; here with Bonferroni's instead of simulated quantiles).
+    """
+    if groups < 2 or not np.isfinite(error).any():
+        return float("nan"), float("nan")
+    tail = (1 - CONFIDENCE) / 2
+    high = float(np.max(p + student(groups, 1 - tail) * error))
+    wide = student(groups, 1 - tail / len(p)) * error
+    contenders = p + wide >= np.max(p - wide)
+    low = float(np.max((p - student(groups, 1 - tail / contenders.sum()) * error)[contenders]))
+    return low, high
+
+
+def draws_around(centre_E: Numbers, y_GE: NDArray[np.int64], num_draws: int, rng: np.random.Generator) -> Numbers:
+    """Shares that could be seen if the true ones were `centre_E` and documents varied as they do, shape (draw, thing).
+
+    The residuals of the groups get random signs and sizes (Gaussian multipliers), which keeps their covariances.
+
+    Source:
+        Chernozhukov, Chetverikov and Kato 2013, Annals of Statistics 41 (multiplier bootstrap of maxima).
+    """
+    n_G = y_GE.sum(axis=1).astype(float)
+    y = y_GE[n_G > 0].astype(float)
+    n_G = n_G[n_G > 0]
+    total = n_G.sum()
+    residual = (y - y.sum(axis=0) / total * n_G[:, None]) / total * np.sqrt(len(y) / max(len(y) - 1, 1))
+    multipliers = rng.standard_normal((num_draws, len(y)))
+    draws: Numbers = np.maximum(centre_E + multipliers @ residual, 0.0)
+    return draws / draws.sum(axis=1, keepdims=True)
