@@ -31,8 +31,8 @@ token before; the place in the sequence; the token's own first choice in the lay
 MAX_TOKEN_IDS = 16_384
 """Ids told apart, the most frequent ones; the others are one value, so that a layer's table stays under 32 MB."""
 
-TEST_TOKENS = 2**18
-"""Tokens, in whole documents, that the permutations and the choice of the shrinkage go over."""
+TEST_TOKENS = 2**17
+"""Tokens, in whole documents, that the permutations go over."""
 
 TEST_DOCUMENTS = 2**15
 """Documents whose domains are permuted."""
@@ -40,8 +40,11 @@ TEST_DOCUMENTS = 2**15
 NULL_COPIES = 3
 """Permuted copies through which the estimator itself is sent, for the null that is shown."""
 
-STRENGTHS = 2.0 ** np.array([*range(-5, 13), 14, 17, 20])
-"""Shrinkage tried, in tokens; the last is none but in name: popularity alone."""
+STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])
+"""Shrinkage tried, in tokens; with the last, popularity alone predicts."""
+
+STRENGTH_ROWS = 2**16
+"""About so many rows, of documents spread over the trace, choose the shrinkage."""
 
 COVER = "Cover and Thomas 2006, Elements of Information Theory, chapter 2"
 
@@ -145,7 +148,6 @@ def estimate(
     starts_G: NDArray[np.int64],
     num_values: int,
     num_ids: int,
-    few: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]] | None = None,
 ) -> Estimate:
     """Mutual information of values and experts, bias-corrected at the level of documents.
 
@@ -155,7 +157,6 @@ def estimate(
         starts_G: First row of each document, with the number of rows at the end.
         num_values: Values there may be.
         num_ids: Expert ids there may be.
-        few: Values, experts and starts of some of the documents, by which the shrinkage is chosen; None for all.
     Returns:
         The estimate. `variance` is of `bits`: between documents, and a twelfth of the squared distance between the
         fitted and the held-out prediction, between which the truth lies.
@@ -169,8 +170,8 @@ def estimate(
     if total == 0 or num_documents < 2:
         return Estimate(*(float("nan"),) * 6, rows=total)
     by_strength = np.zeros(len(STRENGTHS))
-    few = (x_R, e_R, starts_G) if few is None else few
-    kernels.held_out_by_strength(*few, joint_XE, value_X, load_E, STRENGTHS, by_strength)
+    step = 1 + total // STRENGTH_ROWS
+    kernels.held_out_by_strength(x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, by_strength)
     strength = float(STRENGTHS[by_strength.argmax()])
     fitted_G, held_out_G = np.zeros(num_documents), np.zeros(num_documents)
     rows_G = np.zeros(num_documents, np.int64)
@@ -270,17 +271,12 @@ def _explain_layer(
     rows: _Rows, small: _Rows, layer: Layer, before: Layer | None, permutations: int, seed: int
 ) -> _Explained:
     experts_KT, few_KT = rows.experts(layer), small.experts(layer)
-    sources, few = _sources(rows, layer, before), _sources(small, layer, before)
-    nulls = _permuted_choices(small, few_KT, few, layer, permutations, seed)
+    sources = _sources(rows, layer, before)
+    nulls = _permuted_choices(small, few_KT, _sources(small, layer, before), layer, permutations, seed)
     nulls["domain"] = _permuted_domains(rows, small, few_KT, layer, permutations, seed)
     by_source = {}
     for name, (x_T, num_values) in sources.items():
-        found = estimate(
-            *_flat(x_T, experts_KT, rows.sample.starts),
-            num_values,
-            layer.num_ids,
-            _flat(few[name][0], few_KT, small.sample.starts),
-        )
+        found = estimate(*_flat(x_T, experts_KT, rows.sample.starts), num_values, layer.num_ids)
         null = nulls[name]
         # Where a source tells nothing the variance between documents vanishes, and what is left is that of the null,
         # which falls as one over the number of tokens.

@@ -73,24 +73,26 @@ def held_out_by_strength(
     joint_XE: Counts,
     value_X: Sums,
     load_E: Sums,
+    step: int,
     strength_A: Numbers,
     bits_A: Numbers,
 ) -> None:
     """Bits that each strength of shrinkage would save on documents left out.
 
     Args:
-        x_R: Values of the rows to score, which are among those counted.
+        x_R: Values.
         e_R: Experts.
         starts_G: First row of each document, with R at the end.
         joint_XE: Counts of all rows, with their margins `value_X` and `load_E`.
         value_X: Rows of each value.
         load_E: Rows of each expert.
+        step: Leave out each so-manieth document; the other documents are only counted.
         strength_A: Strengths to try.
         bits_A: Added to.
     """
     own_XE, own_X, own_E = _workspace(joint_XE)
     total = load_E.sum()
-    for g in range(starts_G.size - 1):
+    for g in range(0, starts_G.size - 1, step):
         n = _count_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
         for r in range(starts_G[g], starts_G[g + 1]):
             x, e = x_R[r], e_R[r]
