@@ -23,6 +23,8 @@ _HOMES = {
     "Trace": "trace",
     "claims": "measures",
     "divergence": "measures",
+    "explain": "measures",
+    "locality": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from moescope.corpus import open_corpus as open_corpus
     from moescope.measures import claims as claims
     from moescope.measures import divergence as divergence
+    from moescope.measures import explain as explain
+    from moescope.measures import locality as locality
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
     from moescope.measures import words as words

@@ -24,6 +24,8 @@ COMMANDS = {
     "info": "Show what a trace holds.",
     "shares": "Show the share of the assignments each expert receives, by domain.",
     "repeats": "Show how often consecutive tokens go to the same expert.",
+    "locality": "Show how much more often neighbours repeat an expert than their words would anyway.",
+    "explain": "Show how many bits of the choice domain, token, neighbours and place explain.",
     "words": "Show whether the tokens of a word go to the same expert.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",

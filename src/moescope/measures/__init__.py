@@ -7,8 +7,10 @@ could be made. `statistics` holds what they share; `published` the figures of th
 
 from moescope.measures.claims import Claim, claims
 from moescope.measures.divergence import divergence
+from moescope.measures.explain import explain
+from moescope.measures.locality import locality
 from moescope.measures.repeats import repeats
 from moescope.measures.shares import shares
 from moescope.measures.words import words
 
-__all__ = ["Claim", "claims", "divergence", "repeats", "shares", "words"]
+__all__ = ["Claim", "claims", "divergence", "explain", "locality", "repeats", "shares", "words"]

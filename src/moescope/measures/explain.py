@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xarray as xr
@@ -27,6 +28,8 @@ from moescope.trace import Layer, Trace
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
 """What may explain a choice: the document's domain; the token's id; the id of the token before; the first choice of the
 token before; the place in the sequence; the token's own first choice in the layer before."""
+
+_ROTATED = ("token", "previous token", "position", "previous layer")
 
 MAX_TOKEN_IDS = 16_384
 """Ids told apart, the most frequent ones; the others are one value, so that a layer's table stays under 32 MB."""
@@ -62,8 +65,8 @@ def explain(
     """Bits of each layer's choice that each source explains.
 
     Args:
-        trace: The trace, or a sample of its documents (then `layers` must be among its own).
-        layers: Layers to explain, or None for all. The layer before the first of them is not looked at.
+        trace: The trace, or a sample of its documents, whose layers follow one another as they stand.
+        layers: Layers to explain, or None for all.
         choice: "first", the first choice of a token; or "either", each of its choices, all ranks alike.
         permutations: Permutations of each test, at least 1; the smallest p-value is one over this plus one.
         seed: Of the permutations, which are the same in every layer.
@@ -78,8 +81,9 @@ def explain(
         * `held_out`, `plug_in`: a lower and an upper bound of the truth, both but for sampling: bits saved on documents
           left out, and the plain mutual information of the counts; `miller_madow`, the latter less its bias if every
           pair of value and expert that occurs occurred often;
-        * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; else, choices permuted
-          within the document. What a document's own mix of experts explains is left in it;
+        * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
+          tokens permuted within the document; else, the choices of each document rotated by a random number of tokens,
+          so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
         * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
           over layers and sources.
 
@@ -107,10 +111,13 @@ def explain(
             raise NotRecorded(
                 trace.path, "does not say which of a token's choices is the first", "ask for choice='either'"
             )
-        sample = sample_documents(trace, [layer.layer for layer in chosen], threads=threads)
+        befores = {layer: before for before, layer in pairwise(trace.layers)}
+        needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
+        sample = sample_documents(trace, [layer.layer for layer in needed], threads=threads)
     else:
         sample = trace
         chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
+        befores = {layer: before for before, layer in pairwise(sample.layers)}
     rows = _Rows.of(sample, choice)
     small = _Rows.of(sample.thinned(TEST_TOKENS), choice)
     found: list[_Explained] = [_NOTHING] * len(chosen)
@@ -118,8 +125,7 @@ def explain(
 
     def measure(at: int) -> None:
         nonlocal done
-        before = sample.layers[sample.layers.index(chosen[at]) - 1] if chosen[at] != sample.layers[0] else None
-        found[at] = _explain_layer(rows, small, chosen[at], before, permutations, seed)
+        found[at] = _explain_layer(rows, small, chosen[at], befores.get(chosen[at]), permutations, seed)
         done += 1
         if progress is not None:
             progress(done, len(chosen))
@@ -339,34 +345,45 @@ def _permuted_choices(
     permutations: int,
     seed: int,
 ) -> dict[str, _Null]:
-    """The null of each source but the domain: the choices of a document in random order."""
+    """The null of each source but the domain: the choices of a document, moved.
+
+    Against the expert before they are put in random order, which is what locality is measured against. Against all else
+    they are rotated: neighbours stay neighbours, so a choice that merely lasts is not taken for one that something else
+    explains.
+    """
     num_tokens, ranks = experts_KT.shape[1], len(experts_KT)
     starts_G = rows.sample.starts
     xlogx = _xlogx(num_tokens * ranks)
     firsts_T = rows.firsts(layer)
-    fixed = {name: _flat(x_T, experts_KT, starts_G)[0] for name, (x_T, _) in sources.items() if name != "domain"}
-    tables = {name: _workspace(sources[name][1], layer.num_ids) for name in fixed}
+    fixed = {name: np.repeat(x_T, ranks) for name, (x_T, _) in sources.items() if name in _ROTATED}
+    names = [*fixed, *(["previous expert"] if "previous expert" in sources else [])]
+    tables = {name: _workspace(sources[name][1], layer.num_ids) for name in names}
 
-    def with_values(order_T: NDArray[np.int32]) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        e_R = _flat(order_T, experts_KT[:, order_T], starts_G)[1]
+    def values(
+        rotated_T: NDArray[np.int32], shuffled_T: NDArray[np.int32]
+    ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        e_R = np.ascontiguousarray(experts_KT[:, rotated_T].T).ravel()
         by_source = {name: (x_R, e_R) for name, x_R in fixed.items()}
-        if "previous expert" in fixed:  # is permuted with the choices; what is no choice of the layer stays in place
-            by_source["previous expert"] = np.repeat(rows.before(firsts_T[order_T]), ranks), e_R
+        if "previous expert" in sources:
+            before_T = rows.before(firsts_T[shuffled_T])
+            by_source["previous expert"] = _flat(before_T, experts_KT[:, shuffled_T], starts_G)[:2]
         return by_source
 
-    order_T = np.arange(num_tokens, dtype=np.int32)
-    observed = {name: kernels.information(*xe, xlogx, *tables[name]) for name, xe in with_values(order_T).items()}
-    permuted = {name: np.zeros(permutations) for name in fixed}
-    copies: dict[str, list[float]] = {name: [] for name in fixed}
+    rotated_T, shuffled_T = (np.arange(num_tokens, dtype=np.int32) for _ in range(2))
+    as_recorded = values(rotated_T, shuffled_T)
+    observed = {name: kernels.information(*xe, xlogx, *tables[name]) for name, xe in as_recorded.items()}
+    permuted = {name: np.zeros(permutations) for name in names}
+    copies: dict[str, list[float]] = {name: [] for name in names}
     state = np.array([seed], np.uint64)
     for at in range(permutations):
-        kernels.shuffle_within(starts_G, order_T, state)
-        for name, xe in with_values(order_T).items():
+        kernels.rotate_within(starts_G, rotated_T, state)
+        kernels.shuffle_within(starts_G, shuffled_T, state)
+        for name, xe in values(rotated_T, shuffled_T).items():
             permuted[name][at] = kernels.information(*xe, xlogx, *tables[name])
             if at < NULL_COPIES:
                 bits = estimate(*xe, starts_G * ranks, sources[name][1], layer.num_ids).bits
                 copies[name].append(max(0.0, bits))
-    return {name: _Null(observed[name], permuted[name], float(np.mean(copies[name]))) for name in fixed}
+    return {name: _Null(observed[name], permuted[name], float(np.mean(copies[name]))) for name in names}
 
 
 def _permuted_domains(
@@ -451,9 +468,7 @@ _VARIABLES = {
 }
 
 
-def _labelled(
-    sample: DocumentSample, layers: Sequence[Layer], choice: str, found: Sequence[_Explained]
-) -> xr.Dataset:
+def _labelled(sample: DocumentSample, layers: Sequence[Layer], choice: str, found: Sequence[_Explained]) -> xr.Dataset:
     dims = ("layer", "source")
     values = {
         name: np.array([[of.by_source.get(s, {}).get(name, np.nan) for s in SOURCES] for of in found])

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -65,16 +67,16 @@ def locality(
         `domain` holds the domains and "(all)".
 
         * `rate`, `low`, `high` (domain, pairs, layer, kind): repeats over pairs of neighbours;
-        * `expected`, `excess`, `excess_low`, `excess_high`, `p_value`, `q_value` (domain, pairs, null, layer, kind): the
-          rate the null predicts; the rate less that, with its interval, the p-value of no excess, and the same with the
-          false discovery rate controlled;
+        * `expected`, `excess`, `excess_low`, `excess_high`, `p_value`, `q_value` (domain, pairs, null, layer, kind):
+          the rate the null predicts; the rate less that, with its interval, the p-value of no excess, and the same with
+          the false discovery rate controlled;
         * `lag_rate`, `lag_low`, `lag_high`, `lag_expected`, `lag_excess`, `lag_excess_low`, `lag_excess_high` (domain,
           layer, kind, lag): the same by distance, against the document in any order, which knows no distance;
         * `runs`, `runs_geometric` (layer, run): share of the runs of one first choice that have so many tokens (the
           last: or more), and the same if each token repeated the one before with the chance `rate`, independently;
           `run_mean`, `run_mean_low`, `run_mean_high` (layer): tokens a run;
-        * `pairs_counted` (domain, pairs), `documents` (domain); `known` (attribute): part of the pairs of which both ids
-          occur in other documents.
+        * `pairs_counted` (domain, pairs), `documents` (domain); `known` (attribute): part of the pairs of which both
+          ids occur in other documents.
 
         All intervals are 95 %, clustered by document; those of an excess are of paired differences. NaN where a trace
         lacks what it takes: token ids, or the order of the choices.
@@ -86,7 +88,7 @@ def locality(
         Mixtral of Experts, section 5, Table 5 (the rates). Nulls, lag curve and intervals are ours.
     """
     lags = tuple(lags)
-    if not lags or lags[0] < 1 or any(b <= a for a, b in zip(lags, lags[1:], strict=False)):
+    if not lags or lags[0] < 1 or any(b <= a for a, b in pairwise(lags)):
         raise ValueError(f"lags must ascend from at least 1, not {lags}")
     threads = threads if threads is not None else os.cpu_count() or 1
     if threads < 1:
@@ -243,7 +245,9 @@ def _same_first_in_domain(
     tokens_D = np.bincount(domain_T, minlength=len(load_DE))
     chance_T = np.zeros(len(first_T))
     chance_T[made] = (load_DE[domain_T[made], first_T[made]] - 1) / np.maximum(tokens_D[domain_T[made]] - 1, 1)
-    return np.bincount(drawn.document_T, chance_T, minlength=sample.num_documents)
+    sums_G = np.zeros(sample.num_documents)
+    np.add.at(sums_G, drawn.document_T, chance_T)
+    return sums_G
 
 
 @dataclass(frozen=True)
@@ -347,7 +351,7 @@ def _labelled(
     runs = _runs(sample, found)
     return xr.Dataset(
         {
-            "rate": described(rate[:, :, 0], plain, "pairs of neighbours that repeat", "1", "arXiv 2401.04088, Table 5"),
+            "rate": described(rate[:, :, 0], plain, "neighbours that repeat", "1", "arXiv 2401.04088, Table 5"),
             "low": described(low, plain, ends[0], "1"),
             "high": described(high, plain, ends[1], "1"),
             "expected": described(expected, full, "rate that the null predicts", "1"),
@@ -402,7 +406,7 @@ def _popularity(
     return chance_G, 2 * (chance_sum_G - chance_G * tokens_G) / np.maximum(tokens_D[sample.domain], 1)
 
 
-def _runs(sample: DocumentSample, found: Sequence[_Counted]) -> dict[str, tuple]:
+def _runs(sample: DocumentSample, found: Sequence[_Counted]) -> dict[str, tuple[Any, ...]]:
     lengths, number = np.unique(np.diff(sample.sequence_starts), return_counts=True)
     share, geometric = (np.full((len(found), LONGEST_RUN), np.nan) for _ in range(2))
     mean, low, high = (np.full(len(found), np.nan) for _ in range(3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ class DocumentSample:
     sequence_starts: NDArray[np.int64]
     position: NDArray[np.int32]
     token_id: NDArray[np.int32] | None
-    expert_ids: dict[int, NDArray[np.unsignedinteger | np.signedinteger]]
+    expert_ids: dict[int, NDArray[np.integer[Any]]]
     fraction: float
 
     @property
@@ -121,8 +122,8 @@ class _Gathered:
     """The counter that keeps documents, a chunk a part."""
 
     fraction: float
-    chunks: list[dict[str, NDArray]] = field(default_factory=list)
-    choices: list[dict[int, NDArray]] = field(default_factory=list)
+    chunks: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    choices: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
     kept: NDArray[np.bool_] | None = None
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
@@ -197,7 +198,7 @@ def _hashes(document: NDArray[np.int64]) -> NDArray[np.uint64]:
     return token_hashes(document, np.full(len(document), 2**31))
 
 
-def _id_dtype(layer: Layer) -> np.dtype:
+def _id_dtype(layer: Layer) -> np.dtype[Any]:
     """The narrowest type that holds the ids, and -1 where assignments may be dropped."""
     if not layer.drops:
         return np.dtype(np.uint8 if layer.num_ids <= 256 else np.uint16)

@@ -9,8 +9,6 @@ popularity p of the experts as if `a` more rows had been seen.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +159,16 @@ def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> 
             order_T[start + last], order_T[start + other] = order_T[start + other], order_T[start + last]
 
 
+@numba.njit(cache=True, nogil=True)
+def rotate_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
+    """Set the order to that of the text, each document begun at a random row and its beginning put at its end."""
+    for g in range(starts_G.size - 1):
+        start, length = starts_G[g], starts_G[g + 1] - starts_G[g]
+        offset = draw_below(state, length)
+        for t in range(length):
+            order_T[start + t] = start + (t + offset) % length
+
+
 @numba.njit(cache=True, nogil=True, inline="always")
 def draw_below(state: NDArray[np.uint64], bound: int) -> int:
     """A random whole number from 0 to bound - 1 (splitmix64; its own state, so threads do not share one).
@@ -172,7 +180,7 @@ def draw_below(state: NDArray[np.uint64], bound: int) -> int:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return np.int64(((z >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+    return int(((z >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

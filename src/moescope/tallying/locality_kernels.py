@@ -1,7 +1,8 @@
 """The loops over pairs of tokens at any distance, compiled by numba; the unit is the pair of tokens of one sequence.
 
-Shape suffixes: T tokens, K choices, W words of 64 bits, G documents, Q sequences, A lags, R draws, S 2 kinds (FIRST: the
-same first choice; ANY: the sets share an expert), I 2 classes of pairs (0: of different token ids, 1: of equal ones).
+Shape suffixes: T tokens, K choices, W words of 64 bits, G documents, Q sequences, A lags, R draws, N lengths of runs,
+S 2 kinds (FIRST: the same first choice; ANY: the sets share an expert), I 2 classes of pairs (0: of different token
+ids, 1: of equal ones).
 
 A null is a rule that draws stand-ins for the two tokens of a pair; what they share is what the pair would share anyway.
 """
@@ -185,7 +186,7 @@ def draw_same_ids(
     document_start = np.zeros(document_T[num_tokens - 1] + 2, np.int64)
     for t in range(num_tokens):
         document_start[document_T[t] + 1] = t + 1
-    known = 0
+    known = np.int64(0)
     left_RT[:] = -1
     right_RT[:] = -1
     for q in range(starts_Q.size - 1):
@@ -225,14 +226,12 @@ def draw_same_ids(
                         left_RT[r, t] = row
                     else:
                         right_RT[r, t] = row
-    return known
+    return int(known)
 
 
 @numba.njit(cache=True, nogil=True)
-def count_runs(
-    first_T: Rows, starts_Q: Sums, document_Q: Sums, run_N: Sums, runs_G: Sums, tokens_G: Sums
-) -> None:
-    """Add the runs of equal first choices: by length (the last holds all longer ones), by document, and their tokens."""
+def count_runs(first_T: Rows, starts_Q: Sums, document_Q: Sums, run_N: Sums, runs_G: Sums, tokens_G: Sums) -> None:
+    """Add the runs of equal first choices by length (the last: or longer) and by document, and their tokens."""
     for q in range(document_Q.size):
         g, length = document_Q[q], 0
         for t in range(starts_Q[q], starts_Q[q + 1]):

@@ -6,9 +6,23 @@ width of a page.
 """
 
 from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.explain import draw_explained, draw_explained_by_layer
+from moescope.reporting.figures.locality import draw_excess, draw_lags
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
 from moescope.reporting.figures.style import save
 from moescope.reporting.figures.tokens import draw_tokens
 
-__all__ = ["as_bars", "draw_choices", "draw_divergence", "draw_repeats", "draw_shares", "draw_tokens", "save"]
+__all__ = [
+    "as_bars",
+    "draw_choices",
+    "draw_divergence",
+    "draw_excess",
+    "draw_explained",
+    "draw_explained_by_layer",
+    "draw_lags",
+    "draw_repeats",
+    "draw_shares",
+    "draw_tokens",
+    "save",
+]
