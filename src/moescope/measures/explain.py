@@ -289,11 +289,11 @@ def _explain_layer(
         tested = rows.sample.num_tokens if name == "domain" else small.sample.num_tokens
         spread = float(null.permuted.std()) * tested / max(1, rows.sample.num_tokens)
         half = float(statistics.student_t(rows.sample.num_documents)) * np.sqrt(found.variance + spread**2)
-        bits = max(0.0, found.bits)
+        bits = float(np.maximum(found.bits, 0.0))  # which keeps NaN
         by_source[name] = {
             "bits": bits,
-            "low": max(0.0, found.bits - half),
-            "high": max(0.0, found.bits + half),
+            "low": float(np.maximum(found.bits - half, 0.0)),
+            "high": float(np.maximum(found.bits + half, 0.0)),
             "share": bits / found.entropy if found.entropy > 0 else float("nan"),
             "held_out": found.held_out,
             "plug_in": found.plug_in,
@@ -382,7 +382,7 @@ def _permuted_choices(
             permuted[name][at] = kernels.information(*xe, xlogx, *tables[name])
             if at < NULL_COPIES:
                 bits = estimate(*xe, starts_G * ranks, sources[name][1], layer.num_ids).bits
-                copies[name].append(max(0.0, bits))
+                copies[name].append(float(np.maximum(bits, 0.0)))
     return {name: _Null(observed[name], permuted[name], float(np.mean(copies[name]))) for name in names}
 
 
@@ -409,7 +409,7 @@ def _permuted_domains(
     for _ in range(min(permutations, NULL_COPIES)):
         x_T = random.permutation(small.sample.domain)[small.document_T].astype(np.int32)
         bits = estimate(*_flat(x_T, few_KT, small.sample.starts), num_domains, layer.num_ids).bits
-        copies.append(max(0.0, bits))
+        copies.append(float(np.maximum(bits, 0.0)))
     return _Null(plug_in(domain_G), permuted, float(np.mean(copies)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -124,7 +123,7 @@ def _row(one: xr.Dataset, source: str) -> Row:
         (
             Cell(_bits(value), "" if isnan(half) else f"±{bits(half, DIGITS)}", "*" if marked else ""),
             Cell(percent(float(one["share"]))),
-            Cell(_bits(max(0.0, float(one["held_out"])))),
+            Cell(_bits(float(one["held_out"]))),
             Cell(_bits(float(one["plug_in"]))),
             Cell(_bits(float(one["null"]))),
             Cell(_p(float(one["p_value"]))),
@@ -133,7 +132,7 @@ def _row(one: xr.Dataset, source: str) -> Row:
 
 
 def _bits(value: float) -> str:
-    return bits(max(0.0, value), DIGITS) if np.isfinite(value) else MISSING
+    return MISSING if isnan(value) else bits(max(value, 0.0), DIGITS)
 
 
 def _p(value: float) -> str:

@@ -120,7 +120,7 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark]) -> None:
     axes.hlines(y[interval], low[interval], high[interval], color=INK, linewidth=0.9, label="95 % interval")
     axes.vlines(null[known], y[known] - 0.4, y[known] + 0.4, color=INK, linewidth=1.4, label="permuted routing")
     for at_y in y[~known]:
-        axes.text(0, at_y, " not known", va="center", color=MUTED, fontsize=6.5)
+        axes.text(0, at_y, " none", va="center", color=MUTED, fontsize=6.5)
     axes.set_yticks(y, [mark.name for mark in marks])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(marks) - 0.4, -0.6)
