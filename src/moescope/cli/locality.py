@@ -31,7 +31,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, show: str, format: str)
       moescope locality pile.moe --layers 0,15,31
       moescope locality pile.moe --show lags
     """
-    from moescope.cli.printing import print_table
+    from moescope.cli.printing import layer_progress, print_table
     from moescope.measures import locality
     from moescope.reporting.locality_tables import lags_table, locality_table, runs_table
     from moescope.reporting.results import shown_layers
@@ -41,4 +41,6 @@ def command(trace: Path, layers: tuple[int, ...] | None, show: str, format: str)
     opened.need_tokens()
     shown = shown_layers(opened, layers)
     tables = {"excess": locality_table, "lags": lags_table, "runs": runs_table}
-    print_table(tables[show](locality(opened, shown), shown), format)
+    with layer_progress("measuring") as progress:
+        measured = locality(opened, shown, progress=progress)
+    print_table(tables[show](measured, shown), format)

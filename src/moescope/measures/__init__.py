@@ -1,6 +1,7 @@
 """What a tally says: a module per question; tally in, labelled result out.
 
-Rule of the room: no drawing, printing or paths, and no pass over tokens. Every result is an `xarray.Dataset` whose
+Rule of the room: no drawing, printing or paths, and no loop over tokens: what needs more than sums calls the kernels of
+the tallying room. Every result is an `xarray.Dataset` whose
 variables carry their unit, definition and source in their attributes, with a null and a 95 % interval wherever a claim
 could be made. `statistics` holds what they share; `published` the figures of the paper, to set beside one's own.
 """

@@ -40,7 +40,7 @@ TEST_TOKENS = 2**17
 TEST_DOCUMENTS = 2**15
 """Documents whose domains are permuted."""
 
-NULL_COPIES = 3
+NULL_COPIES = 2
 """Permuted copies through which the estimator itself is sent, for the null that is shown."""
 
 STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])

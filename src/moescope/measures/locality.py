@@ -41,7 +41,7 @@ ALL_DOMAINS = "(all)"
 
 LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST_RUN = 64
-MOST_DRAWS, DRAWN_TOKENS = 16, 2**23
+MOST_DRAWS, DRAWN_TOKENS = 16, 2**22
 """Stand-ins drawn for each token: as many as hold this many tokens in all, from 1 to 16."""
 
 
