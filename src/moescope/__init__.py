@@ -29,9 +29,11 @@ _HOMES = {
     "compare": "measures",
     "consistency": "measures",
     "divergence": "measures",
+    "explain": "measures",
     "export": "exporting",
     "from_arrays": "importers",
     "import_trace": "importers",
+    "locality": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     from moescope.measures import compare as compare
     from moescope.measures import consistency as consistency
     from moescope.measures import divergence as divergence
+    from moescope.measures import explain as explain
+    from moescope.measures import locality as locality
     from moescope.measures import repeats as repeats
     from moescope.measures import saturation as saturation
     from moescope.measures import shares as shares

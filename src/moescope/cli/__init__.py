@@ -26,6 +26,8 @@ COMMANDS = {
     "info": "Show what a trace holds.",
     "shares": "Show the share of the assignments each expert receives, by domain.",
     "repeats": "Show how often consecutive tokens go to the same expert.",
+    "locality": "Show how much more often neighbours repeat an expert than their words would anyway.",
+    "explain": "Show how many bits of the choice domain, token, neighbours and place explain.",
     "words": "Show whether the tokens of a word go to the same expert.",
     "consistency": "Show how well one set of experts would serve consecutive tokens.",
     "compare": "Show how far two traces send the same tokens to the same experts.",

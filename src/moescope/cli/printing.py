@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,3 +51,19 @@ def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     figures.save(getattr(figures, f"draw_{name}")(result), folder, name)
+
+
+@contextmanager
+def layer_progress(task: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call with the layers done and all; a bar on stderr, nothing without a terminal.
+
+    Args:
+        task: What is being done, such as "explaining".
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        number = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(number, completed=done, total=total)

@@ -1,6 +1,7 @@
 """What a tally says: a module per question; tally in, labelled result out.
 
-Rule of the room: no drawing, printing or paths, and no pass over tokens. Every result is an `xarray.Dataset` whose
+Rule of the room: no drawing, printing or paths, and no loop over tokens: what needs more than sums calls the kernels of
+the tallying room. Every result is an `xarray.Dataset` whose
 variables carry their unit, definition and source in their attributes, with a null and a 95 % interval wherever a claim
 could be made. `statistics` holds what they share; `published` the figures of the paper, to set beside one's own.
 """
@@ -10,6 +11,8 @@ from moescope.measures.claims import Claim, claims
 from moescope.measures.compare import Comparison, compare
 from moescope.measures.consistency import consistency
 from moescope.measures.divergence import divergence
+from moescope.measures.explain import explain
+from moescope.measures.locality import locality
 from moescope.measures.repeats import repeats
 from moescope.measures.saturation import saturation
 from moescope.measures.shares import shares
@@ -23,6 +26,8 @@ __all__ = [
     "compare",
     "consistency",
     "divergence",
+    "explain",
+    "locality",
     "repeats",
     "saturation",
     "shares",

@@ -9,6 +9,8 @@ from moescope.reporting.figures.agreement import draw_agreement
 from moescope.reporting.figures.balance import draw_balance
 from moescope.reporting.figures.consistency import draw_consistency
 from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.explain import draw_explained, draw_explained_by_layer
+from moescope.reporting.figures.locality import draw_excess, draw_lags
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.saturation import draw_saturation
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
@@ -22,6 +24,10 @@ __all__ = [
     "draw_choices",
     "draw_consistency",
     "draw_divergence",
+    "draw_excess",
+    "draw_explained",
+    "draw_explained_by_layer",
+    "draw_lags",
     "draw_repeats",
     "draw_saturation",
     "draw_shares",

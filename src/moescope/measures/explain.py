@@ -1,0 +1,501 @@
+"""What explains the choice: how many bits of it the domain, the token, its neighbours, its place and its past tell.
+
+The unit is the token and its first choice (or each of its choices). A source explains I bits if knowing it shortens the
+description of a choice by so much: their mutual information. A plug-in value is far above zero for sources of many
+values even if they tell nothing, so what is shown is the mean of two predictions of the choice, one from all documents
+and one from all *other* documents: their errors are equal and opposite. Sources overlap; their bits do not add up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.errors import NotRecorded
+from moescope.measures import statistics
+from moescope.measures.statistics import described
+from moescope.tallying import information_kernels as kernels
+from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.trace import Layer, Trace
+
+SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
+"""What may explain a choice: the document's domain; the token's id; the id of the token before; the first choice of the
+token before; the place in the sequence; the token's own first choice in the layer before."""
+
+_ROTATED = ("token", "previous token", "position", "previous layer")
+
+MAX_TOKEN_IDS = 16_384
+"""Ids told apart, the most frequent ones; the others are one value, so that a layer's table stays under 32 MB."""
+
+TEST_TOKENS = 2**17
+"""Tokens, in whole documents, that the permutations go over."""
+
+TEST_DOCUMENTS = 2**15
+"""Documents whose domains are permuted."""
+
+NULL_COPIES = 2
+"""Permuted copies through which the estimator itself is sent, for the null that is shown."""
+
+STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])
+"""Shrinkage tried, in tokens; with the last, popularity alone predicts."""
+
+STRENGTH_ROWS = 2**16
+"""About so many rows, of documents spread over the trace, choose the shrinkage."""
+
+COVER = "Cover and Thomas 2006, Elements of Information Theory, chapter 2"
+
+
+def explain(
+    trace: Trace | DocumentSample,
+    layers: Iterable[int] | None = None,
+    *,
+    choice: str = "first",
+    permutations: int = 99,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Bits of each layer's choice that each source explains.
+
+    Args:
+        trace: The trace, or a sample of its documents, whose layers follow one another as they stand.
+        layers: Layers to explain, or None for all.
+        choice: "first", the first choice of a token; or "either", each of its choices, all ranks alike.
+        permutations: Permutations of each test, at least 1; the smallest p-value is one over this plus one.
+        seed: Of the permutations, which are the same in every layer.
+        threads: Layers measured at a time; None for the number of processors.
+        progress: Called with the number of layers done and of all.
+    Returns:
+        Dims (layer, source):
+
+        * `bits`, `low`, `high`: bits explained, with a 95 % interval: the sampling of documents, and what the trace is
+          too short to learn; 0 where less;
+        * `share`: bits over the entropy of the choice;
+        * `held_out`, `plug_in`: a lower and an upper bound of the truth, both but for sampling: bits saved on documents
+          left out, and the plain mutual information of the counts; `miller_madow`, the latter less its bias if every
+          pair of value and expert that occurs occurred often;
+        * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
+          tokens permuted within the document; else, the choices of each document rotated by a random number of tokens,
+          so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
+        * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
+          over layers and sources.
+
+        And `entropy` (layer), bits of the choice in all, with `entropy_low`, `entropy_high`; `documents`, `tokens`.
+        A source that a trace does not have (token ids, a layer before, the order of the choices) is NaN.
+    Raises:
+        NotRecorded: The first choice is asked for and not known, or the trace holds counts.
+        NoSuchLayer: A layer was not recorded.
+        ValueError: `choice`, `permutations` or `threads` is none that could be.
+    Source:
+        Mutual information: Cover and Thomas 2006. Miller 1955 and Madow 1948 (bias). Estimator, nulls and interval are
+        ours; docs/reference/measures/explain.md has their calibration.
+    """
+    if choice not in ("first", "either"):
+        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, not {permutations}")
+    threads = threads if threads is not None else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if isinstance(trace, Trace):
+        trace.need_tokens()
+        chosen = trace.select_layers(layers)
+        if choice == "first" and not all(layer.ranked for layer in chosen):
+            raise NotRecorded(
+                trace.path, "does not say which of a token's choices is the first", "ask for choice='either'"
+            )
+        befores = {layer: before for before, layer in pairwise(trace.layers)}
+        needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
+        sample = sample_documents(trace, [layer.layer for layer in needed], threads=threads)
+    else:
+        sample = trace
+        chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
+        befores = {layer: before for before, layer in pairwise(sample.layers)}
+    rows = _Rows.of(sample, choice)
+    small = _Rows.of(sample.thinned(TEST_TOKENS), choice)
+    found: list[_Explained] = [_NOTHING] * len(chosen)
+    done = 0
+
+    def measure(at: int) -> None:
+        nonlocal done
+        found[at] = _explain_layer(rows, small, chosen[at], befores.get(chosen[at]), permutations, seed)
+        done += 1
+        if progress is not None:
+            progress(done, len(chosen))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(measure, range(len(chosen))))
+    return _labelled(sample, chosen, choice, found)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bits that a source explains, before any null. See `explain`."""
+
+    bits: float
+    held_out: float
+    plug_in: float
+    miller_madow: float
+    variance: float
+    entropy: float
+    rows: int
+
+
+def estimate(
+    x_R: NDArray[np.int32],
+    e_R: NDArray[np.int32],
+    starts_G: NDArray[np.int64],
+    num_values: int,
+    num_ids: int,
+) -> Estimate:
+    """Mutual information of values and experts, bias-corrected at the level of documents.
+
+    Args:
+        x_R: Value of each row, -1 = none.
+        e_R: Expert of each row, -1 = none.
+        starts_G: First row of each document, with the number of rows at the end.
+        num_values: Values there may be.
+        num_ids: Expert ids there may be.
+    Returns:
+        The estimate. `variance` is of `bits`: between documents, and a twelfth of the squared distance between the
+        fitted and the held-out prediction, between which the truth lies.
+    """
+    joint_XE = np.zeros((num_values, num_ids), np.int32)
+    kernels.count_joint(x_R, e_R, joint_XE)
+    value_X = joint_XE.sum(axis=1, dtype=np.int64)
+    load_E = joint_XE.sum(axis=0, dtype=np.int64)
+    total = int(load_E.sum())
+    num_documents = len(starts_G) - 1
+    if total == 0 or num_documents < 2:
+        return Estimate(*(float("nan"),) * 6, rows=total)
+    by_strength = np.zeros(len(STRENGTHS))
+    step = 1 + total // STRENGTH_ROWS
+    kernels.held_out_by_strength(x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, by_strength)
+    strength = float(STRENGTHS[by_strength.argmax()])
+    fitted_G, held_out_G = np.zeros(num_documents), np.zeros(num_documents)
+    rows_G = np.zeros(num_documents, np.int64)
+    kernels.bits_by_document(x_R, e_R, starts_G, joint_XE, value_X, load_E, strength, fitted_G, held_out_G, rows_G)
+    fitted, held_out = fitted_G.sum() / total, held_out_G.sum() / total
+    bits = (fitted + held_out) / 2
+    residual_G = (fitted_G + held_out_G) / 2 - bits * rows_G
+    between = num_documents / (num_documents - 1) * float((residual_G**2).sum()) / total**2
+    entropy = _entropy(load_E)
+    plug_in = entropy + _entropy(value_X) - _entropy(joint_XE)
+    cells, values, experts = (np.count_nonzero(counts) for counts in (joint_XE, value_X, load_E))
+    bias = (cells - values - experts + 1) / (2 * total * np.log(2))
+    variance = between + (fitted - held_out) ** 2 / 12
+    return Estimate(float(bits), float(held_out), plug_in, plug_in - bias, variance, entropy, total)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What all layers share: rows of (token, choice) in whole documents, and the sources that are no choices."""
+
+    sample: DocumentSample
+    ranks: int
+    document_T: NDArray[np.int32]
+    sources: dict[str, tuple[NDArray[np.int32], int]]
+
+    @classmethod
+    def of(cls, sample: DocumentSample, choice: str) -> _Rows:
+        document_T = sample.document_of_token()
+        inner_T = np.ones(sample.num_tokens, np.bool_)
+        inner_T[sample.sequence_starts[:-1]] = False
+        sources = {"domain": (sample.domain.astype(np.int32)[document_T], len(sample.domain_names))}
+        if sample.token_id is not None:
+            value_T, num_values = frequent(sample.token_id)
+            sources["token"] = value_T, num_values
+            sources["previous token"] = _before(value_T, inner_T), num_values
+        sources["position"] = position_bins(sample.position), 33
+        return cls(sample, 0 if choice == "either" else 1, document_T, sources)
+
+    def experts(self, layer: Layer) -> NDArray[np.int32]:
+        """The choices to explain, shape (rank, T)."""
+        ids_KT = self.sample.expert_ids[layer.layer]
+        return ids_KT[: self.ranks or layer.top_k].astype(np.int32)
+
+    def firsts(self, layer: Layer) -> NDArray[np.int32]:
+        """The first choices, shape (T,)."""
+        return self.sample.expert_ids[layer.layer][0].astype(np.int32)
+
+    def before(self, value_T: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The value of the token before in the sequence; -1 for the first."""
+        inner_T = np.ones(len(value_T), np.bool_)
+        inner_T[self.sample.sequence_starts[:-1]] = False
+        return _before(value_T, inner_T)
+
+
+def frequent(token_id: NDArray[np.int32], most: int = MAX_TOKEN_IDS) -> tuple[NDArray[np.int32], int]:
+    """Token ids as values from 0, the most frequent first; those beyond the `most` frequent are one value.
+
+    Example:
+        >>> frequent(np.array([9, 7, 9, 8, 9, 7], np.int32), most=2)
+        (array([0, 1, 0, 1, 0, 1], dtype=int32), 2)
+    """
+    ids, inverse, counts = np.unique(token_id, return_inverse=True, return_counts=True)
+    rank = np.empty(len(ids), np.int32)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(ids), dtype=np.int32)
+    return np.minimum(rank, most - 1)[inverse].astype(np.int32), max(1, min(len(ids), most))
+
+
+def position_bins(position: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Positions by powers of two: 0, 1, 2-3, 4-7, 8-15, …
+
+    Example:
+        >>> position_bins(np.array([0, 1, 2, 3, 4, 7, 8], np.int32)).tolist()
+        [0, 1, 2, 2, 3, 3, 4]
+    """
+    return np.frexp(position.astype(np.float64))[1].astype(np.int32)
+
+
+def _before(value_T: NDArray[np.int32], inner_T: NDArray[np.bool_]) -> NDArray[np.int32]:
+    before = np.full(len(value_T), -1, np.int32)
+    before[1:] = value_T[:-1]
+    before[~inner_T] = -1
+    return before
+
+
+@dataclass(frozen=True)
+class _Explained:
+    entropy: float
+    entropy_low: float
+    entropy_high: float
+    by_source: dict[str, dict[str, float]]
+
+
+_NOTHING = _Explained(float("nan"), float("nan"), float("nan"), {})
+
+
+def _explain_layer(
+    rows: _Rows, small: _Rows, layer: Layer, before: Layer | None, permutations: int, seed: int
+) -> _Explained:
+    experts_KT, few_KT = rows.experts(layer), small.experts(layer)
+    sources = _sources(rows, layer, before)
+    nulls = _permuted_choices(small, few_KT, _sources(small, layer, before), layer, permutations, seed)
+    nulls["domain"] = _permuted_domains(rows, small, few_KT, layer, permutations, seed)
+    by_source = {}
+    for name, (x_T, num_values) in sources.items():
+        found = estimate(*_flat(x_T, experts_KT, rows.sample.starts), num_values, layer.num_ids)
+        null = nulls[name]
+        # Where a source tells nothing the variance between documents vanishes, and what is left is that of the null,
+        # which falls as one over the number of tokens.
+        tested = rows.sample.num_tokens if name == "domain" else small.sample.num_tokens
+        spread = float(null.permuted.std()) * tested / max(1, rows.sample.num_tokens)
+        half = float(statistics.student_t(rows.sample.num_documents)) * np.sqrt(found.variance + spread**2)
+        bits = float(np.maximum(found.bits, 0.0))  # which keeps NaN
+        by_source[name] = {
+            "bits": bits,
+            "low": float(np.maximum(found.bits - half, 0.0)),
+            "high": float(np.maximum(found.bits + half, 0.0)),
+            "share": bits / found.entropy if found.entropy > 0 else float("nan"),
+            "held_out": found.held_out,
+            "plug_in": found.plug_in,
+            "miller_madow": found.miller_madow,
+            "null": null.bits,
+            "p_value": null.p_value,
+        }
+    return _Explained(*_entropy_interval(experts_KT, rows.sample.starts, layer.num_ids), by_source)
+
+
+def _sources(rows: _Rows, layer: Layer, before: Layer | None) -> dict[str, tuple[NDArray[np.int32], int]]:
+    sources = dict(rows.sources)
+    if layer.ranked:
+        sources["previous expert"] = rows.before(rows.firsts(layer)), layer.num_ids
+    if before is not None and before.ranked:
+        sources["previous layer"] = rows.firsts(before), before.num_ids
+    return sources
+
+
+def _flat(
+    x_T: NDArray[np.int32], experts_KT: NDArray[np.int32], starts_G: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """Rows of (token, choice), a token's choices side by side."""
+    ranks = len(experts_KT)
+    if ranks == 1:
+        return x_T, np.ascontiguousarray(experts_KT[0]), starts_G
+    return np.repeat(x_T, ranks), np.ascontiguousarray(experts_KT.T).ravel(), starts_G * ranks
+
+
+@dataclass(frozen=True)
+class _Null:
+    """What permuted routing gives: the plug-in value as recorded and permuted, and the mean of the estimate."""
+
+    observed: float
+    permuted: NDArray[np.float64]
+    bits: float
+
+    @property
+    def p_value(self) -> float:
+        as_large = int(np.count_nonzero(self.permuted >= self.observed - 1e-12))
+        return (1 + as_large) / (1 + len(self.permuted))
+
+
+def _permuted_choices(
+    rows: _Rows,
+    experts_KT: NDArray[np.int32],
+    sources: dict[str, tuple[NDArray[np.int32], int]],
+    layer: Layer,
+    permutations: int,
+    seed: int,
+) -> dict[str, _Null]:
+    """The null of each source but the domain: the choices of a document, moved.
+
+    Against the expert before they are put in random order, which is what locality is measured against. Against all else
+    they are rotated: neighbours stay neighbours, so a choice that merely lasts is not taken for one that something else
+    explains.
+    """
+    num_tokens, ranks = experts_KT.shape[1], len(experts_KT)
+    starts_G = rows.sample.starts
+    xlogx = _xlogx(num_tokens * ranks)
+    firsts_T = rows.firsts(layer)
+    fixed = {name: np.repeat(x_T, ranks) for name, (x_T, _) in sources.items() if name in _ROTATED}
+    names = [*fixed, *(["previous expert"] if "previous expert" in sources else [])]
+    tables = {name: _workspace(sources[name][1], layer.num_ids) for name in names}
+
+    def values(
+        rotated_T: NDArray[np.int32], shuffled_T: NDArray[np.int32]
+    ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        e_R = np.ascontiguousarray(experts_KT[:, rotated_T].T).ravel()
+        by_source = {name: (x_R, e_R) for name, x_R in fixed.items()}
+        if "previous expert" in sources:
+            before_T = rows.before(firsts_T[shuffled_T])
+            by_source["previous expert"] = _flat(before_T, experts_KT[:, shuffled_T], starts_G)[:2]
+        return by_source
+
+    rotated_T, shuffled_T = (np.arange(num_tokens, dtype=np.int32) for _ in range(2))
+    as_recorded = values(rotated_T, shuffled_T)
+    observed = {name: kernels.information(*xe, xlogx, *tables[name]) for name, xe in as_recorded.items()}
+    permuted = {name: np.zeros(permutations) for name in names}
+    copies: dict[str, list[float]] = {name: [] for name in names}
+    state = np.array([seed], np.uint64)
+    for at in range(permutations):
+        kernels.rotate_within(starts_G, rotated_T, state)
+        kernels.shuffle_within(starts_G, shuffled_T, state)
+        for name, xe in values(rotated_T, shuffled_T).items():
+            permuted[name][at] = kernels.information(*xe, xlogx, *tables[name])
+            if at < NULL_COPIES:
+                bits = estimate(*xe, starts_G * ranks, sources[name][1], layer.num_ids).bits
+                copies[name].append(float(np.maximum(bits, 0.0)))
+    return {name: _Null(observed[name], permuted[name], float(np.mean(copies[name]))) for name in names}
+
+
+def _permuted_domains(
+    rows: _Rows, small: _Rows, few_KT: NDArray[np.int32], layer: Layer, permutations: int, seed: int
+) -> _Null:
+    """The null of the domain: the domains of whole documents in random order."""
+    sample, num_domains = rows.sample, len(rows.sample.domain_names)
+    kept = min(sample.num_documents, TEST_DOCUMENTS)
+    chosen_G = np.linspace(0, sample.num_documents - 1, kept).astype(np.int64)
+    joint_GE = np.zeros((sample.num_documents, layer.num_ids), np.int32)
+    for e_T in rows.experts(layer):
+        kernels.count_joint(rows.document_T, e_T, joint_GE)
+    counts_GE = joint_GE[chosen_G].astype(np.float64)
+    domain_G = sample.domain[chosen_G]
+
+    def plug_in(label_G: NDArray[np.int64]) -> float:
+        joint_DE = np.eye(num_domains)[:, label_G] @ counts_GE
+        return _entropy(joint_DE.sum(axis=0)) + _entropy(joint_DE.sum(axis=1)) - _entropy(joint_DE)
+
+    random = np.random.default_rng(seed)
+    permuted = np.array([plug_in(random.permutation(domain_G)) for _ in range(permutations)])
+    copies = []
+    for _ in range(min(permutations, NULL_COPIES)):
+        x_T = random.permutation(small.sample.domain)[small.document_T].astype(np.int32)
+        bits = estimate(*_flat(x_T, few_KT, small.sample.starts), num_domains, layer.num_ids).bits
+        copies.append(float(np.maximum(bits, 0.0)))
+    return _Null(plug_in(domain_G), permuted, float(np.mean(copies)))
+
+
+def _entropy_interval(
+    experts_KT: NDArray[np.int32], starts_G: NDArray[np.int64], num_ids: int
+) -> tuple[float, float, float]:
+    """Entropy of the choice, bits, less the bias of the plug-in value, with its 95 % interval over documents."""
+    _, e_R, starts_G = _flat(experts_KT[0], experts_KT, starts_G)
+    made = e_R >= 0
+    load_E = np.bincount(e_R[made], minlength=num_ids)
+    total = int(load_E.sum())
+    if not total:
+        return (float("nan"),) * 3
+    with np.errstate(divide="ignore"):
+        surprise_E = -np.log2(load_E / total)
+    value = _entropy(load_E)
+    surprise_R = np.where(made, surprise_E[np.where(made, e_R, 0)] - value, 0.0)
+    residual_G = np.add.reduceat(surprise_R, starts_G[:-1])
+    num_documents = len(residual_G)
+    if num_documents < 2:
+        return value, float("nan"), float("nan")
+    error = np.sqrt(num_documents / (num_documents - 1) * float((residual_G**2).sum())) / total
+    value += (np.count_nonzero(load_E) - 1) / (2 * total * np.log(2))
+    half = float(statistics.student_t(num_documents)) * float(error)
+    most = float(np.log2(num_ids))
+    return min(value, most), max(0.0, value - half), min(value + half, most)
+
+
+def _entropy(counts: NDArray[np.integer | np.floating]) -> float:
+    """Plug-in entropy of counts, bits."""
+    c = counts[counts > 0].astype(np.float64)
+    n = c.sum()
+    return float(np.log2(n) - (c * np.log2(c)).sum() / n) if len(c) else 0.0
+
+
+def _xlogx(most: int) -> NDArray[np.float64]:
+    c = np.arange(most + 1, dtype=np.float64)
+    c[1:] *= np.log2(c[1:])
+    return c
+
+
+def _workspace(num_values: int, num_ids: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    return np.zeros((num_values, num_ids), np.int32), np.zeros(num_values, np.int32), np.zeros(num_ids, np.int32)
+
+
+_VARIABLES = {
+    "bits": ("bits of the choice that the source explains", "bits", COVER),
+    "low": ("95 % interval, low end", "bits", ""),
+    "high": ("95 % interval, high end", "bits", ""),
+    "share": ("bits explained over the entropy of the choice", "1", ""),
+    "held_out": ("bits saved on documents left out", "bits", ""),
+    "plug_in": ("mutual information of the counts, without correction", "bits", COVER),
+    "miller_madow": ("mutual information less its first-order bias", "bits", "Miller 1955; Madow 1948"),
+    "null": ("bits that the source explains of permuted routing", "bits", ""),
+    "p_value": ("p-value of the permutation test", "1", ""),
+}
+
+
+def _labelled(sample: DocumentSample, layers: Sequence[Layer], choice: str, found: Sequence[_Explained]) -> xr.Dataset:
+    dims = ("layer", "source")
+    values = {
+        name: np.array([[of.by_source.get(s, {}).get(name, np.nan) for s in SOURCES] for of in found])
+        for name in _VARIABLES
+    }
+    q_value = statistics.false_discovery_rate(values["p_value"])
+    entropy = {name: [getattr(of, name) for of in found] for name in ("entropy", "entropy_low", "entropy_high")}
+    return xr.Dataset(
+        {
+            **{name: described(values[name], dims, *_VARIABLES[name]) for name in _VARIABLES},
+            "q_value": described(
+                q_value, dims, "p-value adjusted over layers and sources", "1", "Benjamini and Hochberg 1995"
+            ),
+            "entropy": described(entropy["entropy"], ("layer",), "entropy of the choice", "bits", COVER),
+            "entropy_low": described(entropy["entropy_low"], ("layer",), "95 % interval, low end", "bits"),
+            "entropy_high": described(entropy["entropy_high"], ("layer",), "95 % interval, high end", "bits"),
+        },
+        {
+            "layer": [layer.layer for layer in layers],
+            "source": list(SOURCES),
+            "num_experts": ("layer", [layer.num_experts for layer in layers]),
+            "top_k": ("layer", [layer.top_k for layer in layers]),
+        },
+        {
+            "choice": choice,
+            "documents": sample.num_documents,
+            "tokens": sample.num_tokens,
+            "sampled_fraction": sample.fraction,
+        },
+    )

@@ -1,0 +1,455 @@
+"""Locality: how much more often tokens repeat an expert than each of four nulls says, near by and far apart.
+
+The unit is the pair of tokens of one sequence, `lag` apart. Two kinds: `first`, both have the same first choice; `any`,
+their sets share an expert. The nulls, from the weaker to the stronger: uniform routing; the popularity of the experts
+in the domain; the tokens of the document in any order; the same words elsewhere. The last turns "more than chance" into
+"more than these words would do anyway".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import stats
+
+from moescope.measures import statistics
+from moescope.measures.explain import frequent
+from moescope.measures.repeats import uniform_repeats
+from moescope.measures.statistics import described
+from moescope.tallying import locality_kernels as kernels
+from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.trace import Layer, Trace
+
+KINDS = ("first", "any")
+NULLS = ("uniform", "popularity", "document", "words")
+"""Every token draws uniformly; two tokens of the domain; two tokens of the document; two tokens with the same ids in
+other documents."""
+
+PAIRS = ("all", "equal ids", "different ids")
+"""All pairs of neighbours; those of two equal token ids; the others."""
+
+ALL_DOMAINS = "(all)"
+"""Name, among the domains, of the whole trace."""
+
+LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
+LONGEST_RUN = 64
+MOST_DRAWS, DRAWN_TOKENS = 16, 2**22
+"""Stand-ins drawn for each token: as many as hold this many tokens in all, from 1 to 16."""
+
+
+def locality(
+    trace: Trace | DocumentSample,
+    layers: Iterable[int] | None = None,
+    *,
+    lags: Sequence[int] = LAGS,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Repeats against real nulls, by distance, and the runs of one expert.
+
+    Args:
+        trace: The trace, or a sample of its documents.
+        layers: Layers, or None for all.
+        lags: Distances of the lag curve, in tokens, ascending, from 1.
+        seed: Of the draws of stand-ins, which are the same in every layer.
+        threads: Layers measured at a time; None for the number of processors.
+        progress: Called with the number of layers done and of all.
+    Returns:
+        `domain` holds the domains and "(all)".
+
+        * `rate`, `low`, `high` (domain, pairs, layer, kind): repeats over pairs of neighbours;
+        * `expected`, `excess`, `excess_low`, `excess_high`, `p_value`, `q_value` (domain, pairs, null, layer, kind):
+          the rate the null predicts; the rate less that, with its interval, the p-value of no excess, and the same with
+          the false discovery rate controlled;
+        * `lag_rate`, `lag_low`, `lag_high`, `lag_expected`, `lag_excess`, `lag_excess_low`, `lag_excess_high` (domain,
+          layer, kind, lag): the same by distance, against the document in any order, which knows no distance;
+        * `runs`, `runs_geometric` (layer, run): share of the runs of one first choice that have so many tokens (the
+          last: or more), and the same if each token repeated the one before with the chance `rate`, independently;
+          `run_mean`, `run_mean_low`, `run_mean_high` (layer): tokens a run;
+        * `pairs_counted` (domain, pairs), `documents` (domain); `known` (attribute): part of the pairs of which both
+          ids occur in other documents.
+
+        All intervals are 95 %, clustered by document; those of an excess are of paired differences. NaN where a trace
+        lacks what it takes: token ids, or the order of the choices.
+    Raises:
+        NotRecorded: The trace holds counts.
+        NoSuchLayer: A layer was not recorded.
+        ValueError: `lags` or `threads` is none that could be.
+    Source:
+        Mixtral of Experts, section 5, Table 5 (the rates). Nulls, lag curve and intervals are ours.
+    """
+    lags = tuple(lags)
+    if not lags or lags[0] < 1 or any(b <= a for a, b in pairwise(lags)):
+        raise ValueError(f"lags must ascend from at least 1, not {lags}")
+    threads = threads if threads is not None else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if isinstance(trace, Trace):
+        chosen = trace.select_layers(layers)
+        sample = sample_documents(trace, [layer.layer for layer in chosen], threads=threads)
+    else:
+        sample = trace
+        chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
+    drawn = _Drawn.of(sample, seed)
+    found: list[_Counted | None] = [None] * len(chosen)
+    done = 0
+
+    def measure(at: int) -> None:
+        nonlocal done
+        found[at] = _count(sample, drawn, chosen[at], lags)
+        done += 1
+        if progress is not None:
+            progress(done, len(chosen))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(measure, range(len(chosen))))
+    return _labelled(sample, drawn, chosen, lags, [counted for counted in found if counted is not None])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Stand-ins, drawn once for all layers. R draws, T tokens; the rest as in `locality_kernels`."""
+
+    document_T: NDArray[np.int32]
+    document_Q: NDArray[np.int64]
+    value_T: NDArray[np.int32]
+    in_document_RT: NDArray[np.int32]
+    in_domain_RT: NDArray[np.int32]
+    left_RT: NDArray[np.int32]
+    right_RT: NDArray[np.int32]
+    known: float
+
+    @classmethod
+    def of(cls, sample: DocumentSample, seed: int) -> _Drawn:
+        num_tokens = sample.num_tokens
+        document_T = sample.document_of_token()
+        document_Q = np.searchsorted(sample.starts, sample.sequence_starts[:-1], side="right") - 1
+        draws = int(np.clip(DRAWN_TOKENS // max(1, num_tokens), 1, MOST_DRAWS))
+        state = np.array([seed], np.uint64)
+
+        def others(group_T: NDArray[np.int32], num_groups: int) -> NDArray[np.int32]:
+            order_T, bounds = _sorted(group_T, num_groups)
+            other_RT = np.empty((draws, num_tokens), np.int32)
+            kernels.draw_others(group_T, order_T, bounds, state, other_RT)
+            return other_RT
+
+        in_document_RT = others(document_T, sample.num_documents)
+        in_domain_RT = others(sample.domain.astype(np.int32)[document_T], len(sample.domain_names))
+        value_T = np.zeros(num_tokens, np.int32)
+        left_RT = right_RT = np.full((0, num_tokens), -1, np.int32)
+        known = float("nan")
+        if sample.token_id is not None and num_tokens:
+            value_T, num_values = frequent(sample.token_id, most=num_tokens)
+            left_RT, right_RT = (np.empty((draws, num_tokens), np.int32) for _ in range(2))
+            order_T, bounds = _sorted(value_T, num_values)
+            pairs = num_tokens - len(document_Q)
+            known = kernels.draw_same_ids(
+                value_T, document_T, order_T, bounds, sample.sequence_starts, state, left_RT, right_RT
+            ) / max(1, pairs)
+        return cls(document_T, document_Q, value_T, in_document_RT, in_domain_RT, left_RT, right_RT, known)
+
+
+def _sorted(group_T: NDArray[np.int32], num_groups: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    order_T = np.argsort(group_T, kind="stable").astype(np.int32)
+    return order_T, np.concatenate([[0], np.cumsum(np.bincount(group_T, minlength=num_groups))]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What one layer's documents count. S kinds, I classes of pairs (different, equal ids), A lags; see `_excess`."""
+
+    layer: Layer
+    repeat_GIS: NDArray[np.float64]
+    pair_GI: NDArray[np.float64]
+    words_GIS: NDArray[np.float64]
+    in_document_GS: NDArray[np.float64]
+    in_domain_GS: NDArray[np.float64]
+    repeat_GAS: NDArray[np.float64]
+    pair_GA: NDArray[np.float64]
+    run_N: NDArray[np.int64]
+    runs_G: NDArray[np.float64]
+    run_tokens_G: NDArray[np.float64]
+
+
+def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[int]) -> _Counted:
+    ids_KT = sample.expert_ids[layer.layer]
+    num_documents, num_tokens = sample.num_documents, sample.num_tokens
+    first_T = ids_KT[0].astype(np.int32)
+    mask_TW = np.zeros((num_tokens, -(-layer.num_ids // 64)), np.uint64)
+    kernels.set_masks(ids_KT, layer.num_ids, mask_TW)
+    lengths_G = np.diff(sample.starts)
+
+    def zeros(*shape: int) -> NDArray[np.int64]:
+        return np.zeros(shape, np.int64)
+
+    repeat_GIS, pair_GI, words_GIS = zeros(num_documents, 2, 2), zeros(num_documents, 2), zeros(num_documents, 2, 2)
+    rows = sample.sequence_starts, drawn.document_Q
+    kernels.count_neighbours(first_T, mask_TW, drawn.value_T, *rows, repeat_GIS, pair_GI)
+    repeat_GAS, pair_GA = zeros(num_documents, len(lags), 2), zeros(num_documents, len(lags))
+    kernels.count_lags(first_T, mask_TW, *rows, np.array(lags, np.int64), repeat_GAS, pair_GA)
+    kernels.count_stand_ins(
+        first_T,
+        mask_TW,
+        drawn.left_RT,
+        drawn.right_RT,
+        drawn.document_T,
+        drawn.value_T,
+        sample.sequence_starts,
+        words_GIS,
+    )
+    words = words_GIS / len(drawn.left_RT) if len(drawn.left_RT) else np.full(words_GIS.shape, np.nan)
+    equal_G, in_document_G, in_domain_G = zeros(num_documents), zeros(num_documents), zeros(num_documents)
+    kernels.count_equal_firsts(first_T, sample.starts, layer.num_ids, equal_G)
+    kernels.count_sharing(mask_TW, drawn.in_document_RT, drawn.document_T, in_document_G)
+    kernels.count_sharing(mask_TW, drawn.in_domain_RT, drawn.document_T, in_domain_G)
+    draws = len(drawn.in_document_RT)
+    in_document_GS = np.stack(
+        [statistics.ratio(equal_G, lengths_G * (lengths_G - 1)), statistics.ratio(in_document_G, draws * lengths_G)],
+        axis=1,
+    )
+    same_first_G = _same_first_in_domain(sample, drawn, first_T, layer.num_ids)
+    run_N, runs_G, run_tokens_G = zeros(LONGEST_RUN), zeros(num_documents), zeros(num_documents)
+    kernels.count_runs(first_T, *rows, run_N, runs_G, run_tokens_G)
+    return _Counted(
+        layer,
+        repeat_GIS.astype(float),
+        pair_GI.astype(float),
+        words,
+        np.nan_to_num(in_document_GS),
+        np.stack([same_first_G, in_domain_G / draws], axis=1),
+        repeat_GAS.astype(float),
+        pair_GA.astype(float),
+        run_N,
+        runs_G.astype(float),
+        run_tokens_G.astype(float),
+    )
+
+
+def _same_first_in_domain(
+    sample: DocumentSample, drawn: _Drawn, first_T: NDArray[np.int32], num_ids: int
+) -> NDArray[np.float64]:
+    """For each document, Σ over its tokens of the chance that another token of its domain has the same first choice."""
+    load_DE = np.zeros((len(sample.domain_names), num_ids), np.int64)
+    domain_T = sample.domain[drawn.document_T]
+    made = first_T >= 0
+    np.add.at(load_DE, (domain_T[made], first_T[made]), 1)
+    tokens_D = np.bincount(domain_T, minlength=len(load_DE))
+    chance_T = np.zeros(len(first_T))
+    chance_T[made] = (load_DE[domain_T[made], first_T[made]] - 1) / np.maximum(tokens_D[domain_T[made]] - 1, 1)
+    sums_G = np.zeros(sample.num_documents)
+    np.add.at(sums_G, drawn.document_T, chance_T)
+    return sums_G
+
+
+@dataclass(frozen=True)
+class _Excess:
+    """A rate, what a null expects, and the difference with its standard error."""
+
+    rate: float
+    error: float
+    expected: float
+    excess_error: float
+
+
+def _excess(
+    y_G: NDArray[np.float64],
+    n_G: NDArray[np.float64],
+    expected_G: NDArray[np.float64],
+    correction_G: NDArray[np.float64] | float = 0.0,
+) -> _Excess:
+    """Compare what documents count with what a null expects of each.
+
+    Args:
+        y_G: Repeats.
+        n_G: Pairs.
+        expected_G: Repeats expected.
+        correction_G: What each document adds to the excess through a null that was estimated from it.
+    """
+    n, documents = float(n_G.sum()), int(np.count_nonzero(n_G))
+    if not n:
+        return _Excess(*(float("nan"),) * 4)
+    rate, expected = float(y_G.sum() / n), float(expected_G.sum() / n)
+
+    def error(residual_G: NDArray[np.float64]) -> float:
+        return float(np.sqrt(documents / (documents - 1) * (residual_G**2).sum())) if documents > 1 else float("nan")
+
+    difference_G = (y_G - expected_G - (rate - expected) * n_G) / n - correction_G
+    return _Excess(rate, error((y_G - rate * n_G) / n), expected, error(difference_G))
+
+
+def _labelled(
+    sample: DocumentSample,
+    drawn: _Drawn,
+    layers: Sequence[Layer],
+    lags: Sequence[int],
+    found: Sequence[_Counted],
+) -> xr.Dataset:
+    domains = [*sample.domain_names, ALL_DOMAINS]
+    shape = (len(domains), len(PAIRS), len(NULLS), len(layers), len(KINDS))
+    rate, expected, error, rate_error = (np.full(shape, np.nan) for _ in range(4))
+    lag_shape = (len(domains), len(layers), len(KINDS), len(lags))
+    lag_rate, lag_expected, lag_error, lag_rate_error = (np.full(lag_shape, np.nan) for _ in range(4))
+    documents, lag_documents = np.zeros(shape[:2]), np.zeros((len(domains), len(lags)))
+    counted_pairs = np.zeros(shape[:2])
+    lengths_G = np.diff(sample.starts).astype(float)
+    for d in range(len(domains)):
+        mine_G = np.ones(sample.num_documents, np.bool_) if d == len(domains) - 1 else sample.domain == d
+        for at, of in enumerate(found):
+            kinds = range(len(KINDS)) if of.layer.ranked else [kernels.ANY]
+            uniform = uniform_repeats(of.layer.num_ids, of.layer.top_k)[: len(KINDS)]
+            for s in kinds:
+                chance_G, influence_G = _popularity(sample, of.in_domain_GS[:, s], lengths_G)
+                for p, classes in enumerate(([0, 1], [1], [0])):
+                    if p and sample.token_id is None:
+                        continue
+                    y_G = of.repeat_GIS[:, classes, s].sum(axis=1) * mine_G
+                    n_G = of.pair_GI[:, classes].sum(axis=1) * mine_G
+                    documents[d, p], counted_pairs[d, p] = np.count_nonzero(n_G), n_G.sum()
+                    weight_D = np.bincount(sample.domain, n_G, minlength=len(domains) - 1) / max(1.0, n_G.sum())
+                    by_null = (
+                        (uniform[s] * n_G, 0.0),
+                        (chance_G * n_G, weight_D[sample.domain] * influence_G * mine_G),
+                        (of.in_document_GS[:, s] * n_G, 0.0),
+                        (of.words_GIS[:, classes, s].sum(axis=1) * mine_G, 0.0),
+                    )
+                    for null, (expected_G, correction_G) in enumerate(by_null):
+                        one = _excess(y_G, n_G, expected_G, correction_G)
+                        place = d, p, null, at, s
+                        rate[place], expected[place] = one.rate, one.expected
+                        error[place], rate_error[place] = one.excess_error, one.error
+                for a in range(len(lags)):
+                    n_G = of.pair_GA[:, a] * mine_G
+                    one = _excess(of.repeat_GAS[:, a, s] * mine_G, n_G, of.in_document_GS[:, s] * n_G)
+                    lag_documents[d, a] = np.count_nonzero(n_G)
+                    place_ = d, at, s, a
+                    lag_rate[place_], lag_expected[place_] = one.rate, one.expected
+                    lag_error[place_], lag_rate_error[place_] = one.excess_error, one.error
+    documents_5 = documents[:, :, None, None, None]
+    low, high = statistics.proportion_interval(rate[:, :, 0], rate_error[:, :, 0], documents[:, :, None, None])
+    lag_low, lag_high = statistics.proportion_interval(lag_rate, lag_rate_error, lag_documents[:, None, None, :])
+    half = statistics.student_t(documents_5) * error
+    lag_half = statistics.student_t(lag_documents[:, None, None, :]) * lag_error
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p_value = 2 * stats.t.sf(np.abs(rate - expected) / error, np.maximum(documents_5 - 1, 1))
+    p_value[~(error > 0)] = np.nan
+    excess, lag_excess = rate - expected, lag_rate - lag_expected
+    plain, full, by_lag = (
+        ("domain", "pairs", "layer", "kind"),
+        ("domain", "pairs", "null", "layer", "kind"),
+        ("domain", "layer", "kind", "lag"),
+    )
+    ends = "95 % interval, low end", "95 % interval, high end"
+    runs = _runs(sample, found)
+    return xr.Dataset(
+        {
+            "rate": described(rate[:, :, 0], plain, "neighbours that repeat", "1", "arXiv 2401.04088, Table 5"),
+            "low": described(low, plain, ends[0], "1"),
+            "high": described(high, plain, ends[1], "1"),
+            "expected": described(expected, full, "rate that the null predicts", "1"),
+            "excess": described(excess, full, "rate less what the null predicts", "1"),
+            "excess_low": described(excess - half, full, ends[0], "1"),
+            "excess_high": described(excess + half, full, ends[1], "1"),
+            "p_value": described(p_value, full, "p-value of no excess", "1"),
+            "q_value": described(
+                np.stack([statistics.false_discovery_rate(p_value[:, :, at]) for at in range(len(NULLS))], axis=2),
+                full,
+                "p-value adjusted over all pairs against the same null",
+                "1",
+                "Benjamini and Hochberg 1995",
+            ),
+            "lag_rate": described(lag_rate, by_lag, "pairs so far apart that repeat", "1"),
+            "lag_low": described(lag_low, by_lag, ends[0], "1"),
+            "lag_high": described(lag_high, by_lag, ends[1], "1"),
+            "lag_expected": described(lag_expected, by_lag, "the same of the document in any order", "1"),
+            "lag_excess": described(lag_excess, by_lag, "rate less that", "1"),
+            "lag_excess_low": described(lag_excess - lag_half, by_lag, ends[0], "1"),
+            "lag_excess_high": described(lag_excess + lag_half, by_lag, ends[1], "1"),
+            **runs,
+            "pairs_counted": (("domain", "pairs"), counted_pairs.astype(np.int64), {"units": "pairs of neighbours"}),
+        },
+        {
+            "domain": domains,
+            "pairs": list(PAIRS),
+            "null": list(NULLS),
+            "layer": [layer.layer for layer in layers],
+            "kind": list(KINDS),
+            "lag": list(lags),
+            "run": np.arange(1, LONGEST_RUN + 1),
+            "num_experts": ("layer", [layer.num_experts for layer in layers]),
+            "top_k": ("layer", [layer.top_k for layer in layers]),
+            "documents": ("domain", documents[:, 0].astype(np.int64)),
+        },
+        {"known": drawn.known, "tokens": sample.num_tokens, "sampled_fraction": sample.fraction},
+    )
+
+
+def _popularity(
+    sample: DocumentSample, chance_sum_G: NDArray[np.float64], tokens_G: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The chance that two tokens of a document's domain agree, and what the document adds to its estimate.
+
+    The chance is a mean over pairs of tokens, so a document moves it twice as much as a mean over tokens (Hoeffding).
+    """
+    num_domains = len(sample.domain_names)
+    tokens_D = np.bincount(sample.domain, tokens_G, minlength=num_domains)
+    chance_D = np.bincount(sample.domain, chance_sum_G, minlength=num_domains) / np.maximum(tokens_D, 1)
+    chance_G = chance_D[sample.domain]
+    return chance_G, 2 * (chance_sum_G - chance_G * tokens_G) / np.maximum(tokens_D[sample.domain], 1)
+
+
+def _runs(sample: DocumentSample, found: Sequence[_Counted]) -> dict[str, tuple[Any, ...]]:
+    lengths, number = np.unique(np.diff(sample.sequence_starts), return_counts=True)
+    share, geometric = (np.full((len(found), LONGEST_RUN), np.nan) for _ in range(2))
+    mean, low, high = (np.full(len(found), np.nan) for _ in range(3))
+    for at, of in enumerate(found):
+        runs, tokens = of.runs_G.sum(), of.run_tokens_G.sum()
+        if not of.layer.ranked or not runs:
+            continue
+        pairs = float(of.pair_GI.sum())
+        share[at] = of.run_N / runs
+        geometric[at] = geometric_runs(lengths, number, of.repeat_GIS[:, :, 0].sum() / pairs if pairs else 0.0)
+        used = of.run_tokens_G > 0
+        y, n = of.run_tokens_G[used], of.runs_G[used]
+        error = statistics.ratio_standard_error(tokens, runs, (y * y).sum(), (y * n).sum(), (n * n).sum(), len(y))
+        half = float(statistics.student_t(len(y)) * error)
+        mean[at] = tokens / runs
+        low[at], high[at] = max(1.0, mean[at] - half), mean[at] + half
+    return {
+        "runs": described(share, ("layer", "run"), "share of the runs of one first choice", "1"),
+        "runs_geometric": described(geometric, ("layer", "run"), "the same if repeats were independent", "1"),
+        "run_mean": described(mean, ("layer",), "length of a run of one first choice", "tokens"),
+        "run_mean_low": described(low, ("layer",), "95 % interval, low end", "tokens"),
+        "run_mean_high": described(high, ("layer",), "95 % interval, high end", "tokens"),
+    }
+
+
+def geometric_runs(lengths: NDArray[np.int64], number: NDArray[np.int64], rate: float) -> NDArray[np.float64]:
+    """Share of runs by length if every token repeats the one before with the chance `rate`, in sequences that end.
+
+    Args:
+        lengths: Lengths of sequences, in tokens.
+        number: Sequences of each length.
+        rate: Chance of a repeat.
+    Returns:
+        Shares of the runs of 1 … 64 tokens, the last or more, shape (64,).
+
+    Example:
+        >>> geometric_runs(np.array([2]), np.array([5]), 0.5)[:3].round(3).tolist()
+        [0.667, 0.333, 0.0]
+    """
+    run = np.arange(1, LONGEST_RUN)[:, None]
+    n = lengths[None, :].astype(float)
+    inside = np.maximum(n - run - 1, 0) * (1 - rate) ** 2 + 2 * (1 - rate)
+    each = np.where(run < n, inside * rate ** (run - 1), np.where(run == n, rate ** (n - 1), 0.0))
+    counts = (each * number).sum(axis=1)
+    total = ((n[0] - (n[0] - 1) * rate) * number).sum()
+    return np.append(counts, max(0.0, total - counts.sum())) / total

@@ -1,0 +1,138 @@
+"""Where the bits come from: what each source explains of a layer's choice, a panel a layer; and by layer, a line each.
+
+A bar is the estimate with its 95 % interval, a grey band behind it the bounds between which the truth lies but for
+sampling, and a white tick what permuted routing gives: up to there, the document's own mix of experts explains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from moescope.reporting.colours import INK, MUTED
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH, Mark
+
+COLUMNS = 3
+ROW_HEIGHT = 1.35
+
+
+def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
+    """Bits by source, a panel a layer.
+
+    Args:
+        explained: Of `moescope.explain`.
+        layers: Layers to show.
+    """
+    sources = _known(explained.sel(layer=list(layers)))
+    columns = min(COLUMNS, len(layers))
+    rows = -(-len(layers) // columns)
+    most = float(np.nanmax(explained["entropy"].sel(layer=list(layers)).values, initial=0.0)) or 1.0
+    with style.style():
+        height = 0.42 + rows * ROW_HEIGHT + (rows - 1) * 0.36 + 0.42
+        figure = style.new_figure(FULL_WIDTH if columns == COLUMNS else FULL_WIDTH * 0.66, height)
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        style.place(figure, left=0.95, right=0.12, top=0.42, bottom=0.42, between=0.36, rows=rows)
+        figure.subplots_adjust(wspace=0.12)
+        for axes, layer in zip(panels.flat, layers, strict=False):
+            at = explained.sel(layer=layer)
+            _draw_bars(axes, at.sel(source=sources), _marks(explained, sources))
+            axes.axvline(float(at["entropy"]), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+            style.panel_title(axes, f"Layer {layer}")
+            axes.set_xlim(0, most * 1.04)
+        for axes in panels.flat[len(layers) :]:
+            axes.set_visible(False)
+        for axes in panels[-1]:
+            axes.set_xlabel("Bits", labelpad=2)
+        handles = [
+            Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 3))),
+            Patch(facecolor=MUTED, alpha=0.25, linewidth=0),
+            Line2D([], [], color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none"),
+        ]
+        style.legend_above(figure, handles, ["all bits of the choice", "bounds", "permuted routing"], columns=3)
+    return figure
+
+
+def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
+    """Share of the choice that each source explains, by layer, a line a source.
+
+    Args:
+        explained: Of `moescope.explain`.
+    """
+    sources = _known(explained)
+    layers = explained["layer"].values
+    with style.style():
+        marks = _marks(explained, sources)
+        figure = style.new_figure(FULL_WIDTH * 0.62, style.legend_rows(len(sources), 3) + 0.2 + 0.42 + 2.2)
+        axes = figure.subplots()
+        style.place(
+            figure, left=0.5, right=0.1, top=style.legend_rows(len(sources), 3) + 0.2, bottom=0.42, between=0, rows=1
+        )
+        for source, mark in zip(sources, marks, strict=True):
+            at = explained.sel(source=source)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                low, high = (100 * (at[end] / at["bits"] * at["share"]).values for end in ("low", "high"))
+            share = 100 * at["share"].values
+            axes.fill_between(
+                layers, np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high),
+                color=mark.colour, alpha=0.15, linewidth=0, where=np.isfinite(share),
+            )  # fmt: skip
+            axes.plot(
+                layers,
+                share,
+                color=mark.colour,
+                linestyle=mark.line,
+                linewidth=1.2,
+                marker=mark.marker,
+                markersize=3.2,
+                markeredgewidth=0,
+                label=source,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("Layer", labelpad=2)
+        axes.set_ylabel("Share of the choice explained (%)")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y")
+        style.legend_above(figure, style.line_handles(marks), sources, columns=3)
+    return figure
+
+
+def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark]) -> None:
+    y = np.arange(len(marks), dtype=float)
+    value, low, high, held_out, plug_in, null = (
+        at[name].values for name in ("bits", "low", "high", "held_out", "plug_in", "null")
+    )
+    known = np.isfinite(value)
+    bounds = np.stack([np.maximum(held_out, 0), y - 0.42, plug_in, y + 0.42], axis=1)[known]
+    style.add_rectangles(axes, bounds, facecolor=MUTED, alpha=0.25, linewidth=0, label="bounds")
+    for at_y, one, mark in zip(y, value, marks, strict=True):
+        if np.isfinite(one):
+            bar = np.array([[0.0, at_y - 0.28, one, at_y + 0.28]])
+            style.add_rectangles(axes, bar, facecolor=mark.colour, linewidth=0, label=mark.name)
+    interval = known & np.isfinite(low) & np.isfinite(high)
+    axes.hlines(y[interval], low[interval], high[interval], color=INK, linewidth=0.9, label="95 % interval")
+    axes.vlines(null[known], y[known] - 0.4, y[known] + 0.4, color=INK, linewidth=1.4, label="permuted routing")
+    for at_y in y[~known]:
+        axes.text(0, at_y, " none", va="center", color=MUTED, fontsize=6.5)
+    axes.set_yticks(y, [mark.name for mark in marks])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(marks) - 0.4, -0.6)
+    axes.grid(axis="x")
+
+
+def _marks(explained: xr.Dataset, sources: Sequence[str]) -> list[Mark]:
+    """The same mark for a source whichever others are drawn."""
+    every = explained["source"].values.tolist()
+    marks = style.domain_marks(every)
+    return [marks[every.index(source)] for source in sources]
+
+
+def _known(explained: xr.Dataset) -> list[str]:
+    return [s for s in explained["source"].values.tolist() if explained["bits"].sel(source=s).notnull().any()]

@@ -1,0 +1,216 @@
+"""The loops that measure how much a source says about a choice, compiled by numba; the unit is the (token, choice).
+
+A source gives each row a value x, a choice an expert e; -1 in either leaves the row out. Shape suffixes: R rows, whole
+documents one after another; G documents; X values of the source; E expert ids; A strengths of shrinkage.
+
+A value's experts are predicted as (count(x, e) + a·p(e)) / (count(x) + a): what was seen with the value, shrunk to the
+popularity p of the experts as if `a` more rows had been seen.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int32]
+Counts = NDArray[np.int32]
+Sums = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+
+
+@numba.njit(cache=True, nogil=True)
+def count_joint(x_R: Rows, e_R: Rows, joint_XE: Counts) -> None:
+    """Add the rows to a table of values by experts."""
+    for r in range(x_R.size):
+        if x_R[r] >= 0 and e_R[r] >= 0:
+            joint_XE[x_R[r], e_R[r]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X: Counts, load_E: Counts) -> float:
+    """Plug-in mutual information of the rows, bits.
+
+    Args:
+        x_R: Values.
+        e_R: Experts.
+        xlogx: c·log2(c) for c = 0 … R.
+        joint_XE: Workspace, all zero before and after; so are the next two.
+        value_X: Workspace.
+        load_E: Workspace.
+    """
+    joint = value = load = 0.0
+    n = 0
+    for r in range(x_R.size):
+        x, e = x_R[r], e_R[r]
+        if x < 0 or e < 0:
+            continue
+        n += 1
+        c = joint_XE[x, e]
+        joint_XE[x, e] = c + 1
+        joint += xlogx[c + 1] - xlogx[c]
+        c = value_X[x]
+        value_X[x] = c + 1
+        value += xlogx[c + 1] - xlogx[c]
+        c = load_E[e]
+        load_E[e] = c + 1
+        load += xlogx[c + 1] - xlogx[c]
+    for r in range(x_R.size):
+        if x_R[r] >= 0 and e_R[r] >= 0:
+            joint_XE[x_R[r], e_R[r]] = 0
+            value_X[x_R[r]] = 0
+            load_E[e_R[r]] = 0
+    return (joint - value - load + xlogx[n]) / n if n else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def held_out_by_strength(
+    x_R: Rows,
+    e_R: Rows,
+    starts_G: Sums,
+    joint_XE: Counts,
+    value_X: Sums,
+    load_E: Sums,
+    step: int,
+    strength_A: Numbers,
+    bits_A: Numbers,
+) -> None:
+    """Bits that each strength of shrinkage would save on documents left out.
+
+    Args:
+        x_R: Values.
+        e_R: Experts.
+        starts_G: First row of each document, with R at the end.
+        joint_XE: Counts of all rows, with their margins `value_X` and `load_E`.
+        value_X: Rows of each value.
+        load_E: Rows of each expert.
+        step: Leave out each so-manieth document; the other documents are only counted.
+        strength_A: Strengths to try.
+        bits_A: Added to.
+    """
+    own_XE, own_X, own_E = _workspace(joint_XE)
+    total = load_E.sum()
+    for g in range(0, starts_G.size - 1, step):
+        n = _count_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+        for r in range(starts_G[g], starts_G[g + 1]):
+            x, e = x_R[r], e_R[r]
+            if x < 0 or e < 0 or n == total:
+                continue
+            p = _popularity(load_E[e] - own_E[e], total - n)
+            seen, with_e = value_X[x] - own_X[x], joint_XE[x, e] - own_XE[x, e]
+            for a in range(strength_A.size):
+                bits_A[a] += np.log2((with_e / p + strength_A[a]) / (seen + strength_A[a]))
+        _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+
+
+@numba.njit(cache=True, nogil=True)
+def bits_by_document(
+    x_R: Rows,
+    e_R: Rows,
+    starts_G: Sums,
+    joint_XE: Counts,
+    value_X: Sums,
+    load_E: Sums,
+    strength: float,
+    fitted_G: Numbers,
+    held_out_G: Numbers,
+    rows_G: Sums,
+) -> None:
+    """Bits that knowing the value saves in each document: predicted from all documents, and from all others.
+
+    Args:
+        x_R: Values.
+        e_R: Experts.
+        starts_G: First row of each document, with R at the end.
+        joint_XE: Counts of all rows, with their margins `value_X` and `load_E`.
+        value_X: Rows of each value.
+        load_E: Rows of each expert.
+        strength: Strength of shrinkage.
+        fitted_G: Set to: the document's bits predicted from all documents, itself among them.
+        held_out_G: Set to: the same predicted from the other documents.
+        rows_G: Set to: rows of the document that count.
+    """
+    own_XE, own_X, own_E = _workspace(joint_XE)
+    total = load_E.sum()
+    for g in range(starts_G.size - 1):
+        n = _count_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+        fitted = held_out = 0.0
+        for r in range(starts_G[g], starts_G[g + 1]):
+            x, e = x_R[r], e_R[r]
+            if x < 0 or e < 0:
+                continue
+            with_e = joint_XE[x, e]
+            fitted += np.log2((with_e * (total / load_E[e]) + strength) / (value_X[x] + strength))
+            if n < total:
+                p = _popularity(load_E[e] - own_E[e], total - n)
+                others = value_X[x] - own_X[x]
+                held_out += np.log2(((with_e - own_XE[x, e]) / p + strength) / (others + strength))
+        fitted_G[g], held_out_G[g], rows_G[g] = fitted, held_out, n
+        _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+
+
+@numba.njit(cache=True, nogil=True)
+def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
+    """Permute the rows of each document, in place (Fisher and Yates)."""
+    for g in range(starts_G.size - 1):
+        start = starts_G[g]
+        for last in range(starts_G[g + 1] - start - 1, 0, -1):
+            other = draw_below(state, last + 1)
+            order_T[start + last], order_T[start + other] = order_T[start + other], order_T[start + last]
+
+
+@numba.njit(cache=True, nogil=True)
+def rotate_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
+    """Set the order to that of the text, each document begun at a random row and its beginning put at its end."""
+    for g in range(starts_G.size - 1):
+        start, length = starts_G[g], starts_G[g + 1] - starts_G[g]
+        offset = draw_below(state, length)
+        for t in range(length):
+            order_T[start + t] = start + (t + offset) % length
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def draw_below(state: NDArray[np.uint64], bound: int) -> int:
+    """A random whole number from 0 to bound - 1 (splitmix64; its own state, so threads do not share one).
+
+    The high 32 bits are scaled, so a bound far below 2**32 is hit without a bias that could be seen.
+    """
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return int(((z >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _popularity(load: int, total: int) -> float:
+    """Share of an expert; one never seen has that of half a row, so that nothing is impossible."""
+    return load / total if load > 0 else 0.5 / total
+
+
+@numba.njit(cache=True, nogil=True)
+def _workspace(joint_XE: Counts) -> tuple[Counts, Counts, Counts]:
+    num_values, num_ids = joint_XE.shape
+    return np.zeros((num_values, num_ids), np.int32), np.zeros(num_values, np.int32), np.zeros(num_ids, np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_own(x_R: Rows, e_R: Rows, start: int, end: int, own_XE: Counts, own_X: Counts, own_E: Counts) -> int:
+    n = 0
+    for r in range(start, end):
+        if x_R[r] >= 0 and e_R[r] >= 0:
+            own_XE[x_R[r], e_R[r]] += 1
+            own_X[x_R[r]] += 1
+            own_E[e_R[r]] += 1
+            n += 1
+    return n
+
+
+@numba.njit(cache=True, nogil=True)
+def _clear_own(x_R: Rows, e_R: Rows, start: int, end: int, own_XE: Counts, own_X: Counts, own_E: Counts) -> None:
+    for r in range(start, end):
+        if x_R[r] >= 0 and e_R[r] >= 0:
+            own_XE[x_R[r], e_R[r]] = 0
+            own_X[x_R[r]] = 0
+            own_E[e_R[r]] = 0

@@ -1,0 +1,134 @@
+"""What explain and locality print and draw is what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import moescope
+from moescope.cli import main
+from moescope.reporting import figures
+from moescope.reporting.explain_tables import explain_frame, explain_sentence, explain_table
+from moescope.reporting.formats import FORMATS, render
+from moescope.reporting.locality_tables import (
+    lags_frame,
+    lags_table,
+    locality_frame,
+    locality_sentence,
+    locality_table,
+    runs_frame,
+    runs_table,
+)
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def explained(mixtral):
+    return moescope.explain(mixtral, permutations=19)
+
+
+@pytest.fixture(scope="module")
+def locality(mixtral):
+    return moescope.locality(mixtral)
+
+
+def test_explain_prints_three_layers_and_a_sentence_each(run, mixtral):
+    result = run("explain", mixtral.path, "--permutations", "19")
+    assert result.exit_code == 0, result.output
+    expected = explain_table(moescope.explain(mixtral, [0, 7, 31], permutations=19), [0, 7, 31])
+    assert result.stdout == render(expected, "text")
+    assert result.stdout.count("the first choice holds") == 3
+    rows = json.loads(run("explain", mixtral.path, "--layer", "31", "--format", "json").stdout)
+    assert [row["source"] for row in rows] == moescope.explain(mixtral, [31])["source"].values.tolist()
+    assert "previous layer" not in run("explain", mixtral.path, "--layer", "0", "--format", "csv").stdout
+    assert "2 choices" not in run("explain", mixtral.path, "--layer", "0", "--choice", "either").stdout
+
+
+@pytest.mark.parametrize("show", ["excess", "lags", "runs"])
+def test_locality_prints_its_three_tables(run, mixtral, locality, show):
+    result = run("locality", mixtral.path, "--show", show, "--layers", "0,31")
+    table = {"excess": locality_table, "lags": lags_table, "runs": runs_table}[show]
+    assert result.exit_code == 0, result.output
+    assert result.stdout == render(table(moescope.locality(mixtral, [0, 31]), [0, 31]), "text")
+    for name in FORMATS:
+        assert render(table(locality, [0, 31]), name)
+
+
+def test_the_frames_hold_the_values(explained, locality):
+    frame = explain_frame(explained).set_index(["layer", "source"])
+    assert frame.loc[(7, "token"), "bits"] == float(explained["bits"].sel(layer=7, source="token"))
+    assert (0, "previous layer") not in frame.index
+    frame = locality_frame(locality).set_index(["domain", "pairs", "null", "layer", "kind"])
+    at = {"domain": "(all)", "pairs": "all", "null": "words", "layer": 31, "kind": "first"}
+    assert frame.loc[tuple(at.values()), "excess_points"] == 100 * float(locality["excess"].sel(at))
+    frame = lags_frame(locality).set_index(["domain", "layer", "kind", "lag"])
+    at = {"domain": "ArXiv", "layer": 31, "kind": "any", "lag": 8}
+    assert frame.loc[tuple(at.values()), "rate_percent"] == 100 * float(locality["lag_rate"].sel(at))
+    assert runs_frame(locality).groupby("layer")["runs_percent"].sum().to_numpy() == pytest.approx(100)
+
+
+def test_the_sentences_say_what_is_significant_and_only_that(explained, locality):
+    made = explained.copy(deep=True)
+    made["q_value"].loc[{"layer": 31}] = 1.0
+    assert "no source tells much. No more than chance:" in explain_sentence(made, 31)
+    made["q_value"].loc[{"layer": 31, "source": ["token", "position"]}] = 0.01
+    made["share"].loc[{"layer": 31, "source": "token"}] = 0.5
+    made["bits"].loc[{"layer": 31, "source": "token"}] = 1.5
+    made["share"].loc[{"layer": 31, "source": "position"}] = 0.01
+    sentence = explain_sentence(made, 31)
+    assert "known alone, the token tells 1.500 (50 %)." in sentence
+    assert "A little (under 5 %): the place in the sequence." in sentence
+    at = {"layer": 31, "domain": "(all)", "pairs": "all", "kind": "first", "null": "words"}
+    made = locality.copy(deep=True)
+    for name, value in {"excess": -0.03, "excess_low": -0.05, "excess_high": 0.01}.items():
+        made[name].loc[at] = value
+    assert "3.0 points less than these words would anyway (−5.0 to +1.0)." in locality_sentence(made, 31)
+
+
+def test_the_bars_are_the_bits_and_the_ticks_what_permuted_routing_gives(explained):
+    figure = figures.draw_explained(explained, [0, 31])
+    for axes, layer in zip(figure.axes, [0, 31], strict=True):
+        for patch in axes.patches:
+            if patch.get_label() != "bounds":
+                width = patch.get_path().vertices[:, 0].max()
+                assert width == pytest.approx(float(explained["bits"].sel(layer=layer, source=patch.get_label())))
+        (ticks,) = (c for c in axes.collections if c.get_label() == "permuted routing")
+        null = explained["null"].sel(layer=layer).values
+        assert [s[0, 0] for s in ticks.get_segments()] == pytest.approx(null[np.isfinite(null)].tolist())
+
+
+def test_the_lines_are_the_excess_and_the_rates(explained, locality):
+    figure = figures.draw_excess(locality)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    at = locality["excess"].sel(domain="(all)", pairs="all", kind="first")
+    assert lines["same words elsewhere"] == pytest.approx(100 * at.sel(null="words").values)
+    assert lines["document in any order"] == pytest.approx(100 * at.sel(null="document").values)
+    figure = figures.draw_lags(locality, [0, 31])
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+    assert lines["layer 31"] == pytest.approx(
+        100 * locality["lag_rate"].sel(domain="(all)", kind="any", layer=31).values, nan_ok=True
+    )
+    figure = figures.draw_explained_by_layer(explained)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert lines["token"] == pytest.approx(100 * explained["share"].sel(source="token").values)
+
+
+def test_many_experts_one_layer_and_what_a_trace_lacks_can_be_drawn(wide, tmp_path):
+    explained, locality = moescope.explain(wide, [11], permutations=3), moescope.locality(wide, [11])
+    for number, figure in enumerate(
+        [
+            figures.draw_explained(explained, [11]),
+            figures.draw_explained_by_layer(explained),
+            figures.draw_excess(locality),
+            figures.draw_lags(locality.assign(excess=locality["excess"] * np.nan), [11], "Code"),
+        ]
+    ):
+        figures.save(figure, tmp_path, str(number))
+        assert (tmp_path / f"{number}.png").stat().st_size > 5000
