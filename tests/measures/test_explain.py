@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted import information as information_of
 from planted import planted
 from scipy import stats
@@ -84,6 +87,26 @@ def test_an_expert_decided_by_the_value_is_explained_whole() -> None:
     found = estimate(x, x, np.arange(0, 201, 10), 4, 4)
     assert found.plug_in == pytest.approx(2)
     assert found.bits == pytest.approx(2, abs=0.01)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_names_of_values_and_experts_and_the_order_of_rows_in_a_document_do_not_matter(seed: int) -> None:
+    x, e, starts = rows(seed)
+    found = estimate(x, e, starts, 5, 4)
+    rng = np.random.default_rng(seed)
+    values, experts = rng.permutation(5).astype(np.int32), rng.permutation(4).astype(np.int32)
+    order = np.concatenate([a + rng.permutation(b - a) for a, b in pairwise(starts)])
+    other = estimate(
+        np.where(x < 0, -1, values[x]).astype(np.int32)[order],
+        np.where(e < 0, -1, experts[e]).astype(np.int32)[order],
+        starts,
+        5,
+        4,
+    )
+    assert (other.bits, other.variance, other.rows) == pytest.approx((found.bits, found.variance, found.rows))
+    assert found.held_out <= found.bits + 1e-12
+    assert found.plug_in <= found.entropy + 1e-12
 
 
 @pytest.mark.parametrize("kind", ["independent", "documents", "token", "domain", "sticky", "layer", "position"])

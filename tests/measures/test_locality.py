@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from itertools import permutations as orders
 from pathlib import Path
@@ -230,3 +231,11 @@ def test_the_seed_decides_and_threads_do_not() -> None:
     for wrong in ({"lags": []}, {"lags": [0, 1]}, {"lags": [2, 2]}, {"threads": 0}):
         with pytest.raises(ValueError, match="must"):
             locality(sample, **wrong)
+
+
+def test_a_domain_called_all_is_not_taken_for_all_of_them() -> None:
+    sample = planted(np.random.default_rng(0), "domain", documents=9).sample
+    found = locality(replace(sample, domain_names=("(all)", "B", "C")))
+    assert found["domain"].values.tolist() == ["(all) (a domain)", "B", "C", ALL_DOMAINS]
+    counted = found["pairs_counted"].sel(pairs="all")
+    assert counted.sel(domain=ALL_DOMAINS) == counted[:3].sum()

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from synthetic import make_counts, make_part, make_trace
 
 import moescope
 from moescope.cli import main
@@ -22,6 +23,7 @@ from moescope.reporting.locality_tables import (
     runs_frame,
     runs_table,
 )
+from moescope.trace import Layer
 
 
 @pytest.fixture
@@ -132,3 +134,24 @@ def test_many_experts_one_layer_and_what_a_trace_lacks_can_be_drawn(wide, tmp_pa
     ):
         figures.save(figure, tmp_path, str(number))
         assert (tmp_path / f"{number}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("command", ["explain", "locality"])
+def test_a_trace_of_counts_is_refused_with_a_hint(run, tmp_path, command):
+    result = run(command, make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}).path)
+    assert result.exit_code == 1
+    assert "holds counts of assignments, and no token" in result.stderr
+    assert "hint: " in result.stderr
+
+
+def test_a_trace_without_order_is_explained_if_all_its_choices_are_asked_for(run, tmp_path):
+    layers = (Layer(0, 8, 2, ranked=False), Layer(1, 8, 2, ranked=False))
+    part = make_part(np.random.default_rng(0), layers, [30] * 6)
+    path = make_trace(tmp_path / "t.moe", [part], layers).path
+    refused = run("explain", path)
+    assert refused.exit_code == 1
+    assert "--choice either" in refused.stderr
+    result = run("explain", path, "--choice", "either", "--permutations", "5")
+    assert result.exit_code == 0
+    assert "previous expert" not in result.stdout
+    assert "first or second choice" in run("locality", path).stdout

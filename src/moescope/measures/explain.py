@@ -109,7 +109,9 @@ def explain(
         chosen = trace.select_layers(layers)
         if choice == "first" and not all(layer.ranked for layer in chosen):
             raise NotRecorded(
-                trace.path, "does not say which of a token's choices is the first", "ask for choice='either'"
+                trace.path,
+                "does not say which of a token's choices is the first",
+                "ask for each of the choices: --choice either, or choice='either'",
             )
         befores = {layer: before for before, layer in pairwise(trace.layers)}
         needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}

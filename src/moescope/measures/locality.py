@@ -293,7 +293,8 @@ def _labelled(
     lags: Sequence[int],
     found: Sequence[_Counted],
 ) -> xr.Dataset:
-    domains = [*sample.domain_names, ALL_DOMAINS]
+    named = [f"{name} (a domain)" if name == ALL_DOMAINS else name for name in sample.domain_names]
+    domains = [*named, ALL_DOMAINS]
     shape = (len(domains), len(PAIRS), len(NULLS), len(layers), len(KINDS))
     rate, expected, error, rate_error = (np.full(shape, np.nan) for _ in range(4))
     lag_shape = (len(domains), len(layers), len(KINDS), len(lags))

@@ -19,7 +19,7 @@ from moescope.tallying.token_sample import token_hashes
 from moescope.trace import Layer, Part, Trace
 
 MAX_BYTES = 2**30
-"""Memory of the largest sample, in bytes: 13 million tokens of 32 layers x 2 choices, 2 million of 60 x 8 of 256."""
+"""Memory of the largest sample, in bytes: 14 million tokens of 32 layers x 2 choices, 2 million of 60 x 8 of 256."""
 
 _BYTES_BESIDE_CHOICES = 12  # token id and position, and what is per document or sequence
 
