@@ -169,8 +169,9 @@ def test_planted_rates_and_excesses_are_inside_their_intervals(kind: str) -> Non
 
 
 @pytest.mark.parametrize("null", ["popularity", "document"])
-def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(null: str) -> None:
-    sample = planted(np.random.default_rng(4), "documents", documents=50).sample
+@pytest.mark.parametrize("kind", ["documents", "collapsed"])
+def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(null: str, kind: str) -> None:
+    sample = planted(np.random.default_rng(4), kind, documents=50).sample
     one_domain = replace(sample, domain=np.zeros(50, np.int64), domain_names=("A",))
     at = {"domain": "A", "pairs": "all", "null": null, "layer": 1, "kind": "first"}
     found = locality(one_domain, [1]).sel(at)
