@@ -135,6 +135,34 @@ def test_independent_routing_over_many_experts_is_explained_by_nothing() -> None
     assert (found["low"] == 0).all()
 
 
+def test_what_comes_before_is_of_the_same_sequence(tmp_path: Path) -> None:
+    layers = (Layer(0, 8, 2), Layer(1, 8, 2))
+    part = make_part(np.random.default_rng(0), layers, [40, 37, 25], window=8)
+    found = explain(make_trace(tmp_path / "t.moe", [part], layers), [1], permutations=1).sel(layer=1)
+    first = part.expert_ids[1][:, 0]
+    pairs = np.flatnonzero(part.position[1:] > 0)
+    for source, x in (("previous token", part.token_id), ("previous expert", first)):
+        table = np.zeros((50, 8))
+        np.add.at(table, (x[pairs], first[pairs + 1]), 1)
+        assert found["plug_in"].sel(source=source) == pytest.approx(information_of(table / table.sum())), source
+    for source, x in (("previous layer", part.expert_ids[0][:, 0]), ("domain", part.domain), ("token", part.token_id)):
+        table = np.zeros((50, 8))
+        np.add.at(table, (x, first), 1)
+        assert found["plug_in"].sel(source=source) == pytest.approx(information_of(table / table.sum())), source
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("token", "token"), ("domain", "domain"), ("sticky", "previous expert"), ("position", "position"),
+     ("layer", "previous layer")],
+)  # fmt: skip
+def test_what_is_planted_is_significant(kind: str, source: str) -> None:
+    made = planted(np.random.default_rng(0), kind)
+    found = explain(made.sample, [1], permutations=19).sel(layer=1)
+    assert found["p_value"].sel(source=source) == 1 / 20
+    assert found["null"].sel(source=source) < 0.3 * found["bits"].sel(source=source)
+
+
 def test_permutation_tests_reject_independent_routing_as_often_as_they_say() -> None:
     rejected = []
     for seed in range(60):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planted import planted
+from scipy import stats
 from synthetic import make_part, make_trace
 
 from moescope.measures import repeats
@@ -165,6 +166,32 @@ def test_planted_rates_and_excesses_are_inside_their_intervals(kind: str) -> Non
             inside[name] = inside.get(name, 0) + bool(low <= truth + 1e-12 and truth <= high + 1e-12)
     for name in total:
         assert inside[name] >= 0.82 * draws, (name, inside)  # of 95 %: 32 or fewer of 40 has a chance below 1e-3
+
+
+@pytest.mark.parametrize("null", ["popularity", "document"])
+@pytest.mark.parametrize("kind", ["documents", "collapsed"])
+def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(null: str, kind: str) -> None:
+    sample = planted(np.random.default_rng(4), kind, documents=50).sample
+    one_domain = replace(sample, domain=np.zeros(50, np.int64), domain_names=("A",))
+    at = {"domain": "A", "pairs": "all", "null": null, "layer": 1, "kind": "first"}
+    found = locality(one_domain, [1]).sel(at)
+    firsts = [sample.expert_ids[1][0, a:b].astype(int) for a, b in pairwise(sample.starts)]
+
+    def excess(documents: list[np.ndarray]) -> float:
+        pairs = sum(len(d) - 1 for d in documents)
+        rate = sum((d[1:] == d[:-1]).sum() for d in documents) / pairs
+        mixes = [np.bincount(d, minlength=8) for d in documents]
+        chance = [(c * (c - 1)).sum() / (c.sum() * (c.sum() - 1)) for c in mixes]
+        if null == "popularity":
+            whole = np.sum(mixes, axis=0)
+            return rate - (whole * (whole - 1)).sum() / (whole.sum() * (whole.sum() - 1))
+        return rate - sum(p * (len(d) - 1) for p, d in zip(chance, documents, strict=True)) / pairs
+
+    without = np.array([excess(firsts[:g] + firsts[g + 1 :]) for g in range(50)])
+    error = np.sqrt(49 / 50 * ((without - without.mean()) ** 2).sum())
+    assert found["excess"] == pytest.approx(excess(firsts))
+    half = float(found["excess_high"] - found["excess"])
+    assert half / stats.t.ppf(0.975, 49) == pytest.approx(error, rel=0.05)
 
 
 def test_words_that_choose_for_themselves_leave_nothing_and_a_sticky_router_leaves_all() -> None:

@@ -85,7 +85,7 @@ def test_the_sentences_say_what_is_significant_and_only_that(explained, locality
     made["bits"].loc[{"layer": 31, "source": "token"}] = 1.5
     made["share"].loc[{"layer": 31, "source": "position"}] = 0.01
     sentence = explain_sentence(made, 31)
-    assert "known alone, the token tells 1.500 (50 %)." in sentence
+    assert "each by itself tells: the token 1.500 (50 %)." in sentence
     assert "A little (under 5 %): the place in the sequence." in sentence
     at = {"layer": 31, "domain": "(all)", "pairs": "all", "kind": "first", "null": "words"}
     made = locality.copy(deep=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,10 @@ from moescope.trace import Layer, Trace
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 1), Layer(4, 8, 2))
 
 
-def two_part_trace(path: Path, dropped: float = 0.0) -> Trace:
+def trace_of_parts(path: Path, dropped: float = 0.0) -> Trace:
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 60, 40).tolist()
-    parts = [
-        make_part(rng, LAYERS, lengths[:25], dropped=dropped),
-        make_part(rng, LAYERS, lengths[25:], first_document=25, dropped=dropped),
-    ]
+    parts = [make_part(rng, LAYERS, lengths[at : at + 5], first_document=at, dropped=dropped) for at in range(0, 40, 5)]
     return make_trace(path / "t.moe", parts, LAYERS)
 
 
@@ -35,7 +33,7 @@ def equal(a: DocumentSample, b: DocumentSample) -> bool:
 
 @pytest.mark.parametrize("dropped", [0.0, 0.1])
 def test_a_trace_that_fits_is_held_as_it_is(tmp_path: Path, dropped: float) -> None:
-    trace = two_part_trace(tmp_path, dropped)
+    trace = trace_of_parts(tmp_path, dropped)
     found = sample_documents(trace)
     parts = list(trace.iter_parts())
     assert found.fraction == 1
@@ -50,15 +48,20 @@ def test_a_trace_that_fits_is_held_as_it_is(tmp_path: Path, dropped: float) -> N
 
 
 def test_threads_and_groups_of_layers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = two_part_trace(tmp_path)
+    trace = trace_of_parts(tmp_path)
     whole = sample_documents(trace, threads=1)
+    assert whole.document.tolist() == list(range(40))
     assert equal(whole, sample_documents(trace, threads=3))
+    backwards = sample_documents(replace(trace, parts=trace.parts[::-1]), threads=1)
+    names = [[found.domain_names[code] for code in found.domain] for found in (whole, backwards)]
+    assert names[0] == names[1]
+    assert equal(whole, replace(backwards, domain=whole.domain))  # whose codes go by the order of appearance
     monkeypatch.setattr("moescope.tallying.one_pass.COLUMNS_A_READ", 1)
     assert equal(whole, sample_documents(trace, threads=2))
 
 
 def test_a_bound_keeps_some_whole_documents_and_the_same_ones_at_any_number_of_threads(tmp_path: Path) -> None:
-    trace = two_part_trace(tmp_path)
+    trace = trace_of_parts(tmp_path)
     whole = sample_documents(trace)
     half = sample_documents(trace, max_bytes=whole.num_tokens * (12 + 2 + 2 + 2) // 2, threads=1)
     assert half.fraction == pytest.approx(0.5)
@@ -71,7 +74,7 @@ def test_a_bound_keeps_some_whole_documents_and_the_same_ones_at_any_number_of_t
 
 
 def test_a_thinned_sample_holds_at_most_so_many_tokens_and_at_least_two_documents(tmp_path: Path) -> None:
-    whole = sample_documents(two_part_trace(tmp_path))
+    whole = sample_documents(trace_of_parts(tmp_path))
     for bound in (1, 100, 500):
         thin = whole.thinned(bound)
         assert thin.num_documents == 2 or thin.num_tokens <= bound

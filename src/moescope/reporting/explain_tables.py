@@ -96,7 +96,7 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
 
     def told(source: str) -> str:
         one = at.sel(source=source)
-        return f"{_NAMES[source]} tells {_bits(float(one['bits']))} ({percent(float(one['share']), 0)} %)"
+        return f"{_NAMES[source]} {_bits(float(one['bits']))} ({percent(float(one['share']), 0)} %)"
 
     strong = [source for source in by_share if source in real and float(at["share"].sel(source=source)) >= TELLING]
     weak = [source for source in by_share if source in real and source not in strong]
@@ -104,7 +104,7 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
     choice = "choice" if explained.attrs["choice"] == "either" else "first choice"
     sentence = f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
     if strong:
-        sentence += f"known alone, {_listed([told(source) for source in strong])}."
+        sentence += f"each by itself tells: {_listed([told(source) for source in strong])}."
     else:
         sentence += "no source tells much."
     if weak:
