@@ -46,6 +46,9 @@ NULL_COPIES = 2
 STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])
 """Shrinkage tried, in tokens; with the last, popularity alone predicts."""
 
+LESS_SHRINKAGE = 4
+"""The bounds that the interval allows for are those of so much less shrinkage."""
+
 STRENGTH_ROWS = 2**16
 """About so many rows, of documents spread over the trace, choose the shrinkage."""
 
@@ -167,7 +170,7 @@ def estimate(
         num_ids: Expert ids there may be.
     Returns:
         The estimate. `variance` is of `bits`: between documents, and a twelfth of the squared distance between the
-        fitted and the held-out prediction, between which the truth lies.
+        fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies.
     """
     joint_XE = np.zeros((num_values, num_ids), np.int32)
     kernels.count_joint(x_R, e_R, joint_XE)
@@ -177,10 +180,15 @@ def estimate(
     num_documents = len(starts_G) - 1
     if total == 0 or num_documents < 2:
         return Estimate(*(float("nan"),) * 6, rows=total)
-    by_strength = np.zeros(len(STRENGTHS))
+    fitted_A, held_out_A = np.zeros(len(STRENGTHS)), np.zeros(len(STRENGTHS))
     step = 1 + total // STRENGTH_ROWS
-    kernels.held_out_by_strength(x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, by_strength)
-    strength = float(STRENGTHS[by_strength.argmax()])
+    tried = kernels.bits_by_strength(
+        x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, fitted_A, held_out_A
+    )
+    strength = float(STRENGTHS[held_out_A.argmax()])
+    # What shrinking hides both predictions hide; with less of it they part, and the truth lies between.
+    weaker = max(0, int(np.searchsorted(STRENGTHS, strength / LESS_SHRINKAGE, side="right")) - 1)
+    apart = (fitted_A[weaker] - held_out_A[weaker]) / max(1, tried)
     fitted_G, held_out_G = np.zeros(num_documents), np.zeros(num_documents)
     rows_G = np.zeros(num_documents, np.int64)
     kernels.bits_by_document(x_R, e_R, starts_G, joint_XE, value_X, load_E, strength, fitted_G, held_out_G, rows_G)
@@ -192,7 +200,7 @@ def estimate(
     plug_in = entropy + _entropy(value_X) - _entropy(joint_XE)
     cells, values, experts = (np.count_nonzero(counts) for counts in (joint_XE, value_X, load_E))
     bias = (cells - values - experts + 1) / (2 * total * np.log(2))
-    variance = between + (fitted - held_out) ** 2 / 12
+    variance = between + apart**2 / 12
     return Estimate(float(bits), float(held_out), plug_in, plug_in - bias, variance, entropy, total)
 
 

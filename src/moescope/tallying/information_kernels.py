@@ -64,7 +64,7 @@ def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X:
 
 
 @numba.njit(cache=True, nogil=True)
-def held_out_by_strength(
+def bits_by_strength(
     x_R: Rows,
     e_R: Rows,
     starts_G: Sums,
@@ -73,9 +73,10 @@ def held_out_by_strength(
     load_E: Sums,
     step: int,
     strength_A: Numbers,
-    bits_A: Numbers,
-) -> None:
-    """Bits that each strength of shrinkage would save on documents left out.
+    fitted_A: Numbers,
+    held_out_A: Numbers,
+) -> int:
+    """Bits that each strength of shrinkage saves: predicted from all documents, and from all others.
 
     Args:
         x_R: Values.
@@ -86,10 +87,14 @@ def held_out_by_strength(
         load_E: Rows of each expert.
         step: Leave out each so-manieth document; the other documents are only counted.
         strength_A: Strengths to try.
-        bits_A: Added to.
+        fitted_A: Added to: bits predicted from all documents.
+        held_out_A: Added to: bits predicted from the others.
+    Returns:
+        Rows predicted.
     """
     own_XE, own_X, own_E = _workspace(joint_XE)
     total = load_E.sum()
+    rows = 0
     for g in range(0, starts_G.size - 1, step):
         n = _count_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
         for r in range(starts_G[g], starts_G[g + 1]):
@@ -97,10 +102,14 @@ def held_out_by_strength(
             if x < 0 or e < 0 or n == total:
                 continue
             p = _popularity(load_E[e] - own_E[e], total - n)
-            seen, with_e = value_X[x] - own_X[x], joint_XE[x, e] - own_XE[x, e]
+            rows += 1
+            lift, seen = joint_XE[x, e] * (total / load_E[e]), value_X[x]
+            lift_elsewhere, seen_elsewhere = (joint_XE[x, e] - own_XE[x, e]) / p, value_X[x] - own_X[x]
             for a in range(strength_A.size):
-                bits_A[a] += np.log2((with_e / p + strength_A[a]) / (seen + strength_A[a]))
+                fitted_A[a] += np.log2((lift + strength_A[a]) / (seen + strength_A[a]))
+                held_out_A[a] += np.log2((lift_elsewhere + strength_A[a]) / (seen_elsewhere + strength_A[a]))
         _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+    return rows
 
 
 @numba.njit(cache=True, nogil=True)
