@@ -23,6 +23,7 @@ _HOMES = {
     "Trace": "trace",
     "balance": "measures",
     "claims": "measures",
+    "coactivation": "measures",
     "divergence": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
@@ -31,6 +32,7 @@ _HOMES = {
     "report": "reporting",
     "shares": "measures",
     "tally": "tallying",
+    "transitions": "measures",
     "words": "measures",
 }
 
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
     from moescope.corpus import open_corpus as open_corpus
     from moescope.measures import balance as balance
     from moescope.measures import claims as claims
+    from moescope.measures import coactivation as coactivation
     from moescope.measures import divergence as divergence
     from moescope.measures import repeats as repeats
     from moescope.measures import shares as shares
+    from moescope.measures import transitions as transitions
     from moescope.measures import words as words
     from moescope.recording import record as record
     from moescope.reporting import report as report

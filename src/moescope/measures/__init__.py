@@ -7,9 +7,11 @@ could be made. `statistics` holds what they share; `published` the figures of th
 
 from moescope.measures.balance import balance
 from moescope.measures.claims import Claim, claims
+from moescope.measures.coactivation import coactivation
 from moescope.measures.divergence import divergence
 from moescope.measures.repeats import repeats
 from moescope.measures.shares import shares
+from moescope.measures.transitions import transitions
 from moescope.measures.words import words
 
-__all__ = ["Claim", "balance", "claims", "divergence", "repeats", "shares", "words"]
+__all__ = ["Claim", "balance", "claims", "coactivation", "divergence", "repeats", "shares", "transitions", "words"]

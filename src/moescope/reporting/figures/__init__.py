@@ -7,6 +7,7 @@ width of a page.
 
 from moescope.reporting.figures.balance import draw_balance
 from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.joint import draw_coactivation, draw_transitions
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
 from moescope.reporting.figures.style import save
@@ -16,9 +17,11 @@ __all__ = [
     "as_bars",
     "draw_balance",
     "draw_choices",
+    "draw_coactivation",
     "draw_divergence",
     "draw_repeats",
     "draw_shares",
     "draw_tokens",
+    "draw_transitions",
     "save",
 ]
