@@ -289,6 +289,18 @@ def test_the_bias_of_the_plug_in_is_what_the_null_says() -> None:
     assert madow > 0.6 * plug_in  # tokens in runs of five are not independent, which Miller and Madow do not know
 
 
+@pytest.mark.parametrize("tokens", [2_000, 9_000, 60_000])
+def test_many_experts_and_few_tokens_do_not_make_information_of_nothing(tokens: int) -> None:
+    rng = np.random.default_rng(9)
+    group = document_groups(np.arange(100))[rng.integers(0, 100, tokens)]
+    moves = np.zeros((NUM_GROUPS, 128, 128), np.uint32)
+    np.add.at(moves, (group, rng.integers(0, 128, tokens), rng.integers(0, 128, tokens)), 1)
+    found = transitions(Transitions((Layer(0, 128, 1), Layer(1, 128, 1)), "first", {1: moves})).isel(layer=0)
+    assert found["information"] < 0.02 * found["plug_in"]
+    assert found["information_low"] == 0
+    assert found["sampling_alone"] == pytest.approx(found["plug_in"].item(), rel=0.05)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 6), columns=st.integers(1, 6))
 def test_mutual_information_is_the_sum_of_the_entropies_less_that_of_both(seed: int, rows: int, columns: int) -> None:

@@ -26,6 +26,8 @@ COMMANDS = {
     "repeats": "Show how often consecutive tokens go to the same expert.",
     "words": "Show whether the tokens of a word go to the same expert.",
     "balance": "Show how evenly the experts are loaded.",
+    "coactivation": "Show which experts are chosen for the same token.",
+    "transitions": "Show how the choice of experts goes on from layer to layer.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

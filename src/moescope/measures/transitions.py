@@ -23,6 +23,11 @@ from moescope.trace import Trace
 FEWEST_EXPECTED = 10
 """Tokens that independence must expect of a transition for a test: with fewer, no normal approximation holds."""
 
+THIN = 5
+"""Independent tokens a cell below which no first-order correction of mutual information holds."""
+
+NULL_DRAWS = 16
+
 ROUTINGS = ("trace", "markov chain", "independent layers")
 STEPS_DRAWN = 2**27
 """Choices drawn, at most, for each null of the paths; at least three sets of paths are."""
@@ -56,7 +61,8 @@ def transitions(
           discovery rate controlled over all transitions.
 
         By (layer): `information`, the mutual information of the two choices, bits, its bias removed by a jackknife over
-        groups of documents, with `information_low` and `information_high`; `plug_in`, as counted; `miller_madow`, with
+        groups of documents (where tokens are few for the number of cells: less `sampling_alone`, which is the most that
+        the bias can be), with `information_low` and `information_high`; `plug_in`, as counted; `miller_madow`, with
         the correction for independent tokens; `sampling_alone`, what the count would show of independent layers;
         `entropy`, of the choice at the later layer; `tokens`.
 
@@ -78,8 +84,9 @@ def transitions(
     names = ("probability", "joint", "expected", "lift", "low", "high", "p_value")
     tables = {name: np.full(shape, np.nan) for name in names}
     scalars: dict[str, list[float]] = {name: [] for name in _INFORMATION}
+    rng = np.random.default_rng(seed)
     for at, moves_GEF in enumerate(counts.moves.values()):
-        found = _of_layer(moves_GEF)
+        found = _of_layer(moves_GEF, rng)
         for name in names:
             tables[name][at, : moves_GEF.shape[1], : moves_GEF.shape[2]] = found[name]
         for name in _INFORMATION:
@@ -143,7 +150,7 @@ def mutual_information(joint: Numbers) -> Numbers:
     return bits
 
 
-def _of_layer(moves_GEF: NDArray[np.uint32]) -> dict[str, Any]:
+def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[str, Any]:
     """Everything about one pair of layers."""
     moves = moves_GEF[moves_GEF.any(axis=(1, 2))].astype(float)
     num_groups = len(moves)
@@ -166,14 +173,24 @@ def _of_layer(moves_GEF: NDArray[np.uint32]) -> dict[str, Any]:
         half = groups.student(num_groups) * groups.sum_error(excess - lift * by_popularity) / tokens / expected
         p_value = 2 * stats.t.sf(np.abs(joint - expected) / error, max(num_groups - 1, 1))
         probability = np.where(before[:, None] > 0, joint / before[:, None], np.nan)
-        alone = np.nansum(error**2 / expected) / (2 * np.log(2)) if num_groups > 1 else np.nan
+        spread = np.nansum(error**2 / expected) * tokens if num_groups > 1 else np.nan
     p_value[(expected * tokens < FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
-    information, error_of_it, _ = groups.jackknife(
+    cells = max(((before > 0).sum() - 1) * ((after > 0).sum() - 1), 1)
+    # Tokens of a document are alike: they tell as much as so many independent ones.
+    independent = tokens / max(spread / cells, 1) if num_groups > 1 else np.nan
+    plug_in = float(mutual_information(joint))
+    alone, most_alone = _of_independent_layers(before, after, independent, rng)
+    jack, error_of_it, _ = groups.jackknife(
         lambda sums: mutual_information(sums.reshape(-1, *joint.shape))[:, None], moves.reshape(num_groups, -1)
     )
-    plug_in = mutual_information(joint)
+    value, half_of_it = float(jack[0]), groups.student(num_groups) * float(error_of_it[0])
+    ends = [value - half_of_it, value + half_of_it]
+    if independent < THIN * cells:  # no first-order correction holds: the two bounds of the bias
+        value = plug_in - alone
+        ends[0] = min(ends[0], value - half_of_it)
+    if plug_in <= most_alone:
+        ends[0] = min(ends[0], 0.0)
     bins = (joint > 0).sum() - (before > 0).sum() - (after > 0).sum() + 1
-    half_of_it = groups.student(num_groups) * error_of_it[0]
     return {
         "probability": probability,
         "joint": joint,
@@ -182,15 +199,45 @@ def _of_layer(moves_GEF: NDArray[np.uint32]) -> dict[str, Any]:
         "low": np.maximum(lift - half, 0),
         "high": lift + half,
         "p_value": p_value,
-        "information": np.maximum(information[0], 0),
-        "information_low": np.maximum(information[0] - half_of_it, 0),
-        "information_high": np.maximum(information[0] + half_of_it, 0),
+        "information": max(value, 0.0),
+        "information_low": np.maximum(ends[0], 0),
+        "information_high": np.maximum(ends[1], 0),
         "plug_in": plug_in,
         "miller_madow": np.maximum(plug_in - bins / (2 * tokens * np.log(2)), 0),
         "sampling_alone": alone,
         "entropy": -(after * np.log2(np.where(after > 0, after, 1))).sum(),
         "tokens": tokens,
     }
+
+
+def _of_independent_layers(
+    before: Numbers, after: Numbers, tokens: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Mutual information counted of so many independent tokens and layers: its mean, and its 97.5 % quantile.
+
+    Where cells are many for the tokens, the tables drawn have exactly these margins: it is a permutation of one layer's
+    choices between tokens. Otherwise the margins vary, too, which makes no difference there.
+    """
+    if not np.isfinite(tokens):
+        return np.nan, np.nan
+    number = max(round(tokens), 1)
+    if number < THIN * (before > 0).sum() * (after > 0).sum():
+        margins = _whole(before[before > 0], number), _whole(after[after > 0], number)
+        draws = stats.random_table(*margins, seed=rng).rvs(NULL_DRAWS)
+    else:
+        expected = before[:, None] * after
+        draws = rng.multinomial(number, expected.ravel() / expected.sum(), NULL_DRAWS)
+        draws = draws.reshape(-1, *expected.shape)
+    found = mutual_information(draws.astype(float))
+    return float(found.mean()), float(found.mean() + 2.1 * found.std(ddof=1))
+
+
+def _whole(shares: Numbers, number: int) -> NDArray[np.int64]:
+    """Whole numbers in these proportions with that sum (largest remainders)."""
+    exact = shares / shares.sum() * number
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: number - whole.sum()]] += 1
+    return whole
 
 
 def path_summary(paths: NDArray[np.uint64]) -> Numbers:

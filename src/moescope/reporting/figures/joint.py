@@ -50,13 +50,14 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
         for axes, layer in zip(panels, shown, strict=True):
             at = coactivation.sel(layer=layer)
             size = int(at["num_ids"])
-            lift, q_value = (at[name].values[:size, :size] for name in ("lift", "q_value"))
+            lift, q_value = _known(at, size, size)
             order = order_of_pairs(lift)
             mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
             excess, null = 100 * float(at["deviation"]), 100 * float(at["deviation_null"])
             style.panel_title(axes, f"Layer {layer}")
-            note = f"{excess:.1f} % of the pairs in excess" + ("" if isnan(null) else f" (by chance {null:.1f})")
-            axes.set_xlabel(f"{_experts(size)}\n{note}", labelpad=3)
+            note = f"{excess:.0f} % of pairs in excess" + ("" if isnan(null) else f" ({null:.0f} by chance)")
+            axes.set_xlabel(_experts(size), labelpad=3)
+            axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
         _scale(figure, bar_axes, mesh, words)
     return figure
 
@@ -75,7 +76,7 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
         for axes, layer in zip(panels, shown, strict=True):
             at = transitions.sel(layer=layer)
             rows, columns = int(at["num_before"]), int(at["num_after"])
-            lift, q_value = (at[name].values[:rows, :columns] for name in ("lift", "q_value"))
+            lift, q_value = _known(at, rows, columns)
             mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order_of_rows(lift), order_of_rows(lift.T))
             style.panel_title(axes, f"Layer {int(at['layer_before'])} to {layer}")
             axes.set_xlabel(
@@ -85,6 +86,12 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
         _scale(figure, bar_axes, mesh, words)
         _draw_information(figure, transitions)
     return figure
+
+
+def _known(at: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lifts that enough tokens tell of, NaN elsewhere, and their corrected p-values."""
+    lift, p_value, q_value = (at[name].values[:rows, :columns] for name in ("lift", "p_value", "q_value"))
+    return np.where(np.isfinite(p_value), lift, np.nan), q_value
 
 
 def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -204,24 +211,24 @@ def _frame(maps: int, things: str, below: float = 0.0) -> tuple[Figure, list[Axe
     width = FULL_WIDTH if maps > 1 else FULL_WIDTH * 0.62
     left, gap = 0.42, 0.42
     side = min((width - left - 0.1 - gap * (maps - 1)) / maps, 3.4)
-    top, under = 0.28, 0.95
+    top, under = 0.28, 0.95 if not below else 0.82
     height = top + side + under + below
     figure = style.new_figure(width, height)
     panels = [
         figure.add_axes(((left + at * (side + gap)) / width, (under + below) / height, side / width, side / height))
         for at in range(maps)
     ]
-    bar = figure.add_axes((left / width, (below + 0.3) / height, 1.5 / width, 0.07 / height))
+    bar = figure.add_axes((left / width, (below + 0.2) / height, 1.5 / width, 0.07 / height))
     return figure, panels, bar, f"times as often as popularity alone makes {things}"
 
 
 def _scale(figure: Figure, bar_axes: Axes, mesh: object, words: str) -> None:
     bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", ticks=[-2, -1, 0, 1, 2])  # type: ignore[arg-type]
     bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"])
-    bar.outline.set_linewidth(0)  # type: ignore[operator]
+    bar.outline.set_linewidth(0)
     bar_axes.tick_params(length=2, pad=2)
     box = bar_axes.get_position()
-    figure.text(box.x1 + 0.02, box.y0, f"{words}; grey: none expected", fontsize=7, color=MUTED, va="bottom")
+    figure.text(box.x1 + 0.02, box.y0, f"{words}; grey: too few tokens", fontsize=7, color=MUTED, va="bottom")
 
 
 def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> list[int]:
