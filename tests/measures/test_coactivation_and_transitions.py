@@ -354,3 +354,20 @@ def test_what_a_trace_cannot_tell_is_refused(tmp_path: Path) -> None:
         transitions(unranked)
     assert transitions(unranked, choice="any")["information"].notnull().all()
     assert coactivation(unranked).equals(coactivation(trace))
+
+
+def test_the_worked_examples_of_the_reference_pages(tmp_path: Path) -> None:
+    layers = (Layer(0, 4, 2), Layer(1, 6, 2))
+    part = make_part(np.random.default_rng(0), layers, [2, 2])
+    ids = {0: np.array([[0, 1], [0, 1], [2, 3], [2, 3]]), 1: np.array([[1, 0], [1, 0], [3, 0], [5, 0]])}
+    ids[0][:, 0] = [0, 0, 2, 3]
+    ids[0][:, 1] = [1, 1, 3, 2]
+    trace = make_trace(tmp_path / "t.moe", [replace(part, expert_ids=ids)], layers)
+    found = coactivation(trace, [0]).isel(layer=0)
+    assert found["expected"].sel(expert=0, other=1).item() == pytest.approx(1 / 6)
+    assert found["lift"].sel(expert=0, other=1).item() == pytest.approx(3)
+    assert found["conditional"].sel(expert=0, other=1) == 1
+    ids[0][:, 0], ids[0][:, 1] = [0, 0, 2, 3], [1, 1, 1, 1]  # paths (0,1) twice, (2,3), (3,5)
+    trace = make_trace(tmp_path / "u.moe", [replace(part, expert_ids=ids)], layers)
+    paths = transitions(trace).sel(routing="trace")
+    assert [paths[name].item() for name in ("distinct", "half", "effective", "once")] == [3, 1, 6, 0.5]

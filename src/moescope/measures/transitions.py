@@ -29,7 +29,7 @@ THIN = 5
 NULL_DRAWS = 16
 
 ROUTINGS = ("trace", "markov chain", "independent layers")
-STEPS_DRAWN = 2**27
+STEPS_DRAWN = 2**25
 """Choices drawn, at most, for each null of the paths; at least three sets of paths are."""
 
 _SUMMARIES = ("distinct", "half", "effective", "once")
@@ -66,7 +66,7 @@ def transitions(
         the correction for independent tokens; `sampling_alone`, what the count would show of independent layers;
         `entropy`, of the choice at the later layer; `tokens`.
 
-        By (routing), for first choices only, of a sample of `path_tokens` tokens (all, if they are at most 2^20) and of
+        By (routing), for first choices only, of a sample of `path_tokens` tokens (all, if they are at most 2^19) and of
         as many drawn from a Markov chain with these transitions, and from independent layers: `distinct`, paths (first
         choices at all the layers); `half`, the paths that carry half of the tokens; `effective`, one over the
         probability that two tokens share a path; `once`, the part of the tokens whose path no other takes. `half_low`,

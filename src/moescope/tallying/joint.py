@@ -20,7 +20,7 @@ from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import Layer, Part, Trace
 
-PATH_TOKENS = 2**20
+PATH_TOKENS = 2**19
 """Tokens, at most, of which the path through all layers is kept."""
 
 Choice = Literal["first", "any"]
