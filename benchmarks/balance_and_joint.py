@@ -32,7 +32,7 @@ def make_wide_trace(path: Path, num_tokens: int, num_layers: int) -> Trace:
     with TraceWriter(path, Header(layers), Vocabulary({})) as writer:
         for start in range(0, num_tokens, PART_TOKENS):
             count = min(PART_TOKENS, num_tokens - start)
-            document = start // 800 + np.arange(count) // 800
+            document = start + np.arange(count) // 800
             ids = {
                 n: np.argpartition(rng.random((count, 128), np.float32), 8, axis=1)[:, :8] for n in range(num_layers)
             }

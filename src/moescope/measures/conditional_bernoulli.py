@@ -39,8 +39,12 @@ def pair_probabilities(inclusion: Numbers, top_k: int) -> Numbers:
     size = top_k - int(always.sum())
     if size > 0 and free.sum() > size:
         p = inclusion[free] * (size / inclusion[free].sum())
-        weights = fit_weights(p, size)
-        pair[np.ix_(free, free)] = _pairs(weights, p, size)
+        left_out = int(free.sum()) - size
+        if size <= left_out:
+            pair[np.ix_(free, free)] = _pairs(fit_weights(p, size), p, size)
+        else:  # the experts left out are the smaller set, and follow the same distribution
+            both_out = _pairs(fit_weights(1 - p, left_out), 1 - p, left_out)
+            pair[np.ix_(free, free)] = p[:, None] + p - 1 + both_out
     pair[always] = inclusion
     pair[:, always] = inclusion[:, None]
     np.fill_diagonal(pair, inclusion)

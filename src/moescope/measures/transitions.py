@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
@@ -29,7 +29,7 @@ THIN = 5
 NULL_DRAWS = 16
 
 ROUTINGS = ("trace", "markov chain", "independent layers")
-STEPS_DRAWN = 2**25
+STEPS_DRAWN = 2**24
 """Choices drawn, at most, for each null of the paths; at least three sets of paths are."""
 
 _SUMMARIES = ("distinct", "half", "effective", "once")
@@ -144,10 +144,9 @@ def mutual_information(joint: Numbers) -> Numbers:
         (2.0, 0.0)
     """
     p = joint / joint.sum(axis=(-2, -1), keepdims=True)
-    independent = p.sum(axis=-1, keepdims=True) * p.sum(axis=-2, keepdims=True)
-    ratio = np.divide(p, independent, out=np.ones_like(p), where=p > 0)
-    bits: Numbers = (p * np.log2(ratio)).sum(axis=(-2, -1))
-    return bits
+    marginals = special.entr(p.sum(axis=-1)).sum(axis=-1) + special.entr(p.sum(axis=-2)).sum(axis=-1)
+    nats: Numbers = marginals - special.entr(p).sum(axis=(-2, -1))
+    return nats / np.log(2)
 
 
 def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def path_summary(paths: NDArray[np.uint64]) -> Numbers:
 def _paths(counts: Transitions, seed: int) -> dict[str, Any]:
     """The variables of paths."""
     number = len(counts.paths)
-    num_draws = int(np.clip(STEPS_DRAWN // (number * len(counts.layers)), 3, 20))
+    num_draws = int(np.clip(STEPS_DRAWN // (number * len(counts.layers)), 3, 10))
     chain, independent = _cumulative(counts)
     rows = [[path_summary(counts.paths)] * 3]
     for cumulative in (chain, independent):

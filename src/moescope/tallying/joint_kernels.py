@@ -115,7 +115,14 @@ def draw_paths(cumulative_LEF: NDArray[np.float64], path_N: Hashes, seed: int) -
         for layer in range(cumulative_LEF.shape[0]):
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
             u = np.float64(state >> np.uint64(11)) * 2.0**-53
-            chosen = int(np.searchsorted(cumulative_LEF[layer, chosen], u, side="right"))
+            low, high = 0, cumulative_LEF.shape[2] - 1
+            while low < high:  # the first id whose cumulative probability is above u
+                middle = (low + high) >> 1
+                if cumulative_LEF[layer, chosen, middle] > u:
+                    high = middle
+                else:
+                    low = middle + 1
+            chosen = low
             path = _mix(path ^ np.uint64(chosen + 2))
         path_N[n] = path
 
