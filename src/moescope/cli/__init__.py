@@ -25,6 +25,7 @@ COMMANDS = {
     "shares": "Show the share of the assignments each expert receives, by domain.",
     "repeats": "Show how often consecutive tokens go to the same expert.",
     "words": "Show whether the tokens of a word go to the same expert.",
+    "divergence": "Show how differently the domains use the experts.",
     "balance": "Show how evenly the experts are loaded.",
     "coactivation": "Show which experts are chosen for the same token.",
     "transitions": "Show how the choice of experts goes on from layer to layer.",

@@ -76,7 +76,15 @@ def divergence_frame(divergence: xr.Dataset) -> pd.DataFrame:
     }
     rest = divergence[list(names)].to_dataframe().reset_index().rename(columns=names)
     rest.insert(1, "other", "(the others)")
-    pairs = divergence["jsd"].to_dataframe().reset_index().rename(columns={"jsd": "jsd_bits"})
+    of_pairs = {
+        "jsd": "jsd_bits",
+        "jsd_low": "low_bits",
+        "jsd_high": "high_bits",
+        "jsd_null": "sampling_alone_bits",
+        "pair_p_value": "p_value",
+        "pair_q_value": "q_value",
+    }
+    pairs = divergence[list(of_pairs)].to_dataframe().reset_index().rename(columns=of_pairs)
     order = {domain: at for at, domain in enumerate(divergence["domain"].values.tolist())}
     pairs = pairs[pairs["domain"].map(order) < pairs["other"].map(order)]
     columns = ["domain", "other", "layer", *names.values()]

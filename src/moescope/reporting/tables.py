@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,13 +78,20 @@ class Table:
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "either") -> Table:
+def shares_table(
+    shares: xr.Dataset,
+    layers: Sequence[int],
+    choice: str = "either",
+    of: Literal["assignments", "tokens"] = "assignments",
+) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
     Args:
         shares: Of `moescope.shares`.
         layers: Layers to show.
         choice: A coordinate of `shares`: "either", "first", …
+        of: "assignments", as in Figure 7, or "tokens", OLMoE's domain specialization (its equation 7): the part of the
+            tokens that have the expert among their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
     domains = data["domain"].values.tolist()
@@ -92,6 +99,11 @@ def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "eithe
     for layer in layers:
         at = data.sel(layer=layer).transpose("expert", "domain")
         value, low, high = (at[name].values for name in ("share", "low", "high"))
+        uniform = float(at["uniform"])
+        if of == "tokens":
+            tokens = at["share_of_tokens"].values
+            scale = np.nansum(tokens, axis=0)  # assignments a token: top-k, or 1 for one rank, less what was dropped
+            value, low, high, uniform = tokens, low * scale, high * scale, uniform * _choices(choice, int(at["top_k"]))
         num_experts, num_ids = int(at["num_experts"]), int(at["num_ids"])
         rows = tuple(
             Row(
@@ -103,15 +115,21 @@ def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "eithe
             )
             for expert in range(num_ids)
         )
-        sections.append(Section(f"layer {layer}: uniform {percent(float(at['uniform']))}", rows))
+        sections.append(Section(f"layer {layer}: uniform {percent(uniform)}", rows))
     top_k = int(data["top_k"].values.max())
+    title = (
+        "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
+    )
+    total = "The shares of a domain and layer sum to 100 %."
+    if of == "tokens":
+        total = "Over the experts of a layer, a domain's sum to 100 % times the choices a token."
     return Table(
         "shares",
-        f"Share of the assignments that each expert receives, {describe_choice(choice, top_k)}, %",
+        f"{title}, {describe_choice(choice, top_k)}, %",
         "expert",
         tuple(map(visible, domains)),
         tuple(sections),
-        notes=("± half of a 95 % interval, clustered by document. The shares of a domain and layer sum to 100 %.",),
+        notes=(f"± half of a 95 % interval, clustered by document. {total}",),
         frame=frames.shares_frame(shares.sel(choice=[choice], layer=list(layers))),
     )
 
@@ -159,6 +177,46 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
         groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
         notes=("± half of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
         frame=frames.repeats_frame(data),
+    )
+
+
+def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Divergence of each pair of domains: a section a layer, with the bits above sampling alone and a mark where found.
+
+    Args:
+        divergence: Of `moescope.divergence`.
+        layers: Layers to show.
+    """
+    data = divergence.sel(layer=list(layers))
+    domains = data["domain"].values.tolist()
+    sections = []
+    for layer in layers:
+        at = data.sel(layer=layer)
+        value, q_value = at["jsd"].values, at["pair_q_value"].values
+        rows = tuple(
+            Row(
+                visible(domain),
+                tuple(
+                    Cell("") if row == column else Cell(bits(float(value[row, column])), mark="*" if found else "")
+                    for column, found in enumerate(q_value[row] < SIGNIFICANT)
+                ),
+            )
+            for row, domain in enumerate(domains)
+        )
+        information, null = (bits(float(at[name])) for name in ("information", "information_null"))
+        title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
+        if str(at["leader"].values):
+            how = "surely furthest" if bool(at["leads_surely"]) else "furthest, not surely,"
+            title += f"; {how} from the others: {visible(str(at['leader'].values))}"
+        sections.append(Section(title, rows))
+    return Table(
+        "domain_pairs",
+        "Jensen-Shannon divergence between the shares of two domains, bits",
+        "domain",
+        tuple(map(visible, domains)),
+        tuple(sections),
+        notes=(f"* differ (false discovery rate {percent(SIGNIFICANT, 0)} % over layers and pairs).",),
+        frame=frames.divergence_frame(data).query("other != '(the others)'"),
     )
 
 
@@ -520,6 +578,11 @@ def describe_choice(choice: str, top_k: int) -> str:
 def describe_any(top_k: int) -> str:
     """Words for all choices of a token taken together."""
     return {1: "the one choice", 2: "first or second choice"}.get(top_k, f"any of the {top_k} choices")
+
+
+def _choices(choice: str, top_k: int) -> int:
+    """Choices of a token that a coordinate of choice stands for."""
+    return top_k if choice == "either" else 1
 
 
 def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:

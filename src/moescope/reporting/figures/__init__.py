@@ -6,7 +6,7 @@ width of a page.
 """
 
 from moescope.reporting.figures.balance import draw_balance
-from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.divergence import draw_divergence, draw_domain_pairs
 from moescope.reporting.figures.joint import draw_coactivation, draw_transitions
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
@@ -19,6 +19,7 @@ __all__ = [
     "draw_choices",
     "draw_coactivation",
     "draw_divergence",
+    "draw_domain_pairs",
     "draw_repeats",
     "draw_shares",
     "draw_tokens",
