@@ -26,6 +26,7 @@ _HOMES = {
     "Trace": "trace",
     "balance": "measures",
     "claims": "measures",
+    "coactivation": "measures",
     "compare": "measures",
     "consistency": "measures",
     "divergence": "measures",
@@ -43,6 +44,7 @@ _HOMES = {
     "shares": "measures",
     "sql": "exporting",
     "tally": "tallying",
+    "transitions": "measures",
     "watch": "recording",
     "words": "measures",
 }
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from moescope.measures import Comparison as Comparison
     from moescope.measures import balance as balance
     from moescope.measures import claims as claims
+    from moescope.measures import coactivation as coactivation
     from moescope.measures import compare as compare
     from moescope.measures import consistency as consistency
     from moescope.measures import divergence as divergence
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from moescope.measures import repeats as repeats
     from moescope.measures import saturation as saturation
     from moescope.measures import shares as shares
+    from moescope.measures import transitions as transitions
     from moescope.measures import words as words
     from moescope.recording import Router as Router
     from moescope.recording import record as record

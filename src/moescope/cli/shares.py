@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -19,8 +20,17 @@ from moescope.cli.options import format_option, shown_layers_option, trace_argum
     metavar="CHOICE",
     help="Which choice: first, second, third, 4th … or either, all of a token's choices together.",
 )
+@click.option(
+    "--of",
+    type=click.Choice(["assignments", "tokens"]),
+    default="assignments",
+    show_default=True,
+    help="Of the assignments, as in Figure 7, or of the tokens, as OLMoE's domain specialization.",
+)
 @format_option
-def command(trace: Path, layers: tuple[int, ...] | None, choice: str, format: str) -> None:
+def command(
+    trace: Path, layers: tuple[int, ...] | None, choice: str, of: Literal["assignments", "tokens"], format: str
+) -> None:
     """Show the share of the assignments each expert receives, by domain.
 
     Figures 7 and 9 as a table: in per cent, with half of a 95 % interval clustered by document. CSV and JSON hold the
@@ -43,4 +53,4 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, format: st
     known = result["choice"].values.tolist()
     if choice not in known:
         raise click.BadParameter(f"{choice!r} is not one of {', '.join(known)}.", param_hint="'--choice'")
-    print_table(shares_table(result, shown, choice), format)
+    print_table(shares_table(result, shown, choice, of), format)

@@ -8,6 +8,7 @@ could be made. `statistics` holds what they share; `published` the figures of th
 
 from moescope.measures.balance import balance
 from moescope.measures.claims import Claim, claims
+from moescope.measures.coactivation import coactivation
 from moescope.measures.compare import Comparison, compare
 from moescope.measures.consistency import consistency
 from moescope.measures.divergence import divergence
@@ -16,6 +17,7 @@ from moescope.measures.locality import locality
 from moescope.measures.repeats import repeats
 from moescope.measures.saturation import saturation
 from moescope.measures.shares import shares
+from moescope.measures.transitions import transitions
 from moescope.measures.words import words
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Comparison",
     "balance",
     "claims",
+    "coactivation",
     "compare",
     "consistency",
     "divergence",
@@ -31,5 +34,6 @@ __all__ = [
     "repeats",
     "saturation",
     "shares",
+    "transitions",
     "words",
 ]

@@ -27,6 +27,7 @@ NEARLY_IDLE = 0.1
 """Part of the uniform share below which an expert is nearly idle; one with no assignment at all is idle."""
 
 NULL_DRAWS = 512
+DRAWS_OF_A_DOMAIN = 128
 QUANTILES = (0.05, 0.5, 0.95)
 
 LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"
@@ -84,7 +85,10 @@ def balance(
     scopes = [ALL, *counts.domains]
     by_domain = ("domain", "layer")
     found = [
-        [_of_loads(loads_GE, layer, rng) for layer, loads_GE in zip(counts.layers, _scoped(counts, at), strict=True)]
+        [
+            _of_loads(loads_GE, layer, DRAWS_OF_A_DOMAIN if at else NULL_DRAWS, rng)
+            for layer, loads_GE in zip(counts.layers, _scoped(counts, at), strict=True)
+        ]
         for at in range(len(scopes))
     ]
     variables: dict[str, Any] = {}
@@ -156,7 +160,7 @@ def _with_all(values_D: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([values_D.sum(axis=0, keepdims=True), values_D])
 
 
-def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, rng: np.random.Generator) -> dict[str, float]:
+def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, num_draws: int, rng: np.random.Generator) -> dict[str, float]:
     """Everything about one layer of one domain."""
     num_experts = layer.num_experts
     loads_GE = loads_GE[:, :num_experts]
@@ -171,8 +175,8 @@ def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, rng: np.random.Generato
     null = around = np.full((1, 4), np.nan)
     if used > 1:
         uniform = np.full(num_experts, 1 / num_experts)
-        null = summaries(groups.draws_around(uniform, loads_GE, NULL_DRAWS, rng))
-        around = summaries(groups.draws_around(p, loads_GE, NULL_DRAWS, rng))
+        null = summaries(groups.draws_around(uniform, loads_GE, num_draws, rng))
+        around = summaries(groups.draws_around(p, loads_GE, num_draws, rng))
     limit = np.quantile(null, 0.95, axis=0)
     half = groups.student(used) * jack_error
     low, high = value - half, value + half

@@ -37,6 +37,18 @@ def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbe
     return ratio, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
 
 
+def sum_error(residual_G: Numbers) -> Numbers:
+    """Standard error of a sum over groups from their residuals, which sum to 0, shape (group, ...).
+
+    NaN for one group, and where nothing varies, which says nothing.
+    """
+    num_groups = len(residual_G)
+    if num_groups < 2:
+        return np.full(residual_G.shape[1:], np.nan)
+    error = np.sqrt(num_groups / (num_groups - 1) * (residual_G**2).sum(axis=0))
+    return np.where(error > 1e-9, error, np.nan)
+
+
 def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:
     """Quantile of Student's t with groups - 1 degrees of freedom; NaN for fewer than two groups."""
     return float(stats.t.ppf(probability, groups - 1)) if groups > 1 else float("nan")

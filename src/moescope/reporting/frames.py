@@ -76,7 +76,15 @@ def divergence_frame(divergence: xr.Dataset) -> pd.DataFrame:
     }
     rest = divergence[list(names)].to_dataframe().reset_index().rename(columns=names)
     rest.insert(1, "other", "(the others)")
-    pairs = divergence["jsd"].to_dataframe().reset_index().rename(columns={"jsd": "jsd_bits"})
+    of_pairs = {
+        "jsd": "jsd_bits",
+        "jsd_low": "low_bits",
+        "jsd_high": "high_bits",
+        "jsd_null": "sampling_alone_bits",
+        "pair_p_value": "p_value",
+        "pair_q_value": "q_value",
+    }
+    pairs = divergence[list(of_pairs)].to_dataframe().reset_index().rename(columns=of_pairs)
     order = {domain: at for at, domain in enumerate(divergence["domain"].values.tolist())}
     pairs = pairs[pairs["domain"].map(order) < pairs["other"].map(order)]
     columns = ["domain", "other", "layer", *names.values()]
@@ -117,6 +125,48 @@ def balance_frame(balance: xr.Dataset) -> pd.DataFrame:
             rows.loc[rows["domain"] != everything, f"quantile_{100 * quantile:g}"] = np.nan
         parts.append(rows)
     return pd.concat(parts, ignore_index=True)
+
+
+def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
+    """A row a (layer, pair of experts); `other_given_expert` is N_ij / N_i."""
+    names = ["joint", "expected", "lift", "low", "high", "p_value", "q_value"]
+    upper = np.triu(np.ones((coactivation.sizes["expert"],) * 2, bool), 1)
+    parts = []
+    for layer in coactivation["layer"].values.tolist():
+        at = coactivation.sel(layer=layer)
+        expert, other = np.nonzero(upper & np.isfinite(at["joint"].values))
+        columns = {"layer": layer, "expert": expert, "other": other}
+        columns |= {name: at[name].values[expert, other] for name in names[:2]}
+        columns["other_given_expert"] = at["conditional"].values[expert, other]
+        columns["expert_given_other"] = at["conditional"].values[other, expert]
+        columns |= {name: at[name].values[expert, other] for name in names[2:]}
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def transitions_frame(transitions: xr.Dataset) -> pd.DataFrame:
+    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths."""
+    by_layer = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("layer",)]
+    information = pd.DataFrame({name: transitions[name].values for name in ["layer_before", "layer", *by_layer]})
+    information.insert(0, "what", "information")
+    parts = [information]
+    names = ["probability", "joint", "expected", "lift", "low", "high", "p_value", "q_value"]
+    for layer in transitions["layer"].values.tolist():
+        at = transitions.sel(layer=layer)
+        expert, following = np.nonzero(np.isfinite(at["joint"].values))
+        columns = {"what": "transition", "layer_before": int(at["layer_before"]), "layer": layer}
+        columns |= {"expert": expert, "next": following}
+        parts.append(pd.DataFrame(columns | {name: at[name].values[expert, following] for name in names}))
+    if "half" in transitions:
+        by_routing = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("routing",)]
+        paths = pd.DataFrame(
+            {"routing": transitions["routing"].values} | {n: transitions[n].values for n in by_routing}
+        )
+        paths.insert(0, "what", "paths")
+        parts.append(paths)
+    frame = pd.concat(parts, ignore_index=True)
+    whole = ["layer_before", "layer", "expert", "next"]
+    return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
 def tokens_frame(documents: Sequence[RoutedDocument], layers: Sequence[int]) -> pd.DataFrame:

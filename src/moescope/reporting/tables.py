@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,13 +78,20 @@ class Table:
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "either") -> Table:
+def shares_table(
+    shares: xr.Dataset,
+    layers: Sequence[int],
+    choice: str = "either",
+    of: Literal["assignments", "tokens"] = "assignments",
+) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
     Args:
         shares: Of `moescope.shares`.
         layers: Layers to show.
         choice: A coordinate of `shares`: "either", "first", …
+        of: "assignments", as in Figure 7, or "tokens", OLMoE's domain specialization (its equation 7): the part of the
+            tokens that have the expert among their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
     domains = data["domain"].values.tolist()
@@ -92,6 +99,11 @@ def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "eithe
     for layer in layers:
         at = data.sel(layer=layer).transpose("expert", "domain")
         value, low, high = (at[name].values for name in ("share", "low", "high"))
+        uniform = float(at["uniform"])
+        if of == "tokens":
+            tokens = at["share_of_tokens"].values
+            scale = np.nansum(tokens, axis=0)  # assignments a token: top-k, or 1 for one rank, less what was dropped
+            value, low, high, uniform = tokens, low * scale, high * scale, uniform * _choices(choice, int(at["top_k"]))
         num_experts, num_ids = int(at["num_experts"]), int(at["num_ids"])
         rows = tuple(
             Row(
@@ -103,15 +115,21 @@ def shares_table(shares: xr.Dataset, layers: Sequence[int], choice: str = "eithe
             )
             for expert in range(num_ids)
         )
-        sections.append(Section(f"layer {layer}: uniform {percent(float(at['uniform']))}", rows))
+        sections.append(Section(f"layer {layer}: uniform {percent(uniform)}", rows))
     top_k = int(data["top_k"].values.max())
+    title = (
+        "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
+    )
+    total = "The shares of a domain and layer sum to 100 %."
+    if of == "tokens":
+        total = "Over the experts of a layer, a domain's sum to 100 % times the choices a token."
     return Table(
         "shares",
-        f"Share of the assignments that each expert receives, {describe_choice(choice, top_k)}, %",
+        f"{title}, {describe_choice(choice, top_k)}, %",
         "expert",
         tuple(map(visible, domains)),
         tuple(sections),
-        notes=("± half of a 95 % interval, clustered by document. The shares of a domain and layer sum to 100 %.",),
+        notes=(f"± half of a 95 % interval, clustered by document. {total}",),
         frame=frames.shares_frame(shares.sel(choice=[choice], layer=list(layers))),
     )
 
@@ -159,6 +177,46 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
         groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
         notes=("± half of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
         frame=frames.repeats_frame(data),
+    )
+
+
+def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Divergence of each pair of domains: a section a layer, with the bits above sampling alone and a mark where found.
+
+    Args:
+        divergence: Of `moescope.divergence`.
+        layers: Layers to show.
+    """
+    data = divergence.sel(layer=list(layers))
+    domains = data["domain"].values.tolist()
+    sections = []
+    for layer in layers:
+        at = data.sel(layer=layer)
+        value, q_value = at["jsd"].values, at["pair_q_value"].values
+        rows = tuple(
+            Row(
+                visible(domain),
+                tuple(
+                    Cell("") if row == column else Cell(bits(float(value[row, column])), mark="*" if found else "")
+                    for column, found in enumerate(q_value[row] < SIGNIFICANT)
+                ),
+            )
+            for row, domain in enumerate(domains)
+        )
+        information, null = (bits(float(at[name])) for name in ("information", "information_null"))
+        title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
+        if str(at["leader"].values):
+            how = "surely furthest" if bool(at["leads_surely"]) else "furthest, not surely,"
+            title += f"; {how} from the others: {visible(str(at['leader'].values))}"
+        sections.append(Section(title, rows))
+    return Table(
+        "domain_pairs",
+        "Jensen-Shannon divergence between the shares of two domains, bits",
+        "domain",
+        tuple(map(visible, domains)),
+        tuple(sections),
+        notes=(f"* differ (false discovery rate {percent(SIGNIFICANT, 0)} % over layers and pairs).",),
+        frame=frames.divergence_frame(data).query("other != '(the others)'"),
     )
 
 
@@ -344,6 +402,169 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
     )
 
 
+def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Co-activation: a section a layer, a row a pair; those most and least often together among those that differ.
+
+    Args:
+        coactivation: Of `moescope.coactivation`.
+        layers: Layers to show.
+    """
+    data = coactivation.sel(layer=[layer for layer in layers if layer in coactivation["layer"].values])
+    sections = []
+    for layer in data["layer"].values.tolist():
+        at = data.sel(layer=layer)
+        size = int(at["num_ids"])
+        upper = np.triu(np.ones((size, size), bool), 1)
+        lift = np.where(upper, at["lift"].values[:size, :size], np.nan)
+        found = np.where(upper, at["q_value"].values[:size, :size], np.nan) < SIGNIFICANT
+        tested = int((np.isfinite(at["p_value"].values[:size, :size]) & upper).sum())
+        rows = tuple(
+            Row(
+                f"{i} and {j}",
+                (
+                    _share_cell(at, "joint", None, expert=i, other=j),
+                    _share_cell(at, "expected", None, expert=i, other=j),
+                    _lift_cell(at.sel(expert=i, other=j)),
+                    _share_cell(at, "conditional", None, expert=i, other=j),
+                    _share_cell(at, "conditional", None, expert=j, other=i),
+                ),
+            )
+            for i, j in _extremes(lift, found)
+        )
+        excess, chance = (percent(float(at[name])) for name in ("deviation", "deviation_null"))
+        title = (
+            f"layer {layer}: {count(int(found.sum()))} of {count(tested)} pairs differ from popularity alone; "
+            f"{excess} % of the pairs in excess, {chance} by chance"
+        )
+        sections.append(Section(title, rows))
+    return Table(
+        "coactivation",
+        "Experts chosen for the same token, % of the tokens",
+        "experts",
+        ("together", "popularity alone", "lift", "second given first", "first given second"),
+        tuple(sections),
+        notes=(
+            f"Of the pairs that differ, the {MOST_LISTED} most and the {MOST_LISTED} least often together (false "
+            f"discovery rate {percent(SIGNIFICANT, 0)} % over pairs and layers).",
+            "popularity alone: sets of the same size in which nothing but the popularity of each expert counts.",
+            "± half of a 95 % interval, by document.",
+        ),
+        frame=frames.coactivation_frame(data),
+    )
+
+
+def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> list[Table]:
+    """Transitions: the information from layer to layer, the strongest transitions, and, if counted, the paths.
+
+    The frame of the first table holds everything.
+
+    Args:
+        transitions: Of `moescope.transitions`.
+        layers: Later layers of which transitions are listed, or None for the first, the middle and the last.
+    """
+    known = transitions["layer"].values.tolist()
+    shown = layers if layers is not None else list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
+    name_of = {layer: f"{int(transitions['layer_before'].sel(layer=layer))} to {layer}" for layer in known}
+    what = "first choices" if str(transitions["choice"].values) == "first" else "all assignments"
+    information = []
+    for layer in known:
+        at = transitions.sel(layer=layer)
+        q_value = at["q_value"].values
+        cells = (
+            _number_cell(at, "information", 4),
+            Cell(percent(float(at["information"]) / max(float(at["entropy"]), 1e-12))),
+            *(Cell(bits(float(at[name]))) for name in ("plug_in", "miller_madow", "sampling_alone")),
+            Cell(f"{count(int((q_value < SIGNIFICANT).sum()))} of {count(int(np.isfinite(q_value).sum()))}"),
+        )
+        information.append(Row(name_of[layer], cells))
+    tables = [
+        Table(
+            "information_between_layers",
+            f"Information that the expert of a token at one layer holds of the next layer's, {what}, bits",
+            "layers",
+            ("bias removed", "% of the entropy", "as counted", "Miller-Madow", "sampling alone", "transitions differ"),
+            (Section("", tuple(information)),),
+            notes=(
+                "sampling alone: what would be counted if the layers were independent. ± half of a 95 % interval, by "
+                "document.",
+            ),
+            frame=frames.transitions_frame(transitions),
+        )
+    ]
+    sections = []
+    for layer in shown:
+        at = transitions.sel(layer=layer)
+        rows = tuple(
+            Row(
+                f"{i} to {j}",
+                (
+                    _share_cell(at, "joint", None, expert=i, next=j),
+                    _share_cell(at, "expected", None, expert=i, next=j),
+                    _lift_cell(at.sel(expert=i, next=j)),
+                    _share_cell(at, "probability", None, expert=i, next=j),
+                ),
+            )
+            for i, j in _extremes(at["lift"].values, at["q_value"].values < SIGNIFICANT)
+        )
+        sections.append(Section(f"layer {name_of[layer]}", rows))
+    tables.append(
+        Table(
+            "transitions",
+            f"Transitions from layer to layer, {what}, %",
+            "experts",
+            ("of the tokens", "independent layers", "lift", "of those from the first"),
+            tuple(sections),
+            notes=(
+                f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
+                f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            ),
+            frame=tables[0].frame.query("what == 'transition'").dropna(axis=1, how="all"),
+        )
+    )
+    if "half" in transitions:
+        of_paths = []
+        for routing in transitions["routing"].values.tolist():
+            at = transitions.sel(routing=routing)
+            values = [float(at[name]) for name in ("distinct", "half", "effective")]
+            counts = [Cell(MISSING if not np.isfinite(value) else count(round(value))) for value in values]
+            of_paths.append(Row(routing, (*counts, Cell(percent(float(at["once"]))))))
+        number = int(transitions["path_tokens"])
+        tables.append(
+            Table(
+                "paths",
+                f"Paths (first choices at all {len(known) + 1} layers) of {count(number)} tokens",
+                "",
+                ("different", "carry half of the tokens", "effective", "% of tokens alone on theirs"),
+                (Section("", tuple(of_paths)),),
+                notes=(
+                    "markov chain, independent layers: as many tokens drawn with these transitions, and with these "
+                    "popularities only. effective: one over the probability that two tokens share a path.",
+                ),
+                frame=tables[0].frame.query("what == 'paths'").dropna(axis=1, how="all"),
+            )
+        )
+    return tables
+
+
+MOST_LISTED = 5
+"""Pairs at either end that a table lists; the frame has all."""
+
+
+def _extremes(lift: np.ndarray, found: np.ndarray) -> list[tuple[int, int]]:
+    """The found cells with the largest lifts, then those with the smallest, each once."""
+    cells = [(int(i), int(j)) for i, j in np.argwhere(found & np.isfinite(lift))]
+    cells.sort(key=lambda cell: -float(lift[cell]))
+    if len(cells) <= 2 * MOST_LISTED:
+        return cells
+    return [*cells[:MOST_LISTED], *cells[-MOST_LISTED:]]
+
+
+def _lift_cell(at: xr.Dataset) -> Cell:
+    value, low, high = (float(at[name]) for name in ("lift", "low", "high"))
+    half = max(value - low, high - value)
+    return Cell(number(value, 2), "" if isnan(half) else f"±{number(half, 2)}")
+
+
 def describe_choice(choice: str, top_k: int) -> str:
     """Words for a coordinate of choice.
 
@@ -357,6 +578,11 @@ def describe_choice(choice: str, top_k: int) -> str:
 def describe_any(top_k: int) -> str:
     """Words for all choices of a token taken together."""
     return {1: "the one choice", 2: "first or second choice"}.get(top_k, f"any of the {top_k} choices")
+
+
+def _choices(choice: str, top_k: int) -> int:
+    """Choices of a token that a coordinate of choice stands for."""
+    return top_k if choice == "either" else 1
 
 
 def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:

@@ -8,8 +8,9 @@ width of a page.
 from moescope.reporting.figures.agreement import draw_agreement
 from moescope.reporting.figures.balance import draw_balance
 from moescope.reporting.figures.consistency import draw_consistency
-from moescope.reporting.figures.divergence import draw_divergence
+from moescope.reporting.figures.divergence import draw_divergence, draw_domain_pairs
 from moescope.reporting.figures.explain import draw_explained, draw_explained_by_layer
+from moescope.reporting.figures.joint import draw_coactivation, draw_transitions
 from moescope.reporting.figures.locality import draw_excess, draw_lags
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.saturation import draw_saturation
@@ -22,8 +23,10 @@ __all__ = [
     "draw_agreement",
     "draw_balance",
     "draw_choices",
+    "draw_coactivation",
     "draw_consistency",
     "draw_divergence",
+    "draw_domain_pairs",
     "draw_excess",
     "draw_explained",
     "draw_explained_by_layer",
@@ -32,5 +35,6 @@ __all__ = [
     "draw_saturation",
     "draw_shares",
     "draw_tokens",
+    "draw_transitions",
     "save",
 ]

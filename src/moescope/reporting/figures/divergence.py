@@ -6,6 +6,8 @@ what sampling documents alone does not explain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from matplotlib.colors import LinearSegmentedColormap
@@ -87,4 +89,49 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
             color=MUTED,
             va="bottom",
         )
+    return figure
+
+
+def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
+    """The divergence between any two domains, a panel a layer, at most three.
+
+    Args:
+        divergence: Of `moescope.divergence`.
+        layers: Layers to show.
+    """
+    shown = list(layers)[:3]
+    names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
+    values = [divergence["jsd"].sel(layer=layer).values for layer in shown]
+    largest = max(float(np.nanmax(value, initial=1e-6)) for value in values)
+    with style.style():
+        left, top, between = 0.15 + 0.053 * max(map(len, names)), 0.28, 0.1
+        side = min((FULL_WIDTH - left - 0.1 - between * (len(shown) - 1)) / len(shown), 0.45 * len(names))
+        bottom = left + 0.5
+        width = max(left + 0.1 + (side + between) * len(shown), left + LEGEND_WIDTH)
+        height = top + side + bottom
+        figure = style.new_figure(width, height)
+        for at, (layer, value) in enumerate(zip(shown, values, strict=True)):
+            axes = figure.add_axes(
+                ((left + at * (side + between)) / width, bottom / height, side / width, side / height)
+            )
+            known = np.where(np.eye(len(names), dtype=bool), np.nan, value)
+            mesh = axes.pcolormesh(known, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
+            axes.invert_yaxis()
+            found = divergence["pair_q_value"].sel(layer=layer).values < SIGNIFICANT
+            for colour, here in (("#ffffff", value > 0.45 * largest), ("#000000", value <= 0.45 * largest)):
+                rows, columns = np.nonzero(here & found)
+                axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.6, color=colour, markeredgewidth=0)
+            axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90)
+            axes.set_yticks(np.arange(len(names)) + 0.5, names if at == 0 else [])
+            axes.tick_params(length=0)
+            style.panel_title(axes, f"Layer {layer}")
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        bar_axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
+        bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal")
+        bar.outline.set_linewidth(0)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(3))
+        bar_axes.tick_params(length=2, pad=2)
+        words = "bits; • not explained by sampling documents"
+        figure.text((left + 1.55) / width, 0.24 / height, words, fontsize=7, color=MUTED, va="bottom")
     return figure

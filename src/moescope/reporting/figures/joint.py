@@ -1,0 +1,256 @@
+"""Co-activation and transitions as maps of the lift, experts in clustered order; and the information between layers.
+
+A map shows the binary logarithm of the lift on a diverging scale: orange, more often together than popularity makes
+them; blue, less often; white, as often. Few experts carry the lift as a number, bold if it surely is not 1; many are
+put in an order in which like stand beside like, so that groups show as blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from moescope.reporting.colours import INK, MUTED, PAPER
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.tables import SIGNIFICANT
+
+MOST_WITH_NUMBERS = 10
+MOST_WITH_LABELS = 24
+MOST_ORDERED_OPTIMALLY = 300
+MOST_MAPS = 3
+LIMIT = 2.0
+"""Binary logarithm of the lift at which the scale ends: a quarter, four times as often."""
+
+DIVERGING = LinearSegmentedColormap.from_list(
+    "less_white_more", ["#0c2750", "#2a5f9e", "#7fb0d9", "#dbe8f3", PAPER, "#fbe3c3", "#f2a950", "#c8651a", "#6b2a05"]
+).with_extremes(bad="#c9ccd1")
+
+
+def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
+    """A map of the lift of each pair of experts, a panel a layer, at most three.
+
+    Args:
+        coactivation: Of `moescope.coactivation`.
+        layers: Layers to show; None for the first, the middle and the last.
+    """
+    shown = _shown(coactivation, layers)
+    with style.style():
+        figure, panels, bar_axes, words = _frame(len(shown), "pairs of experts")
+        mesh = None
+        for axes, layer in zip(panels, shown, strict=True):
+            at = coactivation.sel(layer=layer)
+            size = int(at["num_ids"])
+            lift, q_value = _known(at, size, size)
+            order = order_of_pairs(lift)
+            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
+            excess, null = 100 * float(at["deviation"]), 100 * float(at["deviation_null"])
+            style.panel_title(axes, f"Layer {layer}")
+            note = f"{excess:.0f} % of pairs in excess" + ("" if isnan(null) else f" ({null:.0f} by chance)")
+            axes.set_xlabel(_experts(size), labelpad=3)
+            axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
+        _scale(figure, bar_axes, mesh, words)
+    return figure
+
+
+def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
+    """Maps of the lift of each transition, at most three, and below the information between all layers.
+
+    Args:
+        transitions: Of `moescope.transitions`.
+        layers: The later layer of each map; None for the first, the middle and the last there are.
+    """
+    shown = _shown(transitions, layers)
+    with style.style():
+        figure, panels, bar_axes, words = _frame(len(shown), "transitions", below=1.75)
+        mesh = None
+        for axes, layer in zip(panels, shown, strict=True):
+            at = transitions.sel(layer=layer)
+            rows, columns = int(at["num_before"]), int(at["num_after"])
+            lift, q_value = _known(at, rows, columns)
+            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order_of_rows(lift), order_of_rows(lift.T))
+            style.panel_title(axes, f"Layer {int(at['layer_before'])} to {layer}")
+            axes.set_xlabel(
+                f"expert at layer {layer}" + (", clustered" if columns > MOST_WITH_NUMBERS else ""), labelpad=3
+            )
+            axes.set_ylabel(f"expert at layer {int(at['layer_before'])}", labelpad=3)
+        _scale(figure, bar_axes, mesh, words)
+        _draw_information(figure, transitions)
+    return figure
+
+
+def _known(at: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lifts that enough tokens tell of, NaN elsewhere, and their corrected p-values."""
+    lift, p_value, q_value = (at[name].values[:rows, :columns] for name in ("lift", "p_value", "q_value"))
+    return np.where(np.isfinite(p_value), lift, np.nan), q_value
+
+
+def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Experts in an order in which those often together stand side by side; those without any pair last.
+
+    Average linkage of limit - log2 lift, leaves ordered to be most like their neighbours (Bar-Joseph et al. 2001).
+
+    Args:
+        lift: Symmetric, shape (expert, expert); the diagonal is not looked at.
+    """
+    logs = _logs(lift)
+    np.fill_diagonal(logs, np.nan)
+    used = np.flatnonzero(np.isfinite(logs).any(axis=1))
+    if len(used) < 3:
+        return np.arange(len(lift))
+    distance = LIMIT - np.nan_to_num(logs[np.ix_(used, used)])
+    np.fill_diagonal(distance, 0)
+    return _leaves(squareform((distance + distance.T) / 2, checks=False), used, len(lift))
+
+
+def order_of_rows(lift: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows in an order in which those with like profiles of lift stand side by side; rows without any last."""
+    logs = _logs(lift)
+    used = np.flatnonzero(np.isfinite(logs).any(axis=1))
+    if len(used) < 3:
+        return np.arange(len(lift))
+    profile = np.nan_to_num(logs[used])
+    distance = np.sqrt(np.maximum(((profile[:, None] - profile[None]) ** 2).sum(axis=-1), 0))
+    return _leaves(squareform(distance, checks=False), used, len(lift))
+
+
+def _leaves(distance: NDArray[np.float64], used: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    tree = hierarchy.linkage(distance, "average", optimal_ordering=len(used) <= MOST_ORDERED_OPTIMALLY)
+    order = used[hierarchy.leaves_list(tree)]
+    return np.concatenate([order, np.setdiff1d(np.arange(size), order)])
+
+
+def _logs(lift: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Binary logarithm of the lift, cut at the ends of the scale; NaN where there is no lift."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs: NDArray[np.float64] = np.clip(np.log2(lift), -LIMIT, LIMIT)
+    return logs
+
+
+def _draw_map(
+    axes: Axes,
+    lift: NDArray[np.float64],
+    found: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+) -> object:
+    few = max(lift.shape) <= MOST_WITH_NUMBERS
+    if few:
+        rows, columns = np.arange(lift.shape[0]), np.arange(lift.shape[1])
+    lift, found = lift[np.ix_(rows, columns)], found[np.ix_(rows, columns)]
+    logs = _logs(lift)
+    look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}
+    mesh = axes.pcolormesh(logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    if few:
+        for row, column in np.argwhere(np.isfinite(logs)):
+            value = float(lift[row, column])
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                _short(value),
+                ha="center",
+                va="center",
+                fontsize=5.6,
+                color="#ffffff" if abs(logs[row, column]) > 1.25 else "#000000" if found[row, column] else MUTED,
+                fontweight="bold" if found[row, column] else "normal",
+            )
+    for ids, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
+        labels = [str(expert) for expert in ids] if len(ids) <= MOST_WITH_LABELS else []
+        axis.set_ticks(np.arange(len(labels)) + 0.5, labels)
+    axes.tick_params(length=0, pad=2, labelsize=6.5 if max(lift.shape) <= MOST_WITH_NUMBERS else 5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
+    """The panel below the maps."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((0.55 / width, 0.42 / height, (width - 0.75) / width, 1.1 / height))
+    layers = transitions["layer"].values.astype(float)
+    low, high = (transitions[f"information_{end}"].values for end in ("low", "high"))
+    style.add_verticals(axes, layers, low, high, edgecolor=INK, linewidth=0.9, alpha=0.8)
+    axes.plot(
+        layers, transitions["information"].values, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed"
+    )
+    axes.plot(
+        layers,
+        transitions["sampling_alone"].values,
+        color=MUTED,
+        linestyle=(0, (4, 2)),
+        linewidth=1.0,
+        marker="o",
+        markersize=2.2,
+        label="sampling alone",
+    )
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
+    if len(layers) <= 16:
+        axes.set_xticks(layers, [str(int(layer)) for layer in layers])
+    axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
+    axes.set_ylabel("bits", labelpad=3)
+    axes.set_xlabel("Layer", labelpad=2)
+    axes.grid(axis="y")
+    style.panel_title(axes, "Information that a layer's choice holds of the next one's")
+    axes.legend(loc="upper right", ncols=2, borderaxespad=0, bbox_to_anchor=(1, 1.2))
+
+
+def _frame(maps: int, things: str, below: float = 0.0) -> tuple[Figure, list[Axes], Axes, str]:
+    """A figure with room for the maps, the scale under them, and `below` inches more."""
+    width = FULL_WIDTH if maps > 1 else FULL_WIDTH * 0.62
+    left, gap = 0.42, 0.42
+    side = min((width - left - 0.1 - gap * (maps - 1)) / maps, 3.4)
+    top, under = 0.28, 0.95 if not below else 0.82
+    height = top + side + under + below
+    figure = style.new_figure(width, height)
+    panels = [
+        figure.add_axes(((left + at * (side + gap)) / width, (under + below) / height, side / width, side / height))
+        for at in range(maps)
+    ]
+    bar = figure.add_axes((left / width, (below + 0.2) / height, 1.5 / width, 0.07 / height))
+    return figure, panels, bar, f"times as often as popularity alone makes {things}"
+
+
+def _scale(figure: Figure, bar_axes: Axes, mesh: object, words: str) -> None:
+    bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", ticks=[-2, -1, 0, 1, 2])  # type: ignore[arg-type]
+    bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"])
+    bar.outline.set_linewidth(0)
+    bar_axes.tick_params(length=2, pad=2)
+    box = bar_axes.get_position()
+    figure.text(box.x1 + 0.02, box.y0, f"{words}; grey: too few tokens", fontsize=7, color=MUTED, va="bottom")
+
+
+def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> list[int]:
+    known = data["layer"].values.tolist()
+    if layers is not None:
+        return [layer for layer in layers if layer in known][:MOST_MAPS]
+    return list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
+
+
+def _experts(number: int) -> str:
+    return "expert" if number <= MOST_WITH_NUMBERS else f"{number} experts, clustered"
+
+
+def _short(value: float) -> str:
+    """A lift in three characters or so.
+
+    Example:
+        >>> _short(0.0), _short(0.234), _short(1.98), _short(12.3)
+        ('0', '.23', '2.0', '12')
+    """
+    if value >= 9.95:
+        return f"{value:.0f}"
+    if value >= 0.995:
+        return f"{value:.1f}"
+    return "0" if value == 0 else f"{value:.2f}".removeprefix("0")

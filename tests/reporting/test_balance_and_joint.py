@@ -1,0 +1,173 @@
+"""Commands, tables and figures of load balance, co-activation and transitions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from synthetic import make_counts, make_part
+from synthetic import make_trace as make_synthetic
+
+import moescope
+from moescope.cli import main
+from moescope.reporting import figures
+from moescope.reporting.figures.joint import order_of_pairs, order_of_rows
+from moescope.reporting.formats import render
+from moescope.reporting.tables import balance_tables, coactivation_table, transitions_tables
+from moescope.trace import Layer
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def balance(mixtral):
+    return moescope.balance(mixtral)
+
+
+@pytest.fixture(scope="module")
+def coactivation(mixtral):
+    return moescope.coactivation(mixtral)
+
+
+@pytest.fixture(scope="module")
+def transitions(mixtral):
+    return moescope.transitions(mixtral)
+
+
+def mesh_of(axes) -> np.ndarray:
+    return np.ma.filled(axes.collections[0].get_array().astype(float), np.nan)
+
+
+@pytest.mark.parametrize(
+    ("command", "tables_of"),
+    [
+        ("balance", lambda trace: balance_tables(moescope.balance(trace, [0, 31]), [0, 31])),
+        ("coactivation", lambda trace: [coactivation_table(moescope.coactivation(trace, [0, 31]), [0, 31])]),
+        ("transitions", lambda trace: transitions_tables(moescope.transitions(trace, [0, 31]))),
+    ],
+)
+def test_a_command_prints_its_tables_and_as_csv_and_json_everything(run, mixtral, command, tables_of) -> None:
+    tables = tables_of(mixtral)
+    arguments = (command, mixtral.path, "--layers", "0,31")
+    for format in ("text", "latex"):
+        result = run(*arguments, "--format", format)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == "\n".join(render(table, format) for table in tables)
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))
+    assert len(rows) == len(json.loads(run(*arguments, "--format", "json").stdout)) == len(tables[0].frame)
+
+
+def test_the_frame_of_balance_holds_each_value_once(balance, mixtral) -> None:
+    frame = balance_tables(balance, [0, 31])[0].frame
+    loads = frame[(frame["what"] == "loads") & (frame["layer"] == 31)].set_index("domain")
+    assert loads.index.tolist() == ["(all)", *mixtral.domains]
+    np.testing.assert_allclose(loads["gini"], balance["gini"].sel(layer=31))
+    batches = frame[frame["what"] == "loads within a batch"].set_index(["layer", "sequences_a_batch"])
+    expected = balance.sel(layer=31, batch=16)
+    assert batches.loc[(31, 16), "imbalance"] == expected["batch_imbalance"]
+    assert batches.loc[(31, 16), "quantile_95"] == expected["batch_quantile"].sel(quantile=0.95)
+    assert batches.loc[(31, 16), "null_quantile_5"] == expected["batch_null_quantile"].sel(quantile=0.05)
+    weights = frame[frame["what"] == "gate weights"].set_index(["domain", "layer", "statistic"])
+    assert weights.loc[("Github", 31, "margin"), "weight"] == balance["weight"].sel(
+        domain="Github", layer=31, statistic="margin"
+    )
+    assert weights.loc[("(all)", 0, "entropy"), "quantile_50"] == balance["weight_quantile"].sel(
+        layer=0, statistic="entropy", quantile=0.5
+    )
+    assert len(frame) == 9 * 2 + 2 * 3 + 9 * 2 * 3
+
+
+def test_the_frames_of_pairs_hold_every_pair_once(coactivation, transitions) -> None:
+    frame = coactivation_table(coactivation, [0, 7])
+    rows = frame.frame.set_index(["layer", "expert", "other"])
+    assert len(rows) == 2 * 28
+    at = coactivation.sel(layer=7, expert=2, other=6)
+    assert rows.loc[(7, 2, 6), "lift"] == at["lift"]
+    assert rows.loc[(7, 2, 6), "other_given_expert"] == at["conditional"]
+    assert rows.loc[(7, 2, 6), "expert_given_other"] == coactivation["conditional"].sel(layer=7, expert=6, other=2)
+    frame = transitions_tables(transitions)[0].frame
+    moves = frame[frame["what"] == "transition"].set_index(["layer", "expert", "next"])
+    assert len(moves) == 5 * 64
+    assert moves.loc[(31, 4, 1), "probability"] == transitions["probability"].sel(layer=31, expert=4, next=1)
+    assert moves.loc[(31, 4, 1), "layer_before"] == 23
+    paths = frame[frame["what"] == "paths"].set_index("routing")
+    assert paths.loc["trace", "half"] == transitions["half"].sel(routing="trace")
+
+
+def test_the_figure_of_balance_draws_the_trace_the_batches_and_their_null(balance, mixtral) -> None:
+    left, right = figures.draw_balance(balance).axes
+    drawn = {str(line.get_label()): line.get_ydata() for line in left.lines}
+    np.testing.assert_allclose(drawn["the whole trace"], balance["imbalance"].isel(domain=0))
+    np.testing.assert_allclose(drawn["16 sequences"], balance["batch_imbalance"].sel(batch=16))
+    np.testing.assert_allclose(drawn["16 sequences, drawn"], balance["batch_null"].sel(batch=16))
+    assert "256 sequences" not in drawn  # the trace has 32
+    np.testing.assert_allclose(right.lines[0].get_ydata(), balance["weight"].isel(domain=0).sel(statistic="first"))
+    without = balance.drop_vars([name for name in balance if str(name).startswith("weight")])
+    right = figures.draw_balance(without).axes[1]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), balance["entropy"].isel(domain=0))
+
+
+def test_the_maps_draw_the_logarithm_of_each_lift_in_natural_order_for_few_experts(coactivation, transitions) -> None:
+    figure = figures.draw_coactivation(coactivation, [7])
+    at = coactivation.sel(layer=7)
+    known = np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)
+    expected = np.clip(np.log2(known), -2, 2)
+    np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(8, 8), expected)
+    figure = figures.draw_transitions(transitions, [31])
+    at = transitions.sel(layer=31)
+    with np.errstate(divide="ignore"):
+        expected = np.clip(np.log2(np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)), -2, 2)
+    np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(8, 8), expected)
+    lines = {str(line.get_label()): line.get_ydata() for line in figure.axes[-1].lines}
+    np.testing.assert_allclose(lines["bias removed"], transitions["information"])
+
+
+def test_many_experts_stand_in_an_order_that_puts_a_planted_group_together(wide) -> None:
+    found = moescope.coactivation(wide, [0])
+    axes = figures.draw_coactivation(found).axes[0]
+    assert mesh_of(axes).size == 128 * 128
+    lift = np.ones((60, 60))
+    group = np.array([3, 17, 30, 44, 59])
+    lift[np.ix_(group, group)] = 4
+    lift[50] = lift[:, 50] = np.nan  # an expert that nobody picks
+    order = order_of_pairs(lift)
+    places = np.sort(np.flatnonzero(np.isin(order, group)))
+    assert (np.diff(places) == 1).all()
+    assert order[-1] == 50
+    assert sorted(order.tolist()) == list(range(60))
+    rows = np.tile(np.linspace(0.5, 2, 40), (60, 1))
+    rows[group] = rows[group, ::-1]
+    places = np.sort(np.flatnonzero(np.isin(order_of_rows(rows), group)))
+    assert (np.diff(places) == 1).all()
+
+
+def test_figures_of_the_same_results_are_the_same_bytes(coactivation, balance, tmp_path: Path) -> None:
+    for draw, data in ((figures.draw_coactivation, coactivation), (figures.draw_balance, balance)):
+        for name in ("a", "b"):
+            figures.save(draw(data), tmp_path, name)
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_what_a_trace_cannot_tell_is_refused_in_one_line_and_counts_have_a_balance(run, tmp_path: Path) -> None:
+    make_counts(tmp_path / "c.moe", {g: {0: {g: 6, 7: 1}} for g in range(4)})
+    found = run("balance", tmp_path / "c.moe")
+    assert found.exit_code == 0
+    assert "Imbalance within batches" not in found.stdout
+    for command in ("coactivation", "transitions"):
+        refused = run(command, tmp_path / "c.moe")
+        assert (refused.exit_code, refused.output.count("error[not-recorded]")) == (1, 1), command
+    layers = (Layer(0, 8, 1), Layer(4, 8, 1, ranked=False))
+    part = make_part(np.random.default_rng(0), layers, [40] * 4)
+    trace = make_synthetic(tmp_path / "t.moe", [part], layers)
+    assert "one expert a token" in run("coactivation", trace.path).output
+    assert "--choice any" in run("transitions", trace.path).output
+    assert run("transitions", trace.path, "--choice", "any").exit_code == 0
+    assert "two layers" in run("transitions", trace.path, "--layer", "4").output
