@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import moescope.recording.attention as attention
 from moescope.recording import record
@@ -44,10 +46,12 @@ def tensors(length: int, dtype: torch.dtype, sequences: int = 2, dim: int = 16) 
 def test_it_is_torch_s_attention_bit_for_bit(dtype: torch.dtype, length: int, reach: int) -> None:
     query, key, value = tensors(length, dtype)
     mask = window_mask(length, reach, sequences=2)
-    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     with SkipMaskedBlocks() as mode:
         for _ in range(2):  # the first call is the one that is checked
-            found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+            found = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+            )
             assert torch.equal(found, expected)
         (same,) = mode._same.values()
         assert same or (dtype == torch.float32 and length % 512 < 64)
@@ -58,10 +62,10 @@ def test_chunks_and_gaps_are_masks_as_well() -> None:
     gap = window_mask(1500, 1500).clone()
     gap[..., 1024:, 100:1000] = False
     for mask in (chunk_mask(1500, 512), chunk_mask(1500, 300), gap):
-        expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         with SkipMaskedBlocks():
             for _ in range(2):
-                found = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+                found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
                 assert torch.equal(found, expected)
 
 
@@ -91,10 +95,10 @@ def test_shapes_for_which_a_bit_differs_are_left_to_torch(monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "masked_spans", lambda mask: [(0, 600, 0, 599), (600, 700, 0, 700)])  # lacks a key
     query, key, value = tensors(700, torch.float32)
     mask = window_mask(700, 512)
-    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     with SkipMaskedBlocks() as mode:
         for _ in range(3):
-            found = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
             assert torch.equal(found, expected)
         assert list(mode._same.values()) == [False]
 
@@ -102,11 +106,32 @@ def test_shapes_for_which_a_bit_differs_are_left_to_torch(monkeypatch: pytest.Mo
 def test_after_the_block_and_without_a_mask_torch_is_itself() -> None:
     query, key, value = tensors(700, torch.float32)
     with SkipMaskedBlocks() as mode:
-        scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        scaled_dot_product_attention(query, key, value, attn_mask=torch.zeros(700, 700), enable_gqa=True)
+        functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=torch.zeros(700, 700), enable_gqa=True)
         assert not mode._same
-    scaled_dot_product_attention(query, key, value, attn_mask=window_mask(700, 9), enable_gqa=True)
+    functional.scaled_dot_product_attention(query, key, value, attn_mask=window_mask(700, 9), enable_gqa=True)
     assert not mode._same
+    assert functional.scaled_dot_product_attention is torch_attention
+
+
+def test_blocks_may_be_nested_and_other_threads_are_left_alone() -> None:
+    query, key, value = tensors(700, torch.float32)
+
+    def attend() -> None:
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=window_mask(700, 9), enable_gqa=True)
+
+    with SkipMaskedBlocks() as outer:
+        other = threading.Thread(target=attend)
+        other.start()
+        other.join()
+        assert not outer._same
+        with pytest.raises(KeyError), SkipMaskedBlocks() as inner:
+            attend()
+            raise KeyError
+        assert inner._same and not outer._same
+        attend()
+        assert outer._same
+    assert functional.scaled_dot_product_attention is torch_attention
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -10,14 +10,15 @@ shapes for which a single bit differs (remainders of a few queries, in float32) 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 QUERIES = 512
 KEYS = 512
@@ -26,30 +27,45 @@ KEYS = 512
 Span = tuple[int, int, int, int]
 
 
-class SkipMaskedBlocks(TorchFunctionMode):
-    """While the ``with`` block lasts, attention of this thread skips what its mask excludes."""
+class SkipMaskedBlocks:
+    """While the ``with`` block lasts, attention of this thread skips what its mask excludes.
+
+    Models call attention as ``torch.nn.functional.scaled_dot_product_attention``; that name is replaced. A torch
+    function mode would not need to, but it slows every other call of torch, by a fifth of a small model's forward pass.
+    """
+
+    _active: ClassVar[dict[int, SkipMaskedBlocks]] = {}
+    _changing: ClassVar = threading.Lock()
 
     def __init__(self) -> None:
-        super().__init__()
         self._known: deque[tuple[Tensor, list[Span] | None]] = deque(maxlen=4)
         self._same: dict[tuple[Any, ...], bool] = {}
+        self._around: SkipMaskedBlocks | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Every function of torch passes here; only attention is looked at."""
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and len(args) == 3:
-            mask = kwargs.get("attn_mask")
-            if mask is not None and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
-                spans = self._spans_of(mask, args[0], args[1])
-                if spans is not None:
-                    return self._attend(func, args, kwargs, spans)
-        return func(*args, **kwargs)
+    def __enter__(self) -> SkipMaskedBlocks:
+        with self._changing:
+            self._around = self._active.get(threading.get_ident())
+            self._active[threading.get_ident()] = self
+            functional.scaled_dot_product_attention = _attention
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            if self._around is None:
+                del self._active[threading.get_ident()]
+            else:
+                self._active[threading.get_ident()] = self._around
+            if not self._active:
+                functional.scaled_dot_product_attention = scaled_dot_product_attention
+
+    def attend(self, *tensors: Any, **kwargs: Any) -> Any:
+        """Attention as torch's function of that name."""
+        mask = kwargs.get("attn_mask")
+        if len(tensors) == 3 and mask is not None and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
+            spans = self._spans_of(mask, tensors[0], tensors[1])
+            if spans is not None:
+                return self._by_spans(tensors, kwargs, spans)
+        return scaled_dot_product_attention(*tensors, **kwargs)
 
     def _spans_of(self, mask: Tensor, query: Tensor, key: Tensor) -> list[Span] | None:
         """What to compute, found once a mask: the layers of a pass, or those of a kind, share it."""
@@ -61,23 +77,17 @@ class SkipMaskedBlocks(TorchFunctionMode):
         self._known.append((mask, masked_spans(mask)))
         return self._known[-1][1]
 
-    def _attend(
-        self,
-        attend: Callable[..., Tensor],
-        tensors: tuple[Tensor, ...],
-        kwargs: Mapping[str, Any],
-        spans: Sequence[Span],
-    ) -> Tensor:
+    def _by_spans(self, tensors: tuple[Tensor, ...], kwargs: Mapping[str, Any], spans: Sequence[Span]) -> Tensor:
         """Attention by spans where it is known to be the same, else by torch, the first time both."""
         query, key, value = tensors
         shapes = (query.dtype, query.shape, key.shape, value.shape, *spans)
         if self._same.get(shapes) is False:
-            return attend(query, key, value, **kwargs)
+            return scaled_dot_product_attention(query, key, value, **kwargs)
         rest = {name: argument for name, argument in kwargs.items() if name != "attn_mask"}
         mask = kwargs["attn_mask"]
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
         for start, end, low, high in spans:
-            out[:, :, start:end] = attend(
+            out[:, :, start:end] = scaled_dot_product_attention(
                 query[:, :, start:end],
                 key[:, :, low:high],
                 value[:, :, low:high],
@@ -85,10 +95,16 @@ class SkipMaskedBlocks(TorchFunctionMode):
                 **rest,
             )
         if shapes not in self._same:
-            whole = attend(query, key, value, **kwargs)
+            whole = scaled_dot_product_attention(query, key, value, **kwargs)
             self._same[shapes] = torch.equal(out, whole)
             return whole
         return out
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """What stands for torch's function while any thread skips blocks."""
+    skipping = None if torch.compiler.is_compiling() else SkipMaskedBlocks._active.get(threading.get_ident())
+    return (scaled_dot_product_attention if skipping is None else skipping.attend)(*args, **kwargs)
 
 
 def masked_spans(mask: Tensor) -> list[Span] | None:
