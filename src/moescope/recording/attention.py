@@ -10,15 +10,15 @@ shapes for which a single bit differs (remainders of a few queries, in float32) 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
+
+from moescope.recording.replacing import Replacing
 
 QUERIES = 512
 KEYS = 512
@@ -27,45 +27,23 @@ KEYS = 512
 Span = tuple[int, int, int, int]
 
 
-class SkipMaskedBlocks:
-    """While the ``with`` block lasts, attention of this thread skips what its mask excludes.
+class SkipMaskedBlocks(Replacing):
+    """While the ``with`` block lasts, attention of this thread skips what its mask excludes."""
 
-    Models call attention as ``torch.nn.functional.scaled_dot_product_attention``; that name is replaced. A torch
-    function mode would not need to, but it slows every other call of torch, by a fifth of a small model's forward pass.
-    """
-
-    _active: ClassVar[dict[int, SkipMaskedBlocks]] = {}
-    _changing: ClassVar = threading.Lock()
+    name: ClassVar[str] = "scaled_dot_product_attention"
 
     def __init__(self) -> None:
         self._known: deque[tuple[Tensor, list[Span] | None]] = deque(maxlen=4)
         self._same: dict[tuple[Any, ...], bool] = {}
-        self._around: SkipMaskedBlocks | None = None
 
-    def __enter__(self) -> SkipMaskedBlocks:
-        with self._changing:
-            self._around = self._active.get(threading.get_ident())
-            self._active[threading.get_ident()] = self
-            functional.scaled_dot_product_attention = _attention
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changing:
-            if self._around is None:
-                del self._active[threading.get_ident()]
-            else:
-                self._active[threading.get_ident()] = self._around
-            if not self._active:
-                functional.scaled_dot_product_attention = scaled_dot_product_attention
-
-    def attend(self, *tensors: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """Attention as torch's function of that name."""
         mask = kwargs.get("attn_mask")
-        if len(tensors) == 3 and mask is not None and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
-            spans = self._spans_of(mask, tensors[0], tensors[1])
+        if len(args) == 3 and mask is not None and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
+            spans = self._spans_of(mask, args[0], args[1])
             if spans is not None:
-                return self._by_spans(tensors, kwargs, spans)
-        return scaled_dot_product_attention(*tensors, **kwargs)
+                return self._by_spans(args, kwargs, spans)
+        return scaled_dot_product_attention(*args, **kwargs)
 
     def _spans_of(self, mask: Tensor, query: Tensor, key: Tensor) -> list[Span] | None:
         """What to compute, found once a mask: the layers of a pass, or those of a kind, share it."""
@@ -99,12 +77,6 @@ class SkipMaskedBlocks:
             self._same[shapes] = torch.equal(out, whole)
             return whole
         return out
-
-
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    """What stands for torch's function while any thread skips blocks."""
-    skipping = None if torch.compiler.is_compiling() else SkipMaskedBlocks._active.get(threading.get_ident())
-    return (scaled_dot_product_attention if skipping is None else skipping.attend)(*args, **kwargs)
 
 
 def masked_spans(mask: Tensor) -> list[Span] | None:

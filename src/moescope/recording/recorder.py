@@ -38,6 +38,7 @@ from moescope.recording.model import (
 from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Meter, Progress
 from moescope.recording.routers import Router
+from moescope.recording.rows import FillRows
 from moescope.recording.spool import remove_work
 from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
 from moescope.recording.threads import WriteBehind, read_ahead
@@ -201,6 +202,7 @@ def record(
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
             RouterWatch(ready.experts, stop_at=stop_at) as watch,
+            FillRows(),
             SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
         ):
             _record_parts(ready, watch, documents, writer, report)
