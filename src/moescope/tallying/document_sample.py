@@ -117,7 +117,9 @@ def sample_documents(
     """
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    a_token = _BYTES_BESIDE_CHOICES + sum(len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in chosen)
+    a_token = _BYTES_BESIDE_CHOICES + sum(
+        len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in chosen
+    )
     fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
     (gathered,) = one_pass(trace, chosen, lambda: [_Gathered(fraction, ranks)], threads=threads, tokens=True)
     return gathered.joined(trace, chosen)
