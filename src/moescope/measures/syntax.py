@@ -44,7 +44,8 @@ def syntax(
 
         * `jsd`: divergence, bits, between the choices of the class and what they would be if they were shared out as
           those of the other tokens of each document; `jsd_null`, its expectation from sampling documents alone;
-          `jsd_low`, `jsd_high`, 95 % interval of the true one; `p_value` of equality, `q_value` with the false
+          `jsd_low`, `jsd_high`, 95 % interval of the true one (jackknife over groups of documents where that stays
+          above `jsd_null`, else by inversion of the test); `p_value` of equality, `q_value` with the false
           discovery rate controlled over classes and layers;
         * `jsd_all`: the same against all other tokens of the trace, whatever their documents;
         * `top_expert`: the expert whose share exceeds that among the others by most; `top_share`, `top_low`,
@@ -59,7 +60,9 @@ def syntax(
         Mixtral of Experts, section 5, speaks of "structured syntactic behavior"; classes and comparison are ours.
         Lin 1991 (divergence); Rao and Scott 1984 (test, see `measures.divergence`).
     """
-    counts = trace if isinstance(trace, ClassCounts) else count_word_classes(trace, layers, choice=choice, threads=threads)
+    counts = (
+        trace if isinstance(trace, ClassCounts) else count_word_classes(trace, layers, choice=choice, threads=threads)
+    )
     found = [[_judge(counts, at, layer, c) for at, layer in enumerate(counts.layers)] for c in range(len(CLASSES))]
     dims = ("word_class", "layer")
     variables: dict[str, Any] = {
@@ -109,12 +112,17 @@ def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, floa
         variance_E = num_groups / (num_groups - 1) * (residual_GE**2).sum(axis=0) / float(n_G.sum()) ** 2
         mean_E, degrees_2 = (p_E + q_E) / 2, np.full(2, num_groups - 1.0)
         variance_2E = np.stack([variance_E, np.zeros(size)])
-        # The test is of the divergence's square form, to which experts without a token, where tokens are few, add as the
-        # test expects; its ends are stretched to the divergence itself.
+        # The test is of the divergence's square form, to which experts without a token, where tokens are few, add no
+        # more than the test expects; its ends are stretched to the divergence itself.
         square = float((statistics.ratio((p_E - q_E) ** 2, mean_E)[mean_E > 0]).sum()) / (8 * np.log(2))
         null, p_value, low, high = divergence_of_samples(square, mean_E, variance_2E, degrees_2)
         stretch = jsd / square if square > 0 else 1.0
         null, low, high = null * stretch, low * stretch, min(high * stretch, 1.0)
+        both_GE = np.concatenate([y_GE * FIXED, counts.expected_LXCE[at, :, c, :size]], axis=1)
+        value, error, _ = groups.jackknife(_divergence, both_GE)
+        half = groups.student(num_groups) * float(error[0])
+        if value[0] - half > null:  # well away from zero, where it is nearly normal
+            low, high = float(value[0]) - half, min(float(value[0]) + half, 1.0)
     top = int(np.argmax(p_E - q_E))
     top_low, top_high = statistics.proportion_interval(p_E[top], error_E[top], num_groups)
     return {
@@ -130,6 +138,12 @@ def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, floa
         "top_high": float(top_high),
         "top_share_others": float(q_E[top]),
     }
+
+
+def _divergence(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divergence of two sets of counts that lie one after the other, shape (..., 2 x expert) to (..., 1)."""
+    p, q = np.split(sums, 2, axis=-1)
+    return js_divergence(p / p.sum(axis=-1, keepdims=True), q / q.sum(axis=-1, keepdims=True))[..., None]
 
 
 def _against_all(totals_CE: NDArray[np.int64], c: int) -> float:

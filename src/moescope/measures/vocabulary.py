@@ -94,8 +94,8 @@ def vocabulary(
         `expert_popularity`, its share of all tokens.
 
         By (by, layer, expert, place), the ids with the largest shares of the expert: `top_token`, the id, -1 where
-        there are no more; `top_share`, `top_low`, `top_high`, its specialization; `top_count` of `top_tokens` tokens, in
-        `top_documents` documents; `top_q_value`, of the share being no more than the expert's popularity, times all
+        there are no more; `top_share`, `top_low`, `top_high`, its specialization; `top_count` of `top_tokens` tokens,
+        in `top_documents` documents; `top_q_value`, of the share being no more than the expert's popularity, times all
         pairs of id and expert that were looked at (Bonferroni).
 
         By (by, layer, token, expert) for `tokens`: `share`, `share_low`, `share_high`; `token_tokens` (by, token).
@@ -195,7 +195,7 @@ class _Found:
     """Everything about one layer, looked at in one way. E expert ids, N places, X ids asked for."""
 
     layer: dict[str, float]
-    experts_E: dict[str, Numbers]
+    experts_E: dict[str, NDArray[Any]]
     top_EN: dict[str, NDArray[Any]]
     shares_XE: tuple[Numbers, Numbers, Numbers]
 
@@ -277,7 +277,7 @@ def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, t
         "popularity": float(popularity_E.max()),
         "held_out": held_out / judged if judged else float("nan"),
     }
-    experts = {
+    experts: dict[str, NDArray[Any]] = {
         "expert_specialization": value[1:],
         "expert_low": low[1:],
         "expert_high": high[1:],
@@ -438,10 +438,8 @@ def _labelled(
             variables[name] = described(values, ("by", "layer", "token", "expert"), long_name, "1")
         counts = np.array([source.asked.occurrences for source in sources])
         variables["token_tokens"] = described(counts, ("by", "token"), "tokens with the id", "tokens")
-    ids, id_tokens = (
-        np.array([size(source.frequent) for source in sources])
-        for size in (lambda rows: len(rows.ids), lambda rows: len(rows.rows))
-    )
+    ids = np.array([len(source.frequent.ids) for source in sources])
+    id_tokens = np.array([len(source.frequent.rows) for source in sources])
     variables["ids"] = described(ids, ("by",), "ids that were counted", "ids")
     variables["id_tokens"] = described(id_tokens, ("by",), "their tokens", "tokens")
     coordinates: dict[str, Any] = {

@@ -176,7 +176,8 @@ def pair_moments(
             made = False
             for k in range(ids_KT.shape[0]):
                 e = np.int64(ids_KT[k, t])
-                made |= e >= 0
+                if e >= 0:
+                    made = True
                 if e == e_P[p]:
                     y += 1
             n += made

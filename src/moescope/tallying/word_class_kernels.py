@@ -100,15 +100,15 @@ def count_classes(
                             own_CE[c, e] += 1
                             own_C[c] += 1
         x = group_D[d]
-        for e in range(num_ids):
-            totals_CE[num_classes, e] += all_E[e]
+        for i in range(num_ids):
+            totals_CE[num_classes, i] += all_E[i]
         for c in range(num_classes):
             if own_C[c] == 0:
                 continue
             others = total - own_C[c]
-            for e in range(num_ids):
-                totals_CE[c, e] += own_CE[c, e]
+            for i in range(num_ids):
+                totals_CE[c, i] += own_CE[c, i]
                 if others:
-                    counts_XCE[x, c, e] += own_CE[c, e]
-                    share = (all_E[e] - own_CE[c, e]) / others
-                    expected_XCE[x, c, e] += np.int64(np.rint(own_C[c] * share * FIXED))
+                    counts_XCE[x, c, i] += own_CE[c, i]
+                    share = (all_E[i] - own_CE[c, i]) / others
+                    expected_XCE[x, c, i] += np.int64(np.rint(own_C[c] * share * FIXED))

@@ -1,9 +1,9 @@
 """Word classes that show syntax, decided from the text, and the experts their tokens choose.
 
 The unit is the token. Its text is the bytes of its piece, its neighbours those of the document; so byte-fallback pieces
-and the spaces that tokenizers put in front need no care of their own. A piece that holds a part of a character counts as
-letters there (as in `occurrences`). A token may be of several classes: a piece that holds a line
-break and the spaces of the next line is `newline` and `indentation`.
+and the spaces that tokenizers put in front need no care of their own. A part of a character counts as a letter (as in
+`occurrences`). A token may be of several classes: a piece that holds a line break and the spaces of the next line is
+`newline` and `indentation`.
 """
 
 from __future__ import annotations
