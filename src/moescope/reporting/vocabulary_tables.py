@@ -106,8 +106,8 @@ def expert_tokens_table(
         ("ids", "mean", "rotated", *(_ordinal(at + 1) for at in range(top))),
         tuple(sections),
         notes=(
-            "ids: those whose most frequent expert it is; mean: their specialization; rotated: the same of choices that "
-            "do not see the token; then the tokens with the largest shares.",
+            "ids: those whose most frequent expert it is; mean: their specialization; rotated: the same of choices "
+            "that do not see the token; then the tokens with the largest shares.",
             "* surely above the expert's popularity, all pairs of tokens and experts allowed for.",
         ),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
