@@ -33,8 +33,10 @@ MIN_COUNT = 10
 TOP = 10
 """Ids listed an expert."""
 
-NULL_COPIES = 2
-"""Rotated copies of the choices, whose mean is the null; thousands of ids make one precise."""
+NULL_TOKENS = 2**20
+"""Rotated copies of the choices, whose mean is the null, hold so many tokens together, or are `MOST_COPIES`."""
+
+MOST_COPIES = 8
 
 TEST_TOKENS = 2**17
 """Tokens, in whole documents, that the permutations of the test go over."""
@@ -205,7 +207,8 @@ def _measure(
 ) -> list[_Found]:
     ids_KT = sample.expert_ids[layer.layer][:ranks]
     found = [_of_layer(ids_KT, layer.num_ids, source, top) for source in sources]
-    copies = list(_rotated(sample, layer, sources, ranks, NULL_COPIES, seed))
+    num_copies = min(MOST_COPIES, -(-NULL_TOKENS // max(1, sample.num_tokens)))
+    copies = list(_rotated(sample, layer, sources, ranks, num_copies, seed))
     for at, one in enumerate(found):
         sums_E, ids_E = (np.sum([copy[at][part] for copy in copies], axis=0) for part in (0, 1))
         one.layer["null"] = float(statistics.ratio(sums_E.sum(), ids_E.sum()))
@@ -233,9 +236,12 @@ def _rotated(
     """`_tops` of copies in which the choices of each document are rotated by a random number of tokens."""
     order_T = np.arange(sample.num_tokens, dtype=np.int32)
     state = np.array([seed], np.uint64)
+    ids_KT = sample.expert_ids[layer.layer][:ranks]
+    rotated_TK = np.empty(ids_KT.shape[::-1], ids_KT.dtype)
     for _ in range(copies):
         information_kernels.rotate_within(sample.starts, order_T, state)
-        yield _tops(sample.expert_ids[layer.layer][:ranks][:, order_T], layer.num_ids, sources)
+        kernels.gather(ids_KT, order_T, rotated_TK)
+        yield _tops(rotated_TK.T, layer.num_ids, sources)
 
 
 def _tops(
@@ -246,9 +252,15 @@ def _tops(
     for source in sources:
         sums_E, ids_E = np.zeros(num_ids), np.zeros(num_ids, np.int64)
         rows = source.frequent
-        kernels.top_shares(ids_KT, rows.rows, rows.starts, rows.num_groups, sums_E, ids_E)
+        kernels.top_shares(_gathered(ids_KT, rows), rows.starts, rows.num_groups, sums_E, ids_E)
         found.append((sums_E, ids_E))
     return found
+
+
+def _gathered(ids_KT: NDArray[np.integer[Any]], rows: IdRows) -> NDArray[np.integer[Any]]:
+    ids_RK = np.empty((len(rows.rows), len(ids_KT)), ids_KT.dtype)
+    kernels.gather(ids_KT, rows.rows, ids_RK)
+    return ids_RK
 
 
 def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, top: int) -> _Found:
@@ -258,8 +270,9 @@ def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, t
     delta_GE, dropped_GE = np.zeros((num_groups, num_ids)), np.zeros((num_groups, num_ids), np.int64)
     best_EN, share_EN = np.zeros((num_ids, top), np.int32), np.zeros((num_ids, top))
     count_EN = np.zeros((num_ids, top), np.int64)
+    lists = (best_EN, share_EN, count_EN)
     held_out, judged = kernels.count_ids(
-        ids_KT, rows.rows, rows.starts, num_groups, sums_E, ids_E, delta_GE, dropped_GE, best_EN, share_EN, count_EN
+        _gathered(ids_KT, rows), rows.starts, num_groups, sums_E, ids_E, delta_GE, dropped_GE, *lists
     )
     chosen_E = np.zeros(num_ids, np.int64)
     made = kernels.count_choices(ids_KT, source.ids.id_T >= 0, chosen_E)

@@ -51,9 +51,16 @@ def sort_rows(x_T: Rows, group_T: Rows, num_values: int, num_groups: int) -> tup
 
 
 @numba.njit(cache=True, nogil=True)
+def gather(ids_KT: Ids, rows_R: Rows, ids_RK: Ids) -> None:
+    """Set the choices of the rows, which are then read one after another."""
+    for r in range(rows_R.size):
+        for k in range(ids_KT.shape[0]):
+            ids_RK[r, k] = ids_KT[k, rows_R[r]]
+
+
+@numba.njit(cache=True, nogil=True)
 def count_ids(
-    ids_KT: Ids,
-    rows_R: Rows,
+    ids_RK: Ids,
     starts: Sums,
     num_groups: int,
     sums_E: Numbers,
@@ -70,8 +77,7 @@ def count_ids(
     frequent, then the earlier.
 
     Args:
-        ids_KT: Choices.
-        rows_R: Of `sort_rows`.
+        ids_RK: Of `gather`.
         starts: Of `sort_rows`.
         num_groups: G.
         sums_E: Added to, at the expert that most tokens of an id chose: their share.
@@ -96,7 +102,7 @@ def count_ids(
     held_out, num_held_out = 0.0, 0
     for x in range(num_values):
         first, end = starts[x * num_groups], starts[(x + 1) * num_groups]
-        n = _count(ids_KT, rows_R, first, end, count_E)
+        n = _count(ids_RK, first, end, count_E)
         if n == 0:
             continue
         top = 0
@@ -113,7 +119,7 @@ def count_ids(
             a, b = starts[x * num_groups + g], starts[x * num_groups + g + 1]
             if a == b:
                 continue
-            own = _count(ids_KT, rows_R, a, b, own_E)
+            own = _count(ids_RK, a, b, own_E)
             if own == n:
                 delta_GE[g, top] -= share
                 dropped_GE[g, top] += 1
@@ -127,7 +133,7 @@ def count_ids(
                 delta_GE[g, top] += (count_E[other] - own_E[other]) / (n - own) - share
                 hits += own_E[other]
                 judged += own
-            _clear(ids_KT, rows_R, a, b, own_E)
+            _clear(ids_RK, a, b, own_E)
         if judged:
             held_out += hits / judged
             num_held_out += 1
@@ -136,12 +142,12 @@ def count_ids(
 
 
 @numba.njit(cache=True, nogil=True)
-def top_shares(ids_KT: Ids, rows_R: Rows, starts: Sums, num_groups: int, sums_E: Numbers, ids_E: Sums) -> None:
+def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_E: Sums) -> None:
     """The part of `count_ids` that its null needs: Σ of the largest share of each id, at the expert that has it."""
     num_ids = sums_E.size
     count_E = np.zeros(num_ids, np.int64)
     for x in range((starts.size - 1) // num_groups):
-        n = _count(ids_KT, rows_R, starts[x * num_groups], starts[(x + 1) * num_groups], count_E)
+        n = _count(ids_RK, starts[x * num_groups], starts[(x + 1) * num_groups], count_E)
         if n == 0:
             continue
         top = 0
@@ -202,13 +208,13 @@ def count_choices(ids_KT: Ids, counted_T: NDArray[np.bool_], chosen_E: Sums) -> 
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _count(ids_KT: Ids, rows_R: Rows, first: int, end: int, count_E: Sums) -> int:
+def _count(ids_RK: Ids, first: int, end: int, count_E: Sums) -> int:
     """Add the choices of some rows; the number of tokens with a choice."""
     n = 0
     for r in range(first, end):
         made = False
-        for k in range(ids_KT.shape[0]):
-            e = np.int64(ids_KT[k, rows_R[r]])
+        for k in range(ids_RK.shape[1]):
+            e = np.int64(ids_RK[r, k])
             if e >= 0:
                 count_E[e] += 1
                 made = True
@@ -217,10 +223,10 @@ def _count(ids_KT: Ids, rows_R: Rows, first: int, end: int, count_E: Sums) -> in
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _clear(ids_KT: Ids, rows_R: Rows, first: int, end: int, count_E: Sums) -> None:
+def _clear(ids_RK: Ids, first: int, end: int, count_E: Sums) -> None:
     for r in range(first, end):
-        for k in range(ids_KT.shape[0]):
-            e = np.int64(ids_KT[k, rows_R[r]])
+        for k in range(ids_RK.shape[1]):
+            e = np.int64(ids_RK[r, k])
             if e >= 0:
                 count_E[e] = 0
 

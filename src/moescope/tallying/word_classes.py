@@ -9,7 +9,6 @@ and the spaces that tokenizers put in front need no care of their own. A part of
 from __future__ import annotations
 
 import keyword
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
-from moescope.tallying.occurrences import INDENTATION_PATTERN
 from moescope.tallying.one_pass import one_pass
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -43,10 +41,9 @@ ENGLISH = frozenset({"and", "as", "for", "from", "if", "in", "is", "not", "or", 
 KEYWORDS = tuple(sorted(set(keyword.kwlist) - ENGLISH))
 
 _BIT = {name: np.uint16(1 << at) for at, name in enumerate(CLASSES)}
-_KEYWORD = re.compile(b"(?:" + b"|".join(word.encode() for word in KEYWORDS) + rb")(?![0-9A-Za-z_\x80-\xff])")
-_COMMAND = re.compile(rb"\\[A-Za-z]{2,}")
+_NUMBERS = np.array([int.from_bytes(word.encode()) for word in KEYWORDS], np.uint64)
+_BY_PLACE = ("indentation", "keyword", "command")
 _LINE_BREAK = 10
-_IN_WORD = np.array([byte >= 0x80 or chr(byte).isalnum() or byte == ord("_") for byte in range(256)])
 
 
 @dataclass(frozen=True)
@@ -161,29 +158,10 @@ def token_classes(
     begins = pieces.letter[place]
     bits[begins & after_letter] |= _BIT["continuation"]
     bits[pieces.capital[place] & (pieces.spaced[place] | ~after_letter)] |= _BIT["capitalised"]
-    text = text_B.tobytes()
-    indented = _overlapping(first_T, _spans(INDENTATION_PATTERN, text))
-    bits[indented & pieces.blank[place]] |= _BIT["indentation"]
-    words = _spans(_KEYWORD, text)
-    whole = ~_IN_WORD[text_B[words[:, 0] - 1]]  # before each document stands a line break
-    bits[_overlapping(first_T, words[whole])] |= _BIT["keyword"]
-    bits[_overlapping(first_T, _spans(_COMMAND, text))] |= _BIT["command"]
-    return bits
-
-
-def _spans(pattern: re.Pattern[bytes], text: bytes) -> NDArray[np.int64]:
-    """First byte and end of each match, shape (match, 2)."""
-    return np.array([match.span() for match in pattern.finditer(text)], np.int64).reshape(-1, 2)
-
-
-def _overlapping(first_T: NDArray[np.int64], spans: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each token shares a byte with a span; spans are in order and apart."""
-    if not len(spans):
-        return np.zeros(len(first_T) - 1, np.bool_)
-    at = np.searchsorted(spans[:, 1], first_T[:-1], side="right")  # the first span that ends after the token begins
-    begins = np.append(spans[:, 0], np.iinfo(np.int64).max)[at]
-    overlap: NDArray[np.bool_] = (begins < first_T[1:]) & (first_T[1:] > first_T[:-1])
-    return overlap
+    by_place = np.zeros(len(bits), np.uint16)
+    kernels.scan_text(text_B, first_T, _NUMBERS, by_place, *(int(_BIT[name]) for name in _BY_PLACE))
+    by_place[~pieces.blank[place]] &= ~_BIT["indentation"]
+    return bits | by_place
 
 
 @dataclass(frozen=True)
@@ -240,11 +218,13 @@ class ClassCounter:
     Attributes:
         counts: What is counted.
         pieces: Of the trace's vocabulary.
-        bits: Classes of the tokens of the part at hand.
+        kind: Kind of each token of the part at hand: those of a kind are of the same classes.
+        bits: Classes of each kind.
     """
 
     counts: ClassCounts
     pieces: Pieces
+    kind: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     bits: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
@@ -253,10 +233,13 @@ class ClassCounter:
         starts_D = part.document_starts()
         group_D = document_groups(part.document[starts_D[:-1]])
         if group[0] == counts.layers[0]:
-            self.bits = token_classes(self.pieces, part.token_id, starts_D)
+            bits = token_classes(self.pieces, part.token_id, starts_D)
+            used = np.bincount(bits, minlength=1 << len(CLASSES)) > 0
+            self.bits = np.flatnonzero(used).astype(np.uint16)
+            self.kind = (np.cumsum(used) - 1).astype(np.uint8)[bits]
             for c in range(len(CLASSES)):
-                of_class = self.bits >> c & 1
-                counts.tokens_C[c] += int(of_class.sum())
+                of_class = bits >> c & 1
+                counts.tokens_C[c] += int(np.count_nonzero(of_class))
                 counts.documents_C[c] += int(np.count_nonzero(np.maximum.reduceat(of_class, starts_D[:-1])))
             counts.tokens_C[-1] += part.num_tokens
             counts.documents_C[-1] += len(group_D)
@@ -266,6 +249,7 @@ class ClassCounter:
             at, size = place[layer.layer], layer.num_ids
             kernels.count_classes(
                 part.expert_ids[layer.layer].T[:ranks],
+                self.kind,
                 self.bits,
                 starts_D,
                 group_D,

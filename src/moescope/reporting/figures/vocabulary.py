@@ -34,7 +34,7 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
     num_ids = vocabulary.sizes["expert"]
     colours = dict(zip(TITLES, (domain_colours(4)[0], domain_colours(4)[3]), strict=True))
     map_height = min(max(0.16 * num_ids, 0.6), 1.9)
-    top, lines_height, between, bottom = 0.5, 1.45, 0.42, 0.8
+    top, lines_height, between, bottom = 0.5, 1.45, 0.26, 0.8
     with style.style():
         height = top + lines_height + between + map_height + bottom
         figure = style.new_figure(FULL_WIDTH, height)
@@ -47,11 +47,12 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
             hspace=between / ((lines_height + map_height) / 2),
             wspace=0.12,
         )
+        largest = 100 * float(np.nanmax(vocabulary["expert_specialization"].values, initial=1e-4))
         for column, (by, title) in enumerate(TITLES.items()):
             lines, experts = panels[:, column]
             _draw_lines(lines, vocabulary.sel(by=by), colours[by])
             style.panel_title(lines, title)
-            _draw_experts(experts, vocabulary.sel(by=by))
+            _draw_experts(experts, vocabulary.sel(by=by), largest)
             if column:
                 lines.tick_params(labelleft=False)
             else:
@@ -62,7 +63,7 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
             axes.set_ylim(0, min(limit, 100))
         width = FULL_WIDTH
         bar_axes = figure.add_axes((0.5 / width, 0.27 / height, 1.4 / width, 0.07 / height))
-        scale = ScalarMappable(Normalize(0, 100), FROM_NOTHING)
+        scale = ScalarMappable(Normalize(0, largest), FROM_NOTHING)
         bar = figure.colorbar(scale, cax=bar_axes, orientation="horizontal")
         bar.outline.set_linewidth(0)
         bar.ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -100,7 +101,7 @@ def _draw_lines(axes: Axes, data: xr.Dataset, colour: str) -> None:
     axes.tick_params(labelbottom=False)
 
 
-def _draw_experts(axes: Axes, data: xr.Dataset) -> None:
+def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
     layers = data["layer"].values
     value = 100 * data["expert_specialization"].transpose("expert", "layer").values
     order = np.argsort(np.where(np.isfinite(value), -value, np.inf), axis=0, kind="stable")
@@ -108,12 +109,12 @@ def _draw_experts(axes: Axes, data: xr.Dataset) -> None:
     few = max(len(layers), len(value)) <= MOST_NUMBERED
     x, y = np.arange(len(layers) + 1) - 0.5, np.arange(len(value) + 1) - 0.5
     look = PAPER if few else "none"
-    axes.pcolormesh(x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=100, edgecolors=look, linewidth=0.5)
+    axes.pcolormesh(x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=look, linewidth=0.5)
     axes.invert_yaxis()
     if few:
         for (row, column), expert in np.ndenumerate(order):
             if np.isfinite(ordered[row, column]):
-                dark = ordered[row, column] > 45
+                dark = ordered[row, column] > 0.45 * largest
                 axes.text(
                     column, row, str(expert), ha="center", va="center", fontsize=6,
                     color="#ffffff" if dark else "#000000",
