@@ -99,7 +99,7 @@ def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, floa
     expected_GE = counts.expected_LXCE[at, :, c, :size] / FIXED
     n_G = y_GE.sum(axis=1)
     if not n_G.sum():
-        return dict.fromkeys(_VARIABLES, float("nan"))
+        return dict.fromkeys(_VARIABLES, float("nan")) | {"jsd_all": _against_all(counts.totals_LCE[at, :, :size], c)}
     p_E, error_E = groups.ratio_errors(y_GE, n_G)
     q_E = expected_GE.sum(axis=0) / n_G.sum()
     used = n_G > 0

@@ -63,9 +63,9 @@ def vocabulary(
     expert. `by` says which id: "input", the token's own; "next", that of the token after it in the sequence. (The
     source has the id that the model predicts, too; a trace does not hold it.)
 
-    Memory: the sample, at most `document_sample.MAX_BYTES` (1 GiB; a larger trace is sampled by document), 8 bytes a
-    token and way of looking for the rows, 256 bytes an id, and for each layer measured at a time a rotated copy of its
-    choices. No table of ids by experts is held. 60 layers, 8 of 256 experts, stay under 2 GB.
+    Memory: the sample, at most `document_sample.MAX_BYTES` (1 GiB; a larger trace is sampled by document), some 40
+    bytes a token beside it, 52 MB for the tests, and for each layer measured at a time two copies of its choices. No
+    table of ids by experts is held, so the size of the vocabulary does not matter.
 
     Args:
         trace: The trace, or a sample of its documents.
@@ -130,13 +130,15 @@ def vocabulary(
     sources = _sources(sample, min_count, wanted)
     small = sample.thinned(TEST_TOKENS)
     small_sources = sources if small is sample else _sources(small, min_count, ())
+    orders = _rotations(sample, min(MOST_COPIES, -(-NULL_TOKENS // max(1, sample.num_tokens))), seed)
+    small_orders = _rotations(small, permutations, seed)
     found: list[list[_Found]] = [[] for _ in chosen]
     done = 0
 
     def measure(at: int) -> None:
         nonlocal done
-        found[at] = _measure(sample, chosen[at], sources, ranks, top, seed)
-        p_values = _test(small, chosen[at], small_sources, ranks, permutations, seed)
+        found[at] = _measure(sample, chosen[at], sources, ranks, top, orders)
+        p_values = _test(small, chosen[at], small_sources, ranks, small_orders)
         for one, p_value in zip(found[at], p_values, strict=True):
             one.layer["p_value"] = p_value
         done += 1
@@ -203,12 +205,16 @@ class _Found:
 
 
 def _measure(
-    sample: DocumentSample, layer: Layer, sources: Sequence[_Source], ranks: int | None, top: int, seed: int
+    sample: DocumentSample,
+    layer: Layer,
+    sources: Sequence[_Source],
+    ranks: int | None,
+    top: int,
+    orders: Sequence[NDArray[np.int32]],
 ) -> list[_Found]:
     ids_KT = sample.expert_ids[layer.layer][:ranks]
     found = [_of_layer(ids_KT, layer.num_ids, source, top) for source in sources]
-    num_copies = min(MOST_COPIES, -(-NULL_TOKENS // max(1, sample.num_tokens)))
-    copies = list(_rotated(sample, layer, sources, ranks, num_copies, seed))
+    copies = list(_rotated(ids_KT, layer.num_ids, sources, orders))
     for at, one in enumerate(found):
         sums_E, ids_E = (np.sum([copy[at][part] for copy in copies], axis=0) for part in (0, 1))
         one.layer["null"] = float(statistics.ratio(sums_E.sum(), ids_E.sum()))
@@ -217,31 +223,42 @@ def _measure(
 
 
 def _test(
-    sample: DocumentSample, layer: Layer, sources: Sequence[_Source], ranks: int | None, permutations: int, seed: int
+    sample: DocumentSample,
+    layer: Layer,
+    sources: Sequence[_Source],
+    ranks: int | None,
+    orders: Sequence[NDArray[np.int32]],
 ) -> list[float]:
     """p-values of the permutation test, one a way of looking; NaN where no id is frequent."""
 
     def means(tops: Sequence[tuple[Numbers, NDArray[np.int64]]]) -> Numbers:
         return statistics.ratio([sums_E.sum() for sums_E, _ in tops], [ids_E.sum() for _, ids_E in tops])
 
-    observed = means(_tops(sample.expert_ids[layer.layer][:ranks], layer.num_ids, sources))
-    rotated = _rotated(sample, layer, sources, ranks, permutations, seed)
+    ids_KT = sample.expert_ids[layer.layer][:ranks]
+    observed = means(_tops(ids_KT, layer.num_ids, sources))
+    rotated = _rotated(ids_KT, layer.num_ids, sources, orders)
     as_large = np.sum([means(tops) >= observed - 1e-12 for tops in rotated], axis=0)
-    return np.where(np.isnan(observed), np.nan, (1 + as_large) / (1 + permutations)).tolist()
+    return np.where(np.isnan(observed), np.nan, (1 + as_large) / (1 + len(orders))).tolist()
+
+
+def _rotations(sample: DocumentSample, copies: int, seed: int) -> list[NDArray[np.int32]]:
+    """Orders of the tokens in which each document begins at a random token and its beginning stands at its end."""
+    order_T, state = np.empty(sample.num_tokens, np.int32), np.array([seed], np.uint64)
+    orders = []
+    for _ in range(copies):
+        information_kernels.rotate_within(sample.starts, order_T, state)
+        orders.append(order_T.copy())
+    return orders
 
 
 def _rotated(
-    sample: DocumentSample, layer: Layer, sources: Sequence[_Source], ranks: int | None, copies: int, seed: int
+    ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[_Source], orders: Sequence[NDArray[np.int32]]
 ) -> Iterator[list[tuple[Numbers, NDArray[np.int64]]]]:
-    """`_tops` of copies in which the choices of each document are rotated by a random number of tokens."""
-    order_T = np.arange(sample.num_tokens, dtype=np.int32)
-    state = np.array([seed], np.uint64)
-    ids_KT = sample.expert_ids[layer.layer][:ranks]
-    rotated_TK = np.empty(ids_KT.shape[::-1], ids_KT.dtype)
-    for _ in range(copies):
-        information_kernels.rotate_within(sample.starts, order_T, state)
-        kernels.gather(ids_KT, order_T, rotated_TK)
-        yield _tops(rotated_TK.T, layer.num_ids, sources)
+    """`_tops` of the choices in other orders."""
+    moved_TK = np.empty(ids_KT.shape[::-1], ids_KT.dtype)
+    for order_T in orders:
+        kernels.gather(ids_KT, order_T, moved_TK)
+        yield _tops(moved_TK.T, num_ids, sources)
 
 
 def _tops(
