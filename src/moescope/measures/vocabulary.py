@@ -183,15 +183,19 @@ def _sample(trace: Trace, layers: Iterable[int] | None, ranks: int | None, threa
 
 @dataclass(frozen=True)
 class _Source:
-    """One way of looking: the ids, the tokens of the frequent ones, and of those asked for."""
+    """One way of looking: the ids, which tokens have one, and the tokens of the frequent ids and of those asked for."""
 
     ids: TokenIds
+    counted_T: NDArray[np.bool_]
+    size_G: NDArray[np.int64]
     frequent: IdRows
     asked: IdRows
 
     @classmethod
     def of(cls, ids: TokenIds, min_count: int, wanted: Sequence[int]) -> _Source:
-        return cls(ids, ids.frequent(min_count), ids.rows(wanted))
+        counted_T = ids.id_T >= 0
+        size_G = np.bincount(ids.group_T[counted_T], minlength=ids.num_groups)
+        return cls(ids, counted_T, size_G, ids.frequent(min_count), ids.rows(wanted))
 
 
 @dataclass(frozen=True)
@@ -292,14 +296,14 @@ def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, t
         _gathered(ids_KT, rows), rows.starts, num_groups, sums_E, ids_E, delta_GE, dropped_GE, *lists
     )
     chosen_E = np.zeros(num_ids, np.int64)
-    made = kernels.count_choices(ids_KT, source.ids.id_T >= 0, chosen_E)
+    made = kernels.count_choices(ids_KT, source.counted_T, chosen_E)
     popularity_E = statistics.ratio(chosen_E, made)
     # The layer, then each expert, without each group.
     sums, ids = np.append(sums_E.sum(), sums_E), np.append(ids_E.sum(), ids_E)
     delta = np.column_stack([delta_GE.sum(axis=1), delta_GE])
     left = ids - np.column_stack([dropped_GE.sum(axis=1), dropped_GE])
     value = statistics.ratio(sums, ids)
-    low, high = _interval(value, statistics.ratio(sums + delta, left), source.ids.group_sizes())
+    low, high = _interval(value, statistics.ratio(sums + delta, left), source.size_G)
     layer = {
         "specialization": float(value[0]),
         "low": float(low[0]),

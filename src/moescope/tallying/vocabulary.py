@@ -53,10 +53,6 @@ class TokenIds:
         group_T = np.repeat(place_G.astype(np.int32), lengths)
         return cls(id_T, group_T, sample.document_of_token(), max(1, len(used)))
 
-    def group_sizes(self) -> NDArray[np.int64]:
-        """Tokens that are counted, by group."""
-        return np.bincount(self.group_T[self.id_T >= 0], minlength=self.num_groups)
-
     def frequent(self, min_count: int) -> IdRows:
         """The tokens of the ids that occur at least so often."""
         counted = self.id_T[self.id_T >= 0]

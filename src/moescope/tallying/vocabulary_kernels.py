@@ -93,16 +93,19 @@ def count_ids(
         and the number of ids that have such.
     """
     num_ids = sums_E.size
-    num_values = (starts.size - 1) // num_groups
     count_E = np.zeros(num_ids, np.int64)
-    own_E = np.zeros(num_ids, np.int64)
+    own_GE = np.zeros((num_groups, num_ids), np.int64)
+    own_G = np.zeros(num_groups, np.int64)
     best_EN[:] = -1
     best_share_EN[:] = 0.0
     best_count_EN[:] = 0
     held_out, num_held_out = 0.0, 0
-    for x in range(num_values):
-        first, end = starts[x * num_groups], starts[(x + 1) * num_groups]
-        n = _count(ids_RK, first, end, count_E)
+    for x in range((starts.size - 1) // num_groups):
+        starts_G = starts[x * num_groups : (x + 1) * num_groups + 1]
+        n = 0
+        for g in range(num_groups):
+            own_G[g] = _count(ids_RK, starts_G[g], starts_G[g + 1], own_GE[g], count_E)
+            n += own_G[g]
         if n == 0:
             continue
         top = 0
@@ -116,10 +119,7 @@ def count_ids(
         ids_E[top] += 1
         hits, judged = 0, 0
         for g in range(num_groups):
-            a, b = starts[x * num_groups + g], starts[x * num_groups + g + 1]
-            if a == b:
-                continue
-            own = _count(ids_RK, a, b, own_E)
+            own_E, own = own_GE[g], own_G[g]
             if own == n:
                 delta_GE[g, top] -= share
                 dropped_GE[g, top] += 1
@@ -133,7 +133,7 @@ def count_ids(
                 delta_GE[g, top] += (count_E[other] - own_E[other]) / (n - own) - share
                 hits += own_E[other]
                 judged += own
-            _clear(ids_RK, a, b, own_E)
+            _clear(ids_RK, starts_G[g], starts_G[g + 1], own_E)
         if judged:
             held_out += hits / judged
             num_held_out += 1
@@ -146,8 +146,9 @@ def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_
     """The part of `count_ids` that its null needs: Σ of the largest share of each id, at the expert that has it."""
     num_ids = sums_E.size
     count_E = np.zeros(num_ids, np.int64)
+    unused_E = np.zeros(num_ids, np.int64)
     for x in range((starts.size - 1) // num_groups):
-        n = _count(ids_RK, starts[x * num_groups], starts[(x + 1) * num_groups], count_E)
+        n = _count(ids_RK, starts[x * num_groups], starts[(x + 1) * num_groups], unused_E, count_E)
         if n == 0:
             continue
         top = 0
@@ -208,15 +209,16 @@ def count_choices(ids_KT: Ids, counted_T: NDArray[np.bool_], chosen_E: Sums) -> 
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _count(ids_RK: Ids, first: int, end: int, count_E: Sums) -> int:
-    """Add the choices of some rows; the number of tokens with a choice."""
+def _count(ids_RK: Ids, first: int, end: int, one_E: Sums, other_E: Sums) -> int:
+    """Add the choices of some rows to both counts; the number of tokens with a choice."""
     n = 0
     for r in range(first, end):
         made = False
         for k in range(ids_RK.shape[1]):
             e = np.int64(ids_RK[r, k])
             if e >= 0:
-                count_E[e] += 1
+                one_E[e] += 1
+                other_E[e] += 1
                 made = True
         n += made
     return n
@@ -224,6 +226,10 @@ def _count(ids_RK: Ids, first: int, end: int, count_E: Sums) -> int:
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _clear(ids_RK: Ids, first: int, end: int, count_E: Sums) -> None:
+    """Set to zero what some rows have counted."""
+    if end - first > count_E.size:
+        count_E[:] = 0
+        return
     for r in range(first, end):
         for k in range(ids_RK.shape[1]):
             e = np.int64(ids_RK[r, k])
