@@ -61,6 +61,31 @@ def share_of_top(tokens: list[tuple[int, list[int]]]) -> tuple[float, int]:
     return counts[top] / made, top
 
 
+def test_five_tokens_counted_by_hand() -> None:
+    """The worked example of docs/reference/measures/vocabulary.md."""
+    a, b = 7, 8
+    starts, ids = np.array([0, 5]), np.array([[0, 1, 0, 1, 2]], np.uint8)
+    sample = DocumentSample(
+        (Layer(0, 4, 1),),
+        ("A",),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+        starts,
+        starts,
+        np.arange(5, dtype=np.int32),
+        np.array([a, b, a, b, a], np.int32),
+        {0: ids},
+        1.0,
+    )
+    at = vocabulary(sample, min_count=2, permutations=1, tokens=[a]).sel(layer=0)
+    assert at["specialization"].values.tolist() == pytest.approx([5 / 6, 1])
+    assert at["share"].sel(by="input", token=a).values.tolist() == pytest.approx([2 / 3, 0, 1 / 3, 0])
+    assert at["share"].sel(by="next", token=a).values.tolist() == [0, 1, 0, 0]
+    assert at["expert_ids"].sel(by="input").values.tolist() == [1, 1, 0, 0]
+    assert at["top_token"].sel(by="input").values[:3, 0].tolist() == [a, b, a]
+    assert at["popularity"].values.tolist() == [2 / 5, 2 / 4]
+
+
 @pytest.mark.parametrize("choice", ["first", "either"])
 @pytest.mark.parametrize("by", ["input", "next"])
 def test_everything_equals_a_dense_slow_loop(trace: Trace, by: str, choice: str) -> None:
@@ -141,7 +166,7 @@ def test_held_out_and_the_interval_come_from_leaving_out_groups_of_documents(tra
     assert float(at["high"]) == pytest.approx(min(whole + half, 1))
 
 
-def test_an_expert_without_the_token_in_view_is_what_the_source_computes(trace: Trace) -> None:
+def test_the_layers_are_what_the_source_computes() -> None:
     """The loop of OLMoE's scripts/run_moe_analysis.py, over ids seen at least ten times; no assignment dropped."""
     part = make_part(np.random.default_rng(3), LAYERS, [400, 300])
     result = vocabulary(_in_memory(part), min_count=10, permutations=1)
