@@ -43,8 +43,10 @@ _HOMES = {
     "saturation": "measures",
     "shares": "measures",
     "sql": "exporting",
+    "syntax": "measures",
     "tally": "tallying",
     "transitions": "measures",
+    "vocabulary": "measures",
     "watch": "recording",
     "words": "measures",
 }
@@ -70,7 +72,9 @@ if TYPE_CHECKING:
     from moescope.measures import repeats as repeats
     from moescope.measures import saturation as saturation
     from moescope.measures import shares as shares
+    from moescope.measures import syntax as syntax
     from moescope.measures import transitions as transitions
+    from moescope.measures import vocabulary as vocabulary
     from moescope.measures import words as words
     from moescope.recording import Router as Router
     from moescope.recording import record as record

@@ -147,3 +147,33 @@ def test_shares_of_tokens_are_those_of_assignments_times_the_choices_of_a_token(
                 assert float(cell.spread[1:]) == pytest.approx(2 * float(single.spread[1:]), abs=0.2)
     printed = CliRunner().invoke(main, ["shares", str(trace.path), "--of", "tokens"]).stdout
     assert printed == render(of_tokens, "text")
+
+
+@pytest.mark.parametrize(("model", "top_k"), [("mistralai/Mixtral-8x7B-v0.1", 2), ("allenai/OLMoE-1B-7B-0924", 8)])
+@pytest.mark.parametrize("choice", ["topk", "first"])
+def test_shares_of_tokens_of_the_published_counts_are_the_published_definition(
+    shared_data: Path, tmp_path: Path, model: str, top_k: int, choice: str
+) -> None:
+    """Domain specialization, OLMoE's equation 7: N_iD / N_D, of 208,896 tokens a domain."""
+    with (shared_data / "olmoe_repo_routing_counts.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == model and row["choice"] == choice]
+    ranks = top_k if choice == "topk" else 1
+    names = tuple(dict.fromkeys(row["domain"] for row in rows))
+    num_experts = 1 + max(int(row["expert"]) for row in rows)
+    shape = tuple(Layer(number, num_experts, ranks, ranked=False) for number in (0, 7, 15))
+    cells = np.array(
+        [[names.index(row["domain"]), *(int(row[name]) for name in ("layer", "expert", "count"))] for row in rows]
+    )
+    cells = cells[np.lexsort(cells.T[::-1])]
+    domain, layer, expert, count = cells[cells[:, 3] > 0].T
+    header = Header(shape, token_ids=False, counts_only=True)
+    with TraceWriter(tmp_path / "t.moe", header, Vocabulary({})) as writer:
+        writer.write(Counts(domain, domain, names, layer, expert, count), {"documents_read": len(names)})
+        writer.finish({})
+    found = shares(tally(open_trace(tmp_path / "t.moe"))).sel(choice="either")
+    assert len(rows) == len(names) * 3 * num_experts
+    for row in rows:
+        at = found.sel(domain=row["domain"], layer=int(row["layer"]), expert=int(row["expert"]))
+        assert float(at["share_of_tokens"]) == pytest.approx(int(row["count"]) / 208_896, abs=1e-12)
+        assert float(at["share"]) == pytest.approx(int(row["count"]) / 208_896 / ranks, abs=1e-12)
+    np.testing.assert_allclose(found["share_of_tokens"].sum("expert"), ranks)

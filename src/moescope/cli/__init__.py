@@ -29,6 +29,8 @@ COMMANDS = {
     "locality": "Show how much more often neighbours repeat an expert than their words would anyway.",
     "explain": "Show how many bits of the choice domain, token, neighbours and place explain.",
     "words": "Show whether the tokens of a word go to the same expert.",
+    "vocabulary": "Show how surely each token goes to one expert, and which tokens each expert gets.",
+    "syntax": "Show whether indentation, punctuation, digits and the like have experts of their own.",
     "divergence": "Show how differently the domains use the experts.",
     "consistency": "Show how well one set of experts would serve consecutive tokens.",
     "compare": "Show how far two traces send the same tokens to the same experts.",

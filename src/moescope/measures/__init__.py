@@ -17,7 +17,9 @@ from moescope.measures.locality import locality
 from moescope.measures.repeats import repeats
 from moescope.measures.saturation import saturation
 from moescope.measures.shares import shares
+from moescope.measures.syntax import syntax
 from moescope.measures.transitions import transitions
+from moescope.measures.vocabulary import vocabulary
 from moescope.measures.words import words
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "repeats",
     "saturation",
     "shares",
+    "syntax",
     "transitions",
+    "vocabulary",
     "words",
 ]

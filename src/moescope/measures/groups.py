@@ -72,11 +72,23 @@ def jackknife(measure: Callable[[Numbers], Numbers], y_GE: NDArray[np.int64]) ->
     whole = measure(total[None])[0]
     if len(y) < 2:
         return whole, np.full(whole.shape, np.nan), len(y)
-    without = measure(total - y)
+    return *leaving_out(whole, measure(total - y), n_G), len(y)
+
+
+def leaving_out(whole: Numbers, without_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers]:
+    """The jackknife from its replicates.
+
+    Args:
+        whole: Values of all groups, shape (value,).
+        without_G: Values without each group, shape (group, value); at least two groups.
+        n_G: Size of each group, none 0, shape (group,).
+    Returns:
+        Bias-corrected value and standard error, shape (value,).
+    """
     h = (n_G.sum() / n_G)[:, None]
-    value = len(y) * whole - ((1 - 1 / h) * without).sum(axis=0)
-    pseudo = h * whole - (h - 1) * without
-    return value, np.sqrt(((pseudo - value) ** 2 / (h - 1)).mean(axis=0)), len(y)
+    value = len(n_G) * whole - ((1 - 1 / h) * without_G).sum(axis=0)
+    pseudo = h * whole - (h - 1) * without_G
+    return value, np.sqrt(((pseudo - value) ** 2 / (h - 1)).mean(axis=0))
 
 
 def interval_of_largest(p: Numbers, error: Numbers, groups: int) -> tuple[float, float]:

@@ -92,13 +92,19 @@ class DocumentSample:
 
 
 def sample_documents(
-    trace: Trace, layers: Iterable[int] | None = None, *, max_bytes: int = MAX_BYTES, threads: int | None = None
+    trace: Trace,
+    layers: Iterable[int] | None = None,
+    *,
+    ranks: int | None = None,
+    max_bytes: int = MAX_BYTES,
+    threads: int | None = None,
 ) -> DocumentSample:
     """Read the documents of a trace, or as many as fit, in one pass.
 
     Args:
         trace: The trace, complete or not.
         layers: Layers to hold, or None for all.
+        ranks: Choices of a token to hold, from the first on; None for all.
         max_bytes: Memory to aim at. A trace that needs more is sampled by document.
         threads: Parts read at a time; None for the number of processors.
     Returns:
@@ -111,9 +117,11 @@ def sample_documents(
     """
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    a_token = _BYTES_BESIDE_CHOICES + sum(layer.top_k * _id_dtype(layer).itemsize for layer in chosen)
+    a_token = _BYTES_BESIDE_CHOICES + sum(
+        len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in chosen
+    )
     fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
-    (gathered,) = one_pass(trace, chosen, lambda: [_Gathered(fraction)], threads=threads, tokens=True)
+    (gathered,) = one_pass(trace, chosen, lambda: [_Gathered(fraction, ranks)], threads=threads, tokens=True)
     return gathered.joined(trace, chosen)
 
 
@@ -122,6 +130,7 @@ class _Gathered:
     """The counter that keeps documents, a chunk a part."""
 
     fraction: float
+    ranks: int | None = None
     chunks: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     choices: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
     kept: NDArray[np.bool_] | None = None
@@ -130,9 +139,9 @@ class _Gathered:
         if not self.chunks or self._is_new(part):
             self._start(part)
         for layer in group:
-            ids_KT = part.expert_ids[layer.layer].T
+            ids_KT = part.expert_ids[layer.layer].T[: self.ranks]
             rows = ids_KT if self.kept is None else ids_KT[:, self.kept]
-            self.choices[-1][layer.layer] = rows.astype(_id_dtype(layer), copy=False)
+            self.choices[-1][layer.layer] = rows.astype(_id_dtype(layer), copy=self.ranks is not None)
 
     def _is_new(self, part: Part) -> bool:
         return int(part.document[0]) != int(self.chunks[-1]["first"][0])
@@ -169,7 +178,7 @@ class _Gathered:
         starts = np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int64)
         expert_ids = {}
         for layer in layers:  # a layer at a time, so that the choices are in memory once, and one layer twice
-            empty = np.zeros((layer.top_k, 0), _id_dtype(layer))
+            empty = np.zeros((layer.top_k, 0), _id_dtype(layer))[: self.ranks]
             expert_ids[layer.layer] = np.concatenate(
                 [empty, *(self.choices[at].pop(layer.layer) for at in order)], axis=1
             )

@@ -17,6 +17,8 @@ from moescope.reporting.figures.saturation import draw_saturation
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
 from moescope.reporting.figures.style import save
 from moescope.reporting.figures.tokens import draw_tokens
+from moescope.reporting.figures.vocabulary import draw_vocabulary
+from moescope.reporting.figures.word_classes import draw_word_classes
 
 __all__ = [
     "as_bars",
@@ -36,5 +38,7 @@ __all__ = [
     "draw_shares",
     "draw_tokens",
     "draw_transitions",
+    "draw_vocabulary",
+    "draw_word_classes",
     "save",
 ]

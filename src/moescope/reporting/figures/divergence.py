@@ -13,6 +13,7 @@ import xarray as xr
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from moescope.reporting.colours import MUTED, PAPER
 from moescope.reporting.figures import style
@@ -37,8 +38,21 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
     """
     value = divergence["jsd_rest"].transpose("domain", "layer").values
     found = divergence["q_value"].transpose("domain", "layer").values < SIGNIFICANT
-    layers = divergence["layer"].values
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
+    return draw_map(names, divergence["layer"].values, value, found)
+
+
+def draw_map(
+    names: Sequence[str], layers: NDArray[np.int64], value: NDArray[np.float64], found: NDArray[np.bool_]
+) -> Figure:
+    """A map of divergences, a row a name and a column a layer.
+
+    Args:
+        names: Of the rows.
+        layers: Of the columns.
+        value: Bits, shape (name, layer).
+        found: Where a dot stands, same shape.
+    """
     numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     with style.style():
         left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12

@@ -1,0 +1,298 @@
+"""Word classes that show syntax, decided from the text, and the experts their tokens choose.
+
+The unit is the token. Its text is the bytes of its piece, its neighbours those of the document; so byte-fallback pieces
+and the spaces that tokenizers put in front need no care of their own. A part of a character counts as a letter (as in
+`occurrences`). A token may be of several classes: a piece that holds a line break and the spaces of the next line is
+`newline` and `indentation`.
+"""
+
+from __future__ import annotations
+
+import keyword
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.errors import NotRecorded
+from moescope.tallying import word_class_kernels as kernels
+from moescope.tallying.document_groups import NUM_GROUPS, document_groups
+from moescope.tallying.one_pass import one_pass
+from moescope.trace import Layer, Part, Trace, Vocabulary
+
+CLASSES = {
+    "indentation": "nothing but white space, of which some stands at the start of a line that holds something else",
+    "newline": "a line break, and nothing but white space beside it",
+    "digits": "digits, with or without a space in front",
+    "punctuation": "punctuation and symbols, with or without a space in front",
+    "capitalised": "begins a word, with a capital letter",
+    "keyword": "overlaps a keyword of Python, other than those that are small words of English",
+    "command": "overlaps a command of LaTeX: a backslash and two letters or more",
+    "continuation": "begins with a letter in the middle of a word",
+}
+"""The classes: what a token of each is."""
+
+ENGLISH = frozenset({"and", "as", "for", "from", "if", "in", "is", "not", "or", "while", "with"})
+"""Keywords of Python that are small words of English, and so say nothing of Python."""
+
+KEYWORDS = tuple(sorted(set(keyword.kwlist) - ENGLISH))
+
+_BIT = {name: np.uint16(1 << at) for at, name in enumerate(CLASSES)}
+_NUMBERS = np.array([int.from_bytes(word.encode()) for word in KEYWORDS], np.uint64)
+_BY_PLACE = ("indentation", "keyword", "command")
+_LINE_BREAK = 10
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What each piece of a vocabulary is by itself.
+
+    Attributes:
+        ids: Known ids, ascending, shape (piece,).
+        text: The pieces, one after another, shape (byte,).
+        starts: First byte of each, with the number of bytes at the end.
+        bits: Classes that the piece alone decides, shape (piece,).
+        blank: Whether it is white space, shape (piece,).
+        letter: Whether it begins with a letter, shape (piece,).
+        ends: Whether it ends with one, shape (piece,).
+        capital: Whether its first character but for spaces is a capital letter, shape (piece,).
+        spaced: Whether a space stands before that, shape (piece,).
+    """
+
+    ids: NDArray[np.int64]
+    text: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+    bits: NDArray[np.uint16]
+    blank: NDArray[np.bool_]
+    letter: NDArray[np.bool_]
+    ends: NDArray[np.bool_]
+    capital: NDArray[np.bool_]
+    spaced: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Pieces:
+        """The pieces of a vocabulary and, last, an unknown one, which is of no class."""
+        ids = sorted(vocabulary.pieces)
+        pieces = [*(vocabulary.pieces[token_id] for token_id in ids), b"<|0|>"]
+        found = [_describe(piece) for piece in pieces]
+        columns = [np.array(column) for column in zip(*found, strict=True)]
+        return cls(
+            np.array(ids, np.int64),
+            np.frombuffer(b"".join(pieces), np.uint8),
+            np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+            columns[0].astype(np.uint16),
+            *columns[1:],
+        )
+
+    def places(self, token_id: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Place of each token's piece."""
+        ids = token_id.astype(np.int64)
+        if not len(self.ids):
+            return np.zeros(len(ids), np.int32)
+        if self.ids[-1] == len(self.ids) - 1:  # as most vocabularies: all ids from 0
+            return np.minimum(ids, len(self.ids)).astype(np.int32)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[at] == ids, at, len(self.ids)).astype(np.int32)
+
+
+def _describe(piece: bytes) -> tuple[int, bool, bool, bool, bool, bool]:
+    """Bits, blank, letter, ends, capital and spaced of a piece; see `Pieces`."""
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:  # a part of a character, perhaps with more around it: bytes are all there is
+        return 0, False, _is_letter(piece[0]), _is_letter(piece[-1]), False, False
+    bare = text.lstrip(" ")
+    bits = 0
+    if text and not text.strip():
+        bits |= int(_BIT["newline"]) if any(c in "\n\r" for c in text) else 0
+    elif bare.isdigit():
+        bits |= int(_BIT["digits"])
+    elif bare and all(unicodedata.category(c)[0] in "PS" for c in bare):
+        bits |= int(_BIT["punctuation"])
+    blank = bool(text) and not text.strip()
+    return bits, blank, text[:1].isalpha(), text[-1:].isalpha(), _is_capital(bare[:1]), bare != text
+
+
+def _is_letter(byte: int) -> bool:
+    return byte >= 0x80 or chr(byte).isalpha()
+
+
+def _is_capital(character: str) -> bool:
+    return character.isalpha() and unicodedata.category(character) in ("Lu", "Lt")
+
+
+def token_classes(
+    pieces: Pieces, token_id: NDArray[np.integer[Any]], document_starts: NDArray[np.int64]
+) -> NDArray[np.uint16]:
+    """Classes of the tokens of whole documents, bit c for the c-th of `CLASSES`.
+
+    Args:
+        pieces: Of the vocabulary.
+        token_id: Vocabulary ids, shape (token,).
+        document_starts: First token of each document, with the number of tokens at the end.
+    Returns:
+        Shape (token,).
+
+    Example:
+        >>> words = [b"def", b" Mo", b"del", b":", b"\\n", b"  ", b"return", b" 42"]
+        >>> bits = token_classes(Pieces.of(Vocabulary.from_pieces(words)), np.arange(8), np.array([0, 8]))
+        >>> for word, of_word in zip(words, bits.tolist()):
+        ...     print(word, [name for at, name in enumerate(CLASSES) if of_word >> at & 1])
+        b'def' ['keyword']
+        b' Mo' ['capitalised']
+        b'del' ['continuation']
+        b':' ['punctuation']
+        b'\\n' ['newline']
+        b'  ' ['indentation']
+        b'return' ['keyword']
+        b' 42' ['digits']
+    """
+    place = pieces.places(token_id)
+    text_B, first_T = kernels.join_pieces(place, pieces.text, pieces.starts, document_starts, _LINE_BREAK)
+    bits = pieces.bits[place]
+    after_letter = np.roll(pieces.ends[place], 1)
+    after_letter[document_starts[:-1]] = False
+    begins = pieces.letter[place]
+    bits[begins & after_letter] |= _BIT["continuation"]
+    bits[pieces.capital[place] & (pieces.spaced[place] | ~after_letter)] |= _BIT["capitalised"]
+    by_place = np.zeros(len(bits), np.uint16)
+    kernels.scan_text(text_B, first_T, _NUMBERS, by_place, *(int(_BIT[name]) for name in _BY_PLACE))
+    by_place[~pieces.blank[place]] &= ~_BIT["indentation"]
+    return bits | by_place
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Choices of the tokens of each class. L layers, X groups of documents, C classes, E expert ids.
+
+    Memory: 16 bytes x L x X x C x E; 60 layers of 256 experts take 63 MB, a copy a thread.
+
+    Attributes:
+        layers: Layers counted.
+        tokens_C: Tokens of each class, and last of all tokens.
+        documents_C: Documents with such a token, and last all documents.
+        counts_LXCE: Choices of the tokens of the class, in documents that have other tokens, too.
+        expected_LXCE: What they would be, shared out as the other tokens of the same documents, in units of 2^-20.
+        totals_LCE: Choices of the tokens of the class in all documents, and last of all tokens.
+        choice: "first", first choices were counted; "either", all of them.
+    """
+
+    layers: tuple[Layer, ...]
+    tokens_C: NDArray[np.int64]
+    documents_C: NDArray[np.int64]
+    counts_LXCE: NDArray[np.int64]
+    expected_LXCE: NDArray[np.int64]
+    totals_LCE: NDArray[np.int64]
+    choice: str = "first"
+
+    @classmethod
+    def empty(cls, layers: Sequence[Layer], choice: str = "first") -> ClassCounts:
+        """Counts of nothing."""
+        num_classes, num_ids = len(CLASSES), max(layer.num_ids for layer in layers)
+        shape = (len(layers), NUM_GROUPS, num_classes, num_ids)
+        return cls(
+            tuple(layers),
+            np.zeros(num_classes + 1, np.int64),
+            np.zeros(num_classes + 1, np.int64),
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int64),
+            np.zeros((len(layers), num_classes + 1, num_ids), np.int64),
+            choice,
+        )
+
+    def merge(self, other: ClassCounts) -> None:
+        """Add the counts of other documents, in place."""
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            if isinstance(mine, np.ndarray):
+                mine += getattr(other, f.name)
+
+
+@dataclass
+class ClassCounter:
+    """The counter that fills `ClassCounts`; needs token ids.
+
+    Attributes:
+        counts: What is counted.
+        pieces: Of the trace's vocabulary.
+        kind: Kind of each token of the part at hand: those of a kind are of the same classes.
+        bits: Classes of each kind.
+    """
+
+    counts: ClassCounts
+    pieces: Pieces
+    kind: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    bits: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Count the layers of `group` in a part."""
+        counts = self.counts
+        starts_D = part.document_starts()
+        group_D = document_groups(part.document[starts_D[:-1]])
+        if group[0] == counts.layers[0]:
+            bits = token_classes(self.pieces, part.token_id, starts_D)
+            used = np.bincount(bits, minlength=1 << len(CLASSES)) > 0
+            self.bits = np.flatnonzero(used).astype(np.uint16)
+            self.kind = (np.cumsum(used) - 1).astype(np.uint8)[bits]
+            for c in range(len(CLASSES)):
+                of_class = bits >> c & 1
+                counts.tokens_C[c] += int(np.count_nonzero(of_class))
+                counts.documents_C[c] += int(np.count_nonzero(np.maximum.reduceat(of_class, starts_D[:-1])))
+            counts.tokens_C[-1] += part.num_tokens
+            counts.documents_C[-1] += len(group_D)
+        place = {layer.layer: at for at, layer in enumerate(counts.layers)}
+        ranks = 1 if counts.choice == "first" else None
+        for layer in group:
+            at, size = place[layer.layer], layer.num_ids
+            kernels.count_classes(
+                part.expert_ids[layer.layer].T[:ranks],
+                self.kind,
+                self.bits,
+                starts_D,
+                group_D,
+                counts.counts_LXCE[at][:, :, :size],
+                counts.expected_LXCE[at][:, :, :size],
+                counts.totals_LCE[at][:, :size],
+            )
+
+    def merge(self, other: ClassCounter) -> None:
+        """Add the counts of other documents, in place."""
+        self.counts.merge(other.counts)
+
+
+def count_word_classes(
+    trace: Trace, layers: Iterable[int] | None = None, *, choice: str = "first", threads: int | None = None
+) -> ClassCounts:
+    """Count the choices of each word class in one pass.
+
+    Args:
+        trace: The trace.
+        layers: Layers to count, or None for all.
+        choice: "first", the first choice of a token; or "either", all of its choices alike.
+        threads: Parts counted at a time; None for the number of processors.
+    Raises:
+        NotRecorded: The trace has no token ids, holds counts, or does not say which choice is the first.
+        NoSuchLayer: A layer was not recorded.
+        TraceDamaged: A page fails its checksum.
+        ValueError: `choice` is neither, or `threads` is not positive.
+    """
+    if choice not in ("first", "either"):
+        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
+    trace.need_tokens()
+    chosen = trace.select_layers(layers)
+    if not trace.header.token_ids:
+        raise NotRecorded(trace.path, "has no token ids, so its text is not known")
+    if choice == "first" and not all(layer.ranked for layer in chosen):
+        raise NotRecorded(
+            trace.path,
+            "does not say which of a token's choices is the first",
+            "ask for all of the choices: --choice either, or choice='either'",
+        )
+    pieces = Pieces.of(trace.vocabulary)
+    (total,) = one_pass(
+        trace, chosen, lambda: [ClassCounter(ClassCounts.empty(chosen, choice), pieces)], threads=threads, tokens=True
+    )
+    return total.counts
