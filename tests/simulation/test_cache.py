@@ -368,3 +368,11 @@ def test_one_document_has_no_interval_and_nothing_to_be_fitted_on() -> None:
     assert found["overall_low"].isnull().all()
     lru, hot = found["overall"].sel(policy="lru"), found["overall"].sel(policy="hot")
     assert hot.item() == lru.item()  # all experts are as cold as each other, so the one used longest ago goes
+
+
+def test_the_worked_example_of_the_page() -> None:
+    part = make_part(np.random.default_rng(0), (Layer(0, 4, 2),), [4])
+    part.expert_ids[0][:] = [[0, 1], [2, 3], [1, 3], [0, 1]]
+    trace = InMemory([part], [Layer(0, 4, 2)])
+    found = moescope.cache(trace, policies=("lru", "belady"), sizes=[3], null=False, threads=1)
+    assert (8 * found["overall"].isel(domain=0)).values.ravel().tolist() == [2, 3]
