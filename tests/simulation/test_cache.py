@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def slow_hits(
     hits: Counter[tuple[int, int]] = Counter()
     requests: Counter[tuple[int, int]] = Counter()
     matches = _matches(sequences, layers) if policy == "matching" else {}
+    worths: dict[frozenset[int], dict[Key, int]] = {}
     for places in [range(len(layers))] if budget == "global" else [[at] for at in range(len(layers))]:
         capacity = min(size * len(places), sum(layers[at].num_experts for at in places))
         cache = S3Fifo(capacity) if policy == "s3-fifo" else Ranked(policy, capacity, AGEING)
@@ -52,7 +54,7 @@ def slow_hits(
             if policy == "belady":
                 worth = _negative_next_uses(groups, at)
             if policy in ("hot", "matching"):
-                worth = _sum_of_worths(policy, sequences, layers, step, matches)
+                worth = _sum_of_worths(sequences, layers, step, matches, worths)
             for (key, q), hit in zip(owners, cache.serve(group, worth, last_layer), strict=True):
                 cell = sequences[q].document, key[0]
                 requests[cell] += 1
@@ -68,7 +70,7 @@ def _negative_next_uses(groups: list, at: int) -> dict[Key, int]:
     return {key: found.get(key, -(10**9)) for group, *_ in groups for key, _ in group}
 
 
-def _loads(sequences: list[Sequenced], keep: set[int], place: int, num_experts: int) -> np.ndarray:
+def _loads(sequences: list[Sequenced], keep: frozenset[int], place: int, num_experts: int) -> np.ndarray:
     chosen = [e for s in sequences if s.document in keep for token in s.tokens for e in token[place]]
     return np.bincount(chosen, minlength=num_experts)[:num_experts]
 
@@ -77,9 +79,13 @@ def _shares(loads: np.ndarray) -> list[int]:
     return np.rint(2**40 * loads / max(loads.sum(), 1)).astype(np.int64).tolist()
 
 
-def _other_half(sequences: list[Sequenced], document: int) -> set[int]:
-    mine = document_folds(np.array([document]))[0]
-    return {s.document for s in sequences if document_folds(np.array([s.document]))[0] != mine}
+@cache
+def _fold(document: int) -> int:
+    return int(document_folds(np.array([document]))[0])
+
+
+def _other_half(sequences: list[Sequenced], document: int) -> frozenset[int]:
+    return frozenset(s.document for s in sequences if _fold(s.document) != _fold(document))
 
 
 def _matches(sequences: list[Sequenced], layers: list[Layer]) -> dict[tuple[int, int], int | None]:
@@ -88,7 +94,7 @@ def _matches(sequences: list[Sequenced], layers: list[Layer]) -> dict[tuple[int,
     for s in sequences:
         long_enough[s.document] += len(s.tokens)
     all_loads = {
-        d: np.concatenate([_loads(sequences, {d}, at, a.num_experts) for at, a in enumerate(layers)])
+        d: np.concatenate([_loads(sequences, frozenset([d]), at, a.num_experts) for at, a in enumerate(layers)])
         for d, n in long_enough.items()
         if n >= LIBRARY_TOKENS
     }
@@ -112,20 +118,26 @@ def _matches(sequences: list[Sequenced], layers: list[Layer]) -> dict[tuple[int,
 
 
 def _sum_of_worths(
-    policy: str,
     sequences: list[Sequenced],
     layers: list[Layer],
     step: slow_caches.Step,
     matches: dict[tuple[int, int], int | None],
+    worths: dict[frozenset[int], dict[Key, int]],
 ) -> dict[Key, int]:
-    worth: Counter[Key] = Counter()
+    """The worths of the tokens of a step; `worths` remembers those of a set of documents."""
+    total: Counter[Key] = Counter()
     for q, t in step.tokens:
         matched = matches.get((q, t))
-        keep = _other_half(sequences, sequences[q].document) if matched is None else {matched}
-        for at, layer in enumerate(layers):
-            for e, share in enumerate(_shares(_loads(sequences, keep, at, layer.num_experts))):
-                worth[at, e] += share
-    return dict(worth)
+        keep = _other_half(sequences, sequences[q].document) if matched is None else frozenset([matched])
+        if keep not in worths:
+            worths[keep] = {
+                (at, e): share
+                for at, layer in enumerate(layers)
+                for e, share in enumerate(_shares(_loads(sequences, keep, at, layer.num_experts)))
+            }
+        for key, worth in worths[keep].items():
+            total[key] += worth
+    return dict(total)
 
 
 def compare(parts: list[Part], layers: list[Layer], policies: tuple[str, ...], **how: object) -> None:
@@ -181,37 +193,37 @@ def traces(draw: st.DrawFn, longest: int = 12) -> tuple[list[Part], list[Layer]]
 RANKED = ("lru", "lfu", "aged-lfu", "belady")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(traces())
 def test_every_size_of_every_policy_hits_as_often_as_a_slow_cache(drawn: tuple[list[Part], list[Layer]]) -> None:
     compare(*drawn, ("lru", "lfu", "belady", "s3-fifo"), all_sizes=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(traces(), st.integers(2, 3))
 def test_sequences_decoded_together_share_a_cache(drawn: tuple[list[Part], list[Layer]], batch: int) -> None:
     compare(*drawn, ("lru", "belady", "s3-fifo", "hot"), batch=batch, all_sizes=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(traces(), st.integers(1, 5), st.booleans())
 def test_prefill_serves_a_chunk_at_a_time(drawn: tuple[list[Part], list[Layer]], chunk: int, cold: bool) -> None:
     compare(*drawn, RANKED, prefill=chunk, cold=cold, all_sizes=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(traces(), st.booleans())
 def test_one_budget_is_shared_by_all_layers(drawn: tuple[list[Part], list[Layer]], cold: bool) -> None:
     compare(*drawn, (*RANKED, "s3-fifo", "hot"), budget="global", cold=cold, all_sizes=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(traces(), st.booleans())
 def test_caches_start_cold_for_each_sequence_if_asked(drawn: tuple[list[Part], list[Layer]], cold: bool) -> None:
     compare(*drawn, ("lru", "lfu", "belady", "s3-fifo", "hot"), cold=cold)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(traces(longest=50), st.integers(1, 2))
 def test_policies_fitted_on_other_documents_equal_slow_ones(drawn: tuple[list[Part], list[Layer]], batch: int) -> None:
     compare(*drawn, ("hot", "matching"), batch=batch)
@@ -225,7 +237,7 @@ def test_counts_are_halved_as_the_steps_pass() -> None:
     assert not np.allclose(aged.values, lfu.values)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(st.integers(1, 4), st.lists(st.frozensets(st.integers(0, 4), min_size=1, max_size=3), min_size=1, max_size=9))
 def test_no_choice_of_evictions_hits_more_often_than_belady(capacity: int, groups: list[frozenset[int]]) -> None:
     lengths = [len(group) for group in groups]  # a sequence of so many tokens, served as one chunk
