@@ -9,7 +9,8 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from synthetic import make_counts
+from synthetic import make_counts, make_part
+from synthetic import make_trace as make_synthetic
 
 import moescope
 from moescope.cli import cache as cli_cache
@@ -18,6 +19,7 @@ from moescope.reporting import figures
 from moescope.reporting.cache_tables import POLICY_NAMES, cache_frame, cache_tables, quarter, shown_sizes
 from moescope.reporting.formats import render
 from moescope.simulation import POLICIES
+from moescope.trace import Layer
 
 
 @pytest.fixture
@@ -136,3 +138,15 @@ def test_a_figure_of_two_policies_without_nulls_is_drawn(mixtral, tmp_path) -> N
     played = moescope.cache(mixtral, policies=("lfu", "s3-fifo"), null=False, threads=1)
     figures.save(figures.draw_cache(played), tmp_path, "cache")
     assert (tmp_path / "cache.png").stat().st_size > 10_000
+
+
+def test_policies_that_could_not_be_fitted_are_not_shown(tmp_path) -> None:
+    layer = Layer(0, 8, 2)
+    trace = make_synthetic(tmp_path / "t.moe", [make_part(np.random.default_rng(0), (layer,), [60])], (layer,))
+    played = moescope.cache(trace, threads=1)
+    table = cache_tables(played)[0]
+    assert [row.label for row in table.sections[0].rows] == [
+        POLICY_NAMES[policy] for policy in POLICIES if policy not in ("hot", "matching")
+    ]
+    legend = figures.draw_cache(played).legends[0]
+    assert POLICY_NAMES["hot"] not in [text.get_text() for text in legend.get_texts()]

@@ -35,7 +35,8 @@ def first_choices(tmp_path_factory: pytest.TempPathFactory) -> Trace:
         pytest.skip("needs libcachesim (pip install libcachesim)")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("k1")
-    demo = moescope.record(mini.model_path(), mini.corpus_path(), folder / "demo.moe", layers=[0, 5], max_documents=40)
+    few = {"layers": [0, 5], "max_documents_per_domain": 4}
+    demo = moescope.record(mini.model_path(), mini.corpus_path(), folder / "demo.moe", **few)
     ids: dict[int, list[np.ndarray]] = {layer.layer: [] for layer in demo.layers}
     documents = []
     for part in demo.iter_parts():

@@ -49,12 +49,18 @@ def cache_tables(cache: xr.Dataset, speed: xr.Dataset | None = None) -> list[Tab
 
 def shown_sizes(cache: xr.Dataset) -> list[int]:
     """A few sizes, evenly spread, for which every policy was played through, and not the one that holds all experts."""
-    played = cache["overall"].isel(domain=0).notnull().all("policy").values
-    sizes = cache["size"].values[played]
+    known = cache["overall"].isel(domain=0).sel(policy=played_policies(cache)).notnull()
+    sizes = cache["size"].values[known.all("policy").values]
     if len(sizes) > 2 and sizes[-1] >= int(cache["num_experts"].max()):
         sizes = sizes[:-1]
     places = np.unique(np.rint(np.linspace(0, len(sizes) - 1, min(MOST_SIZES, len(sizes)))).astype(int))
     return [int(sizes[place]) for place in places]
+
+
+def played_policies(cache: xr.Dataset) -> list[str]:
+    """Policies that were played; those that are fitted need two documents at least."""
+    known = cache["overall"].isel(domain=0).notnull().any("size").values
+    return [policy for policy, played in zip(cache["policy"].values.tolist(), known, strict=True) if played]
 
 
 def cache_sentence(cache: xr.Dataset) -> str:
@@ -108,7 +114,7 @@ def cache_frame(cache: xr.Dataset) -> pd.DataFrame:
 
 def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
     data = cache.sel(size=list(sizes)).isel(domain=0)
-    policies = cache["policy"].values.tolist()
+    policies = played_policies(cache)
 
     def rows(value: str, low: str | None, high: str | None) -> tuple[Row, ...]:
         made = []
@@ -190,7 +196,7 @@ def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
 def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
     data = speed.isel(domain=0).sel(size=list(sizes))
     rows = []
-    for policy in speed["policy"].values.tolist():
+    for policy in speed["policy"].values[data["tokens_per_second"].notnull().any("size").values].tolist():
         cells = []
         for size in sizes:
             at = data.sel(policy=policy, size=size)

@@ -103,7 +103,7 @@ def cache(
         * `requests` (domain, layer), `tokens` (domain); `loads` (policy, domain, size): misses a token, in experts;
         * `num_experts`, `top_k` (layer).
 
-        The settings are attributes.
+        `hot` and `matching` are NaN where one half of the corpus has no document. The settings are attributes.
     Raises:
         NoSuchLayer: A layer was not recorded.
         NotRecorded: The trace holds counts only.
@@ -166,7 +166,8 @@ def cache(
         for at, server in enumerate(servers):
             for steps in server.rest():
                 play(at, steps)
-    played = [_Played.of(settings, each, num_domains, groups) for each in caches]
+    unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
+    played = [_Played.of(settings, each, num_domains, groups).without(unfitted) for each in caches]
     return _labelled(trace, settings, played, tokens_D, seed)
 
 
@@ -390,7 +391,8 @@ class _Caches:
         of = (requests.object_R, requests.cell_R, requests.starts_G)
         fresh_G = np.zeros(len(requests.starts_G) - 1, np.bool_)
         fresh_G[:: len(self.layers)] = steps.fresh_S
-        self.requests_C += np.bincount(requests.cell_R, minlength=self.rows)
+        if not self.stacks:
+            self.requests_C += np.bincount(requests.cell_R, minlength=self.rows)
         for name, stack in self.stacks.items():
             if name == "lru" and self.width == 1:
                 stack.state[0] = kernels.lru_distances(
@@ -436,6 +438,12 @@ class _Caches:
                 queues.hits_C,
             )
 
+    def requests(self) -> NDArray[np.int64]:
+        """Requests by cell and layer; every stack has counted all of them."""
+        stack = next(iter(self.stacks.values()), None)
+        of_rows = self.requests_C if stack is None else stack.counts_CB.sum(axis=1)
+        return of_rows.reshape(-1, len(self.layers))
+
     def hits(self, name: str) -> Numbers:
         """Hits by cell, layer and size, shape (cell, layer, size); NaN for sizes that were not played."""
         sizes, num_layers = self.settings.sizes, len(self.layers)
@@ -480,8 +488,12 @@ class _Played:
             name: np.concatenate([each.hits(name) for each in caches], axis=1).reshape(*shape, len(settings.sizes))
             for name in settings.policies
         }
-        requests = np.concatenate([each.requests_C.reshape(-1, len(each.layers)) for each in caches], axis=1)
+        requests = np.concatenate([each.requests() for each in caches], axis=1)
         return cls(hits, requests.reshape(shape).astype(float))
+
+    def without(self, policies: set[str]) -> _Played:
+        """The same with the hits of some policies unknown."""
+        return _Played({p: of * (np.nan if p in policies else 1) for p, of in self.hits.items()}, self.requests_DGL)
 
 
 def _labelled(

@@ -98,15 +98,17 @@ class Server:
     def steps(self, part: Part) -> Iterator[Steps]:
         """The steps that a part, with the domain codes of the trace, completes."""
         order_T = np.arange(part.num_tokens) if self.seed is None else _permuted(part, self.seed)
-        group_T = document_groups(part.document, self.groups)
-        cell_T = part.domain.astype(np.int64) * self.groups + group_T
-        fold_T = document_folds(part.document)
+        starts_G = part.document_starts()
+        document, lengths = part.document[starts_G[:-1]], np.diff(starts_G)
+        cell_G = part.domain[starts_G[:-1]].astype(np.int64) * self.groups + document_groups(document, self.groups)
+        cell_T, fold_T = np.repeat(cell_G, lengths), np.repeat(document_folds(document), lengths)
         starts_Q = part.sequence_starts()
         for first, last in _blocks(starts_Q, max(1, BLOCK_ASSIGNMENTS // (len(self.layers) * self.top_k))):
             starts = starts_Q[first : last + 1]
-            rows = order_T[starts[0] : starts[-1]]
+            here = slice(int(starts[0]), int(starts[-1]))
+            rows = order_T[here]  # of the same document as the tokens that stood here
             ids_LKT = self._ids(part, rows)
-            fold = fold_T[rows]
+            fold = fold_T[here]
             starts = starts - starts[0]
             row = fold
             if self.library is not None:
@@ -121,9 +123,9 @@ class Server:
                     row,
                 )
             if self.batch == 1:
-                yield self._one_by_one(ids_LKT, starts, cell_T[rows], fold, row)
+                yield self._one_by_one(ids_LKT, starts, cell_T[here], fold, row)
             else:
-                yield from self._interleaved(ids_LKT, starts, cell_T[rows], fold, row)
+                yield from self._interleaved(ids_LKT, starts, cell_T[here], fold, row)
 
     def rest(self) -> Iterator[Steps]:
         """The steps of the sequences still being served, once there are no more parts."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from moescope.reporting.cache_tables import POLICY_NAMES, quarter
+from moescope.reporting.cache_tables import POLICY_NAMES, played_policies, quarter
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
@@ -38,7 +38,7 @@ def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
         size: Experts a layer of the panel by layer; None for about a quarter of them.
     """
     size = quarter(cache) if size is None else size
-    policies = cache["policy"].values.tolist()
+    policies = played_policies(cache)
     with style.style():
         handles = [_handle(policy) for policy in policies]
         if cache["overall_null"].notnull().any():
@@ -75,7 +75,7 @@ def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
     requests = data["requests"].values
     uniform = (data["uniform"].values * requests[:, None]).sum(axis=0) / max(requests.sum(), 1)
     axes.plot(sizes, 100 * uniform, color=MUTED, linewidth=1.2, linestyle=_UNIFORM, label="uniform")
-    for policy in cache["policy"].values.tolist():
+    for policy in played_policies(cache):
         at, colour = data.sel(policy=policy), _colour(policy)
         value = 100 * at["overall"].values
         known = np.isfinite(value)
