@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from functools import cache
 from itertools import product
@@ -18,7 +19,7 @@ from synthetic import make_counts, make_part, make_trace
 import moescope
 from moescope.errors import NotRecorded
 from moescope.simulation import POLICIES
-from moescope.simulation.cache import AGEING, LIBRARY, LIBRARY_TOKENS
+from moescope.simulation.playing import AGEING, LIBRARY, LIBRARY_TOKENS
 from moescope.simulation.serving import document_folds
 from moescope.trace import Layer, Part
 
@@ -408,3 +409,21 @@ def test_recorded_routing_of_128_experts_gives_plausible_curves(shared_data: Pat
     assert (of["belady"] >= np.nanmax([of[p] for p in POLICIES], axis=0) - 1e-12).all()
     assert (np.diff(of["lru"]) > 0).all()
     assert (found["gain"].sel(policy="lru").values[:3] > 0.02).all()  # tokens in order, of one document as a whole
+
+
+def test_memory_does_not_grow_with_tokens(tmp_path: Path) -> None:
+    layers = (Layer(0, 16, 2), Layer(1, 16, 2))
+    peaks = []
+    for number in (3, 12):
+        parts = [
+            make_part(np.random.default_rng(at), layers, [400] * 10, window=400, first_document=10 * at)
+            for at in range(number)
+        ]
+        trace = make_trace(tmp_path / f"{number}.moe", parts, layers)
+        del parts
+        _ = trace.num_documents  # what a trace keeps of its documents is not the caches'
+        tracemalloc.start()
+        moescope.cache(trace, threads=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]

@@ -5,7 +5,8 @@ a subject; nothing is drawn or printed. Beside every gain stands what a trace wi
 optimum where there is one. Only the modules of kernels loop over tokens.
 """
 
-from moescope.simulation.cache import POLICIES, cache
+from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
+from moescope.simulation.playing import POLICIES
 
 __all__ = ["POLICIES", "cache", "offloading"]

@@ -24,8 +24,8 @@ Sums = NDArray[np.int64]
 NEVER = 2**62
 """The group of the next use of an expert that is not used again."""
 
-LRU, LFU, AGED, TABLE, NEXT = 0, 1, 2, 3, 4
-"""What ranks the experts: the last use; the number of uses; that, halved now and then; given tables; the next use."""
+LFU, AGED, TABLE, NEXT = 0, 1, 2, 3
+"""What ranks the experts: the number of uses; that, halved now and then; given tables; the next use."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -98,7 +98,14 @@ def next_uses(object_R: Ids, starts_G: Sums, base: int, after_N: Sums, next_R: S
 
 @numba.njit(cache=True, nogil=True)
 def lru_distances(
-    object_R: Ids, cell_R: Ids, starts_G: Sums, fresh_G: NDArray[np.bool_], now: int, last_N: Sums, counts_CB: Sums
+    object_R: Ids,
+    cell_R: Ids,
+    starts_G: Sums,
+    fresh_G: NDArray[np.bool_],
+    width: int,
+    now: int,
+    last_N: Sums,
+    counts_CB: Sums,
 ) -> int:
     """Count requests by the size at which an LRU cache would just hold them.
 
@@ -110,9 +117,10 @@ def lru_distances(
         cell_R: Cell of each request.
         starts_G: First request of each group, with the number of requests at the end.
         fresh_G: Whether the cache is emptied before each group.
+        width: Objects a bin.
         now: Requests so far, from 1.
         last_N: When each object was last used, 0 for never. Changed.
-        counts_CB: Added to: bin b for a cache of b + 1 objects, the last bin for objects that were never there.
+        counts_CB: Added to: bin b for a cache of (b + 1) * width objects, the last for objects that were never there.
     Returns:
         Requests so far, after these.
     """
@@ -129,6 +137,8 @@ def lru_distances(
                 distance = 0
                 for n in range(num_objects):
                     distance += last_N[n] > time
+                if width > 1:
+                    distance //= width
                 counts_CB[cell_R[r], distance] += 1
         for r in range(start, end):
             last_N[object_R[r]] = now + end - 1 - r  # the first choice is the last to go
@@ -164,7 +174,7 @@ def stack_distances(
     optimal, as the group of the next use is when the expert must be there again.
 
     Args:
-        kind: LRU, LFU, AGED, TABLE or NEXT.
+        kind: LFU, AGED, TABLE or NEXT.
         object_R: Objects requested.
         cell_R: Cell of each request.
         starts_G: First request of each group, with the number of requests at the end.
@@ -175,7 +185,7 @@ def stack_distances(
         row_T: For TABLE: table that goes with each token; the values of a step are the sum over its tokens.
         tokens_S: For TABLE: first token of each step, with the number of tokens at the end.
         ageing: For AGED: steps after which all counts are halved, rounded down.
-        width: Objects a bin: bin b is for a cache of (b + 1) * width objects.
+        width: Objects a bin.
         state: Time, objects on the stack, steps since the last halving, table in use (-1: none). Changed.
         last_N: When each object was last used. Changed.
         value_N: Changed.
