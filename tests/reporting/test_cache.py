@@ -19,7 +19,7 @@ from moescope.reporting import figures
 from moescope.reporting.cache_tables import POLICY_NAMES, cache_frame, cache_tables, quarter, shown_sizes
 from moescope.reporting.formats import render
 from moescope.simulation import POLICIES
-from moescope.trace import Layer
+from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 
 
 @pytest.fixture
@@ -92,6 +92,11 @@ def test_the_command_line_says_what_cannot_be(run, mixtral, tmp_path) -> None:
         result = run("cache", mixtral.path, *arguments)
         assert result.exit_code == 2
         assert said in " ".join(result.stderr.split())
+    with TraceWriter(tmp_path / "empty.moe", Header((Layer(0, 8, 2),)), Vocabulary({})):
+        pass
+    result = run("cache", tmp_path / "empty.moe")
+    assert result.exit_code == 1
+    assert "holds no document yet" in result.stderr
     counts = make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}})
     result = run("cache", counts.path)
     assert result.exit_code == 1

@@ -88,12 +88,14 @@ def command(
     """
     from moescope.cli.printing import layer_progress, print_table, save_figure
     from moescope.reporting.cache_tables import cache_tables
+    from moescope.reporting.results import shown_layers
     from moescope.simulation import cache, offloading
     from moescope.trace import open_trace
 
     if (expert_bytes is None) != (bandwidth is None):
         raise click.UsageError("--expert-bytes and --bandwidth belong together: give both, or neither.")
     opened = open_trace(trace)
+    shown_layers(opened, layers)  # says so if there is nothing in it
     with layer_progress("playing") as progress:
         try:
             played = cache(
