@@ -193,7 +193,7 @@ def traces(draw: st.DrawFn, longest: int = 12) -> tuple[list[Part], list[Layer]]
 RANKED = ("lru", "lfu", "aged-lfu", "belady")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(traces())
 def test_every_size_of_every_policy_hits_as_often_as_a_slow_cache(drawn: tuple[list[Part], list[Layer]]) -> None:
     compare(*drawn, ("lru", "lfu", "belady", "s3-fifo"), all_sizes=True)
