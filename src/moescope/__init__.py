@@ -25,6 +25,7 @@ _HOMES = {
     "Tally": "tallying",
     "Trace": "trace",
     "balance": "measures",
+    "cache": "simulation",
     "claims": "measures",
     "coactivation": "measures",
     "compare": "measures",
@@ -35,6 +36,7 @@ _HOMES = {
     "from_arrays": "importers",
     "import_trace": "importers",
     "locality": "measures",
+    "offloading": "simulation",
     "open_corpus": "corpus",
     "open_trace": "trace",
     "record": "recording",
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
+    from moescope.simulation import cache as cache
+    from moescope.simulation import offloading as offloading
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace

@@ -104,6 +104,18 @@ def test_the_page_on_saturation_shows_the_curve_of_the_checkpoints_that_are_kept
             assert cell == f"{100 * float(of['agreement']):.1f} ± {100 * half:.1f} ({kappa})"
 
 
+def test_the_page_on_caches_names_the_policies_and_shows_what_the_time_model_leaves_unexplained() -> None:
+    from moescope.simulation import POLICIES
+    from moescope.simulation.offloading import table_2
+
+    text = (DOCS / "reference" / "simulation" / "cache.md").read_text(encoding="utf-8")
+    assert tuple(row[0] for row in table_rows(text, "policy")) == POLICIES
+    for row, of in zip(table_rows(text, "GPU"), table_2().itertuples(), strict=True):
+        assert row[0] == "" or row[0].startswith(of.gpu)
+        assert row[2:5] == (f"{of.loads_a_token:g}", f"{of.link_seconds:.3f}", f"{of.link_tokens_per_second:.2f}")
+        assert row[5:] == (f"{of.measured_tokens_per_second:.3f}", f"{of.residual_seconds:.3f}")
+
+
 def test_no_page_links_to_a_page_that_is_not_there() -> None:
     root = DOCS.parent
     for page in [*root.glob("*.md"), *DOCS.rglob("*.md"), *root.glob("training/*.md")]:

@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(
 
 
 def test_what_is_wrong_is_said(trace: Trace, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no format 'csv'; there are jsonl, vllm"):
+    with pytest.raises(ValueError, match="no format 'csv'; there are hot-experts, jsonl, oracle-general, vllm"):
         moescope.export(trace, tmp_path / "out", format="csv")
     with pytest.raises(NoSuchLayer, match="layer 3 was not recorded"):
         moescope.export(trace, tmp_path / "out", format="jsonl", layers=[3])

@@ -10,7 +10,7 @@ from moescope.cli.options import force_option, layers_option, output_option, tra
 
 
 @click.command()
-@click.argument("format", type=click.Choice(["vllm", "jsonl"]))
+@click.argument("format", type=click.Choice(["vllm", "jsonl", "oracle-general", "hot-experts"]))
 @trace_argument
 @output_option(None, "File or folder to write.")
 @layers_option
@@ -20,7 +20,8 @@ def command(format: str, trace: Path, output: Path, layers: tuple[int, ...] | No
 
     vllm: arrays of expert ids as vLLM returns them (token, layer of the model, choice), one .npy a sequence in a
     folder, or all in one file if PATH ends in .npz; layout.json says which layers are real. jsonl: a line a token and
-    layer. Prints the path.
+    layer. oracle-general: requests for experts, for cache simulators. hot-experts: loads, and the experts in order of
+    heat, as JSON. Prints the path.
 
     \b
     Example:

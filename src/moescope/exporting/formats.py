@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from moescope.exporting import json_lines, vllm
+from moescope.exporting import hot_experts, json_lines, oracle_general, vllm
 from moescope.exporting.output import new_output
 from moescope.trace import Layer, Trace, open_trace
 
 FORMATS: dict[str, Callable[[Trace, tuple[Layer, ...], Path, str], None]] = {
+    "hot-experts": hot_experts.write,
     "jsonl": json_lines.write,
+    "oracle-general": oracle_general.write,
     "vllm": vllm.write,
 }
 """By name, what writes the layers of a trace to a path, given the name under which it will be known."""
@@ -32,6 +34,8 @@ def export(
         out: File or folder to write; it appears when it is complete.
         format: ``vllm``: arrays of expert ids, shape (token, layer of the model, choice), one `.npy` a sequence in
             the folder `out`, or all in one file if that ends in `.npz`. ``jsonl``: a file, a line a token and layer.
+            ``oracle-general``: a file of requests for cache simulators, 24 bytes each. ``hot-experts``: a JSON file,
+            loads and the experts in order of heat.
         layers: Layers to export, counted over the whole model; None for all recorded.
         force: Replace an earlier export.
     Returns:

@@ -7,6 +7,7 @@ width of a page.
 
 from moescope.reporting.figures.agreement import draw_agreement
 from moescope.reporting.figures.balance import draw_balance
+from moescope.reporting.figures.cache import draw_cache
 from moescope.reporting.figures.consistency import draw_consistency
 from moescope.reporting.figures.divergence import draw_divergence, draw_domain_pairs
 from moescope.reporting.figures.explain import draw_explained, draw_explained_by_layer
@@ -24,6 +25,7 @@ __all__ = [
     "as_bars",
     "draw_agreement",
     "draw_balance",
+    "draw_cache",
     "draw_choices",
     "draw_coactivation",
     "draw_consistency",

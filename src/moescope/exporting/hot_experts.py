@@ -1,0 +1,53 @@
+"""How hot the experts of a trace are, as JSON: what to keep in memory, or to place first.
+
+    {"format": "moescope-hot-experts", "version": 1, "tokens": 1200, "layers": [{"layer": 0, "num_experts": 8,
+     "top_k": 2, "load": [310, ...], "order": [5, 0, ...]}], "order": [[0, 5], [7, 2], ...], ...}
+
+``load`` is in assignments, by expert. ``order`` lists the experts of a layer, or (layer, expert) of all of them by
+their share of the layer's load, the hottest first; of equals, the smaller number first.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from moescope.trace import Layer, Trace
+
+FORMAT = "moescope-hot-experts"
+
+
+def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
+    """Write the loads of the layers of a trace, and the orders, to a file."""
+    loads = {layer.layer: np.zeros(layer.num_experts, np.int64) for layer in layers}
+    tokens = 0
+    for part in trace.iter_parts(list(loads)):
+        tokens += part.num_tokens
+        for layer in layers:
+            ids = part.expert_ids[layer.layer].ravel()
+            ids = ids[(ids >= 0) & (ids < layer.num_experts)]
+            loads[layer.layer] += np.bincount(ids, minlength=layer.num_experts)
+    coldness = {number: (-load / max(1, load.sum())).tolist() for number, load in loads.items()}
+    everywhere = sorted((cold, number, expert) for number, of in coldness.items() for expert, cold in enumerate(of))
+    document = {
+        "format": FORMAT,
+        "version": 1,
+        "tokens": tokens,
+        "complete": trace.complete,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "load": loads[layer.layer].tolist(),
+                "order": np.argsort(-loads[layer.layer], kind="stable").tolist(),
+            }
+            for layer in layers
+        ],
+        "order": [[number, expert] for _, number, expert in everywhere],
+        "model": trace.header.model,
+        "corpus": trace.header.corpus,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,303 @@
+"""Expert caches: how many of the experts that a token needs would already be there, by policy and size of the cache.
+
+The unit is the request: an expert that a step needs in a layer, once however many of its tokens need it; decoding one
+sequence, that is the assignment. Caches start empty and fetch on demand; all experts of a step are probed together, and
+while they are served none is evicted for another. A cache of c holds c experts of each layer, or with one budget for
+all layers c times the number of layers in all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.measures import statistics
+from moescope.measures.statistics import Numbers, described
+from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
+from moescope.simulation.serving import Server, Steps
+from moescope.tallying.document_groups import affordable_groups
+from moescope.trace import Trace
+
+ALL_DOMAINS = "(all)"
+"""Name, among the domains, of the whole trace."""
+
+_ELISEEV = "LRU a layer: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.1"
+
+
+def cache(
+    trace: Trace,
+    layers: Iterable[int] | None = None,
+    *,
+    policies: Sequence[str] = POLICIES,
+    sizes: Iterable[int] | None = None,
+    budget: Literal["layer", "global"] = "layer",
+    batch: int = 1,
+    prefill: int | None = None,
+    cold_sequences: bool = False,
+    null: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Play a trace through caches of experts.
+
+    Memory is that of a part, and 8 bytes an expert for every four million assignments of the trace.
+
+    Args:
+        trace: The trace.
+        layers: Layers, or None for all.
+        policies: Of `POLICIES`.
+        sizes: Experts a layer that the cache holds, from the largest top-k to the most experts a layer has; None for
+            all of these, where S3-FIFO is played through for a few.
+        budget: ``layer``: a cache a layer. ``global``: one cache of `sizes` times the number of layers.
+        batch: Sequences decoded at a time, each one token a step.
+        prefill: Tokens of a chunk of prefill, served together; None to decode.
+        cold_sequences: Empty the caches before each sequence; otherwise they go on through the whole trace.
+        null: Also play the trace with the tokens of each document in random order; without, its variables are NaN.
+        seed: Of that order.
+        threads: Layers played at a time; None for the number of processors.
+        progress: Called with the number of parts done and of all.
+    Returns:
+        `domain` holds "(all)" and the domains; `size` is in experts a layer.
+
+        * `hit_ratio`, `low`, `high`, `null` (policy, domain, layer, size): hits over requests, with its 95 % interval
+          over documents; the same with the tokens of each document in random order;
+        * `overall`, `overall_low`, `overall_high`, `overall_null` (policy, domain, size): of all layers together;
+        * `gain`, `gain_low`, `gain_high` (policy, domain, size): `overall` less `overall_null`, what order is worth;
+        * `closed`, `closed_low`, `closed_high` (policy, domain, size): the part of the way from LRU to the optimum that
+          the policy goes, of all layers together; NaN where the two are equal;
+        * `uniform` (layer, size): c/E, what every cache hits under uniform independent routing;
+        * `requests` (domain, layer), `tokens` (domain); `loads` (policy, domain, size): misses a token, in experts;
+        * `num_experts`, `top_k` (layer).
+
+        `hot` and `matching` are NaN where one half of the corpus has no document. The settings are attributes.
+    Raises:
+        NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace holds counts only.
+        ValueError: An argument is none that could be, such as a cache that is smaller than top-k.
+    Source:
+        Mattson et al. 1970 (all sizes in one pass); Belady 1966; Yang et al. 2023 (S3-FIFO); matching after the idea of
+        MoE-Infinity, Xue et al. 2024, arXiv 2401.14361; a cache a layer, LRU: Eliseev and Mazur 2023, arXiv 2312.17238.
+    """
+    trace.need_tokens()
+    chosen = trace.select_layers(layers)
+    settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)
+    threads = threads if threads is not None else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    num_domains = len(trace.domains)
+    widest = max(layer.num_experts for layer in chosen)
+    groups = affordable_groups(num_domains * len(chosen) * (widest + 1) * len(settings.policies) * 4)
+    seeds = [None, seed] if null else [None]
+    passes = len(trace.parts) * (2 if settings.fitted or settings.foresees else 1)
+    done = 0
+
+    def ready() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, passes)
+
+    plan = Plan.of(trace, settings, seeds, ready)
+    servers = [
+        Server(
+            chosen,
+            batch=batch,
+            prefill=prefill,
+            cold=cold_sequences,
+            groups=groups,
+            seed=each,
+            library=plan.library if "matching" in settings.policies else None,
+        )
+        for each in seeds
+    ]
+    sets = [list(chosen)] if budget == "global" else [[layer] for layer in chosen]
+    caches = [[Caches(settings, of, num_domains * groups, plan.library) for of in sets] for _ in seeds]
+    chunks = [0] * len(seeds)
+    tokens_D = np.zeros(num_domains, np.int64)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def play(at: int, steps: Steps) -> None:
+            if at == 0:
+                tokens_D[:] += np.bincount(steps.cell_T // groups, minlength=num_domains)
+            after_N = plan.after(at, chunks[at])
+            chunks[at] += 1
+            list(pool.map(lambda place: caches[at][place].serve(steps, place, after_N), range(len(sets))))
+
+        for index in range(len(trace.parts)):
+            part = trace.with_trace_domains(trace.parts[index].read(chosen, tokens=False))
+            for at, server in enumerate(servers):
+                for steps in server.steps(part):
+                    play(at, steps)
+            ready()
+        for at, server in enumerate(servers):
+            for steps in server.rest():
+                play(at, steps)
+    unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
+    played = [_Played.of(settings, each, num_domains, groups).without(unfitted) for each in caches]
+    return _labelled(trace, settings, played, tokens_D, seed)
+
+
+@dataclass(frozen=True)
+class _Played:
+    """What was counted. P policies, D domains, G groups of documents, L layers, Z sizes."""
+
+    hits: dict[str, Numbers]
+    requests_DGL: Numbers
+
+    @classmethod
+    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _Played:
+        shape = (num_domains, groups, len(settings.layers))
+        hits = {
+            name: np.concatenate([each.hits(name) for each in caches], axis=1).reshape(*shape, len(settings.sizes))
+            for name in settings.policies
+        }
+        requests = np.concatenate([each.requests() for each in caches], axis=1)
+        return cls(hits, requests.reshape(shape).astype(float))
+
+    def without(self, policies: set[str]) -> _Played:
+        """The same with the hits of some policies unknown."""
+        return _Played({p: of * (np.nan if p in policies else 1) for p, of in self.hits.items()}, self.requests_DGL)
+
+
+def _labelled(
+    trace: Trace, settings: Settings, played: Sequence[_Played], tokens_D: NDArray[np.int64], seed: int
+) -> xr.Dataset:
+    seen = played[0]
+    shape = (len(settings.policies), len(trace.domains) + 1, len(settings.layers), len(settings.sizes))
+    flat = (shape[0], shape[1], shape[3])
+    by_layer = {name: np.full(shape, np.nan) for name in ("hit_ratio", "low", "high", "null")}
+    of_all = {
+        f"{what}{end}": np.full(flat, np.nan) for what in ("overall", "gain", "closed") for end in ("", "_low", "_high")
+    }
+    of_all["overall_null"], of_all["loads"] = np.full(flat, np.nan), np.full(flat, np.nan)
+    tokens = np.concatenate([[tokens_D.sum()], tokens_D])
+    for p, name in enumerate(settings.policies):
+        for d in range(shape[1]):
+            hits, requests = _of_domain(seen.hits[name], d), _of_domain(seen.requests_DGL, d)
+            at = p, d
+            by_layer["hit_ratio"][at], by_layer["low"][at], by_layer["high"][at] = _proportion(
+                hits, requests[..., None]
+            )
+            together, all_requests = hits.sum(axis=1), requests.sum(axis=1)[:, None]
+            ends = _proportion(together, all_requests)
+            of_all["overall"][at], of_all["overall_low"][at], of_all["overall_high"][at] = ends
+            of_all["loads"][at] = statistics.ratio(all_requests.sum() - together.sum(axis=0), tokens[d])
+            if len(played) > 1:
+                null = _of_domain(played[1].hits[name], d)
+                null_requests = _of_domain(played[1].requests_DGL, d)
+                by_layer["null"][at] = statistics.ratio(null.sum(axis=0), null_requests.sum(axis=0)[:, None])
+                pair = (null.sum(axis=1), null_requests.sum(axis=1)[:, None])
+                of_all["overall_null"][at] = statistics.ratio(pair[0].sum(axis=0), pair[1].sum())
+                gain = _difference(together, all_requests, *pair)
+                of_all["gain"][at], of_all["gain_low"][at], of_all["gain_high"][at] = gain
+            if "lru" in seen.hits and "belady" in seen.hits:
+                lru = _of_domain(seen.hits["lru"], d).sum(axis=1)
+                best = _of_domain(seen.hits["belady"], d).sum(axis=1)
+                closed = _quotient(together - lru, best - lru)
+                of_all["closed"][at], of_all["closed_low"][at], of_all["closed_high"][at] = closed
+    num_experts = np.array([layer.num_experts for layer in settings.layers])
+    uniform = np.minimum(1.0, np.array(settings.sizes) / num_experts[:, None])
+    requests_DL = seen.requests_DGL.sum(axis=1)
+    dims, flat_dims = ("policy", "domain", "layer", "size"), ("policy", "domain", "size")
+    low, high = "95 % interval, low end", "95 % interval, high end"
+    shuffled = "the same with the tokens of each document in random order"
+    return xr.Dataset(
+        {
+            "hit_ratio": described(by_layer["hit_ratio"], dims, "hits over requests", "1", _ELISEEV),
+            "low": described(by_layer["low"], dims, low, "1"),
+            "high": described(by_layer["high"], dims, high, "1"),
+            "null": described(by_layer["null"], dims, shuffled, "1"),
+            "overall": described(of_all["overall"], flat_dims, "hits over requests, all layers", "1"),
+            "overall_low": described(of_all["overall_low"], flat_dims, low, "1"),
+            "overall_high": described(of_all["overall_high"], flat_dims, high, "1"),
+            "overall_null": described(of_all["overall_null"], flat_dims, shuffled, "1"),
+            "gain": described(of_all["gain"], flat_dims, "hit ratio less that of tokens in random order", "1"),
+            "gain_low": described(of_all["gain_low"], flat_dims, low, "1"),
+            "gain_high": described(of_all["gain_high"], flat_dims, high, "1"),
+            "closed": described(of_all["closed"], flat_dims, "part of the way from LRU to the optimum", "1"),
+            "closed_low": described(of_all["closed_low"], flat_dims, low, "1"),
+            "closed_high": described(of_all["closed_high"], flat_dims, high, "1"),
+            "loads": described(
+                of_all["loads"], flat_dims, "experts to be loaded a token, all layers", "experts a token"
+            ),
+            "uniform": described(uniform, ("layer", "size"), "c/E, under uniform independent routing", "1", _ELISEEV),
+            "requests": described(
+                np.concatenate([requests_DL.sum(axis=0)[None], requests_DL]),
+                ("domain", "layer"),
+                "requests",
+                "requests",
+            ),
+            "tokens": described(tokens, ("domain",), "tokens served", "tokens"),
+            "num_experts": described(num_experts, ("layer",), "routed experts", "experts"),
+            "top_k": described(
+                np.array([layer.top_k for layer in settings.layers]), ("layer",), "experts chosen a token", "experts"
+            ),
+        },
+        coords={
+            "policy": list(settings.policies),
+            "domain": [ALL_DOMAINS, *(f"{d} (a domain)" if d == ALL_DOMAINS else d for d in trace.domains)],
+            "layer": [layer.layer for layer in settings.layers],
+            "size": list(settings.sizes),
+        },
+        attrs={
+            "budget": settings.budget,
+            "batch": settings.batch,
+            "prefill": settings.prefill or 0,
+            "cold_sequences": int(settings.cold),
+            "seed": seed,
+        },
+    )
+
+
+def _of_domain(values: Numbers, d: int) -> Numbers:
+    """The groups of all domains together for 0, else of domain d - 1, with the group first."""
+    return values.reshape(-1, *values.shape[2:]) if d == 0 else values[d - 1]
+
+
+def _proportion(hits_G: Numbers, requests_G: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Hits over requests with an interval over groups of documents, which are the first axis."""
+    ratio, error, used = _ratio(hits_G, requests_G)
+    low, high = statistics.proportion_interval(ratio, error, used)
+    return ratio, np.where(np.isnan(ratio), np.nan, low), np.where(np.isnan(ratio), np.nan, high)
+
+
+def _quotient(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Σy / Σn, of any sign, with an interval; NaN where Σn is not positive."""
+    ratio, error, used = _ratio(y_G, n_G)
+    half = statistics.student_t(used) * error
+    return ratio, ratio - half, ratio + half
+
+
+def _difference(
+    hits_G: Numbers, requests_G: Numbers, null_G: Numbers, null_requests_G: Numbers
+) -> tuple[Numbers, Numbers, Numbers]:
+    """The difference of two ratios of the same groups, paired, with an interval."""
+    ratio = statistics.ratio(hits_G.sum(axis=0), requests_G.sum(axis=0))
+    null = statistics.ratio(null_G.sum(axis=0), null_requests_G.sum(axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        residual_G = (hits_G - ratio * requests_G) / requests_G.sum(axis=0)
+        residual_G = residual_G - (null_G - null * null_requests_G) / null_requests_G.sum(axis=0)
+    used = np.count_nonzero(requests_G, axis=0)
+    half = statistics.student_t(used) * _error(residual_G, used)
+    return ratio - null, ratio - null - half, ratio - null + half
+
+
+def _ratio(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers, NDArray[Any]]:
+    ratio = statistics.ratio(y_G.sum(axis=0), n_G.sum(axis=0))
+    used = np.broadcast_to(np.count_nonzero(n_G, axis=0), ratio.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        residual_G = (y_G - ratio * n_G) / n_G.sum(axis=0)
+    return ratio, _error(residual_G, used), used
+
+
+def _error(residual_G: Numbers, used: NDArray[Any]) -> Numbers:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(np.where(used > 1, used / (used - 1), np.nan) * (residual_G**2).sum(axis=0))

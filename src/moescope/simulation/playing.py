@@ -1,0 +1,369 @@
+"""Caches of experts as they are played: the settings, what must be known before, and the caches themselves.
+
+`Plan` is what a first pass over a trace finds; `Caches` serve steps and count hits, for every policy and size at once.
+Suffixes as in `cache_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.measures.statistics import Numbers
+from moescope.simulation import cache_kernels as kernels
+from moescope.simulation.serving import Library, Server, Steps, document_folds, object_offsets
+from moescope.tallying.token_sample import token_hashes
+from moescope.trace import Layer, Part, Trace
+
+POLICIES = ("lru", "lfu", "aged-lfu", "s3-fifo", "hot", "matching", "belady")
+"""Evict the expert used longest ago; used least often; the same with counts halved every `AGEING` steps; by three FIFO
+queues; the coldest in other documents; the least used by the other document that this sequence resembles; the one used
+again last, which is the optimum."""
+
+AGEING = 64
+"""Steps after which aged LFU halves its counts."""
+
+LIBRARY = 64
+"""Documents that `matching` compares a sequence with, of each half of the corpus."""
+
+LIBRARY_TOKENS = 32
+"""Tokens that such a document has at least."""
+
+S3_SIZES = 8
+"""Sizes, evenly spread, for which S3-FIFO is played through unless sizes are given: it needs a pass a size."""
+
+_KINDS = {
+    "lfu": kernels.LFU,
+    "aged-lfu": kernels.AGED,
+    "hot": kernels.TABLE,
+    "matching": kernels.TABLE,
+    "belady": kernels.NEXT,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is played, and how.
+
+    Attributes:
+        layers: Layers of the trace.
+        policies: Of `POLICIES`.
+        sizes: Experts a layer that the caches hold, ascending.
+        s3_sizes: Those for which S3-FIFO is played.
+        budget: ``layer`` or ``global``.
+        batch: Sequences decoded at a time.
+        prefill: Tokens of a chunk of prefill, or None.
+        cold: Whether each sequence starts with empty caches.
+    """
+
+    layers: tuple[Layer, ...]
+    policies: tuple[str, ...]
+    sizes: tuple[int, ...]
+    s3_sizes: tuple[int, ...]
+    budget: str
+    batch: int
+    prefill: int | None
+    cold: bool
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a policy needs the loads of other documents."""
+        return "hot" in self.policies or "matching" in self.policies
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a policy needs the uses to come."""
+        return "belady" in self.policies
+
+    @classmethod
+    def checked(
+        cls,
+        layers: tuple[Layer, ...],
+        policies: Sequence[str],
+        sizes: Iterable[int] | None,
+        budget: str,
+        batch: int,
+        prefill: int | None,
+        cold: bool,
+    ) -> Settings:
+        """The settings of `moescope.cache`, of whose arguments each is checked.
+
+        Raises:
+            ValueError: One is none that could be.
+        """
+        policies = (policies,) if isinstance(policies, str) else tuple(policies)
+        if not policies or len(set(policies)) < len(policies) or not set(policies) <= set(POLICIES):
+            raise ValueError(f"policies must be distinct and of {', '.join(POLICIES)}, not {policies}")
+        if budget not in ("layer", "global"):
+            raise ValueError(f"budget must be 'layer' or 'global', not {budget!r}")
+        if batch < 1 or (prefill is not None and prefill < 1):
+            raise ValueError(f"batch and prefill must be at least 1, not {batch} and {prefill}")
+        if prefill is not None and batch > 1:
+            raise ValueError("prefill serves one sequence at a time; choose a batch to decode or a chunk of prefill")
+        if cold and batch > 1:
+            raise ValueError("sequences decoded together share a cache, so it cannot start cold for each of them")
+        most = max(layer.num_experts for layer in layers)
+        widest = max(layers, key=lambda layer: layer.top_k)
+        least = min(widest.top_k, most)
+        every = tuple(range(least, most + 1))
+        if sizes is None:
+            places = np.unique(np.rint(np.linspace(0, len(every) - 1, min(S3_SIZES, len(every)))).astype(int))
+            return cls(layers, policies, every, tuple(every[p] for p in places), budget, batch, prefill, cold)
+        kept = tuple(sorted(set(sizes)))
+        if not kept:
+            raise ValueError("sizes must hold at least one")
+        if kept[0] < least:
+            raise ValueError(
+                f"a cache of {kept[0]} cannot hold the {widest.top_k} experts that a token needs at once in layer "
+                f"{widest.layer}; choose sizes from {least} to {most}"
+            )
+        if kept[-1] > most:
+            raise ValueError(
+                f"a cache of {kept[-1]} is larger than a layer's {most} experts; choose sizes up to {most}"
+            )
+        return cls(layers, policies, kept, kept, budget, batch, prefill, cold)
+
+
+class Plan:
+    """What a first pass over the trace finds: loads for policies that are fitted, first uses for the one that foresees.
+
+    A chunk's first uses and those after it give the next use of every request, exactly, with one chunk in memory.
+    """
+
+    def __init__(self, settings: Settings, seeds: Sequence[int | None]) -> None:
+        self.settings = settings
+        self.offset_L = object_offsets(settings.layers)
+        self.loads_FN = np.zeros((2, self.offset_L[-1]), np.int64)
+        self.chosen: list[list[tuple[int, int, NDArray[np.int64]]]] = [[], []]
+        self.first: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
+        self.library = self._library()
+
+    @classmethod
+    def of(cls, trace: Trace, settings: Settings, seeds: Sequence[int | None], ready: Callable[[], None]) -> Plan:
+        """What a pass finds, for the trace with each of the seeds of a permutation; `ready` is called after a part."""
+        plan = cls(settings, seeds)
+        if not settings.fitted and not settings.foresees:
+            return plan
+        servers = [Server(settings.layers, batch=settings.batch, prefill=settings.prefill, seed=each) for each in seeds]
+        for index in range(len(trace.parts)):
+            part = trace.parts[index].read(settings.layers, tokens=False)
+            if settings.fitted:
+                plan._fit(part)
+            if settings.foresees:
+                for at, server in enumerate(servers):
+                    plan.first[at] += [plan._first(steps) for steps in server.steps(part)]
+            ready()
+        if settings.foresees:
+            for at, server in enumerate(servers):
+                plan.first[at] += [plan._first(steps) for steps in server.rest()]
+                for chunk in range(len(plan.first[at]) - 2, -1, -1):  # now from each chunk's start to the end
+                    np.minimum(plan.first[at][chunk], plan.first[at][chunk + 1], out=plan.first[at][chunk])
+        plan.library = plan._library()
+        return plan
+
+    def after(self, at: int, chunk: int) -> NDArray[np.int64]:
+        """Group that uses each object first after a chunk."""
+        firsts = self.first[at]
+        if chunk + 1 < len(firsts):
+            return firsts[chunk + 1]
+        return np.full(self.offset_L[-1], kernels.NEVER, np.int64)
+
+    def _first(self, steps: Steps) -> NDArray[np.int64]:
+        first_N = np.full(self.offset_L[-1], kernels.NEVER, np.int64)
+        together = self.settings.budget == "global"
+        for places in (
+            [range(len(self.settings.layers))] if together else [[at] for at in range(len(self.offset_L) - 1)]
+        ):
+            within = slice(places[0], places[-1] + 1)
+            requests = Requests.of(steps, within, self.offset_L[within] - self.offset_L[places[0]], self._size(within))
+            objects = slice(self.offset_L[places[0]], self.offset_L[places[-1] + 1])
+            kernels.first_uses(requests.object_R, requests.starts_G, steps.base * len(places), first_N[objects])
+        return first_N
+
+    def _size(self, within: slice) -> int:
+        return int(self.offset_L[within.stop] - self.offset_L[within.start])
+
+    def _fit(self, part: Part) -> None:
+        starts = part.document_starts()
+        document = part.document[starts[:-1]].astype(np.int64)
+        fold_G = document_folds(document)
+        fold_T = np.repeat(fold_G, np.diff(starts))
+        hashes = token_hashes(document, np.full(len(document), 2**31))
+        for fold in (0, 1):
+            long_enough = np.flatnonzero((fold_G == fold) & (np.diff(starts) >= LIBRARY_TOKENS))
+            for g in long_enough[np.argsort(hashes[long_enough], kind="stable")[:LIBRARY]].tolist():
+                key = (int(hashes[g]), int(document[g]))
+                if len(self.chosen[fold]) == LIBRARY and key > self.chosen[fold][-1][:2]:
+                    break
+                self.chosen[fold].append((*key, self._loads(part, slice(starts[g], starts[g + 1]))))
+                self.chosen[fold].sort(key=lambda each: each[:2])
+                del self.chosen[fold][LIBRARY:]
+            self.loads_FN[fold] += self._loads(part, fold_T == fold)
+
+    def _loads(self, part: Part, rows: slice | NDArray[np.bool_]) -> NDArray[np.int64]:
+        loads = []
+        for layer in self.settings.layers:
+            ids = part.expert_ids[layer.layer].T[:, rows].ravel()
+            ids = ids[(ids >= 0) & (ids < layer.num_experts)]
+            loads.append(np.bincount(ids, minlength=layer.num_experts))
+        return np.concatenate(loads)
+
+    def _library(self) -> Library:
+        num_objects = int(self.offset_L[-1])
+        unit_FNM = np.zeros((2, num_objects, LIBRARY), np.int64)
+        value_VN = np.zeros((2 * (LIBRARY + 1), num_objects), np.int64)
+        layer_N = np.repeat(np.arange(len(self.settings.layers)), np.diff(self.offset_L))
+        for fold, found in enumerate(self.chosen):
+            for m, (_, _, loads_N) in enumerate(found):
+                unit_FNM[fold, :, m] = np.rint(loads_N / np.sqrt((loads_N.astype(float) ** 2).sum()) * 2**20)
+                value_VN[fold * (LIBRARY + 1) + m] = _in_fixed_point(loads_N, layer_N)
+            value_VN[fold * (LIBRARY + 1) + LIBRARY] = _in_fixed_point(self.loads_FN[fold], layer_N)
+        return Library(unit_FNM, np.array([len(found) for found in self.chosen]), value_VN)
+
+
+def _in_fixed_point(loads_N: NDArray[np.int64], layer_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Shares of a layer's load, in units of 2**-40."""
+    return np.rint(2**40 * loads_N / np.maximum(np.bincount(layer_N, loads_N), 1)[layer_N]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The request groups of steps; suffixes as in `cache_kernels`."""
+
+    object_R: NDArray[np.int32]
+    cell_R: NDArray[np.int64]
+    starts_G: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, steps: Steps, within: slice, offset_L: NDArray[np.int64], num_objects: int) -> Requests:
+        """The requests of a slice of the layers, which have the objects from `offset_L` on."""
+        ids_LKT = steps.ids_LKT[within]
+        object_R, cell_R = np.empty(ids_LKT.size, np.int32), np.empty(ids_LKT.size, np.int64)
+        starts_G = np.empty((len(steps.starts_S) - 1) * len(ids_LKT) + 1, np.int64)
+        stamp_N = np.empty(num_objects, np.int64)
+        number = kernels.request_groups(
+            ids_LKT, offset_L, steps.starts_S, steps.cell_T, stamp_N, object_R, cell_R, starts_G
+        )
+        return cls(object_R[:number], cell_R[:number], starts_G)
+
+
+class Caches:
+    """The caches of all policies and sizes that serve one layer, or all with one budget, and what they counted.
+
+    The bin of a cache of c experts a layer is c - 1; the last bin is of requests that no cache held.
+    """
+
+    def __init__(self, settings: Settings, layers: Sequence[Layer], num_cells: int, library: Library) -> None:
+        offset_L = object_offsets(layers)
+        self.settings, self.layers, self.num_objects = settings, layers, int(offset_L[-1])
+        self.offset_L = offset_L[:-1]
+        self.width = len(layers)
+        num_bins = -(-self.num_objects // self.width) + 1
+        self.rows = num_cells * len(layers)
+        self.stacks = {
+            name: _Stack(self.num_objects, self.rows, num_bins) for name in settings.policies if name != "s3-fifo"
+        }
+        self.queues = (
+            [
+                _Queues(min(size * self.width, self.num_objects), self.num_objects, self.rows)
+                for size in settings.s3_sizes
+            ]
+            if "s3-fifo" in settings.policies
+            else []
+        )
+        whole = object_offsets(settings.layers)
+        first = whole[list(settings.layers).index(layers[0])]
+        self.objects = slice(first, first + self.num_objects)
+        self.value_VN = np.ascontiguousarray(library.value_VN[:, self.objects])
+        self.requests_C = np.zeros(self.rows, np.int64)
+
+    def serve(self, steps: Steps, place: int, after_N: NDArray[np.int64]) -> None:
+        """Serve some steps; `place` is that of the first layer among all."""
+        requests = Requests.of(steps, slice(place, place + len(self.layers)), self.offset_L, self.num_objects)
+        of = (requests.object_R, requests.cell_R, requests.starts_G)
+        fresh_G = np.zeros(len(requests.starts_G) - 1, np.bool_)
+        fresh_G[:: len(self.layers)] = steps.fresh_S
+        if not self.stacks:
+            self.requests_C += np.bincount(requests.cell_R, minlength=self.rows)
+        for name, stack in self.stacks.items():
+            if name == "lru":
+                stack.state[0] = kernels.lru_distances(
+                    *of, fresh_G, self.width, max(1, stack.state[0]), stack.last_N, stack.counts_CB
+                )
+                continue
+            next_R = row_T = np.zeros(0, np.int64)
+            if name == "belady":
+                next_R = np.empty(len(requests.object_R), np.int64)
+                base = steps.base * len(self.layers)
+                kernels.next_uses(requests.object_R, requests.starts_G, base, after_N[self.objects].copy(), next_R)
+            if name in ("hot", "matching"):
+                row_T = steps.row_T if name == "matching" else (2 - steps.fold_T) * (LIBRARY + 1) - 1
+            kernels.stack_distances(
+                _KINDS[name],
+                *of,
+                fresh_G,
+                len(self.layers),
+                next_R,
+                self.value_VN,
+                row_T,
+                steps.starts_S,
+                AGEING,
+                self.width,
+                stack.state,
+                stack.last_N,
+                stack.value_N,
+                stack.order_N,
+                stack.place_N,
+                stack.counts_CB,
+            )
+        for queues in self.queues:
+            kernels.s3_fifo_hits(
+                queues.capacity,
+                *of,
+                fresh_G,
+                queues.state,
+                queues.where_N,
+                queues.uses_N,
+                queues.small_N,
+                queues.main_N,
+                queues.ghost_N,
+                queues.hits_C,
+            )
+
+    def requests(self) -> NDArray[np.int64]:
+        """Requests by cell and layer; every stack has counted all of them."""
+        stack = next(iter(self.stacks.values()), None)
+        of_rows = self.requests_C if stack is None else stack.counts_CB.sum(axis=1)
+        return of_rows.reshape(-1, len(self.layers))
+
+    def hits(self, name: str) -> Numbers:
+        """Hits by cell, layer and size, shape (cell, layer, size); NaN for sizes that were not played."""
+        sizes, num_layers = self.settings.sizes, len(self.layers)
+        if name == "s3-fifo":
+            found = np.full((self.rows, len(sizes)), np.nan)
+            for queues, size in zip(self.queues, self.settings.s3_sizes, strict=True):
+                found[:, sizes.index(size)] = queues.hits_C
+        else:
+            below_CB = np.cumsum(self.stacks[name].counts_CB[:, :-1], axis=1)
+            found = below_CB[:, np.minimum(np.array(sizes), below_CB.shape[1]) - 1].astype(float)
+        return found.reshape(-1, num_layers, len(sizes))
+
+
+class _Stack:
+    def __init__(self, num_objects: int, rows: int, num_bins: int) -> None:
+        self.state = np.array([0, 0, 0, -1], np.int64)
+        self.last_N, self.value_N, self.order_N = (np.zeros(num_objects, np.int64) for _ in range(3))
+        self.place_N = np.full(num_objects, -1, np.int64)
+        self.counts_CB = np.zeros((rows, num_bins), np.int64)
+
+
+class _Queues:
+    def __init__(self, capacity: int, num_objects: int, rows: int) -> None:
+        self.capacity = capacity
+        self.state = np.zeros(3, np.int64)
+        self.where_N, self.uses_N = np.zeros(num_objects, np.int64), np.zeros(num_objects, np.int64)
+        self.small_N, self.main_N, self.ghost_N = (np.zeros(capacity + 1, np.int64) for _ in range(3))
+        self.hits_C = np.zeros(rows, np.int64)

@@ -1,0 +1,236 @@
+"""The steps in which a decoder serves the tokens of a trace; the unit is the step, a set of tokens served together.
+
+Decoding serves one token of each of `batch` sequences a step; a slot whose sequence ends takes the next of the trace,
+so only the last sequences leave slots empty. Prefill serves a chunk of consecutive tokens of one sequence a step. Steps
+come in the order of the trace, a bounded number of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.simulation import cache_kernels as kernels
+from moescope.tallying.document_groups import document_groups
+from moescope.trace import Layer, Part
+
+BLOCK_ASSIGNMENTS = 2**22
+"""Assignments gathered at a time; a sequence is never divided."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive steps. T tokens, S steps, L layers, K choices.
+
+    Attributes:
+        ids_LKT: Chosen experts, -1 for none (dropped, null, or a layer of fewer choices).
+        starts_S: First token of each step, with T at the end.
+        fresh_S: Whether the caches are emptied before each step.
+        cell_T: Cell, ``domain * groups + group of documents``, of each token.
+        fold_T: Fold of each token's document.
+        row_T: Best match of each token, of `cache_kernels.match_sequences`; the fold again if nothing is matched.
+        base: Steps before these.
+    """
+
+    ids_LKT: NDArray[np.int32]
+    starts_S: NDArray[np.int64]
+    fresh_S: NDArray[np.bool_]
+    cell_T: NDArray[np.int64]
+    fold_T: NDArray[np.int64]
+    row_T: NDArray[np.int64]
+    base: int
+
+
+@dataclass(frozen=True)
+class Library:
+    """Activation matrices of some documents of each fold, F folds of M documents over N objects.
+
+    Attributes:
+        unit_FNM: Loads scaled to unit length, in units of 2**-20.
+        found_F: Documents there are.
+        value_VN: Tables of values: for each fold M documents' loads and then those of the whole fold.
+    """
+
+    unit_FNM: NDArray[np.int64]
+    found_F: NDArray[np.int64]
+    value_VN: NDArray[np.int64]
+
+
+class Server:
+    """Turns parts into steps.
+
+    Args:
+        layers: Layers served, ascending.
+        batch: Sequences decoded at a time.
+        prefill: Tokens of a chunk of prefill, or None to decode.
+        cold: Whether the caches are emptied before each sequence.
+        groups: Groups of documents a domain.
+        seed: Of the permutation of the tokens within each document; None leaves them as they are.
+        library: What sequences are matched with, or None.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        batch: int = 1,
+        prefill: int | None = None,
+        cold: bool = False,
+        groups: int = 1,
+        seed: int | None = None,
+        library: Library | None = None,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.batch, self.prefill, self.cold = batch, prefill, cold
+        self.groups, self.seed, self.library = groups, seed, library
+        self.top_k = max(layer.top_k for layer in layers)
+        self.offset_L = object_offsets(layers)
+        self._served = 0
+        self._free = [(0, slot) for slot in range(batch)]
+        self._waiting: dict[str, NDArray[Any]] = {}
+
+    def steps(self, part: Part) -> Iterator[Steps]:
+        """The steps that a part, with the domain codes of the trace, completes."""
+        order_T = np.arange(part.num_tokens) if self.seed is None else _permuted(part, self.seed)
+        starts_G = part.document_starts()
+        document, lengths = part.document[starts_G[:-1]], np.diff(starts_G)
+        cell_G = part.domain[starts_G[:-1]].astype(np.int64) * self.groups + document_groups(document, self.groups)
+        cell_T, fold_T = np.repeat(cell_G, lengths), np.repeat(document_folds(document), lengths)
+        starts_Q = part.sequence_starts()
+        for first, last in _blocks(starts_Q, max(1, BLOCK_ASSIGNMENTS // (len(self.layers) * self.top_k))):
+            starts = starts_Q[first : last + 1]
+            here = slice(int(starts[0]), int(starts[-1]))
+            rows = order_T[here]  # of the same document as the tokens that stood here
+            ids_LKT = self._ids(part, rows)
+            fold = fold_T[here]
+            starts = starts - starts[0]
+            row = fold
+            if self.library is not None:
+                row = np.empty(len(rows), np.int64)
+                kernels.match_sequences(
+                    ids_LKT,
+                    self.offset_L,
+                    starts,
+                    1 - fold[starts[:-1]],
+                    self.library.unit_FNM,
+                    self.library.found_F,
+                    row,
+                )
+            if self.batch == 1:
+                yield self._one_by_one(ids_LKT, starts, cell_T[here], fold, row)
+            else:
+                yield from self._interleaved(ids_LKT, starts, cell_T[here], fold, row)
+
+    def rest(self) -> Iterator[Steps]:
+        """The steps of the sequences still being served, once there are no more parts."""
+        if self._waiting and len(self._waiting["step"]):
+            yield self._emit(np.ones(len(self._waiting["step"]), np.bool_))
+
+    def _ids(self, part: Part, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        ids_LKT = np.full((len(self.layers), self.top_k, len(rows)), -1, np.int32)
+        whole = self.seed is None
+        for at, layer in enumerate(self.layers):
+            ids_KT = part.expert_ids[layer.layer].T
+            taken = ids_KT[:, rows[0] : rows[-1] + 1] if whole else ids_KT[:, rows]
+            ids_LKT[at, : layer.top_k] = taken
+            if layer.num_null_experts:
+                ids_LKT[at][ids_LKT[at] >= layer.num_experts] = -1
+        return ids_LKT
+
+    def _one_by_one(
+        self,
+        ids_LKT: NDArray[np.int32],
+        starts_Q: NDArray[np.int64],
+        cell_T: NDArray[np.int64],
+        fold_T: NDArray[np.int64],
+        row_T: NDArray[np.int64],
+    ) -> Steps:
+        num_tokens = len(cell_T)
+        starts_S = np.arange(num_tokens + 1)
+        if self.prefill is not None:
+            place_T = np.arange(num_tokens) - np.repeat(starts_Q[:-1], np.diff(starts_Q))
+            starts_S = np.append(np.flatnonzero(place_T % self.prefill == 0), num_tokens)
+        fresh_S = np.zeros(len(starts_S) - 1, np.bool_)
+        if self.cold:
+            fresh_S[np.searchsorted(starts_S, starts_Q[:-1])] = True
+        base = self._served
+        self._served += len(fresh_S)
+        return Steps(ids_LKT, starts_S, fresh_S, cell_T, fold_T, row_T, base)
+
+    def _interleaved(
+        self,
+        ids_LKT: NDArray[np.int32],
+        starts_Q: NDArray[np.int64],
+        cell_T: NDArray[np.int64],
+        fold_T: NDArray[np.int64],
+        row_T: NDArray[np.int64],
+    ) -> Iterator[Steps]:
+        lengths_Q = np.diff(starts_Q)
+        begun, slots = [], []
+        for length in lengths_Q.tolist():
+            start, slot = heapq.heappop(self._free)
+            begun.append(start)
+            slots.append(slot)
+            heapq.heappush(self._free, (start + length, slot))
+        place_T = np.arange(len(cell_T)) - np.repeat(starts_Q[:-1], lengths_Q)
+        new: dict[str, NDArray[Any]] = {
+            "ids": ids_LKT,
+            "step": np.repeat(begun, lengths_Q) + place_T,
+            "slot": np.repeat(slots, lengths_Q),
+            "cell": cell_T,
+            "fold": fold_T,
+            "row": row_T,
+        }
+        old = self._waiting
+        self._waiting = {k: np.concatenate([old[k], v], axis=-1) for k, v in new.items()} if old else new
+        complete = self._waiting["step"] < self._free[0][0]  # no later sequence can start before a slot is free
+        if complete.any():
+            yield self._emit(complete)
+
+    def _emit(self, complete: NDArray[np.bool_]) -> Steps:
+        of = {name: values[..., complete] for name, values in self._waiting.items()}
+        self._waiting = {name: values[..., ~complete] for name, values in self._waiting.items()}
+        order = np.lexsort((of["slot"], of["step"]))
+        of = {name: values[..., order] for name, values in of.items()}
+        starts_S = np.append(np.flatnonzero(np.diff(of["step"], prepend=-1)), len(order))
+        base = self._served
+        self._served += len(starts_S) - 1
+        fresh_S = np.zeros(len(starts_S) - 1, np.bool_)
+        ids_LKT = np.ascontiguousarray(of["ids"])
+        return Steps(ids_LKT, starts_S, fresh_S, of["cell"], of["fold"], of["row"], base)
+
+
+def object_offsets(layers: Sequence[Layer]) -> NDArray[np.int64]:
+    """Object that is expert 0 of each layer, with the number of objects at the end."""
+    return np.concatenate([[0], np.cumsum([layer.num_experts for layer in layers])]).astype(np.int64)
+
+
+def document_folds(document: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Which half of the corpus, 0 or 1, each document is in; what is fitted on one half is judged on the other."""
+    return document_groups(document, 64) // 32
+
+
+def _permuted(part: Part, seed: int) -> NDArray[np.int64]:
+    """Rows with the tokens of each document in random order; it depends on the document's number only."""
+    starts_G = part.document_starts()
+    orders = [
+        start + np.random.default_rng((seed, int(part.document[start]))).permutation(end - start)
+        for start, end in pairwise(starts_G.tolist())
+    ]
+    return np.concatenate(orders)
+
+
+def _blocks(starts_Q: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+    """Runs of sequences with at most so many tokens together, or of one that has more."""
+    first, number = 0, len(starts_Q) - 1
+    while first < number:
+        last = int(np.searchsorted(starts_Q, starts_Q[first] + most, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
