@@ -9,11 +9,15 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from moescope.reporting.claims_table import claims_table
+from moescope.reporting.formats import csv
 from moescope.reporting.page import _embedded, _fitting, _packed_ids, _packed_weights, _routing, render_page
+from moescope.reporting.page.contents import CHAPTERS, contents
 from moescope.reporting.results import MOST_EMBEDDED_CHOICES, embedded_layers, gather, shown_layers
 from moescope.reporting.writer import report
 from moescope.trace import Layer
@@ -26,8 +30,8 @@ DOMAINS = (
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KNOWN = """
-    html head meta title style script body a header p h1 h2 h3 bdi cite dl div dt dd small details summary nav ol li
-    main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td footer
+    html head meta title style script body a header p h1 h2 h3 h4 ul bdi cite dl div dt dd small details summary nav ol
+    li main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td footer
     svg g path use defs text clippath rect image tspan
 """
 
@@ -231,6 +235,70 @@ def test_gate_weights_keep_two_decimals_whatever_their_scale():
     assert np.abs(restored - weights.ravel()).max() < 0.005 * 2.5
 
 
-def test_render_page_asks_for_every_figure_and_table(mixtral):
-    with pytest.raises(Exception, match="has no attribute"):
-        render_page(gather(mixtral), [], [])
+def test_a_page_without_figures_holds_the_claims_and_the_methods_alone(mixtral):
+    results = gather(mixtral)
+    table = claims_table(results.claims)
+    page = render_page(results, [], [table], {"tables/claims": csv(table)}, {})
+    assert re.findall(r'<section id="([a-z]+)"', page) == ["claims", "methods"]
+    assert "<figure" not in page
+
+
+def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot_tell(written):
+    text = written[0].read_text("utf-8")
+    figures = re.findall(r"<figure(?: id=\"([a-z]+)\")?>(.*?)</figure>", text, re.DOTALL)
+    assert [name for name, _ in figures] == [
+        *("shares", "divergence", "choices", "", "repeats"),  # the coloured text has its own place
+        *("explained", "nulls", "distance", "consistency"),
+        *("balance", "coactivation", "transitions", "pairs"),
+    ]
+    for name, figure in figures:
+        for heading in ("How to read it.", "What it cannot tell."):
+            said = re.search(rf"<b>{heading}</b>(.*?)</p>", figure, re.DOTALL)
+            assert said is not None, name
+            assert len(said[1].split()) > 10, name
+        assert 'href="data:text/csv' in figure or 'href="figures/' in figure
+        assert not name or 'role="img" aria-label="' in figure
+
+
+def test_the_table_of_contents_leads_to_every_section_in_the_order_of_the_page(page):
+    ids = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    contents, nested = [], False
+    for tag, attributes in page.elements:
+        nested = tag == "nav" or (nested and tag in ("ol", "li", "a"))
+        if nested and tag == "a":
+            contents.append(str(attributes["href"]).removeprefix("#"))
+    assert contents == ids
+    assert ids[0] == "claims"
+    assert ids[-1] == "methods"
+
+
+def test_ids_are_unique_and_every_reference_within_the_page_has_its_target(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    for _, attributes in page.elements:
+        for name in ("href", "aria-labelledby"):
+            value = attributes.get(name) or ""
+            if name == "aria-labelledby" or value.startswith("#"):
+                assert value.removeprefix("#") in ids
+
+
+def test_headings_go_down_one_level_at_a_time(page):
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert levels.count(1) == 1
+
+
+def test_each_claim_shows_its_effect_and_the_table_all_of_them(written, mixtral):
+    text = written[0].read_text("utf-8")
+    effects = [claim["effects"] for claim in json.loads((written[0].parent / "report.json").read_text())["claims"]]
+    assert text.count('<p class="effect">') == sum(bool(of) for of in effects)
+    table = text[text.index("<caption>The claims of section 5") :].split("</table>")[0]
+    assert table.count('<th scope="row">') == sum(map(len, effects))
+
+
+def test_what_the_page_can_hold_is_drawn_or_awaited():
+    figures = {block.figure for chapter in CHAPTERS for section in chapter.sections for block in section.blocks} - {""}
+    everything = contents(figures, ())
+    assert [chapter.name for chapter in everything] == [chapter.name for chapter in CHAPTERS]
+    assert contents((), {"words"}) == ()
