@@ -31,8 +31,8 @@ DOMAINS = (
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KNOWN = """
     html head meta title style script body a header p h1 h2 h3 h4 ul bdi cite dl div dt dd small details summary nav ol
-    li main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td footer
-    svg g path use defs text clippath rect image tspan
+    li main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td
+    footer svg g path use defs text clippath rect image tspan
 """
 
 
