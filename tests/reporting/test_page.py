@@ -245,7 +245,7 @@ def test_a_page_without_figures_holds_the_claims_and_the_methods_alone(mixtral):
 
 def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot_tell(written):
     text = written[0].read_text("utf-8")
-    figures = re.findall(r"<figure(?: id=\"([a-z]+)\")?>(.*?)</figure>", text, re.DOTALL)
+    figures = re.findall(r"<figure(?: id=\"figure-([a-z]+)\")?>(.*?)</figure>", text, re.DOTALL)
     assert [name for name, _ in figures] == [
         *("shares", "divergence", "choices", "", "repeats"),  # the coloured text has its own place
         *("explained", "nulls", "distance", "consistency"),

@@ -131,9 +131,9 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
 def test_one_domain_diverges_from_nothing_and_gets_no_empty_figure(tmp_path: Path) -> None:
     part = make_part(np.random.default_rng(4), LAYERS, [40] * 6, domains=("ArXiv",))
     page = report(make_trace(tmp_path / "t.moe", [part], LAYERS), tmp_path / "report").read_text("utf-8")
-    assert 'figure id="shares"' in page
+    assert 'figure id="figure-shares"' in page
     assert "divergence" not in {file.stem for file in (tmp_path / "report").rglob("*.*")}
-    assert 'figure id="divergence"' not in page
+    assert 'figure id="figure-divergence"' not in page
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -152,8 +152,8 @@ def test_layers_of_different_shapes_with_drops_and_short_documents_get_their_rep
     part = make_part(np.random.default_rng(5), layers, [1, 2, 15, 9, 3, 16, 4, 11], dropped=0.2)
     trace = make_trace(tmp_path / "t.moe", [part], layers)
     page = report(trace, tmp_path / "report", layers=[0, 2]).read_text("utf-8")
-    assert 'figure id="coactivation"' in page
-    assert 'figure id="transitions"' in page
+    assert 'figure id="figure-coactivation"' in page
+    assert 'figure id="figure-transitions"' in page
 
 
 def test_commands_serve_counts_or_refuse_in_one_line(tmp_path: Path) -> None:
