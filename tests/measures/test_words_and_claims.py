@@ -116,8 +116,11 @@ def test_independent_routing_is_answered_no(tmp_path: Path) -> None:
 
 def test_too_few_documents_are_said_to_be_too_few(tmp_path: Path) -> None:
     found = answers(planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True, documents=4))
-    for name in ("No pattern by topic", "DM Mathematics stands out", "Consecutive tokens repeat"):
+    for name in ("No pattern by topic", "DM Mathematics stands out", "Repetition depends on the domain"):
         assert found[name].answer == "not enough data", found[name]
+    alone = answers(planted(tmp_path / "one.moe", sticky=0.5, topical=True, word_expert=True, documents=1))
+    assert {claim.answer for claim in alone.values()} == {"not enough data"}
+    assert all(not claim.effects for claim in alone.values())
 
 
 def test_a_corpus_without_mathematics_cannot_answer_for_it(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
     top = _largest(value)
     evidence = (
         f"{int(different.sum())} of {int(known.sum())} domain-layer pairs differ from the other domains (false "
-        f"discovery rate {SIGNIFICANT:.0%}); {int(large.sum())} of them by surely more than {TOPIC_BITS} bits, the "
-        "size that shows in a figure."
+        f"discovery rate {_percent(SIGNIFICANT, 0)}); {int(large.sum())} of them by surely more than {TOPIC_BITS} "
+        "bits, the size that shows in a figure."
     )
     bits = [] if explained is None else _bits_of_domain(explained)
     if explained is not None and bits:
@@ -160,8 +160,8 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
         layer = _top_layer(share)
         which = "the first choice" if explained.attrs["choice"] == "first" else "a choice"
         evidence += (
-            f" Knowing the domain saves at most {share.sel(layer=layer).item():.1%} of the bits of {which} (layer "
-            f"{layer})."
+            f" Knowing the domain saves at most {_percent(share.sel(layer=layer).item())} of the bits of {which} "
+            f"(layer {layer})."
         )
 
     def decide(effects: Sequence[Effect]) -> Answer:
@@ -183,7 +183,7 @@ def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
         if np.isfinite(at["bits"]):
             effects.append(
                 Effect(
-                    f"domain explains, layer {layer}: {at['share'].item():.1%} of H(E)",
+                    f"domain explains, layer {layer}: {_percent(at['share'].item())} of H(E)",
                     at["bits"].item(),
                     "bits",
                     _known(at["low"].item()),
@@ -211,7 +211,7 @@ def _mathematics(divergence: xr.Dataset) -> _Draft:
     rank = (value.values > value.sel(domain=MATHEMATICS).values[None]).sum(axis=0) + 1
     evidence = (
         f"It differs from the others at {int(different.sum())} of {len(leads)} layers (false discovery rate "
-        f"{SIGNIFICANT:.0%}) and is the most different domain at {int(leads.sum())} (its rank among "
+        f"{_percent(SIGNIFICANT, 0)}) and is the most different domain at {int(leads.sum())} (its rank among "
         f"{value.sizes['domain']} domains, by layer: {', '.join(map(str, rank.tolist()))})."
     )
     layer = _top_layer(value.sel(domain=MATHEMATICS))
@@ -271,15 +271,16 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
     evidence = (
         f"Two of its tokens from different documents have the same first choice more often than any two tokens do at "
         f"{int(above.sum())} of {len(above)} layers ({int(row['occurrences'])} occurrences, {int(row['documents'])} "
-        f"documents). Most at layer {layer}: {at['same'].item():.1%} ({at['same_low'].item():.1%} to "
-        f"{at['same_high'].item():.1%}) against {at['same_null'].item():.1%}; {at['top_share'].item():.1%} go to "
-        f"expert {int(at['top_expert'])}."
+        f"documents). Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
+        f"{_percent(at['same_high'].item())}) against {_percent(at['same_null'].item())}; "
+        f"{_percent(at['top_share'].item())} "
+        f"go to expert {int(at['top_expert'])}."
     )
     several = int(row["multi_token"])
     if several and np.isfinite(at["together"]):
         evidence += (
-            f" Of its {several} occurrences of several tokens, {at['together'].item():.1%} stay with one expert there; "
-            f"token ids alone predict {at['together_null'].item():.1%}."
+            f" Of its {several} occurrences of several tokens, {_percent(at['together'].item())} stay with one expert "
+            f"there; token ids alone predict {_percent(at['together_null'].item())}."
         )
     documents = int(row["documents"])
     effects = []
@@ -340,8 +341,8 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     )
     evidence = (
         f"Neighbours have {pairs} surely more often than the popularity of the experts in their domain makes them at "
-        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {at['rate'].item():.1%} of the pairs, "
-        f"{over}."
+        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {_percent(at['rate'].item())} of the "
+        f"pairs, {over}."
     )
     effects = [
         _excess(whole, layer, null)
@@ -408,7 +409,7 @@ def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
         _standard_error(at["excess"].item(), at["excess_low"].item(), at["excess_high"].item(), documents)
         for at in (first, later)
     )
-    before, value = first["excess"].item(), later["excess"].item() - first["excess"].item()
+    value = later["excess"].item() - first["excess"].item()
     error = float(np.hypot(of_first, of_later))
     half = float(statistics.student_t(documents)) * error
     what = f"excess at layer {int(later['layer'])} less that at layer {int(first['layer'])}"
@@ -419,7 +420,7 @@ def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
         100 * (value - half),
         100 * (value + half),
         f"layer {int(first['layer'])}, both over {NULLS[str(first['null'].values)]}",
-        100 * before,
+        None,
         _student_p(value, error, documents - 1),
     )
 
@@ -437,9 +438,10 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     high, low = (found.isel(domain=int(place)) for place in (order[-1], order[0]))
     evidence = (
         f"The rates of the domains differ at {int(different.sum())} of {len(different)} layers (Welch's test, false "
-        f"discovery rate {SIGNIFICANT:.0%}). Most at layer {of_rates.layer}: {high['domain'].item()} "
-        f"{high['rate'].item():.1%} ({high['low'].item():.1%} to {high['high'].item():.1%}), {low['domain'].item()} "
-        f"{low['rate'].item():.1%} ({low['low'].item():.1%} to {low['high'].item():.1%})."
+        f"discovery rate {_percent(SIGNIFICANT, 0)}). Most at layer {of_rates.layer}: {high['domain'].item()} "
+        f"{_percent(high['rate'].item())} ({_percent(high['low'].item())} to {_percent(high['high'].item())}), "
+        f"{low['domain'].item()} "
+        f"{_percent(low['rate'].item())} ({_percent(low['low'].item())} to {_percent(low['high'].item())})."
     )
     effects = [of_rates.effect]
     over_words = rates.sel(null="words")
@@ -484,7 +486,7 @@ def _differences(rates: xr.Dataset, names: Sequence[str], what: str) -> _Differe
     half = t * float(np.hypot(error[at, most], error[at, least]))
     ends = 100 * (difference - half), 100 * (difference + half)
     p_value = _simes(p_values)
-    effect = Effect(f"{what}, layer {layer}", 100 * difference, "points", *ends, "domains alike", 0.0, p_value)
+    effect = Effect(f"{what}, layer {layer}", 100 * difference, "points", *ends, "domains alike", None, p_value)
     return _Differences(p_values, layer, effect)
 
 
@@ -614,6 +616,10 @@ def _normal(value: float, error: float) -> tuple[float, float | None]:
 
 def _student_p(value: float, error: float, degrees: int) -> float | None:
     return float(2 * stats.t.sf(abs(value) / error, max(degrees, 1))) if error > 0 else None
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _known(value: float) -> float | None:

@@ -206,7 +206,7 @@ def _of_locality(results: Results, locality: xr.Dataset) -> Iterator[PageFigure]
         name="nulls",
         file="repeats-above-nulls",
         label="Nulls",
-        title="More than these words would anyway?" if words else "More than the document's mix of experts?",
+        title=f"Repeats above what loads{', document and words' if words else ' and document'} predict",
         caption=(
             "Points by which neighbours repeat an expert more often than each null predicts, by layer, all domains "
             f"together: {'four' if words else 'three'} nulls, from uniform routing to "
@@ -214,8 +214,8 @@ def _of_locality(results: Results, locality: xr.Dataset) -> Iterator[PageFigure]
             "of the difference, by document."
         ),
         how=(
-            "From line to line a null takes away what it explains: unequal loads, the document's own mix, the words. "
-            "Near 0 above the same words, the router looks words up; what stays above 0 is context."
+            "Each null takes away what it explains: unequal loads; the document's own mix; the words, with no regard "
+            "to the document. Near 0 above the same words, the router looks words up; what stays above 0 is context."
             if words
             else "From line to line a null takes away what it explains: unequal loads, then the document's own mix. "
             "What stays above 0 is order."

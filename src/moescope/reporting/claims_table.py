@@ -41,10 +41,9 @@ def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
     rows = [
         {"claim": visible(claim.name), "answer": claim.answer, **effect}
         for claim in claims
-        for effect in [asdict(effect) for effect in claim.effects] or [nothing]
+        for effect in [asdict(effect) | {"what": visible(effect.what)} for effect in claim.effects] or [nothing]
     ]
     frame = pd.DataFrame(rows, columns=["claim", "answer", *nothing])
-    frame["what"] = [None if what is None else visible(what) for what in frame["what"]]
     numbers = ["value", "low", "high", "null_value", "p_value", "q_value"]
     return frame.astype(dict.fromkeys(numbers, float))
 

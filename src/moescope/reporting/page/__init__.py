@@ -27,10 +27,10 @@ from moescope.measures import Claim
 from moescope.reporting.colours import NO_EXPERT_DARK, NO_EXPERT_LIGHT, expert_colours
 from moescope.reporting.documents import RoutedDocument, example_documents
 from moescope.reporting.layout import LINE_BREAK, PART_OF_CHARACTER
-from moescope.reporting.numbers import count
+from moescope.reporting.numbers import MISSING, count
 from moescope.reporting.page.contents import contents
 from moescope.reporting.results import Results
-from moescope.reporting.tables import Table
+from moescope.reporting.tables import Row, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import choice_labels
 from moescope.trace import Layer
@@ -122,15 +122,19 @@ def render_page(
 
 
 def _claims(claims: Sequence[Claim], table: Table) -> Iterator[dict[str, Any]]:
-    """The claims, each with the numbers of its first effect under the headings of their table."""
+    """The claims, each with its rows of their table and the first of them in words."""
     for claim, section in zip(claims, table.sections, strict=True):
         words = {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
-        effect = []
-        if section.rows:
-            row = section.rows[0]
-            cells = [f"{cell.value}{cell.mark}" for cell in row.cells]
-            effect = [("", row.label), *zip(table.columns, cells, strict=True)]
-        yield {**words, "effect": [(label, _tied(value)) for label, value in effect]}
+        rows = [
+            Row(_tied(row.label), tuple(cell._replace(value=_tied(cell.value)) for cell in row.cells))
+            for row in section.rows
+        ]
+        lead = ""
+        if rows:
+            size, interval, null, predicted, q_value = (f"{cell.value}{cell.mark}" for cell in rows[0].cells)
+            known = "" if predicted == MISSING else f" ({predicted})"
+            lead = f"{rows[0].label}: {size} [{interval}] against {null}{known}, q {q_value}"
+        yield {**words, "rows": rows, "lead": lead}
 
 
 def _sampled(results: Results) -> str:
