@@ -16,7 +16,7 @@ from moescope.cli.options import format_option, trace_argument
 )
 @format_option
 def command(trace: Path, words: tuple[str, ...], format: str) -> None:
-    """Show which claims of section 5 hold for this model.
+    """Show which claims of section 5 hold for this model, and by how much.
 
     Each is answered yes, no, mixed or not enough data; below it the numbers the answer rests on: effect, 95 % interval
     by document, what it is compared with, and the p-value corrected for all of them.

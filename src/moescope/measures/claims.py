@@ -336,7 +336,7 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     at = whole.sel(layer=layer)
     pairs = "the same first choice" if str(at["kind"].values) == "first" else "an expert in common"
     over = ", ".join(
-        f"{100 * at['excess'].sel(null=null).item():+.1f} points over {NULLS[null]}"
+        f"{_signed(at['excess'].sel(null=null).item())} points over {NULLS[null]}"
         for null in ("uniform", "popularity", "document")
     )
     evidence = (
@@ -367,8 +367,8 @@ def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     shown = first_middle_last(layers)
 
     def points(layer: int) -> str:
-        excess, low, high = (100 * of[f"excess{end}"].sel(layer=layer).item() for end in ("", "_low", "_high"))
-        return f"{excess:+.1f} points [{low:+.1f} to {high:+.1f}] at layer {layer}"
+        excess, low, high = (_signed(of[f"excess{end}"].sel(layer=layer).item()) for end in ("", "_low", "_high"))
+        return f"{excess} points [{low} to {high}] at layer {layer}"
 
     by_layer = ", ".join(map(points, shown))
     evidence = (
@@ -397,7 +397,7 @@ def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         first, *later = (of.sel(layer=layer) for layer in places)
         for at in later:
             effects.append(_growth(first, at, int(whole["documents"])))
-        excess = ", ".join(f"{100 * at['excess'].item():+.1f} at layer {int(at['layer'])}" for at in (first, *later))
+        excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
         sentences.append(f"over {NULLS[null]}, {excess}")
     evidence = f"Points of repeats {'; '.join(sentences)}."
     return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]))
@@ -616,6 +616,12 @@ def _normal(value: float, error: float) -> tuple[float, float | None]:
 
 def _student_p(value: float, error: float, degrees: int) -> float | None:
     return float(2 * stats.t.sf(abs(value) / error, max(degrees, 1))) if error > 0 else None
+
+
+def _signed(difference: float) -> str:
+    """A difference of rates in points, with its sign unless it rounds to nothing."""
+    text = f"{100 * abs(difference):.1f}"
+    return text if text == "0.0" else f"{'+' if difference > 0 else '−'}{text}"
 
 
 def _percent(share: float, digits: int = 1) -> str:
