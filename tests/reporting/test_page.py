@@ -167,6 +167,27 @@ def test_in_a_browser_the_page_runs_without_dialog_error_or_request(browser, wri
     assert page.evaluate("document.querySelectorAll('script').length") == 2
 
 
+def test_in_a_browser_the_page_is_no_wider_than_a_phone_and_its_tables_scroll(browser, written):
+    page = opened(browser, written[0], [])
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for section in ("#claims", "#bits", "#coactivation"):
+        assert page.locator(section).evaluate("e => e.scrollWidth - e.clientWidth") <= 0, section
+    boxes = [element.bounding_box() for element in page.locator(".claims .evidence").all()]
+    assert max(box["x"] + box["width"] for box in boxes) <= 390
+
+
+def test_in_a_browser_what_is_folded_unfolds_for_printing_and_folds_again(browser, written):
+    page = opened(browser, written[0], [])
+    folded = page.locator("main details:not([open])").count()
+    assert folded > 10
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("main details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("main details:not([open])").count() == folded
+
+
 def test_in_a_browser_tokens_lie_on_the_colours_of_their_experts(browser, written):
     page = opened(browser, written[0], [])
     _, trace = written

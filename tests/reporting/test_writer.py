@@ -10,6 +10,7 @@ import pytest
 import moescope
 from moescope.errors import NoSuchLayer, OutputExists, TraceNotFound
 from moescope.reporting import writer
+from moescope.reporting.page import MOST_DATA_BYTES
 from moescope.reporting.results import answer_claims
 from moescope.reporting.writer import check_output, report
 
@@ -75,7 +76,12 @@ def test_the_function_can_be_called_by_its_public_name_again_and_again(mixtral, 
 
 def test_a_report_of_128_experts_is_written(wide, tmp_path):
     page = report(wide.path, tmp_path / "wide")
-    assert "128" in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    assert "128 experts, clustered" in text
+    assert page.stat().st_size < 6_000_000
+    large = (tmp_path / "wide" / "figures" / "transitions.csv").stat().st_size
+    assert large > MOST_DATA_BYTES  # so it is beside the page, not in it
+    assert 'href="figures/transitions.csv"' in text
 
 
 def test_an_earlier_report_is_replaced(mixtral, earlier, monkeypatch):

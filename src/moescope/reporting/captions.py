@@ -167,7 +167,7 @@ def _of_bits(results: Results, explained: xr.Dataset) -> Iterator[PageFigure]:
         caption=(
             f"Bits of the {what} that each source alone explains; line: 95 % interval, by document. Dashed: all bits "
             "of the choice. Grey: between what is saved on documents left out and the plain count, which bound the "
-            "truth but for sampling. Black tick: the same of permuted routing."
+            "truth but for sampling. Tick: the same of permuted routing."
         ),
         how=(
             "Compare a bar with the dashed line: that is how much of the choice one knows from the source. What goes "
@@ -292,13 +292,14 @@ def _of_balance(balance: xr.Dataset) -> PageFigure:
         label="Balance",
         title="The busiest expert over the mean load",
         caption=(
-            f"Left, black: the whole trace, 1 being perfect balance, with 95 % interval by document.{coloured} {beside}"
+            f"Left, squares: the whole trace, 1 being perfect balance, with 95 % interval by document.{coloured} "
+            f"{beside}"
         ),
         how=(
-            "The black line is what training balanced. A solid line above its dashed one: sequences favour some "
+            "The squares are what training balanced. A solid line above its dashed one: sequences favour some "
             "experts, beyond what so few tokens show by chance; that is what a batch of such sequences must wait for."
             if batches
-            else "The black line is what training balanced; 2 means that the busiest expert has twice its part."
+            else "The squares are what training balanced; 2 means that the busiest expert has twice its part."
         ),
         cannot=(
             "It is of experts, not devices: how long a device waits depends on which experts lie together on it, and "

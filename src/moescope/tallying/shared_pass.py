@@ -1,7 +1,8 @@
 """Everything that one pass over a trace can tell, counted together: what a report is made from.
 
 Reading takes most of the time of a counter, so the counters of several measures share it; what a trace cannot tell is
-None. Peak memory is the sum of the counters', a copy a thread (see their modules), and of the sample of documents.
+None. Peak memory is the sum of the counters' (see their modules), a copy a thread and one more, and of the sample of
+documents: for 256 experts, 8 a token, 60 layers and 22 domains 0.7 GB a copy, so some 2.2 GB on two threads.
 """
 
 from __future__ import annotations
