@@ -217,6 +217,27 @@ def test_the_test_of_several_domains_rejects_one_in_twenty_of_equal_ones() -> No
     assert 0.035 < rejected / 2000 < 0.065
 
 
+@pytest.mark.parametrize(("inner", "answer"), [(0.0, "yes"), (1.0, "no")])
+def test_the_first_and_the_last_layer_differ_most_only_if_they_do(inner: float, answer: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    layers = tuple(Layer(number, 8, 2) for number in range(5))
+    texts = [("ABCD"[number % 4], ["x"] * 80) for number in range(60)]
+    domain = np.repeat(np.arange(60) % 4, 80)
+    taste = rng.normal(size=(4, 8)) * 0.6
+    choices = {}
+    for layer in layers:
+        strength = 1.0 if layer.layer in (0, 4) else inner
+        scores = rng.gumbel(size=(len(domain), 8)) + strength * taste[:, rng.permutation(8)][domain]
+        choices[layer.layer] = np.argsort(-scores, axis=1)[:, :2]
+    found = claims(divergence(tally(write(tmp_path / "t.moe", texts, choices, layers))))
+    claim = next(claim for claim in found if claim.name == "First and last layer differ most")
+    assert claim.answer == answer, claim
+    if answer == "yes":
+        for effect in claim.effects:
+            assert effect.low is not None
+            assert effect.low > 0
+
+
 def test_nothing_is_said_of_neighbours_where_no_order_is_known(tmp_path: Path) -> None:
     trace = planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True)
     found = {claim.name: claim for claim in claims(divergence(tally(trace)))}
