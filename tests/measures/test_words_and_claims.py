@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from moescope.measures import Claim, claims, divergence, repeats, shares, words
-from moescope.tallying import tally
+from moescope.measures import Claim, claims, divergence, explain, locality, words
+from moescope.measures.claims import Effect, welch
+from moescope.tallying import sample_documents, tally
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 LAYERS = (Layer(0, 8, 2), Layer(1, 8, 2), Layer(2, 8, 2))
@@ -88,9 +91,9 @@ def planted(path: Path, *, sticky: float, topical: bool, word_expert: bool, docu
 
 def answers(trace: Trace) -> dict[str, Claim]:
     counted = tally(trace)
-    found = claims(
-        shares(counted), repeats(counted), divergence(counted), words(trace, ["self"], indentation=True, tally=counted)
-    )
+    of_words = words(trace, ["self"], indentation=True, tally=counted)
+    kept = sample_documents(trace, threads=1)
+    found = claims(divergence(counted), of_words, locality(kept, threads=1), explain(kept, permutations=19, threads=1))
     return {claim.name: claim for claim in found}
 
 
@@ -113,8 +116,11 @@ def test_independent_routing_is_answered_no(tmp_path: Path) -> None:
 
 def test_too_few_documents_are_said_to_be_too_few(tmp_path: Path) -> None:
     found = answers(planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True, documents=4))
-    for name in ("No pattern by topic", "DM Mathematics stands out", "Consecutive tokens repeat"):
+    for name in ("No pattern by topic", "DM Mathematics stands out", "Repetition depends on the domain"):
         assert found[name].answer == "not enough data", found[name]
+    alone = answers(planted(tmp_path / "one.moe", sticky=0.5, topical=True, word_expert=True, documents=1))
+    assert {claim.answer for claim in alone.values()} == {"not enough data"}
+    assert all(not claim.effects for claim in alone.values())
 
 
 def test_a_corpus_without_mathematics_cannot_answer_for_it(tmp_path: Path) -> None:
@@ -123,3 +129,137 @@ def test_a_corpus_without_mathematics_cannot_answer_for_it(tmp_path: Path) -> No
     found = answers(write(tmp_path / "t.moe", documents, dict.fromkeys((0, 1, 2), ids), LAYERS))
     claim = found["DM Mathematics stands out"]
     assert (claim.answer, claim.evidence) == ("not enough data", "The corpus has no domain DM Mathematics.")
+
+
+def in_runs(path: Path, *, sticky: bool, documents: int = 40) -> Trace:
+    """Each word stands three times in a row and has an expert of its own; or tokens keep the expert before instead."""
+    rng = np.random.default_rng(1)
+    words = [f" w{n}" for n in range(30)]
+    texts = [("AB"[at % 2], np.repeat(rng.choice(words, 40), 3).tolist()) for at in range(documents)]
+    pieces = [piece for _, tokens in texts for piece in tokens]
+    choices = {}
+    for layer in LAYERS:
+        expert = {f" w{n}": int(e) for n, e in enumerate(rng.integers(0, 8, 30))}
+        first = [expert[piece] for piece in pieces]
+        if sticky:
+            first = rng.integers(0, 8, len(pieces)).tolist()
+            for row in range(1, len(first)):
+                if row % 120 and rng.random() < 0.4:
+                    first[row] = first[row - 1]
+        choices[layer.layer] = np.array([[e, (e + 1) % 8] for e in first])
+    return write(path, texts, choices, LAYERS)
+
+
+def test_repeats_that_the_words_explain_are_repeats_but_not_beyond_the_words(tmp_path: Path) -> None:
+    found = answers(in_runs(tmp_path / "t.moe", sticky=False))
+    assert found["Consecutive tokens repeat"].answer == "yes"
+    assert found["They repeat beyond their words"].answer == "no"
+    for effect in found["They repeat beyond their words"].effects:
+        assert effect.value == pytest.approx(0, abs=1e-9)
+        assert effect.null == "same words elsewhere"
+
+
+def test_repeats_beyond_the_words_are_found_and_their_size_is_the_planted_one(tmp_path: Path) -> None:
+    claim = answers(in_runs(tmp_path / "t.moe", sticky=True))["They repeat beyond their words"]
+    assert claim.answer == "yes"
+    truth = 100 * (0.4 + 0.6 / 8 - 1 / 8)
+    for effect in claim.effects:
+        assert effect.low is not None
+        assert effect.high is not None
+        assert effect.low - 2 < truth < effect.high + 2
+        assert effect.found
+
+
+def test_repeats_are_set_against_uniform_routing_as_a_slow_loop_counts_them(tmp_path: Path) -> None:
+    trace = in_runs(tmp_path / "t.moe", sticky=True)
+    effects = answers(trace)["Consecutive tokens repeat"].effects
+    for layer in LAYERS:
+        same = pairs = 0
+        for part in trace.iter_parts():
+            first = part.expert_ids[layer.layer][:, 0].tolist()
+            for row in range(1, part.num_tokens):
+                if part.position[row]:
+                    pairs, same = pairs + 1, same + (first[row] == first[row - 1])
+        of_layer = {e.null: e for e in effects if e.what == f"repeats at layer {layer.layer}"}
+        assert list(of_layer) == ["uniform routing", "popularity in the domain", "document in any order"]
+        assert of_layer["uniform routing"].null_value == pytest.approx(12.5)
+        assert of_layer["uniform routing"].value == pytest.approx(100 * same / pairs - 12.5)
+
+
+def test_p_values_are_corrected_over_the_effects_of_all_claims(tmp_path: Path) -> None:
+    found = answers(planted(tmp_path / "t.moe", sticky=0.1, topical=True, word_expert=True, documents=12))
+    effects = [effect for claim in found.values() for effect in claim.effects]
+    tested = [effect for effect in effects if effect.p_value is not None]
+    assert len(tested) > 20
+    p_values = [effect.p_value for effect in tested]
+    for effect in tested:  # Benjamini and Hochberg: the least m p / rank of this p-value or a larger one
+        larger = [p for p in p_values if p >= effect.p_value]
+        expected = min(len(p_values) * p / sum(other <= p for other in p_values) for p in larger)
+        assert effect.q_value == pytest.approx(min(1, expected))
+    assert all(effect.q_value is None for effect in effects if effect.p_value is None)
+
+
+def test_the_test_of_several_domains_is_welchs_t_test_for_two() -> None:
+    expected = stats.ttest_ind_from_stats(0.2, 0.03 * 7**0.5, 7, 0.3, 0.05 * 12**0.5, 12, equal_var=False).pvalue
+    assert welch(np.array([0.2, 0.3]), np.array([0.03, 0.05]), np.array([7, 12])) == pytest.approx(expected)
+
+
+def test_the_test_of_several_domains_rejects_one_in_twenty_of_equal_ones() -> None:
+    rng = np.random.default_rng(0)
+    documents = np.array([8, 15, 30, 12])
+    spread = np.array([1.0, 3.0, 0.5, 2.0])
+    rejected = 0
+    for _ in range(2000):
+        groups = [rng.normal(0, s, n) for s, n in zip(spread, documents, strict=True)]
+        value = np.array([group.mean() for group in groups])
+        error = np.array([group.std(ddof=1) / len(group) ** 0.5 for group in groups])
+        rejected += welch(value, error, documents) < 0.05
+    assert 0.035 < rejected / 2000 < 0.065
+
+
+@pytest.mark.parametrize(("inner", "answer"), [(0.0, "yes"), (1.0, "no")])
+def test_the_first_and_the_last_layer_differ_most_only_if_they_do(inner: float, answer: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    layers = tuple(Layer(number, 8, 2) for number in range(5))
+    texts = [("ABCD"[number % 4], ["x"] * 80) for number in range(60)]
+    domain = np.repeat(np.arange(60) % 4, 80)
+    taste = rng.normal(size=(4, 8)) * 0.6
+    choices = {}
+    for layer in layers:
+        strength = 1.0 if layer.layer in (0, 4) else inner
+        scores = rng.gumbel(size=(len(domain), 8)) + strength * taste[:, rng.permutation(8)][domain]
+        choices[layer.layer] = np.argsort(-scores, axis=1)[:, :2]
+    found = claims(divergence(tally(write(tmp_path / "t.moe", texts, choices, layers))))
+    claim = next(claim for claim in found if claim.name == "First and last layer differ most")
+    assert claim.answer == answer, claim
+    if answer == "yes":
+        for effect in claim.effects:
+            assert effect.low is not None
+            assert effect.low > 0
+
+
+def test_nothing_is_said_of_neighbours_where_no_order_is_known(tmp_path: Path) -> None:
+    trace = planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True)
+    found = {claim.name: claim for claim in claims(divergence(tally(trace)))}
+    for name in ("Consecutive tokens repeat", "They repeat beyond their words", "Repetition grows with depth"):
+        assert (found[name].answer, found[name].effects) == ("not enough data", ())
+    assert not [name for name in found if "self" in name]
+
+
+def test_where_no_choice_is_the_first_the_sets_are_compared(tmp_path: Path) -> None:
+    trace = in_runs(tmp_path / "t.moe", sticky=True)
+    unranked = replace(trace, header=replace(trace.header, layers=tuple(replace(a, ranked=False) for a in LAYERS)))
+    kept = sample_documents(unranked, threads=1)
+    explained = explain(kept, choice="either", permutations=19)
+    found = claims(divergence(tally(unranked)), None, locality(kept, threads=1), explained)
+    claim = next(claim for claim in found if claim.name == "Consecutive tokens repeat")
+    assert claim.answer == "yes"
+    assert "an expert in common" in claim.evidence
+
+
+def test_an_effect_is_found_only_if_it_is_positive_and_sure() -> None:
+    effect = Effect("x", 1.0, "points", 0.5, 1.5, "y", 12.5, 0.001, 0.01)
+    assert effect.found
+    assert not replace(effect, value=-1.0).found
+    assert not replace(effect, q_value=0.05).found
+    assert not replace(effect, q_value=None).found

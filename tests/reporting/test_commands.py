@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 import moescope
 from moescope.cli import main
+from moescope.reporting.claims_table import claims_table
 from moescope.reporting.formats import render
+from moescope.reporting.results import answer_claims
 from moescope.reporting.tables import repeats_table, shares_table, words_table
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 
@@ -118,6 +120,25 @@ def test_report_prints_the_path_of_the_page_and_keeps_what_is_not_its_own(run, m
     )
     done = run("report", mixtral.path, "-o", "new")
     assert done.stdout == "new/index.html\n"
+
+
+def test_claims_prints_each_answer_with_its_effects(run, mixtral):
+    expected = answer_claims(mixtral, ["wind"])
+    result = run("claims", mixtral.path, "--word", "wind")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == render(claims_table(expected), "text")
+    for claim in expected:
+        assert f"{claim.answer}: {claim.name}" in result.stdout
+    rows = json.loads(run("claims", mixtral.path, "--word", "wind", "--format", "json").stdout)
+    effects = [effect for claim in expected for effect in claim.effects]
+    assert [row["what"] for row in rows if row["what"]] == [effect.what for effect in effects]
+    for row, effect in zip([row for row in rows if row["what"]], effects, strict=True):
+        assert row["value"] == pytest.approx(effect.value, rel=1e-5)
+        assert row["q_value"] == (None if effect.q_value is None else pytest.approx(effect.q_value, rel=1e-5))
+
+
+def test_claims_of_a_word_of_spaces_are_refused(run, mixtral):
+    assert run("claims", mixtral.path, "--word", " ").exit_code == 2
 
 
 def test_demo_uses_a_finished_trace_and_prints_the_claims(run, mixtral, tmp_path, monkeypatch):

@@ -9,11 +9,15 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from moescope.reporting.claims_table import claims_table
+from moescope.reporting.formats import csv
 from moescope.reporting.page import _embedded, _fitting, _packed_ids, _packed_weights, _routing, render_page
+from moescope.reporting.page.contents import CHAPTERS, contents
 from moescope.reporting.results import MOST_EMBEDDED_CHOICES, embedded_layers, gather, shown_layers
 from moescope.reporting.writer import report
 from moescope.trace import Layer
@@ -26,9 +30,9 @@ DOMAINS = (
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KNOWN = """
-    html head meta title style script body a header p h1 h2 h3 bdi cite dl div dt dd small details summary nav ol li
-    main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td footer
-    svg g path use defs text clippath rect image tspan
+    html head meta title style script body a header p h1 h2 h3 h4 ul bdi cite dl div dt dd small details summary nav ol
+    li main section span figure figcaption b i code noscript label select input table caption thead tbody tr th td
+    footer svg g path use defs text clippath rect image tspan
 """
 
 
@@ -163,6 +167,27 @@ def test_in_a_browser_the_page_runs_without_dialog_error_or_request(browser, wri
     assert page.evaluate("document.querySelectorAll('script').length") == 2
 
 
+def test_in_a_browser_the_page_is_no_wider_than_a_phone_and_its_tables_scroll(browser, written):
+    page = opened(browser, written[0], [])
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for section in ("#claims", "#bits", "#coactivation"):
+        assert page.locator(section).evaluate("e => e.scrollWidth - e.clientWidth") <= 0, section
+    boxes = [element.bounding_box() for element in page.locator(".claims .evidence").all()]
+    assert max(box["x"] + box["width"] for box in boxes) <= 390
+
+
+def test_in_a_browser_what_is_folded_unfolds_for_printing_and_folds_again(browser, written):
+    page = opened(browser, written[0], [])
+    folded = page.locator("main details:not([open])").count()
+    assert folded > 10
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("main details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("main details:not([open])").count() == folded
+
+
 def test_in_a_browser_tokens_lie_on_the_colours_of_their_experts(browser, written):
     page = opened(browser, written[0], [])
     _, trace = written
@@ -231,6 +256,70 @@ def test_gate_weights_keep_two_decimals_whatever_their_scale():
     assert np.abs(restored - weights.ravel()).max() < 0.005 * 2.5
 
 
-def test_render_page_asks_for_every_figure_and_table(mixtral):
-    with pytest.raises(Exception, match="has no attribute"):
-        render_page(gather(mixtral), [], [])
+def test_a_page_without_figures_holds_the_claims_and_the_methods_alone(mixtral):
+    results = gather(mixtral)
+    table = claims_table(results.claims)
+    page = render_page(results, [], [table], {"tables/claims": csv(table)}, {})
+    assert re.findall(r'<section id="([a-z]+)"', page) == ["claims", "methods"]
+    assert "<figure" not in page
+
+
+def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot_tell(written):
+    text = written[0].read_text("utf-8")
+    figures = re.findall(r"<figure(?: id=\"figure-([a-z]+)\")?>(.*?)</figure>", text, re.DOTALL)
+    assert [name for name, _ in figures] == [
+        *("shares", "divergence", "choices", "", "repeats"),  # the coloured text has its own place
+        *("explained", "nulls", "distance", "consistency"),
+        *("balance", "coactivation", "transitions", "pairs"),
+    ]
+    for name, figure in figures:
+        for heading in ("How to read it.", "What it cannot tell."):
+            said = re.search(rf"<b>{heading}</b>(.*?)</p>", figure, re.DOTALL)
+            assert said is not None, name
+            assert len(said[1].split()) > 10, name
+        assert 'href="data:text/csv' in figure or 'href="figures/' in figure
+        assert not name or 'role="img" aria-label="' in figure
+
+
+def test_the_table_of_contents_leads_to_every_section_in_the_order_of_the_page(page):
+    ids = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    contents, nested = [], False
+    for tag, attributes in page.elements:
+        nested = tag == "nav" or (nested and tag in ("ol", "li", "a"))
+        if nested and tag == "a":
+            contents.append(str(attributes["href"]).removeprefix("#"))
+    assert contents == ids
+    assert ids[0] == "claims"
+    assert ids[-1] == "methods"
+
+
+def test_ids_are_unique_and_every_reference_within_the_page_has_its_target(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    for _, attributes in page.elements:
+        targets = [str(attributes.get("aria-labelledby") or ""), str(attributes.get("href") or "")]
+        for target in targets[:1] if not targets[1].startswith("#") else [*targets[:1], targets[1][1:]]:
+            assert not target or target in ids
+
+
+def test_headings_go_down_one_level_at_a_time(page):
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert levels.count(1) == 1
+
+
+def test_each_claim_shows_an_effect_and_unfolds_to_all_of_them(written):
+    text = written[0].read_text("utf-8")
+    effects = [claim["effects"] for claim in json.loads((written[0].parent / "report.json").read_text())["claims"]]
+    section = text[text.index('<section id="claims"') :].split("</section>")[0]
+    assert section.count('<details class="effects">') == sum(len(of) > 1 for of in effects)
+    assert section.count('<p class="effects">') == sum(len(of) == 1 for of in effects)
+    assert section.count('<th scope="row">') == sum(len(of) for of in effects if len(of) > 1)
+
+
+def test_what_the_page_can_hold_is_drawn_or_awaited():
+    figures = {block.figure for chapter in CHAPTERS for section in chapter.sections for block in section.blocks} - {""}
+    everything = contents(figures, ())
+    assert [chapter.name for chapter in everything] == [chapter.name for chapter in CHAPTERS]
+    assert contents((), {"words"}) == ()

@@ -21,6 +21,7 @@ from moescope.tallying import tally
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 8, 2), Layer(5, 8, 2))
+OF_TOKENS = {"topics", "repeats", "bits", "locality", "balance", "coactivation", "transitions"}
 
 
 def tokens(path: Path, *, ranked: bool = True, token_ids: bool = True) -> Trace:
@@ -95,9 +96,9 @@ def test_words_need_token_ids_and_repeats_need_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "sections", "lack"),
     [
-        ("counts", {"claims", "topics", "methods"}, "holds counts"),
-        ("unranked", {"claims", "topics", "repeats", "methods"}, "does not say which choice"),
-        ("no token ids", {"claims", "topics", "repeats", "methods"}, "no token ids"),
+        ("counts", {"topics", "balance"}, "holds counts"),
+        ("unranked", OF_TOKENS, "does not say which choice"),
+        ("no token ids", OF_TOKENS, "no token ids"),
     ],
 )
 def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
@@ -106,21 +107,53 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
     whole = tokens(tmp_path / "t.moe", ranked=kind != "unranked", token_ids=kind != "no token ids")
     trace = counts_of(tmp_path / "c.moe", whole) if kind == "counts" else whole
     page = report(trace, tmp_path / "report").read_text("utf-8")
-    assert set(re.findall(r'<section id="([a-z]+)"', page)) == sections
+    chapters = {"claims", "published", "structure", "methods"} | (set() if kind == "counts" else {"explanation"})
+    if kind != "counts":  # which are of two domains
+        chapters |= {"domains", "pairs"}
+    assert set(re.findall(r'<section id="([a-z]+)"', page)) == sections | chapters
     assert lack in page
     claims = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["claims"]
     answers = {claim["name"]: claim["answer"] for claim in claims}
-    assert (answers["Consecutive tokens repeat"] == "not enough data") == (kind != "no token ids")
+    assert (answers["Consecutive tokens repeat"] == "not enough data") == (kind == "counts")
+    beyond_words = answers["They repeat beyond their words"]
+    assert (beyond_words == "not enough data") == (kind != "unranked")
     tables = {file.stem for file in (tmp_path / "report" / "tables").glob("*.csv")}
-    assert tables == {"shares", "divergence"} | (set() if kind == "counts" else {"repeats"})
+    expected = {"claims", "shares", "divergence", "balance"}
+    if kind != "counts":
+        expected |= {"repeats", "explain", "locality", "lags", "consistency", "coactivation", "batches", "domain_pairs"}
+        expected |= {"information_between_layers", "transitions"}
+    if kind == "no token ids":
+        expected |= {"runs", "paths"}
+    assert tables == expected
+    assert "nan" not in re.sub(r"base64,\S+", "", page).lower().split()
 
 
 def test_one_domain_diverges_from_nothing_and_gets_no_empty_figure(tmp_path: Path) -> None:
     part = make_part(np.random.default_rng(4), LAYERS, [40] * 6, domains=("ArXiv",))
     page = report(make_trace(tmp_path / "t.moe", [part], LAYERS), tmp_path / "report").read_text("utf-8")
-    assert 'figure id="shares"' in page
+    assert 'figure id="figure-shares"' in page
     assert "divergence" not in {file.stem for file in (tmp_path / "report").rglob("*.*")}
-    assert 'figure id="divergence"' not in page
+    assert 'figure id="figure-divergence"' not in page
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_one_layer_has_no_next_and_one_choice_no_pairs(top_k: int, tmp_path: Path) -> None:
+    layers = (Layer(4, 8, top_k),)
+    part = make_part(np.random.default_rng(4), layers, [40] * 9, weights=True)
+    page = report(make_trace(tmp_path / "t.moe", [part], layers), tmp_path / "report").read_text("utf-8")
+    sections = set(re.findall(r'<section id="([a-z]+)"', page))
+    assert "transitions" not in sections
+    assert ("coactivation" in sections) == (top_k > 1)
+    assert {"bits", "locality", "balance", "pairs"} <= sections
+
+
+def test_layers_of_different_shapes_with_drops_and_short_documents_get_their_report(tmp_path: Path) -> None:
+    layers = (Layer(0, 8, 1), Layer(1, 12, 4), Layer(2, 6, 2, num_null_experts=2), Layer(7, 8, 2))
+    part = make_part(np.random.default_rng(5), layers, [1, 2, 15, 9, 3, 16, 4, 11], dropped=0.2)
+    trace = make_trace(tmp_path / "t.moe", [part], layers)
+    page = report(trace, tmp_path / "report", layers=[0, 2]).read_text("utf-8")
+    assert 'figure id="figure-coactivation"' in page
+    assert 'figure id="figure-transitions"' in page
 
 
 def test_commands_serve_counts_or_refuse_in_one_line(tmp_path: Path) -> None:

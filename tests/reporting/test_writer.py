@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 import moescope
 from moescope.errors import NoSuchLayer, OutputExists, TraceNotFound
 from moescope.reporting import writer
+from moescope.reporting.page import MOST_DATA_BYTES
+from moescope.reporting.results import answer_claims
 from moescope.reporting.writer import check_output, report
 
-FIGURES = ("figure7-shares", "figure8-tokens", "figure9-choices", "figure10-repeats", "divergence")
-TABLES = ("shares", "repeats", "words", "divergence")
+FIGURES = (
+    *("figure7-shares", "figure8-tokens", "figure9-choices", "figure10-repeats", "divergence"),
+    *("explained", "explained-by-layer", "repeats-above-nulls", "repeats-by-distance", "consistency"),
+    *("balance", "coactivation", "transitions", "domain-pairs"),
+)
+TABLES = (
+    *("claims", "shares", "repeats", "words", "divergence", "explain", "locality", "lags", "runs", "consistency"),
+    *("balance", "batches", "weights", "coactivation", "information_between_layers", "transitions", "paths"),
+    "domain_pairs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +53,12 @@ def test_a_report_is_a_page_with_every_figure_and_table_in_every_format(written)
 
 def test_the_report_answers_the_claims_for_reading_by_machine(written, mixtral):
     claims = json.loads((written.parent / "report.json").read_text())["claims"]
-    tally = moescope.tally(mixtral)
-    words = moescope.words(mixtral, ["self"], indentation=True, tally=tally)
-    expected = moescope.claims(moescope.shares(tally), moescope.repeats(tally), moescope.divergence(tally), words)
-    assert [claim["name"] for claim in claims] == [claim.name for claim in expected]
-    assert [claim["answer"] for claim in claims] == [claim.answer for claim in expected]
+    expected = answer_claims(mixtral, ["self"])
+    assert claims == json.loads(json.dumps([asdict(claim) for claim in expected]))
+    effects = [effect for claim in claims for effect in claim["effects"]]
+    assert len(effects) > 20
+    table = (written.parent / "tables" / "claims.csv").read_text().splitlines()
+    assert len(table) == 1 + len(effects) + sum(not claim["effects"] for claim in claims)
 
 
 def test_the_layers_asked_for_are_those_of_tables_and_panels(written):
@@ -64,7 +76,12 @@ def test_the_function_can_be_called_by_its_public_name_again_and_again(mixtral, 
 
 def test_a_report_of_128_experts_is_written(wide, tmp_path):
     page = report(wide.path, tmp_path / "wide")
-    assert "128" in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    assert "128 experts, clustered" in text
+    assert page.stat().st_size < 6_000_000
+    large = (tmp_path / "wide" / "figures" / "transitions.csv").stat().st_size
+    assert large > MOST_DATA_BYTES  # so it is beside the page, not in it
+    assert 'href="figures/transitions.csv"' in text
 
 
 def test_an_earlier_report_is_replaced(mixtral, earlier, monkeypatch):

@@ -39,6 +39,7 @@ COMMANDS = {
     "coactivation": "Show which experts are chosen for the same token.",
     "transitions": "Show how the choice of experts goes on from layer to layer.",
     "cache": "Show what caches of experts would hit.",
+    "claims": "Show which claims of section 5 hold for this model, and by how much.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

@@ -37,8 +37,8 @@ def command(a: Path, b: Path, layers: tuple[int, ...] | None, show: str, figures
     """
     from moescope.cli.printing import print_table, save_figure
     from moescope.measures import compare
+    from moescope.measures.claims import first_middle_last
     from moescope.reporting import comparison_tables as tables
-    from moescope.reporting.results import first_middle_last
     from moescope.trace import open_trace
 
     try:

@@ -1,21 +1,29 @@
 """The claims of section 5 of Mixtral of Experts, answered for the model of a trace.
 
 An answer is "yes" or "no" only where an interval or a corrected test decides; "mixed" where layers or domains disagree;
-"not enough data" where nothing decides. The evidence names the numbers the answer rests on.
+"not enough data" where nothing decides. Each answer rests on effects: a size with its interval, what it is compared
+with, and a p-value corrected for all the effects of all claims.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Literal
 
 import numpy as np
 import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
+from moescope.measures import statistics
+from moescope.measures.locality import ALL_DOMAINS
+from moescope.measures.statistics import Numbers
 from moescope.tallying import INDENTATION
 
 Answer = Literal["yes", "no", "mixed", "not enough data"]
+Unit = Literal["bits", "points"]
 
 SIGNIFICANT = 0.05
 """False discovery rate at which a difference counts as found."""
@@ -29,228 +37,599 @@ MATHEMATICS = "DM Mathematics"
 
 
 @dataclass(frozen=True)
+class Effect:
+    """One number that a claim rests on.
+
+    Attributes:
+        what: What is measured, and where.
+        value: Its size: a number of bits, or points of per cent by which a rate is above its null.
+        unit: "bits" or "points".
+        low: 95 % interval, low end; None where it cannot be had, as all that follow.
+        high: The same, high end.
+        null: What it is compared with.
+        null_value: What the null predicts: bits, or per cent.
+        p_value: Of no effect. Where the largest of several is shown, of no effect in any of them (Simes 1986).
+        q_value: The same with the false discovery rate controlled over all effects of all claims.
+    """
+
+    what: str
+    value: float
+    unit: Unit
+    low: float | None
+    high: float | None
+    null: str
+    null_value: float | None
+    p_value: float | None = None
+    q_value: float | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether it is surely above nothing."""
+        return self.value > 0 and self.q_value is not None and self.q_value < SIGNIFICANT
+
+
+@dataclass(frozen=True)
 class Claim:
     """One claim and what this trace says of it.
 
     Attributes:
         name: Short name.
-        statement: The paper's claim, in our words.
+        statement: The claim, in our words.
         answer: Whether it holds for this model on this corpus.
-        evidence: The numbers behind the answer, with interval and null.
+        evidence: Why, in a sentence or two.
+        effects: The numbers behind the answer; none where there is not enough data.
     """
 
     name: str
     statement: str
     answer: Answer
     evidence: str
+    effects: tuple[Effect, ...] = ()
 
 
 def claims(
-    shares: xr.Dataset, repeats: xr.Dataset | None, divergence: xr.Dataset, words: xr.Dataset | None = None
+    divergence: xr.Dataset,
+    words: xr.Dataset | None = None,
+    locality: xr.Dataset | None = None,
+    explained: xr.Dataset | None = None,
 ) -> list[Claim]:
     """Answer each claim of section 5 from the results of the measures.
 
     Args:
-        shares: Of `moescope.shares`.
-        repeats: Of `moescope.repeats`; None if the trace does not tell what token follows what.
         divergence: Of `moescope.divergence`.
         words: Of `moescope.words`; None leaves out the claims about words.
+        locality: Of `moescope.locality`; None if the trace does not tell what token follows what.
+        explained: Of `moescope.explain`; None leaves out the bits that the domain explains.
     Returns:
-        The claims in the order of the paper.
+        The claims in the order of the paper, and after those on consecutive tokens one of ours: whether they repeat
+        more than their words would anyway.
+    Source:
+        Correction: Benjamini and Hochberg 1995, over the effects of all claims. The tests of each: see
+        docs/reference/measures/claims.md.
     """
-    found = [
-        _topic(divergence),
+    drafts = [
+        _topic(divergence, explained),
         _mathematics(divergence),
         _first_and_last(divergence),
         *([] if words is None else [_word(words, name) for name in words["word"].values.tolist()]),
-        *(_about_first(name, statement, repeats, judge) for name, statement, judge in _LOCALITY),
+        *(_about_neighbours(name, statement, locality, judge) for name, statement, judge in _LOCALITY),
     ]
+    p_values = [np.nan if effect.p_value is None else effect.p_value for draft in drafts for effect in draft.effects]
+    q_values = iter(statistics.false_discovery_rate(p_values).tolist())
+    found = []
+    for draft in drafts:
+        effects = tuple(replace(effect, q_value=_known(next(q_values))) for effect in draft.effects)
+        found.append(Claim(draft.name, draft.statement, draft.decide(effects), draft.evidence, effects))
     return found
 
 
-def _topic(divergence: xr.Dataset) -> Claim:
+@dataclass(frozen=True)
+class _Draft:
+    """A claim before the correction, and how its effects decide it once they are corrected."""
+
+    name: str
+    statement: str
+    evidence: str
+    effects: tuple[Effect, ...]
+    decide: Callable[[Sequence[Effect]], Answer]
+
+
+def _undecided(name: str, statement: str, why: str) -> _Draft:
+    return _Draft(name, statement, why, (), lambda _: "not enough data")
+
+
+def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
+    name = "No pattern by topic"
     statement = "The choice of experts shows no obvious pattern by topic: the domains use them alike."
     value, q = divergence["jsd_rest"], divergence["q_value"]
     known = np.isfinite(q.values)
     if not known.any():
-        return Claim("No pattern by topic", statement, "not enough data", _too_few_documents())
+        return _undecided(name, statement, _too_few_documents())
     different = (q.values < SIGNIFICANT) & known
-    large = divergence["jsd_rest_low"].values > TOPIC_BITS
+    large = (divergence["jsd_rest_low"].values > TOPIC_BITS) & known
     small = divergence["jsd_rest_high"].values < TOPIC_BITS
     top = _largest(value)
     evidence = (
         f"{int(different.sum())} of {int(known.sum())} domain-layer pairs differ from the other domains (false "
-        f"discovery rate {SIGNIFICANT:.0%}); {int((large & known).sum())} of them by surely more than {TOPIC_BITS} "
-        f"bits, the size that shows in a figure. Largest: {_divergence_at(divergence, *top)}."
+        f"discovery rate {_percent(SIGNIFICANT, 0)}); {int(large.sum())} of them by surely more than {TOPIC_BITS} "
+        "bits, the size that shows in a figure."
     )
-    if (large & known).mean() > 0.5:
-        return Claim("No pattern by topic", statement, "no", evidence)
-    if (small | ~known).all():
-        return Claim("No pattern by topic", statement, "yes", evidence)
-    if not (large & known).any():
-        return Claim("No pattern by topic", statement, "not enough data", evidence)
-    return Claim("No pattern by topic", statement, "mixed", evidence)
+    bits = [] if explained is None else _bits_of_domain(explained)
+    if explained is not None and bits:
+        share = explained["share"].sel(source="domain")
+        layer = _top_layer(share)
+        which = "the first choice" if explained.attrs["choice"] == "first" else "a choice"
+        evidence += (
+            f" Knowing the domain saves at most {_percent(share.sel(layer=layer).item())} of the bits of {which} "
+            f"(layer {layer})."
+        )
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        if large.mean() > 0.5:
+            return "no"
+        if (small | ~known).all():
+            return "yes"
+        return "mixed" if large.any() else "not enough data"
+
+    p_value = float(np.nanmin(q.values))  # the least of adjusted p-values is that of Simes' test
+    return _Draft(name, statement, evidence, (_divergence_effect(divergence, *top, p_value), *bits), decide)
 
 
-def _mathematics(divergence: xr.Dataset) -> Claim:
+def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
+    """What the domain explains of the choice at the first, the middle and the last layer."""
+    effects = []
+    for layer in first_middle_last(explained["layer"].values.tolist()):
+        at = explained.sel(layer=layer, source="domain")
+        if np.isfinite(at["bits"]):
+            effects.append(
+                Effect(
+                    f"domain explains, layer {layer}: {_percent(at['share'].item())} of H(E)",
+                    at["bits"].item(),
+                    "bits",
+                    _known(at["low"].item()),
+                    _known(at["high"].item()),
+                    "domains permuted over documents",
+                    _known(at["null"].item()),
+                    _known(at["p_value"].item()),
+                )
+            )
+    return effects
+
+
+def _mathematics(divergence: xr.Dataset) -> _Draft:
     statement = "Only DM Mathematics uses the experts a little differently from the other domains."
     name = "DM Mathematics stands out"
     value = divergence["jsd_rest"]
     if MATHEMATICS not in value["domain"].values:
-        return Claim(name, statement, "not enough data", f"The corpus has no domain {MATHEMATICS}.")
-    if not np.isfinite(divergence["q_value"].sel(domain=MATHEMATICS)).any():
-        return Claim(name, statement, "not enough data", _too_few_documents())
+        return _undecided(name, statement, f"The corpus has no domain {MATHEMATICS}.")
+    q_value = divergence["q_value"].sel(domain=MATHEMATICS).values
+    if not np.isfinite(q_value).any():
+        return _undecided(name, statement, _too_few_documents())
     leader = value.fillna(-1).argmax("domain").values
     leads = value["domain"].values[leader] == MATHEMATICS
-    different = divergence["q_value"].sel(domain=MATHEMATICS).values < SIGNIFICANT
+    different = q_value < SIGNIFICANT
     rank = (value.values > value.sel(domain=MATHEMATICS).values[None]).sum(axis=0) + 1
     evidence = (
         f"It differs from the others at {int(different.sum())} of {len(leads)} layers (false discovery rate "
-        f"{SIGNIFICANT:.0%}) and is the most different domain at {int(leads.sum())} (its rank among "
-        f"{value.sizes['domain']} domains, by layer: {', '.join(map(str, rank.tolist()))}). Most: "
-        f"{_divergence_at(divergence, MATHEMATICS, _top_layer(value.sel(domain=MATHEMATICS)))}."
+        f"{_percent(SIGNIFICANT, 0)}) and is the most different domain at {int(leads.sum())} (its rank among "
+        f"{value.sizes['domain']} domains, by layer: {', '.join(map(str, rank.tolist()))})."
     )
+    layer = _top_layer(value.sel(domain=MATHEMATICS))
+    p_value = _simes(divergence["p_value"].sel(domain=MATHEMATICS).values)
     stands_out = leads & different
-    answer: Answer = "yes" if stands_out.mean() > 0.5 else "mixed" if stands_out.any() else "no"
-    return Claim(name, statement, answer, evidence)
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        return "yes" if stands_out.mean() > 0.5 else "mixed" if stands_out.any() else "no"
+
+    effect = _divergence_effect(divergence, MATHEMATICS, layer, p_value)
+    return _Draft(name, statement, evidence, (effect,), decide)
 
 
-def _first_and_last(divergence: xr.Dataset) -> Claim:
+def _first_and_last(divergence: xr.Dataset) -> _Draft:
     statement = "Domains differ most at the first and last layer, whose states are close to input and output."
     name = "First and last layer differ most"
-    value = divergence["jsd_rest"]
-    if value.sizes["layer"] < 3:
-        return Claim(name, statement, "not enough data", "Fewer than three layers were recorded.")
-    if not np.isfinite(value.values).any():
-        return Claim(name, statement, "not enough data", "There is one domain.")
-    mean = value.mean("domain")
-    order = mean["layer"].values[np.argsort(-mean.values, kind="stable")]
-    ends = {int(mean["layer"].values[0]), int(mean["layer"].values[-1])}
-    top_two = set(order[:2].tolist())
-    listed = ", ".join(f"{layer}: {mean.sel(layer=layer).item():.4f}" for layer in mean["layer"].values.tolist())
-    evidence = f"Mean divergence of a domain from the others, bits, by layer: {listed}."
-    answer: Answer = "yes" if top_two == ends else "mixed" if top_two & ends else "no"
-    return Claim(name, statement, answer, evidence)
+    layers = divergence["layer"].values.tolist()
+    if len(layers) < 3:
+        return _undecided(name, statement, "Fewer than three layers were recorded.")
+    names = ("jsd_rest", "jsd_rest_null", "jsd_rest_low", "jsd_rest_high")
+    value, null, low, high = (divergence[name].transpose("layer", "domain").values for name in names)
+    known = np.isfinite(value + null + low + high).all(axis=0)
+    if not known.any():
+        return _undecided(name, statement, "At least two domains of several documents are needed.")
+    value, null, low, high = (of[:, known] for of in (value, null, low, high))
+    above = (value - null).mean(axis=1)
+    error = np.sqrt((_standard_error(value, low, high) ** 2).sum(axis=1)) / known.sum()
+    inner = slice(1, -1)
+    middle, middle_error = float(above[inner].mean()), float(np.sqrt((error[inner] ** 2).sum())) / (len(layers) - 2)
+    effects = []
+    for end, layer in ((0, layers[0]), (-1, layers[-1])):
+        found = float(above[end]) - middle
+        half, p_value = _normal(found, float(np.hypot(error[end], middle_error)))
+        what = f"divergence of a domain, layer {layer} less the layers between"
+        bounds = found - half, found + half
+        effects.append(Effect(what, found, "bits", *bounds, "mean of the layers between", middle, p_value))
+    order = [layers[at] for at in np.argsort(-above, kind="stable")]
+    evidence = (
+        "Mean divergence of a domain from the others beyond sampling, bits: "
+        f"{above[0]:.4f} at layer {layers[0]}, {middle:.4f} between, {above[-1]:.4f} at layer {layers[-1]}; largest at "
+        f"layers {order[0]} and {order[1]}."
+    )
+    return _Draft(name, statement, evidence, tuple(effects), _all_found)
 
 
-def _word(words: xr.Dataset, name: str) -> Claim:
+def _word(words: xr.Dataset, name: str) -> _Draft:
     row = words.sel(word=name)
     what = "Indentation" if name == INDENTATION else f"The word “{name}”"
     statement = f"{what} goes to the same expert wherever it stands."
     title = f"{what} has an expert"
     if not np.isfinite(row["same_low"]).any():
         found = f"{int(row['occurrences'])} occurrences in {int(row['documents'])} documents"
-        return Claim(title, statement, "not enough data", f"{found}; at least three documents are needed.")
+        return _undecided(title, statement, f"{found}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
     layer = _top_layer(row["same"])
     at = row.sel(layer=layer)
     evidence = (
-        f"In {int(row['occurrences'])} occurrences ({int(row['tokens'])} tokens, {int(row['documents'])} documents), "
-        "two "
-        f"of its tokens from different documents have the same first choice more often than any two tokens do at "
-        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {at['same'].item():.1%} "
-        f"({at['same_low'].item():.1%} to {at['same_high'].item():.1%}) against {at['same_null'].item():.1%}; "
-        f"{at['top_share'].item():.1%} go to expert {int(at['top_expert'])}."
+        f"Two of its tokens from different documents have the same first choice more often than any two tokens do at "
+        f"{int(above.sum())} of {len(above)} layers ({int(row['occurrences'])} occurrences, {int(row['documents'])} "
+        f"documents). Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
+        f"{_percent(at['same_high'].item())}) against {_percent(at['same_null'].item())}; "
+        f"{_percent(at['top_share'].item())} "
+        f"go to expert {int(at['top_expert'])}."
     )
     several = int(row["multi_token"])
     if several and np.isfinite(at["together"]):
         evidence += (
-            f" Of its {several} occurrences of several tokens, {at['together'].item():.1%} stay with one expert there; "
-            f"token ids alone predict {at['together_null'].item():.1%}."
+            f" Of its {several} occurrences of several tokens, {_percent(at['together'].item())} stay with one expert "
+            f"there; token ids alone predict {_percent(at['together_null'].item())}."
         )
-    answer: Answer = "yes" if above.mean() > 0.5 else "mixed" if above.any() else "no"
-    return Claim(title, statement, answer, evidence)
+    documents = int(row["documents"])
+    effects = []
+    for layer in first_middle_last(row["layer"].values.tolist()):
+        at = row.sel(layer=layer)
+        same, low, high, null = (at[f"same{end}"].item() for end in ("", "_low", "_high", "_null"))
+        if isfinite(low):
+            error = float(_standard_error(same, low, high, documents))
+            p_value = _student_p(same - null, error, documents - 1)
+            effects.append(
+                _points(
+                    f"two documents agree, layer {layer}",
+                    same,
+                    null,
+                    low - null,
+                    high - null,
+                    "any two tokens",
+                    p_value,
+                )
+            )
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        return "yes" if above.mean() > 0.5 else "mixed" if above.any() else "no"
+
+    return _Draft(title, statement, evidence, tuple(effects), decide)
 
 
-def _about_first(name: str, statement: str, repeats: xr.Dataset | None, judge: Judge) -> Claim:
-    """A claim about repeated first choices, which not every trace can tell."""
-    if repeats is None:
-        return Claim(name, statement, "not enough data", "The trace holds counts, not the order of tokens.")
-    if "first" not in repeats["kind"].values:
-        return Claim(name, statement, "not enough data", "The trace does not say which choice is a token's first.")
-    return judge(name, statement, repeats)
+NULLS = {
+    "uniform": "uniform routing",
+    "popularity": "popularity in the domain",
+    "document": "document in any order",
+    "words": "same words elsewhere",
+}
+"""What neighbours are compared with, from the paper's null to the strongest."""
 
 
-def _locality(name: str, statement: str, repeats: xr.Dataset) -> Claim:
-    rate, marginal = repeats.sel(kind="first"), repeats["marginal"].sel(kind="first")
-    known = np.isfinite(rate["low"].values)
-    if not known.any():
-        return Claim(name, statement, "not enough data", _too_few_documents())
-    above = (rate["low"].values > marginal.values) & known
-    below = (rate["high"].values < marginal.values) & known
-    excess = rate["rate"] - marginal
-    domain, layer = _largest(excess)
-    at = rate.sel(domain=domain, layer=layer)
-    evidence = (
-        f"The first choice repeats above the marginal null in {int(above.sum())} and below it in {int(below.sum())} of "
-        f"{int(known.sum())} domain-layer pairs (95 % intervals). Largest excess: {domain}, layer {layer}: "
-        f"{at['rate'].item():.1%} ({at['low'].item():.1%} to {at['high'].item():.1%}), marginal null "
-        f"{marginal.sel(domain=domain, layer=layer).item():.1%}, uniform {at['uniform'].item():.1%}."
+def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, judge: Judge) -> _Draft:
+    """A claim about consecutive tokens, which not every trace can tell."""
+    if locality is None:
+        return _undecided(name, statement, "The trace holds counts, not the order of tokens.")
+    kind = "first" if locality["rate"].sel(kind="first").notnull().any() else "any"
+    of = locality.sel(pairs="all", kind=kind)
+    if not np.isfinite(of["excess_low"].sel(domain=ALL_DOMAINS, null="uniform")).any():
+        return _undecided(name, statement, "Intervals need at least two documents.")
+    return judge(name, statement, of)
+
+
+def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
+    whole = locality.sel(domain=ALL_DOMAINS)
+    layers = whole["layer"].values.tolist()
+    above = (whole["excess_low"].sel(null="popularity") > 0).values
+    layer = _top_layer(whole["excess"].sel(null="popularity"))
+    at = whole.sel(layer=layer)
+    pairs = "the same first choice" if str(at["kind"].values) == "first" else "an expert in common"
+    over = ", ".join(
+        f"{_signed(at['excess'].sel(null=null).item())} points over {NULLS[null]}"
+        for null in ("uniform", "popularity", "document")
     )
-    share = above.sum() / known.sum()
-    answer: Answer = "yes" if share > 0.9 else "mixed" if above.any() else "no"
-    return Claim(name, statement, answer, evidence)
-
-
-def _locality_grows(name: str, statement: str, repeats: xr.Dataset) -> Claim:
-    if repeats.sizes["layer"] < 3:
-        return Claim(name, statement, "not enough data", "Fewer than three layers were recorded.")
-    first = repeats.sel(kind="first")
-    layers = first["layer"].values.tolist()
-    places = [layers[0], layers[(len(layers) - 1) // 2], layers[-1]]
-    excess = (first["rate"] - first["marginal"]).mean("domain")
-    if not np.isfinite(excess.sel(layer=places)).all() or not np.isfinite(first["low"]).any():
-        return Claim(name, statement, "not enough data", _too_few_documents())
-    start, middle, end = (excess.sel(layer=layer).item() for layer in places)
-    surely = [
-        bool((first["low"].sel(layer=layer) > first["high"].sel(layer=layers[0])).mean() > 0.5) for layer in places[1:]
+    evidence = (
+        f"Neighbours have {pairs} surely more often than the popularity of the experts in their domain makes them at "
+        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {_percent(at['rate'].item())} of the "
+        f"pairs, {over}."
+    )
+    effects = [
+        _excess(whole, layer, null)
+        for layer in first_middle_last(layers)
+        for null in ("uniform", "popularity", "document")
+        if np.isfinite(whole["excess"].sel(layer=layer, null=null))
     ]
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        return "yes" if above.mean() > 0.9 else "mixed" if above.any() else "no"
+
+    return _Draft(name, statement, evidence, tuple(effects), decide)
+
+
+def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
+    whole = locality.sel(domain=ALL_DOMAINS)
+    of = whole.sel(null="words")
+    if not np.isfinite(of["excess_low"]).any():
+        return _undecided(name, statement, "The trace has no token ids, or no word is in two documents.")
+    above, below = (of["excess_low"] > 0).values, (of["excess_high"] < 0).values
+    layers = whole["layer"].values[np.isfinite(of["excess"].values)].tolist()
+    shown = first_middle_last(layers)
+
+    def points(layer: int) -> str:
+        excess, low, high = (_signed(of[f"excess{end}"].sel(layer=layer).item()) for end in ("", "_low", "_high"))
+        return f"{excess} points [{low} to {high}] at layer {layer}"
+
+    by_layer = ", ".join(map(points, shown))
     evidence = (
-        f"Excess of the repeated first choice over the marginal null, mean of the domains, percentage points: layer "
-        f"{places[0]} {100 * start:+.1f}, layer {places[1]} {100 * middle:+.1f}, layer {places[2]} {100 * end:+.1f}."
+        f"More than these words would do anyway: {by_layer}. Surely more at {int(above.sum())} and surely less at "
+        f"{int(below.sum())} of {len(above)} layers."
     )
-    answer: Answer = "yes" if all(surely) else "mixed" if any(surely) else "no"
-    return Claim(name, statement, answer, evidence)
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        return "yes" if above.mean() > 0.9 else "mixed" if above.any() else "no"
+
+    return _Draft(name, statement, evidence, tuple(_excess(whole, layer, "words") for layer in shown), decide)
 
 
-def _locality_by_domain(name: str, statement: str, repeats: xr.Dataset) -> Claim:
-    first = repeats.sel(kind="first")
-    if first.sizes["domain"] < 2 or not np.isfinite(first["low"]).any():
-        return Claim(name, statement, "not enough data", "At least two domains of several documents are needed.")
-    spread = first["rate"].max("domain") - first["rate"].min("domain")
-    apart = first["low"].max("domain").values > first["high"].min("domain").values
-    layer = _top_layer(spread)
-    at = first.sel(layer=layer)
-    high, low = (at.isel(domain=int(index)) for index in (at["rate"].values.argmax(), at["rate"].values.argmin()))
+def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
+    whole = locality.sel(domain=ALL_DOMAINS)
+    layers = whole["layer"].values.tolist()
+    if len(layers) < 3:
+        return _undecided(name, statement, "Fewer than three layers were recorded.")
+    places = first_middle_last(layers)
+    nulls = [null for null in ("popularity", "words") if np.isfinite(whole["excess"].sel(null=null)).all()]
+    if "popularity" not in nulls:
+        return _undecided(name, statement, "A layer has no choices to compare.")
+    effects, sentences = [], []
+    for null in nulls:
+        of = whole.sel(null=null)
+        first, *later = (of.sel(layer=layer) for layer in places)
+        for at in later:
+            effects.append(_growth(first, at, int(whole["documents"])))
+        excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
+        sentences.append(f"over {NULLS[null]}, {excess}")
+    evidence = f"Points of repeats {'; '.join(sentences)}."
+    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]))
+
+
+def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
+    """How much larger an excess is at a later layer. Layers taken as independent, which widens the interval."""
+    of_first, of_later = (
+        _standard_error(at["excess"].item(), at["excess_low"].item(), at["excess_high"].item(), documents)
+        for at in (first, later)
+    )
+    value = later["excess"].item() - first["excess"].item()
+    error = float(np.hypot(of_first, of_later))
+    half = float(statistics.student_t(documents)) * error
+    what = f"excess at layer {int(later['layer'])} less that at layer {int(first['layer'])}"
+    return Effect(
+        what,
+        100 * value,
+        "points",
+        100 * (value - half),
+        100 * (value + half),
+        f"layer {int(first['layer'])}, both over {NULLS[str(first['null'].values)]}",
+        None,
+        _student_p(value, error, documents - 1),
+    )
+
+
+def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
+    rates = locality.drop_sel(domain=ALL_DOMAINS)
+    enough = np.isfinite(rates["low"].transpose("layer", "domain").values).all(axis=0)
+    if enough.sum() < 2:
+        return _undecided(name, statement, "At least two domains of several documents are needed.")
+    rates = rates.isel(domain=enough)
+    of_rates = _differences(rates, ("rate", "low", "high"), "most less least repeating domain")
+    different = statistics.false_discovery_rate(of_rates.p_values) < SIGNIFICANT
+    found = rates.sel(layer=of_rates.layer)
+    order = found["rate"].values.argsort()
+    high, low = (found.isel(domain=int(place)) for place in (order[-1], order[0]))
     evidence = (
-        f"The intervals of the most and the least repeating domain are apart at {int(apart.sum())} of {len(apart)} "
-        "layers. "
-        f"Most at layer {layer}: {high['domain'].item()} {high['rate'].item():.1%} "
-        f"({high['low'].item():.1%} to {high['high'].item():.1%}), {low['domain'].item()} {low['rate'].item():.1%} "
-        f"({low['low'].item():.1%} to {low['high'].item():.1%})."
+        f"The rates of the domains differ at {int(different.sum())} of {len(different)} layers (Welch's test, false "
+        f"discovery rate {_percent(SIGNIFICANT, 0)}). Most at layer {of_rates.layer}: {high['domain'].item()} "
+        f"{_percent(high['rate'].item())} ({_percent(high['low'].item())} to {_percent(high['high'].item())}), "
+        f"{low['domain'].item()} "
+        f"{_percent(low['rate'].item())} ({_percent(low['low'].item())} to {_percent(low['high'].item())})."
     )
-    answer: Answer = "yes" if apart.mean() > 0.5 else "mixed" if apart.any() else "no"
-    return Claim(name, statement, answer, evidence)
+    effects = [of_rates.effect]
+    over_words = rates.sel(null="words")
+    if np.isfinite(over_words["excess_low"]).all():
+        names = ("excess", "excess_low", "excess_high")
+        effects.append(_differences(over_words, names, f"the same of what is over {NULLS['words']}").effect)
+
+    def decide(effects: Sequence[Effect]) -> Answer:
+        return "yes" if different.mean() > 0.5 else "mixed" if different.any() else "no"
+
+    return _Draft(name, statement, evidence, tuple(effects), decide)
 
 
-Judge = Callable[[str, str, xr.Dataset], Claim]
+@dataclass(frozen=True)
+class _Differences:
+    """How domains differ: by Welch's test at each layer, and the two furthest apart, at the layer where they are so."""
+
+    p_values: Numbers
+    layer: int
+    effect: Effect
+
+
+def _differences(rates: xr.Dataset, names: Sequence[str], what: str) -> _Differences:
+    """Compare the domains.
+
+    Args:
+        rates: With dims domain and layer.
+        names: Of the value and the ends of its interval, parts of 1.
+        what: Name of the largest difference. Its interval allows for its being the largest of its layer (Bonferroni).
+    """
+    value, low, high = (rates[name].transpose("layer", "domain").values for name in names)
+    documents = rates["documents"].values
+    error = _standard_error(value, low, high, documents)
+    p_values = np.array([welch(value[at], error[at], documents) for at in range(len(value))])
+    at = int(np.argmax(value.max(axis=1) - value.min(axis=1)))
+    layer = int(rates["layer"].values[at])
+    most, least = int(value[at].argmax()), int(value[at].argmin())
+    difference = float(value[at, most] - value[at, least])
+    pairs = value.shape[1] * (value.shape[1] - 1) / 2
+    degrees = max(1, int(documents[[most, least]].min()) - 1)
+    t = float(stats.t.ppf(1 - (1 - statistics.CONFIDENCE) / 2 / pairs, degrees))
+    half = t * float(np.hypot(error[at, most], error[at, least]))
+    ends = 100 * (difference - half), 100 * (difference + half)
+    p_value = _simes(p_values)
+    effect = Effect(f"{what}, layer {layer}", 100 * difference, "points", *ends, "domains alike", None, p_value)
+    return _Differences(p_values, layer, effect)
+
+
+def welch(value_D: Numbers, error_D: Numbers, documents_D: NDArray[np.int64]) -> float:
+    """P-value that groups have the same mean, whatever their variances.
+
+    Args:
+        value_D: Mean of each group.
+        error_D: Its standard error.
+        documents_D: Observations of each group.
+    Returns:
+        NaN where an error is zero or not known.
+    Source:
+        Welch 1951, On the comparison of several mean values.
+
+    Example:
+        >>> round(welch(np.array([0.0, 1.0]), np.array([0.3, 0.4]), np.array([10, 10])), 4)
+        0.062
+    """
+    groups = len(value_D)
+    if groups < 2 or not (np.isfinite(value_D).all() and (error_D > 0).all()):
+        return float("nan")
+    weight = 1 / error_D**2
+    mean = (weight * value_D).sum() / weight.sum()
+    between = (weight * (value_D - mean) ** 2).sum() / (groups - 1)
+    spare = ((1 - weight / weight.sum()) ** 2 / np.maximum(documents_D - 1, 1)).sum()
+    statistic = between / (1 + 2 * (groups - 2) / (groups**2 - 1) * spare)
+    return float(stats.f.sf(statistic, groups - 1, (groups**2 - 1) / (3 * spare)))
+
+
+Judge = Callable[[str, str, xr.Dataset], _Draft]
 _LOCALITY: tuple[tuple[str, str, Judge], ...] = (
     (
         "Consecutive tokens repeat",
         "Consecutive tokens are sent to the same expert more often than at random.",
-        _locality,
+        _repeat,
+    ),
+    (
+        "They repeat beyond their words",
+        "Consecutive tokens are sent to the same expert more often than the same words are elsewhere. (Ours: the paper "
+        "compares with uniform routing only.)",
+        _beyond_words,
     ),
     (
         "Repetition grows with depth",
         "Repetition is close to random at the first layer and far above it at the middle and the last.",
-        _locality_grows,
+        _grows,
     ),
     (
         "Repetition depends on the domain",
         "How often assignments repeat depends on the domain; code and mathematics differ from prose in it.",
-        _locality_by_domain,
+        _by_domain,
     ),
 )
+
+
+def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
+    """Three of the layers, or all if they are fewer.
+
+    Example:
+        >>> first_middle_last(range(32)), first_middle_last([4, 9])
+        ((0, 15, 31), (4, 9))
+    """
+    if len(layers) <= 3:
+        return tuple(layers)
+    return layers[0], layers[(len(layers) - 1) // 2], layers[-1]
+
+
+def _excess(whole: xr.Dataset, layer: int, null: str) -> Effect:
+    at = whole.sel(layer=layer, null=null)
+    rate, expected, low, high = (at[name].item() for name in ("rate", "expected", "excess_low", "excess_high"))
+    return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], at["p_value"].item())
+
+
+def _points(
+    what: str, rate: float, expected: float, low: float, high: float, null: str, p_value: float | None
+) -> Effect:
+    """A rate above its null, in points; `low` and `high` are of the difference."""
+    return Effect(
+        what,
+        100 * (rate - expected),
+        "points",
+        _known(100 * low),
+        _known(100 * high),
+        null,
+        _known(100 * expected),
+        None if p_value is None else _known(p_value),
+    )
+
+
+def _divergence_effect(divergence: xr.Dataset, domain: str, layer: int, p_value: float | None) -> Effect:
+    at = divergence.sel(domain=domain, layer=layer)
+    return Effect(
+        f"divergence from the others, largest: {domain}, layer {layer}",
+        at["jsd_rest"].item(),
+        "bits",
+        _known(at["jsd_rest_low"].item()),
+        _known(at["jsd_rest_high"].item()),
+        "sampling documents alone",
+        _known(at["jsd_rest_null"].item()),
+        p_value,
+    )
+
+
+def _all_found(effects: Sequence[Effect]) -> Answer:
+    found = [effect.found for effect in effects]
+    return "yes" if all(found) else "mixed" if any(found) else "no"
+
+
+def _simes(p_values: Numbers) -> float | None:
+    """P-value that none of the effects is there (Simes 1986); None where none was tested."""
+    adjusted = statistics.false_discovery_rate(p_values)
+    return float(np.nanmin(adjusted)) if np.isfinite(adjusted).any() else None
+
+
+def _standard_error(value: ArrayLike, low: ArrayLike, high: ArrayLike, documents: ArrayLike = np.inf) -> Numbers:
+    """The error behind an interval of Student's t, from its longer side."""
+    error: Numbers = np.maximum(np.subtract(high, value), np.subtract(value, low)) / statistics.student_t(documents)
+    return error
+
+
+def _normal(value: float, error: float) -> tuple[float, float | None]:
+    """Half of the 95 % interval, and the p-value of zero."""
+    half = float(stats.norm.ppf((1 + statistics.CONFIDENCE) / 2)) * error
+    return half, float(2 * stats.norm.sf(abs(value) / error)) if error > 0 else None
+
+
+def _student_p(value: float, error: float, degrees: int) -> float | None:
+    return float(2 * stats.t.sf(abs(value) / error, max(degrees, 1))) if error > 0 else None
+
+
+def _signed(difference: float) -> str:
+    """A difference of rates in points, with its sign unless it rounds to nothing."""
+    text = f"{100 * abs(difference):.1f}"
+    return text if text == "0.0" else f"{'+' if difference > 0 else '−'}{text}"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _known(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def _largest(values: xr.DataArray) -> tuple[str, int]:
@@ -261,14 +640,6 @@ def _largest(values: xr.DataArray) -> tuple[str, int]:
 
 def _top_layer(by_layer: xr.DataArray) -> int:
     return int(by_layer["layer"].values[int(np.nanargmax(by_layer.values))])
-
-
-def _divergence_at(divergence: xr.Dataset, domain: str, layer: int) -> str:
-    at = divergence.sel(domain=domain, layer=layer)
-    return (
-        f"{domain}, layer {layer}: {at['jsd_rest'].item():.4f} bits ({at['jsd_rest_low'].item():.4f} to "
-        f"{at['jsd_rest_high'].item():.4f}; {at['jsd_rest_null'].item():.4f} expected from sampling alone)"
-    )
 
 
 def _too_few_documents() -> str:

@@ -144,14 +144,19 @@ def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def transitions_frame(transitions: xr.Dataset) -> pd.DataFrame:
-    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths."""
+def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = None) -> pd.DataFrame:
+    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths.
+
+    Args:
+        transitions: Of `moescope.transitions`.
+        layers: Later layers whose transitions have rows, or None for all.
+    """
     by_layer = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("layer",)]
     information = pd.DataFrame({name: transitions[name].values for name in ["layer_before", "layer", *by_layer]})
     information.insert(0, "what", "information")
     parts = [information]
     names = ["probability", "joint", "expected", "lift", "low", "high", "p_value", "q_value"]
-    for layer in transitions["layer"].values.tolist():
+    for layer in transitions["layer"].values.tolist() if layers is None else layers:
         at = transitions.sel(layer=layer)
         expert, following = np.nonzero(np.isfinite(at["joint"].values))
         columns = {"what": "transition", "layer_before": int(at["layer_before"]), "layer": layer}

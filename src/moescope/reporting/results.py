@@ -8,9 +8,26 @@ from dataclasses import dataclass
 import xarray as xr
 
 from moescope.errors import NoSuchDocument
-from moescope.measures import Claim, claims, divergence, repeats, shares, words
+from moescope.measures import (
+    Claim,
+    balance,
+    claims,
+    coactivation,
+    consistency,
+    divergence,
+    explain,
+    locality,
+    repeats,
+    shares,
+    transitions,
+    words,
+)
+from moescope.measures.claims import first_middle_last
 from moescope.reporting.documents import RoutedDocument, sample_documents
-from moescope.tallying import tally
+from moescope.tallying import DocumentSample, tally
+from moescope.tallying import sample_documents as keep_documents
+from moescope.tallying.segments import Segments
+from moescope.tallying.shared_pass import SAMPLE_BYTES, shared_pass
 from moescope.trace import Layer, Trace
 
 WORDS = ("self", "Question")
@@ -19,16 +36,22 @@ WORDS = ("self", "Question")
 
 @dataclass(frozen=True)
 class Results:
-    """What a report is made of.
+    """What a report is made of. Where the trace cannot tell, a result is None; all are of all recorded layers.
 
     Attributes:
         trace: The trace.
         layers: Layers that tables and figures with a panel a layer show.
         words_asked: Words of the claims about words, without indentation.
-        shares: Of `moescope.shares`, of all recorded layers, as are the next three.
-        repeats: Of `moescope.repeats`; None for a trace of counts.
+        shares: Of `moescope.shares`.
+        repeats: Of `moescope.repeats`; None for a trace of counts, as is all else that needs tokens.
         divergence: Of `moescope.divergence`.
         words: Of `moescope.words`; None where the trace lacks token ids, or the order of the choices.
+        explained: Of `moescope.explain`, of a sample of documents.
+        locality: Of `moescope.locality`, of the same documents.
+        consistency: Of `moescope.consistency`; None, too, if no document is long enough.
+        balance: Of `moescope.balance`.
+        coactivation: Of `moescope.coactivation`; None, too, if no layer has two choices.
+        transitions: Of `moescope.transitions`; None, too, if there is one layer.
         claims: Of `moescope.claims`.
         documents: A sample of documents with the choices of `embedded_layers`; none where `words` is None.
         embedded_layers: Layers the documents hold.
@@ -41,6 +64,12 @@ class Results:
     repeats: xr.Dataset | None
     divergence: xr.Dataset
     words: xr.Dataset | None
+    explained: xr.Dataset | None
+    locality: xr.Dataset | None
+    consistency: xr.Dataset | None
+    balance: xr.Dataset
+    coactivation: xr.Dataset | None
+    transitions: xr.Dataset | None
     claims: list[Claim]
     documents: list[RoutedDocument]
     embedded_layers: tuple[Layer, ...]
@@ -51,9 +80,25 @@ class Results:
         found = (self.trace.summary or {}).get("warnings", [])
         return [str(warning) for warning in found] if isinstance(found, list) else []
 
+    @property
+    def paired_layers(self) -> tuple[int, ...]:
+        """Layers whose pairs of experts are shown."""
+        return () if self.coactivation is None else _among(self.layers, self.coactivation["layer"].values.tolist())
+
+    @property
+    def later_layers(self) -> tuple[int, ...]:
+        """Layers for which the transitions from the layer before are shown."""
+        return () if self.transitions is None else _among(self.layers, self.transitions["layer"].values.tolist())
+
+
+def _among(shown: Sequence[int], known: Sequence[int]) -> tuple[int, ...]:
+    """The shown layers that are known; if that leaves some out, the first, the middle and the last known."""
+    kept = tuple(layer for layer in shown if layer in known)
+    return kept if len(kept) >= min(len(shown), len(known)) else first_middle_last(known)
+
 
 def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Sequence[str] = WORDS) -> Results:
-    """Measure a trace for a report.
+    """Measure a trace for a report: one pass for all counters, the words, and some documents to look at.
 
     Args:
         trace: The trace.
@@ -64,26 +109,67 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         TraceDamaged: A page fails its checksum.
     """
     shown = shown_layers(trace, layers)
-    counts = tally(trace)
-    of_shares, of_divergence = shares(counts), divergence(counts)
-    of_repeats = None if counts.counts_only else repeats(counts)
+    counted = shared_pass(trace)
+    counts = counted.tally
     has_text = counts.ranked and trace.header.token_ids
+    of_divergence = divergence(counts)
     of_words = words(trace, list(words_asked), indentation=True, tally=counts) if has_text else None
+    explained, of_locality = _from_documents(counted.documents)
     embedded = embedded_layers(trace, shown)
     return Results(
         trace=trace,
         layers=shown,
         words_asked=tuple(words_asked),
-        shares=of_shares,
-        repeats=of_repeats,
+        shares=shares(counts),
+        repeats=None if counts.counts_only else repeats(counts),
         divergence=of_divergence,
         words=of_words,
-        claims=claims(of_shares, of_repeats, of_divergence, of_words),
+        explained=explained,
+        locality=of_locality,
+        consistency=_consistency(trace, counted.segments),
+        balance=balance(counted.balance),
+        coactivation=None if counted.coactivation is None else coactivation(counted.coactivation),
+        transitions=None if counted.transitions is None else transitions(counted.transitions),
+        claims=claims(of_divergence, of_words, of_locality, explained),
         documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
         if has_text
         else [],
         embedded_layers=embedded,
     )
+
+
+def answer_claims(trace: Trace, words_asked: Sequence[str] = WORDS) -> list[Claim]:
+    """The claims of section 5, answered for a trace as in its report.
+
+    Args:
+        trace: The trace.
+        words_asked: Words whose experts are asked for; indentation is always asked for.
+    Raises:
+        NoSuchDocument: Nothing has been recorded yet.
+        TraceDamaged: A page fails its checksum.
+    """
+    shown_layers(trace)
+    counted = tally(trace)
+    has_text = counted.ranked and trace.header.token_ids
+    of_words = words(trace, list(words_asked), indentation=True, tally=counted) if has_text else None
+    kept = None if counted.counts_only else keep_documents(trace, max_bytes=SAMPLE_BYTES)
+    explained, of_locality = _from_documents(kept)
+    return claims(divergence(counted), of_words, of_locality, explained)
+
+
+def _from_documents(kept: DocumentSample | None) -> tuple[xr.Dataset | None, xr.Dataset | None]:
+    """What explains the choice, and locality."""
+    if kept is None:
+        return None, None
+    choice = "first" if all(layer.ranked for layer in kept.layers) else "either"
+    return explain(kept, choice=choice), locality(kept)
+
+
+def _consistency(trace: Trace, segments: Segments | None) -> xr.Dataset | None:
+    if segments is None:
+        return None
+    found = consistency(trace, segments=segments)
+    return found if found["srp"].notnull().any() else None
 
 
 def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int, ...]:
@@ -97,13 +183,6 @@ def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int
         raise NoSuchDocument(trace.path, "the trace holds no document yet", "`moescope record` goes on with it")
     recorded = tuple(layer.layer for layer in trace.select_layers(layers))
     return recorded if layers is not None else first_middle_last(recorded)
-
-
-def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
-    """Three of the layers, or all if they are fewer."""
-    if len(layers) <= 3:
-        return tuple(layers)
-    return layers[0], layers[(len(layers) - 1) // 2], layers[-1]
 
 
 MOST_EMBEDDED_CHOICES = 128

@@ -460,7 +460,8 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
 
     Args:
         transitions: Of `moescope.transitions`.
-        layers: Later layers of which transitions are listed, or None for the first, the middle and the last.
+        layers: Later layers of which transitions are listed, here and in the frames; None lists those of the first, the
+            middle and the last, and all in the frames.
     """
     known = transitions["layer"].values.tolist()
     shown = layers if layers is not None else list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
@@ -488,7 +489,7 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
                 "sampling alone: what would be counted if the layers were independent. ± half of a 95 % interval, by "
                 "document.",
             ),
-            frame=frames.transitions_frame(transitions),
+            frame=frames.transitions_frame(transitions, layers),
         )
     ]
     sections = []

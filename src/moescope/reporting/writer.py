@@ -141,13 +141,14 @@ def _write(results: Results, folder: Path) -> None:
     for name in ("figures", "tables"):
         (folder / name).mkdir()
     tables = _tables(results)
-    for table in tables:
-        _write_text(folder / "tables" / f"{table.name}.csv", csv(table))
-        _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
     figures = _figures(results, folder / "figures")
-    for figure in figures:
-        _write_text(folder / "figures" / f"{figure.file}.csv", frames.csv(figure.frame))
-    _write_text(folder / PAGE, render_page(results, figures, tables))
+    csvs = {f"tables/{table.name}": csv(table) for table in tables}
+    csvs |= {f"figures/{figure.file}": frames.csv(figure.frame) for figure in figures}
+    for path, text in csvs.items():
+        _write_text(folder / f"{path}.csv", text)
+    for table in tables:
+        _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
+    _write_text(folder / PAGE, render_page(results, figures, tables, csvs, _sentences(results)))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     marker = {
         "format": FORMAT,
@@ -156,7 +157,7 @@ def _write(results: Results, folder: Path) -> None:
         "claims": [asdict(claim) for claim in results.claims],
         "files": files,
     }
-    _write_text(folder / MARKER, json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
+    _write_text(folder / MARKER, json.dumps(marker, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -164,16 +165,56 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _tables(results: Results) -> list[Table]:
+    """Every table that the trace can tell, in the order of the page."""
     from moescope.reporting import tables
+    from moescope.reporting.captions import FEWEST_DOMAINS_IN_PAIRS
+    from moescope.reporting.claims_table import claims_table
+    from moescope.reporting.comparison_tables import consistency_table
+    from moescope.reporting.explain_tables import explain_table
+    from moescope.reporting.locality_tables import lags_table, locality_table, runs_table
 
-    found = [tables.shares_table(results.shares, results.layers)]
-    if results.repeats is not None:
-        found.append(tables.repeats_table(results.repeats, results.layers))
-    if results.words is not None:
-        found.append(tables.words_table(results.words, results.layers))
+    layers = results.layers
+    found = [claims_table(results.claims), tables.shares_table(results.shares, layers)]
     if results.shares.sizes["domain"] > 1:
-        found.append(tables.divergence_table(results.divergence, results.layers))
+        found.append(tables.divergence_table(results.divergence, layers))
+    if results.words is not None:
+        found.append(tables.words_table(results.words, layers))
+    if results.repeats is not None:
+        found.append(tables.repeats_table(results.repeats, layers))
+    if results.explained is not None:
+        found.append(explain_table(results.explained, layers))
+    if results.locality is not None:
+        found += [locality_table(results.locality, layers), lags_table(results.locality, layers)]
+        if results.locality["runs"].notnull().any():
+            found.append(runs_table(results.locality, layers))
+    if results.consistency is not None:
+        found.append(consistency_table(results.consistency, layers))
+    found += tables.balance_tables(results.balance, layers)
+    if results.coactivation is not None:
+        found.append(tables.coactivation_table(results.coactivation.sel(layer=list(results.paired_layers)), layers))
+    if results.transitions is not None:
+        found += tables.transitions_tables(results.transitions, results.later_layers)
+    if results.shares.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
+        found.append(tables.domain_pairs_table(results.divergence, layers))
     return found
+
+
+def _sentences(results: Results) -> dict[str, list[str]]:
+    """What bits and locality say of a layer, in a sentence each: of all layers if they are few, else of those shown."""
+    from moescope.reporting.explain_tables import explain_sentence
+    from moescope.reporting.locality_tables import locality_sentence
+
+    recorded = [layer.layer for layer in results.trace.layers]
+    layers = recorded if len(recorded) <= MOST_SENTENCES else results.layers
+    found = {}
+    if results.explained is not None:
+        found["bits"] = [explain_sentence(results.explained, layer) for layer in layers]
+    if results.locality is not None:
+        found["locality"] = [said for layer in layers if (said := locality_sentence(results.locality, layer))]
+    return {name: said for name, said in found.items() if said}
+
+
+MOST_SENTENCES = 12
 
 
 def _figures(results: Results, folder: Path) -> list[PageFigure]:
@@ -183,14 +224,28 @@ def _figures(results: Results, folder: Path) -> list[PageFigure]:
     from moescope.reporting.documents import example_documents
     from moescope.reporting.inline_svg import inline_svg
 
-    shown = results.trace.select_layers(results.layers[:3])
+    layers = results.layers
+    shown = results.trace.select_layers(layers[:3])
     examples = example_documents(results.documents, results.words_asked)
+
+    def known(result: xr.Dataset | None) -> xr.Dataset:
+        return cast("xr.Dataset", result)  # a figure is described only if there is something to draw
+
     drawings = {
-        "shares": lambda: figures.draw_shares(results.shares, results.layers),
-        "choices": lambda: figures.draw_choices(results.shares, results.layers),
+        "shares": lambda: figures.draw_shares(results.shares, layers),
+        "choices": lambda: figures.draw_choices(results.shares, layers),
         "divergence": lambda: figures.draw_divergence(results.divergence),
-        "repeats": lambda: figures.draw_repeats(cast("xr.Dataset", results.repeats)),
+        "repeats": lambda: figures.draw_repeats(known(results.repeats)),
         "tokens": lambda: figures.draw_tokens(examples, shown, results.words_asked),
+        "explained": lambda: figures.draw_explained(known(results.explained), layers),
+        "depth": lambda: figures.draw_explained_by_layer(known(results.explained)),
+        "nulls": lambda: figures.draw_excess(known(results.locality)),
+        "distance": lambda: figures.draw_lags(known(results.locality), layers),
+        "consistency": lambda: figures.draw_consistency(known(results.consistency)),
+        "balance": lambda: figures.draw_balance(results.balance),
+        "coactivation": lambda: figures.draw_coactivation(known(results.coactivation), results.paired_layers),
+        "transitions": lambda: figures.draw_transitions(known(results.transitions), results.later_layers),
+        "pairs": lambda: figures.draw_domain_pairs(results.divergence, layers),
     }
     found = []
     for described in page_figures(results, examples):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,17 +118,14 @@ def sample_documents(
     """
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    a_token = _BYTES_BESIDE_CHOICES + sum(
-        len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in chosen
-    )
-    fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
-    (gathered,) = one_pass(trace, chosen, lambda: [_Gathered(fraction, ranks)], threads=threads, tokens=True)
-    return gathered.joined(trace, chosen)
+    make = partial(SampleCounter.empty, trace, chosen, max_bytes, ranks)
+    (counter,) = one_pass(trace, chosen, lambda: [make()], threads=threads, tokens=True)
+    return counter.joined(trace, chosen)
 
 
 @dataclass
-class _Gathered:
-    """The counter that keeps documents, a chunk a part."""
+class SampleCounter:
+    """The counter that keeps documents, a chunk a part; the pass must read token ids."""
 
     fraction: float
     ranks: int | None = None
@@ -135,7 +133,18 @@ class _Gathered:
     choices: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
     kept: NDArray[np.bool_] | None = None
 
+    @classmethod
+    def empty(
+        cls, trace: Trace, layers: Sequence[Layer], max_bytes: int = MAX_BYTES, ranks: int | None = None
+    ) -> SampleCounter:
+        """A counter that keeps as many documents of these layers, and ranks, as fit."""
+        a_token = _BYTES_BESIDE_CHOICES + sum(
+            len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in layers
+        )
+        return cls(min(1.0, max_bytes / max(1, a_token * trace.num_tokens)), ranks)
+
     def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Keep the documents of a part that belong to the sample."""
         if not self.chunks or self._is_new(part):
             self._start(part)
         for layer in group:
@@ -164,11 +173,13 @@ class _Gathered:
         )
         self.choices.append({})
 
-    def merge(self, other: _Gathered) -> None:
+    def merge(self, other: SampleCounter) -> None:
+        """Add the documents of another counter, in place."""
         self.chunks += other.chunks
         self.choices += other.choices
 
     def joined(self, trace: Trace, layers: tuple[Layer, ...]) -> DocumentSample:
+        """The sample of what was kept; the counter is empty afterwards."""
         order = sorted(range(len(self.chunks)), key=lambda at: int(self.chunks[at]["first"][0]))
         kinds = {"document": np.int64, "domain": np.int64, "length": np.int64, "position": np.int32}
         columns = {

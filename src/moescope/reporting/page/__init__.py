@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -22,13 +23,14 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 import moescope
-from moescope.reporting import frames
+from moescope.measures import Claim
 from moescope.reporting.colours import NO_EXPERT_DARK, NO_EXPERT_LIGHT, expert_colours
 from moescope.reporting.documents import RoutedDocument, example_documents
 from moescope.reporting.layout import LINE_BREAK, PART_OF_CHARACTER
-from moescope.reporting.numbers import count
+from moescope.reporting.numbers import MISSING, count
+from moescope.reporting.page.contents import contents
 from moescope.reporting.results import Results
-from moescope.reporting.tables import Table
+from moescope.reporting.tables import Row, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import choice_labels
 from moescope.trace import Layer
@@ -51,7 +53,7 @@ class PageFigure:
     Attributes:
         name: Its id in the page.
         file: Name of its files, without ending.
-        label: What the paper calls it.
+        label: What the paper calls it, or we do.
         title: What it shows.
         caption: What is drawn, with unit and null.
         how: How to read it.
@@ -71,19 +73,29 @@ class PageFigure:
     svg: str = ""
 
 
-def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequence[Table]) -> str:
+def render_page(
+    results: Results,
+    figures: Sequence[PageFigure],
+    tables: Sequence[Table],
+    csvs: Mapping[str, str],
+    sentences: Mapping[str, Sequence[str]],
+) -> str:
     """The text of ``index.html``.
 
     Args:
         results: What the report is of.
-        figures: Named shares; divergence, choices, repeats and tokens if the trace can tell.
-        tables: Named divergence, repeats and words if the trace can tell.
+        figures: Named as in `contents`; those that the trace can tell, shares at least.
+        tables: Named as in `contents`, and the claims.
+        csvs: The CSV of each by its path in the report, without ending.
+        sentences: For a section of the page, what its results say in plain words.
     """
     folder = resources.files(__package__)
     css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     documents = _fitting(results)
     shapes = sorted({layer.top_k for layer in results.trace.layers})
+    by_name = {figure.name: _Shown(figure) for figure in figures}
+    table_of = {table.name: table for table in tables}
     return environment.from_string(template).render(
         css=Markup(css),
         css_hash=_hash(css),
@@ -96,16 +108,43 @@ def render_page(results: Results, figures: Sequence[PageFigure], tables: Sequenc
         lacks=list(_lacks(results)),
         warnings=[_tied(visible(warning)) for warning in results.warnings],
         provenance=list(_provenance(results)),
-        claims=[
-            {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
-            for claim in results.claims
-        ],
-        figures={figure.name: _Shown(figure) for figure in figures},
-        tables={table.name: table for table in tables},
+        claims=list(_claims(results.claims, table_of["claims"])),
+        chapters=contents(by_name, table_of),
+        figures=by_name,
+        tables=table_of,
+        sentences={name: list(map(_tied, said)) for name, said in sentences.items()},
+        sampled=_sampled(results),
         top_k=" or ".join(map(str, shapes)),
         embedded=_embedded(results, documents),
         routing=Markup(_safe_json(_routing(results, documents))),
-        data_link=_data_link,
+        data_link=partial(_data_link, csvs),
+    )
+
+
+def _claims(claims: Sequence[Claim], table: Table) -> Iterator[dict[str, Any]]:
+    """The claims, each with its rows of their table and the first of them in words."""
+    for claim, section in zip(claims, table.sections, strict=True):
+        words = {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
+        rows = [
+            Row(_tied(row.label), tuple(cell._replace(value=_tied(cell.value)) for cell in row.cells))
+            for row in section.rows
+        ]
+        lead = ""
+        if rows:
+            size, interval, null, predicted, q_value = (f"{cell.value}{cell.mark}" for cell in rows[0].cells)
+            known = "" if predicted == MISSING else f" ({predicted})"
+            lead = f"{rows[0].label}: {size} [{interval}] against {null}{known}, q {q_value}"
+        yield {**words, "rows": rows, "lead": lead}
+
+
+def _sampled(results: Results) -> str:
+    """Of which documents the bits and the locality are; empty if of all."""
+    if results.explained is None or results.explained.attrs["sampled_fraction"] >= 1:
+        return ""
+    documents, tokens = (count(int(results.explained.attrs[name])) for name in ("documents", "tokens"))
+    return (
+        f"Bits explained and locality go over the same tokens several times, and so are of {documents} documents with "
+        f"{tokens} tokens, drawn at random; all else is of the whole trace."
     )
 
 
@@ -131,9 +170,9 @@ def _safe_json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _data_link(folder: str, name: str, frame: pd.DataFrame) -> str:
-    """A link to the CSV of a frame: within the page if it is small, else to the file beside it."""
-    text = frames.csv(frame)
+def _data_link(csvs: Mapping[str, str], folder: str, name: str) -> str:
+    """A link to the CSV of a figure or table: within the page if it is small, else to the file beside it."""
+    text = csvs[f"{folder}/{name}"]
     if len(text) <= MOST_DATA_BYTES:
         return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
     return f"{folder}/{name}.csv"

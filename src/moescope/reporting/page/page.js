@@ -1,5 +1,14 @@
 "use strict";
 (() => {
+  const folded = [];
+  addEventListener("beforeprint", () => {
+    folded.push(...document.querySelectorAll("main details:not([open])"));
+    for (const details of folded) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of folded.splice(0)) details.open = false;
+  });
+
   const data = JSON.parse(document.getElementById("routing").textContent);
   const viewer = document.getElementById("viewer");
   if (!data.documents.length) return;

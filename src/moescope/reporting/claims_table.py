@@ -1,0 +1,84 @@
+"""The claims as a table and as a data frame: a section a claim, a row an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from math import isnan
+
+import pandas as pd
+
+from moescope.measures.claims import Claim, Effect
+from moescope.reporting.numbers import MISSING, bits, percent
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.visible import visible
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """What each answer rests on: effect, interval, null and corrected significance.
+
+    Args:
+        claims: Of `moescope.claims`.
+    """
+    return Table(
+        "claims",
+        "The claims of section 5, and the effects each answer rests on",
+        "",
+        ("effect", "95 % interval", "against", "null", "q"),
+        tuple(Section(f"{claim.answer}: {visible(claim.name)}", tuple(map(_row, claim.effects))) for claim in claims),
+        notes=(
+            "points: of per cent, by which a rate is above its null; null: what the null predicts, per cent or bits.",
+            f"q: p-value corrected for all effects of all claims (false discovery rate; * below "
+            f"{percent(SIGNIFICANT, 0)} %). Intervals by document.",
+        ),
+        frame=claims_frame(claims),
+    )
+
+
+def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
+    """A row an effect; a claim without one has a row, too."""
+    nothing = dict.fromkeys(field.name for field in fields(Effect))
+    rows = [
+        {"claim": visible(claim.name), "answer": claim.answer, **effect}
+        for claim in claims
+        for effect in [asdict(effect) | {"what": visible(effect.what)} for effect in claim.effects] or [nothing]
+    ]
+    frame = pd.DataFrame(rows, columns=["claim", "answer", *nothing])
+    numbers = ["value", "low", "high", "null_value", "p_value", "q_value"]
+    return frame.astype(dict.fromkeys(numbers, float))
+
+
+def _row(effect: Effect) -> Row:
+    found = effect.q_value is not None and effect.q_value < SIGNIFICANT
+    interval = MISSING
+    if effect.low is not None and effect.high is not None:
+        interval = f"{_plain(effect, effect.low)} to {_plain(effect, effect.high)}"
+    null = MISSING
+    if effect.null_value is not None:
+        null = f"{effect.null_value:.1f} %" if effect.unit == "points" else _plain(effect, effect.null_value)
+    return Row(
+        visible(effect.what),
+        (
+            Cell(f"{_plain(effect, effect.value)} {effect.unit}"),
+            Cell(interval),
+            Cell(visible(effect.null)),
+            Cell(null),
+            Cell(_q(effect.q_value), mark="*" if found else ""),
+        ),
+    )
+
+
+def _plain(effect: Effect, value: float) -> str:
+    """A size in the unit of the effect; points have a sign."""
+    if isnan(value):
+        return MISSING
+    if effect.unit == "points":
+        text = f"{abs(value):.1f}"
+        return text if text == "0.0" else f"{'+' if value > 0 else '−'}{text}"
+    return f"−{bits(-value)}" if value < 0 else bits(value)
+
+
+def _q(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
