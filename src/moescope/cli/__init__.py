@@ -36,10 +36,12 @@ COMMANDS = {
     "balance": "Show how evenly the experts are loaded.",
     "coactivation": "Show which experts are chosen for the same token.",
     "transitions": "Show how the choice of experts goes on from layer to layer.",
+    "parallel": "Show what the routing costs on devices that share the experts.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",
     "export": "Write a trace in a format of other programs.",
+    "placement": "Write a placement of the experts, fitted on a trace.",
     "sql": "Query a trace in SQL.",
     "demo": "Record the embedded model on the embedded corpus and write its report.",
 }
