@@ -25,7 +25,7 @@ from moescope.trace.part import PHASES
 POSITION_BINS = 21
 """Positions by the power of two: 0, 1-2, 3-6, 7-14 …, the last from 2^20 - 1."""
 
-NULL_TOKENS = 131_072
+NULL_TOKENS = 65_536
 """Tokens of each fold in the batches of a null, at least; and at least eight batches."""
 
 

@@ -143,7 +143,7 @@ def parallel(
     variables = {
         **_loads(setting, names, counter.counts, shuffled, uniform),
         **_reached(setting, len(names), counter.counts, uniform, width),
-        **_drops(setting, counter.counts, shuffled, uniform),
+        **_drops(setting, counter.counts, shuffled, uniform, counted.documents_XG.sum(axis=1)),
         **_foreign(counted, cluster, [name for name in FOREIGN if name in names]),
     }
     result = xr.Dataset(
@@ -327,7 +327,13 @@ def _reached(
     return variables
 
 
-def _drops(setting: Setting, counts: BatchCounts, shuffled: BatchCounts, uniform: BatchCounts) -> dict[str, Any]:
+def _drops(
+    setting: Setting,
+    counts: BatchCounts,
+    shuffled: BatchCounts,
+    uniform: BatchCounts,
+    documents_X: NDArray[np.int64],
+) -> dict[str, Any]:
     """Dropped assignments by capacity factor."""
     num_kinds, num_layers, num_domains = counts.dropped_SLXGJ.shape[:3]
     shape = num_kinds, num_domains + 1, num_layers, len(setting.factors)
@@ -339,6 +345,9 @@ def _drops(setting: Setting, counts: BatchCounts, shuffled: BatchCounts, uniform
         p, error = groups.ratio_errors(_at_least(of_GJ), made_G)
         value[s, x, at] = p
         low[s, x, at], high[s, x, at] = statistics.proportion_interval(p, error, int((made_G > 0).sum()))
+        documents = documents_X.sum() if x == 0 else documents_X[x - 1]
+        _, rare = statistics.proportion_interval(0.0, 0.0, documents)
+        high[s, x, at] = np.where(p == 0, rare, high[s, x, at])  # no document has any: they count, not the cells
     position_SLQJ = counts.dropped_SLQGJ.sum(axis=3)
     by_position = statistics.ratio(_at_least(position_SLQJ), position_SLQJ.sum(axis=3, keepdims=True))
 

@@ -197,18 +197,26 @@ def draw_uniform(num_tokens: int, top_k: int, num_ids: int, rng: np.random.Gener
 
 @numba.njit(cache=True, nogil=True)
 def bring_together(
-    pairs_EE: NDArray[np.float64], loads_ME: NDArray[np.float64], device_E: Sums, near_DD: NDArray[np.float64]
+    pairs_EE: NDArray[np.float64],
+    load_E: NDArray[np.float64],
+    loads_ME: NDArray[np.float64],
+    device_E: Sums,
+    near_DD: NDArray[np.float64],
+    slack: float,
 ) -> None:
     """Swap experts between devices until no swap brings more co-activated pairs near each other.
 
-    A swap is allowed if it does not raise Σ over batches of the largest load of a device above what it was at the
-    start. Experts are tried in turn, each with its best allowed partner; every swap gains, so it ends.
+    A swap is allowed if it raises neither Σ over batches of the largest load of a device above what it was at the
+    start, nor the load of a device over all batches above the largest at the start, or above the mean and some slack.
+    Experts are tried in turn, each with its best allowed partner; every swap gains, so it ends.
 
     Args:
         pairs_EE: Tokens with both experts.
-        loads_ME: Loads of batches.
+        load_E: Loads over all batches.
+        loads_ME: Loads of some batches.
         device_E: Device of each expert; changed.
         near_DD: What a pair on two devices saves: 2 if they are one, 1 on one node, else 0.
+        slack: Part of the mean load.
     """
     num_experts, num_devices = device_E.size, near_DD.shape[0]
     num_batches = loads_ME.shape[0]
@@ -228,6 +236,10 @@ def bring_together(
         _find_top(load_MD[m], top_M3[m])
         bound += load_MD[m, top_M3[m, 0]]
     bound *= 1 + 1e-12  # sums of whole numbers; for the rounding of fractions
+    load_D = np.zeros(num_devices)
+    for e in range(num_experts):
+        load_D[device_E[e]] += load_E[e]
+    most = max(load_D.max(), load_D.mean() * (1 + slack))
     changed = True
     while changed:
         changed = False
@@ -237,6 +249,9 @@ def bring_together(
             for j in range(num_experts):
                 b = device_E[j]
                 if a == b:
+                    continue
+                moved = load_E[j] - load_E[i]
+                if load_D[a] + moved > most or load_D[b] - moved > most:
                     continue
                 gain = saved_ED[i, b] - saved_ED[i, a] + saved_ED[j, a] - saved_ED[j, b]
                 gain -= pairs_EE[i, j] * (near_DD[a, a] + near_DD[b, b] - 2 * near_DD[a, b])
@@ -252,6 +267,8 @@ def bring_together(
                         saved_ED[e, d] += (near_DD[d, b] - near_DD[d, a]) * pairs_EE[e, i]
                     if e != partner:
                         saved_ED[e, d] += (near_DD[d, a] - near_DD[d, b]) * pairs_EE[e, partner]
+            load_D[a] += load_E[partner] - load_E[i]
+            load_D[b] -= load_E[partner] - load_E[i]
             for m in range(num_batches):
                 moved = loads_ME[m, partner] - loads_ME[m, i]
                 load_MD[m, a] += moved

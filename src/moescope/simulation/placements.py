@@ -29,6 +29,10 @@ FITTED = ("eplb", "eplb-replicated", "affinity")
 """Those that are fitted on loads."""
 
 
+SLACK = 0.03
+"""By what part of the mean load affinity may exceed it on a device, over all it is fitted on."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Devices that share the experts of each layer.
@@ -199,7 +203,8 @@ def _together(experts_S: NDArray[np.int64], cluster: Cluster, fit: Fit) -> NDArr
     some = fit.batches is not None and len(fit.batches) > 0
     batches = fit.batches if some else fit.loads[None]
     assert batches is not None
-    bring_together(fit.pairs.astype(float), np.ascontiguousarray(batches, float), device_E, near_DD)
+    loads, of_batches = fit.loads.astype(float), np.ascontiguousarray(batches, float)
+    bring_together(fit.pairs.astype(float), loads, of_batches, device_E, near_DD, SLACK)
     return np.argsort(device_E, kind="stable")
 
 

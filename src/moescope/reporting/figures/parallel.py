@@ -64,7 +64,7 @@ def draw_parallel(parallel: xr.Dataset) -> Figure:
         _draw_drops(drops, parallel, kinds, colours)
         slowest = figure.add_subplot(grid[1, 30:45])
         _draw_rows(slowest, parallel, kinds, colours, "slowest")
-        style.panel_title(slowest, "Largest over mean, all layers")
+        style.panel_title(slowest, "Slowest, all layers")
         reached = figure.add_subplot(grid[1, 47:60], sharey=slowest)
         _draw_rows(reached, parallel, kinds[:1], colours, "devices_reached")
         reached.tick_params(labelleft=False)
@@ -110,7 +110,7 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
 
 
 def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...]) -> None:
-    """Mean over layers; on a logarithmic axis, where zero is not drawn."""
+    """The mean over layers, on a logarithmic axis, where zero is not drawn."""
     factors = parallel["capacity_factor"].values
     for at, kind in enumerate(kinds):
         data = parallel.sel(batch=kind)
@@ -156,7 +156,7 @@ def _draw_rows(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tupl
             value = data[name].mean("layer").values
             low = high = np.full(value.shape, np.nan)
             null = data[f"{name}_uniform"].mean("layer").values
-        axes.plot(null, y, color=MUTED, marker="|", markersize=7, linestyle="", label="null")
+        axes.plot(null, y, color=colours[at], alpha=0.7, marker="|", markersize=7, linestyle="", label="null")
         for row, left, right in zip(y, low, high, strict=True):
             axes.plot([left, right], [row, row], color=colours[at], linewidth=1.0)
         axes.plot(
