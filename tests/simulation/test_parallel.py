@@ -308,15 +308,18 @@ def test_locality_over_subscribes_devices_and_without_it_both_agree(tmp_path: Pa
     assert last > 0.2
 
 
-def test_the_interval_holds_the_long_run_value_in_nineteen_of_twenty_draws(tmp_path: Path) -> None:
+def test_the_interval_holds_the_long_run_value_in_nineteen_of_twenty_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_counts, "NULL_TOKENS", 80)
     options = {"devices": 4, "prefill": 80, "decode": (), "placements": ["linear"], "threads": 1}
     rng = np.random.default_rng(3)
-    truth = parallel(sticky(tmp_path, rng, 1.5, 6000), **options)["over_subscription"].item()
+    truth = parallel(sticky(tmp_path, rng, 1.5, 4000), **options)["over_subscription"].item()
     inside = 0
-    for draw in range(60):
+    for draw in range(40):
         found = parallel(sticky(tmp_path / str(draw), rng, 1.5, 60), **options)
         inside += found["over_subscription_low"].item() <= truth <= found["over_subscription_high"].item()
-    assert inside >= 53
+    assert inside >= 34
 
 
 def test_replicas_and_placements_lower_what_a_skewed_router_costs(tmp_path: Path) -> None:
@@ -428,7 +431,7 @@ def test_real_routing_reaches_more_devices_the_more_there_are(name: str, shared_
         warnings.simplefilter("ignore")
         made = moescope.import_trace("bigmoeonedge", [path], tmp_path / "o.moe")
     found = [
-        parallel(made, devices=devices, prefill=8, decode=1, placements=["linear", "random"], threads=1)
+        parallel(made, devices=devices, prefill=8, decode=1, placements=["linear"], layers=(3, 9, 21, 26), threads=1)
         for devices in (4, 16, 128)
     ]
     reached = [float(of["devices_reached"].sel(placement="linear", batch="decode 1").mean()) for of in found]

@@ -26,7 +26,7 @@ POSITION_BINS = 21
 """Positions by the power of two: 0, 1-2, 3-6, 7-14 …, the last from 2^20 - 1."""
 
 NULL_TOKENS = 65_536
-"""Tokens of each fold in the batches of a null, at least; and at least eight batches."""
+"""Tokens of each fold in the batches of a null, but at least eight batches and at most 1024."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _count_null(
 
 
 def _null_tokens(kind: BatchKind) -> int:
-    return max(NULL_TOKENS // kind.tokens, 8) * kind.tokens
+    return min(max(NULL_TOKENS // kind.tokens, 8), 1024) * kind.tokens
 
 
 def _permutations(tokens: NDArray[np.int64], kind: BatchKind, rng: np.random.Generator) -> NDArray[np.int64]:
