@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_counts, make_part, make_trace
+from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
 import moescope
 from moescope.errors import NoSuchLayer, NotRecorded
@@ -22,7 +22,7 @@ from moescope.simulation import batch_counts, parallel
 from moescope.simulation import parallel_kernels as kernels
 from moescope.simulation.batches import BatchKind, batch_rows, decode_order
 from moescope.simulation.profile import Cells
-from moescope.trace import Layer, Trace
+from moescope.trace import Header, Layer, Trace, TraceWriter, open_trace
 
 # ------------------------------------------------------------------------------------------------------ batches
 
@@ -362,6 +362,26 @@ def test_bytes_follow_from_what_a_token_reaches(trace: Trace) -> None:
     np.testing.assert_allclose(found["bytes_within_nodes"], within)
     np.testing.assert_allclose(found["bytes_between_nodes"], between)
     assert "bytes_within_nodes" not in parallel(trace, devices=4, prefill=20, decode=())
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"hidden_size": 96, "dtype": "bfloat16"}, 192),
+        ({"hidden_size": 96, "dtype": "float32"}, 384),
+        ({"hidden_size": 96, "dtype": "int3"}, 0),
+        ({"hidden_size": "96", "dtype": "bfloat16"}, 0),
+        ({"dtype": "bfloat16"}, 0),
+    ],
+)
+def test_the_trace_says_how_large_a_hidden_state_is(tmp_path: Path, model: dict, expected: int) -> None:
+    layers = (Layer(0, 8, 2),)
+    with TraceWriter(tmp_path / "t.moe", Header(layers, model=model), VOCABULARY) as writer:
+        writer.write(make_part(np.random.default_rng(0), layers, [9, 9]), {})
+        writer.finish({})
+    found = parallel(open_trace(tmp_path / "t.moe"), devices=2, prefill=4, decode=(), placements=["linear"])
+    assert found.attrs["hidden_bytes"] == expected
+    assert ("bytes_within_nodes" in found) == (expected > 0)
 
 
 def test_a_trace_without_a_full_batch_says_so_with_zero_batches(trace: Trace) -> None:

@@ -1,7 +1,8 @@
 """EPLB, DeepSeek's expert-parallelism load balancer: replicas for busy experts, packed on devices by load.
 
-As published, in float32 and with its ties: sorting is stable, and of equal candidates the first is taken. A slot holds
-one replica of one expert; slots are counted over all devices, those of a device one after the other.
+As published, in float32. Of equal candidates the first is taken; where the published code sorts, which leaves equal
+loads (such as two replicas of one expert) in any order, they stay in theirs. A slot holds one replica of one expert;
+slots are counted over all devices, those of a device one after the other.
 
 Shape suffixes: N things to pack, E experts, S slots.
 """
