@@ -3,8 +3,8 @@
     python benchmarks/parallel.py [--tokens 4000000] [--layers 32] [--devices 8] [--threads 2] [--wide]
 
 The trace is that of `benchmarks/tally.py` (2 of 8 experts), or with `--wide` 8 of 128 experts with a tenth of the
-tokens. Wall time and CPU time of `moescope.parallel` with prefill batches of 4096 and decode batches of 64 tokens; peak
-memory of a fresh process, for the trace and for a quarter of it.
+tokens. Wall time and CPU time of `moescope.parallel` with prefill batches of 4096 and decode batches of 64 tokens;
+peak memory of a fresh process, for the trace and for a quarter of it.
 
 2026-11-24, `python benchmarks/parallel.py`, two cores shared with other work (load 9): 48.8 s, of which 24.4 s CPU time;
 peak 747 MB; for a quarter of the tokens 15.9 s, 7.6 s and 747 MB.
