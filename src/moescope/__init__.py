@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "measures",
     "Document": "corpus",
+    "Placement": "simulation",
     "Router": "recording",
     "RoutingCallback": "recording.callback",
     "Tally": "tallying",
@@ -33,12 +34,15 @@ _HOMES = {
     "divergence": "measures",
     "explain": "measures",
     "export": "exporting",
+    "export_placement": "exporting",
     "from_arrays": "importers",
     "import_trace": "importers",
     "locality": "measures",
     "offloading": "simulation",
     "open_corpus": "corpus",
     "open_trace": "trace",
+    "parallel": "simulation",
+    "placement": "simulation",
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
     from moescope.exporting import export as export
+    from moescope.exporting import export_placement as export_placement
     from moescope.exporting import sql as sql
     from moescope.importers import from_arrays as from_arrays
     from moescope.importers import import_trace as import_trace
@@ -85,6 +90,9 @@ if TYPE_CHECKING:
     from moescope.reporting import report as report
     from moescope.simulation import cache as cache
     from moescope.simulation import offloading as offloading
+    from moescope.simulation import Placement as Placement
+    from moescope.simulation import parallel as parallel
+    from moescope.simulation import placement as placement
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace

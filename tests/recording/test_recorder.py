@@ -359,6 +359,7 @@ def test_the_header_says_what_could_change_a_choice(documents: list[Document], t
         "family": "gpt_oss",
         "architecture": "GptOssModel",
         "num_layers": 4,
+        "hidden_size": 32,
         "dtype": "float32",
         "fingerprint": "",
     }

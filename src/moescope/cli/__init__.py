@@ -40,10 +40,12 @@ COMMANDS = {
     "transitions": "Show how the choice of experts goes on from layer to layer.",
     "cache": "Show what caches of experts would hit.",
     "claims": "Show which claims of section 5 hold for this model, and by how much.",
+    "parallel": "Show what the routing costs on devices that share the experts.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",
     "export": "Write a trace in a format of other programs.",
+    "placement": "Write a placement of the experts, fitted on a trace.",
     "sql": "Query a trace in SQL.",
     "demo": "Record the embedded model on the embedded corpus and write its report.",
 }

@@ -38,7 +38,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, name: str) -> Non
         NotExportable: The layers differ in top-k, or dropped an assignment.
     """
     top_k = _top_k(trace, layers)
-    num_layers = _num_layers(trace)
+    num_layers = num_model_layers(trace)
     dtype = np.uint8 if max(layer.num_ids for layer in layers) <= 256 else np.uint16
     layout = {
         "format": FORMAT,
@@ -146,7 +146,7 @@ def _top_k(trace: Trace, layers: tuple[Layer, ...]) -> int:
     return next(iter(by_top_k))
 
 
-def _num_layers(trace: Trace) -> int:
+def num_model_layers(trace: Trace) -> int:
     """Layers of the model as its header says, if it can be; else up to the last recorded one."""
     last = trace.layers[-1].layer + 1
     if last > MOST_LAYERS:

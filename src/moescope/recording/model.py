@@ -28,6 +28,7 @@ from moescope.recording.routers import (
     find_experts,
     find_left_out,
     given_experts,
+    hidden_size,
     num_layers,
     select_experts,
     text_tower,
@@ -412,6 +413,7 @@ def describe(
         "family": str(getattr(config, "model_type", None) or "custom"),
         "architecture": str(architectures[0]),
         "num_layers": count,
+        "hidden_size": hidden_size(config),
         "dtype": str(next(body.parameters()).dtype).removeprefix("torch."),
         "fingerprint": fingerprint,
     }

@@ -263,6 +263,11 @@ def num_layers(config: Any) -> int | None:
     return _whole_number(_text_config(config), "num_hidden_layers")
 
 
+def hidden_size(config: Any) -> int | None:
+    """Values of a hidden state; None if the configuration does not say."""
+    return _whole_number(_text_config(config), "hidden_size", "d_model")
+
+
 def _routed_blocks(model: nn.Module, subject: object) -> tuple[list[Experts], list[str]]:
     """Every routed block that text reaches, and the names of modules that hold experts and are not called as one."""
     tower = _language_model(model)

@@ -1,12 +1,15 @@
 """What the routing of a trace is worth: decisions played through on it, token by token.
 
-Rule of the room: it may import the trace, the tallying, the errors and, for intervals, `measures.statistics`; a module
-a subject; nothing is drawn or printed. Beside every gain stands what a trace without the locality would give, and the
-optimum where there is one. Only the modules of kernels loop over tokens.
+Rule of the room: it may import the trace, the tallying, the errors and, for intervals, `measures.statistics` and
+`measures.groups`; a module a subject; nothing is drawn or printed. Beside every gain stands what a trace without the
+locality would give, and the optimum where there is one. Only the modules of kernels loop over tokens.
 """
 
 from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
+from moescope.simulation.parallel import parallel
+from moescope.simulation.placements import Placement
+from moescope.simulation.placing import placement
 from moescope.simulation.playing import POLICIES
 
-__all__ = ["POLICIES", "cache", "offloading"]
+__all__ = ["POLICIES", "Placement", "cache", "offloading", "parallel", "placement"]

@@ -1,0 +1,78 @@
+"""``moescope placement``: where to put the experts, as a file that a server reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+
+
+@click.command()
+@trace_argument
+@click.option("--devices", type=int, required=True, help="Devices that share the experts of each layer.")
+@click.option("--nodes", type=int, default=1, show_default=True, help="Nodes, of as many devices each.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["linear", "random", "eplb", "eplb-replicated", "affinity"]),
+    default="eplb-replicated",
+    show_default=True,
+    help="How experts are placed.",
+)
+@click.option("--redundant-experts", type=int, help="Slots beyond one an expert.  [default: one a device]")
+@click.option("--expert-groups", type=int, default=1, show_default=True, help="Groups the router chooses among first.")
+@click.option("--domain", metavar="NAME", help="Fit on one domain.  [default: all of them together]")
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(["sglang", "sglang-counts", "eplb"]),
+    help="How it is written.  [default: eplb if PATH ends in .npz, else sglang]",
+)
+@output_option(None, "File to write: .json, or .npz for eplb.")
+@layers_option
+@force_option
+def command(
+    trace: Path,
+    devices: int,
+    nodes: int,
+    algorithm: str,
+    redundant_experts: int | None,
+    expert_groups: int,
+    domain: str | None,
+    format: str | None,
+    output: Path,
+    layers: tuple[int, ...] | None,
+    force: bool,
+) -> None:
+    """Write a placement of the experts, fitted on a trace.
+
+    sglang: JSON with physical_to_logical_map, for --init-expert-location. sglang-counts: JSON with logical_count, the
+    loads alone, from which SGLang makes its own placement. eplb: phy2log, log2phy and logcnt as vLLM and EPLB have
+    them, .npz or .json. Prints the path.
+
+    \b
+    Example:
+      moescope placement pile.moe --devices 8 -o placement.json
+      moescope placement pile.moe --devices 16 --nodes 2 --algorithm affinity -o placement.npz
+    """
+    from moescope.exporting import export_placement
+    from moescope.simulation import placement
+    from moescope.trace import open_trace
+
+    opened = open_trace(trace)
+    try:
+        placed = placement(
+            opened,
+            algorithm,
+            devices=devices,
+            nodes=nodes,
+            redundant_experts=redundant_experts,
+            expert_groups=expert_groups,
+            layers=layers,
+            domain=domain,
+        )
+        chosen = format or ("eplb" if output.suffix == ".npz" else "sglang")
+        click.echo(export_placement(placed, output, trace=opened, format=chosen, force=force))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

@@ -1,0 +1,103 @@
+"""A placement in the formats of servers: SGLang's JSON, and the arrays of EPLB and vLLM.
+
+Unit: the slot, counted over all devices, those of device 0 first. SGLang counts the layers of the whole model, so a
+layer without a placement (a dense one, or one that was not placed) gets the experts in their order, the redundant slots
+from expert 0 on, as SGLang itself does; EPLB's arrays hold the placed layers only, which `layers` names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moescope.errors import NotExportable
+from moescope.exporting.output import new_output
+from moescope.exporting.vllm import num_model_layers
+from moescope.trace import Trace
+
+if TYPE_CHECKING:
+    from moescope.simulation import Placement
+
+FORMATS = ("sglang", "sglang-counts", "eplb")
+
+
+def export_placement(
+    placement: Placement, out: str | Path, *, trace: Trace, format: str = "sglang", force: bool = False
+) -> Path:
+    """Write a placement for a server.
+
+    Args:
+        placement: Of `moescope.placement`.
+        out: File to write; it appears when it is complete.
+        trace: The trace it was fitted on: it says how many layers the model has, and for sglang-counts the loads.
+        format: ``sglang``: JSON with ``physical_to_logical_map``, shape (layer of the model, slot), for
+            ``--init-expert-location``. ``sglang-counts``: JSON with ``logical_count`` instead, assignments by (layer of
+            the model, expert), from which SGLang makes its own placement; it takes one or the other. ``eplb``:
+            ``phy2log`` (layer, slot), ``log2phy`` (layer, expert, replica; -1 = none) and ``logcnt`` (layer, expert),
+            as ``.npz``, or as JSON if `out` ends in ``.json``.
+        force: Replace what is there.
+    Returns:
+        Path of what was written.
+    Raises:
+        ValueError: There is no such format, or the placement has a layer that the trace has not.
+        NotExportable: Layers differ in experts or slots, which these formats cannot say.
+        OutputExists: There is something at `out`.
+        DiskFull: There is no room.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
+    out = Path(out)
+    chosen = trace.select_layers([layer.layer for layer in placement.layers])
+    if chosen != placement.layers:
+        raise ValueError("the placement is of layers with other experts than those of the trace")
+    shapes = {(layer.num_experts, len(placement.experts[layer.layer])) for layer in chosen}
+    if len(shapes) > 1:
+        found = " and ".join(f"{slots} slots of {experts} experts" for experts, slots in sorted(shapes))
+        raise NotExportable(trace.path, f"its layers differ: {found}", "--layers chooses layers with the same")
+    with new_output(out, apart_from=trace.path, force=force) as beside:
+        if format == "eplb":
+            _write_arrays(beside, _eplb(placement), as_json=out.suffix == ".json")
+        else:
+            content = _sglang(placement, trace) if format == "sglang" else _counts(placement, trace)
+            beside.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    return out
+
+
+def _eplb(placement: Placement) -> dict[str, Any]:
+    numbers = [layer.layer for layer in placement.layers]
+    count = np.array([placement.num_replicas(layer) for layer in numbers], np.int64)
+    return {
+        "phy2log": np.array([placement.experts[layer] for layer in numbers], np.int64),
+        "log2phy": np.array([placement.slots(layer, int(count.max())) for layer in numbers], np.int64),
+        "logcnt": count,
+        "layers": np.array(numbers, np.int64),
+    }
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        lists = {name: array.tolist() for name, array in arrays.items()}
+        path.write_text(json.dumps(lists, separators=(",", ":")) + "\n", encoding="utf-8")
+        return
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _sglang(placement: Placement, trace: Trace) -> dict[str, Any]:
+    first = placement.layers[0]
+    plain = (np.arange(len(placement.experts[first.layer])) % first.num_experts).tolist()
+    placed = {layer: experts.tolist() for layer, experts in placement.experts.items()}
+    return {"physical_to_logical_map": [placed.get(layer, plain) for layer in range(num_model_layers(trace))]}
+
+
+def _counts(placement: Placement, trace: Trace) -> dict[str, Any]:
+    experts = placement.layers[0].num_experts
+    loads = np.zeros((num_model_layers(trace), experts), np.int64)
+    for part in trace.iter_parts([layer.layer for layer in placement.layers]):
+        for layer, ids in part.expert_ids.items():
+            kept = ids[(ids >= 0) & (ids < experts)]
+            loads[layer] += np.bincount(kept.astype(np.int64), minlength=experts)
+    return {"logical_count": loads.tolist()}

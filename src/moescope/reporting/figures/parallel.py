@@ -1,0 +1,170 @@
+"""Expert parallelism: the most loaded device by layer, drops by capacity factor, and placements compared.
+
+Above, over-subscription of one placement by layer, a panel a kind of batches: band, from the 5 % to the 95 % quantile
+over batches; dashed, the same tokens in any order; dotted, uniform routing. Below, the share of the assignments that a
+capacity factor drops; what a batch waits for over all layers, a row a placement; and the devices that a token reaches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from moescope.reporting.colours import INK, MUTED, domain_colours
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH
+
+MOST_LAYERS_WITH_MARKERS = 16
+MOST_KINDS = 3
+_MARKERS = "oD^"
+_DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.4))
+
+
+def draw_parallel(parallel: xr.Dataset) -> Figure:
+    """The figure of at most three kinds of batches that there are; by layer, of the first placement.
+
+    Args:
+        parallel: Of `moescope.parallel`.
+    """
+    kinds = [kind for kind in parallel["batch"].values.tolist() if int(parallel["batches"].sel(batch=kind))]
+    kinds = kinds[:MOST_KINDS] or parallel["batch"].values.tolist()[:1]
+    colours = domain_colours(len(kinds) + 1)[1:]
+    with style.style():
+        handles = [
+            Line2D([], [], color=colours[at], marker=_MARKERS[at], markersize=3.4, linewidth=1.4)
+            for at in range(len(kinds))
+        ]
+        handles += [
+            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_DASHED),
+            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_DOTTED),
+        ]
+        labels = [*kinds, "the same tokens in any order", "uniform routing"]
+        top = style.legend_rows(len(handles), 5) + 0.3
+        figure = style.new_figure(FULL_WIDTH, top + 1.7 + 0.85 + 1.7 + 0.42)
+        grid = figure.add_gridspec(2, 60)
+        style.place(figure, left=0.52, right=0.1, top=top, bottom=0.42, between=0.72, rows=2)
+        figure.subplots_adjust(wspace=0)
+        upper = _split(len(kinds), 60, 4)
+        axes: Axes | None = None
+        for at, (kind, (start, end)) in enumerate(zip(kinds, upper, strict=True)):
+            axes = figure.add_subplot(grid[0, start:end], sharey=axes)
+            _draw_layers(axes, parallel.sel(batch=kind).isel(placement=0), colours[at], _MARKERS[at])
+            style.panel_title(axes, f"{kind}, {parallel['placement'].values[0]} placement")
+            if at == 0:
+                axes.set_ylabel("Largest load over mean")
+            else:
+                axes.tick_params(labelleft=False)
+        assert axes is not None
+        axes.set_ylim(bottom=1)
+        drops = figure.add_subplot(grid[1, 0:19])
+        _draw_drops(drops, parallel, kinds, colours)
+        slowest = figure.add_subplot(grid[1, 30:45])
+        _draw_rows(slowest, parallel, kinds, colours, "slowest")
+        style.panel_title(slowest, "Slowest, all layers")
+        reached = figure.add_subplot(grid[1, 47:60], sharey=slowest)
+        _draw_rows(reached, parallel, kinds[:1], colours, "devices_reached")
+        reached.tick_params(labelleft=False)
+        style.panel_title(reached, "Devices a token")
+        style.legend_above(figure, handles, labels, columns=5)
+    return figure
+
+
+def _split(panels: int, width: int, gap: int) -> list[tuple[int, int]]:
+    each = (width - gap * (panels - 1)) // panels
+    return [(at * (each + gap), at * (each + gap) + each) for at in range(panels)]
+
+
+def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None:
+    layers = data["layer"].values
+    few = len(layers) <= MOST_LAYERS_WITH_MARKERS
+    band = data["over_subscription_quantile"].values
+    axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
+    for end, line in (("shuffled", _DASHED), ("uniform", _DOTTED)):
+        axes.plot(
+            layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
+        )
+    low, high = data["over_subscription_low"].values, data["over_subscription_high"].values
+    style.add_verticals(axes, layers.astype(float), low, high, edgecolor=colour, linewidth=0.9)
+    axes.plot(
+        layers,
+        data["over_subscription"].values,
+        color=colour,
+        marker=marker,
+        markersize=3.4,
+        markevery=1 if few else 4,
+        linewidth=1.4,
+        markeredgewidth=0,
+        label="measured",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    if few:
+        axes.set_xticks(layers)
+    margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
+    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+    axes.set_xlabel("Layer", labelpad=2)
+    axes.grid(axis="y")
+
+
+def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...]) -> None:
+    """The mean over layers, on a logarithmic axis, where zero is not drawn."""
+    factors = parallel["capacity_factor"].values
+    for at, kind in enumerate(kinds):
+        data = parallel.sel(batch=kind)
+        for name, colour, line in (
+            ("dropped_uniform", colours[at], _DOTTED),
+            ("dropped_shuffled", colours[at], _DASHED),
+            ("dropped", colours[at], "-"),
+        ):
+            values = data[name].isel(domain=0) if "domain" in data[name].dims else data[name]
+            mean = 100 * values.mean("layer").values
+            axes.plot(
+                factors,
+                np.where(mean > 0, mean, np.nan),
+                color=colour,
+                linestyle=line,
+                linewidth=1.4 if line == "-" else 1.0,
+                marker=_MARKERS[at] if line == "-" else "",
+                markersize=3,
+                markevery=2,
+                markeredgewidth=0,
+                label=name,
+            )
+    axes.axhline(0.1, color=INK, linewidth=0.7)
+    axes.set_yscale("log")
+    axes.set_ylim(0.01, 100)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlim(factors[0] - 0.08, factors[-1] + 0.08)
+    axes.set_xlabel("Capacity factor", labelpad=2)
+    axes.set_ylabel("Dropped (%)")
+    axes.grid(axis="y")
+    style.panel_title(axes, "Drops, mean of layers")
+
+
+def _draw_rows(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...], name: str) -> None:
+    names = parallel["placement"].values.tolist()
+    for at, kind in enumerate(kinds):
+        data = parallel.sel(batch=kind)
+        y = np.arange(len(names)) + 0.2 * (at - (len(kinds) - 1) / 2)
+        if name == "slowest":
+            value, low, high = (data[f"{name}{end}"].values for end in ("", "_low", "_high"))
+            null = data["slowest_shuffled"].values
+        else:
+            value = data[name].mean("layer").values
+            low = high = np.full(value.shape, np.nan)
+            null = data[f"{name}_uniform"].mean("layer").values
+        axes.plot(null, y, color=colours[at], alpha=0.7, marker="|", markersize=7, linestyle="", label="null")
+        for row, left, right in zip(y, low, high, strict=True):
+            axes.plot([left, right], [row, row], color=colours[at], linewidth=1.0)
+        axes.plot(
+            value, y, color=colours[at], marker=_MARKERS[at], markersize=4, linestyle="", markeredgewidth=0, label=kind
+        )
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.12)
+    axes.grid(axis="x")
+    axes.set_xlabel("| any order" if name == "slowest" else "| uniform routing", labelpad=2, color=MUTED)

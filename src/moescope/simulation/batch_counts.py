@@ -1,0 +1,309 @@
+"""Loads of devices by batch, drops and the devices that tokens reach, counted over a trace and over its nulls.
+
+Units: the assignment, the batch and the token. Batches hold documents of one fold; placements that are fitted are
+fitted on the other one. S kinds of batches, L layers, P placements, X domains, G cells of documents, Q bins of
+positions, J capacity factors and one more, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.simulation import parallel_kernels as kernels
+from moescope.simulation.batches import BatchKind, batch_rows
+from moescope.simulation.placements import Cluster, Placement
+from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile
+from moescope.trace import Layer, Part
+from moescope.trace.part import PHASES
+
+POSITION_BINS = 21
+"""Positions by the power of two: 0, 1-2, 3-6, 7-14 …, the last from 2^20 - 1."""
+
+NULL_TOKENS = 65_536
+"""Tokens of each fold in the batches of a null, but at least eight batches and at most 1024."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated.
+
+    Attributes:
+        layers: Layers.
+        domains: Domains of the trace.
+        kinds: How batches are formed.
+        cluster: The devices.
+        placements: For each fold of documents judged, the placements in one order.
+        factors: Capacity factors, ascending.
+    """
+
+    layers: tuple[Layer, ...]
+    domains: tuple[str, ...]
+    kinds: tuple[BatchKind, ...]
+    cluster: Cluster
+    placements: tuple[tuple[Placement, ...], ...]
+    factors: tuple[float, ...]
+
+    def capacity(self, layer: Layer, kind: BatchKind, factor: float) -> int:
+        """Assignments of a batch that an expert takes: ⌈factor · tokens · top-k / experts⌉, exactly."""
+        exact = Fraction(factor) * kind.tokens * layer.top_k / layer.num_experts
+        return -(-exact.numerator // exact.denominator)
+
+    def drops(self, layer: Layer, kind: BatchKind) -> NDArray[np.int64]:
+        """Factors that drop an assignment before which i went to the same expert, shape (i,), i to a batch's tokens."""
+        capacity_F = [self.capacity(layer, kind, factor) for factor in self.factors]
+        return np.searchsorted(capacity_F, np.arange(kind.tokens + 1), side="right")
+
+    def tables(self, layer: Layer, fold: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Device of each replica, shape (placement, expert, replica), and replicas, shape (placement, expert)."""
+        of_fold = self.placements[fold]
+        counts = np.array([placement.num_replicas(layer.layer) for placement in of_fold], np.int32)
+        width = int(counts.max(initial=1))
+        devices = [placement.devices(layer.layer, width) for placement in of_fold]
+        return np.array(devices, np.int32).reshape(len(of_fold), layer.num_experts, width), counts
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """Sums over batches.
+
+    Memory: 8 bytes x S x L x (X + Q) x G x J, 20 MB for two kinds, 60 layers, 22 domains and 13 factors; a copy a
+        thread.
+
+    Attributes:
+        batches_S: Batches.
+        histogram_SLPB: Batches by ⌊200 ln(largest load / mean load of the devices)⌋.
+        slowest_SPB: The same of Σ over layers of the largest / Σ of the mean.
+        largest_SLPG: Assignments on the most loaded device of their batch.
+        made_SLG: Assignments to routed experts.
+        reached_SLPG2: Distinct devices, and distinct nodes, of the experts of a token.
+        tokens_SLG: Tokens.
+        dropped_SLXGJ: Assignments by how many capacity factors drop them.
+        dropped_SLQGJ: The same by position.
+        loads: For each kind the experts of batches by their load, shape (layer, load).
+    """
+
+    batches_S: NDArray[np.int64]
+    histogram_SLPB: NDArray[np.int64]
+    slowest_SPB: NDArray[np.int64]
+    largest_SLPG: NDArray[np.int64]
+    made_SLG: NDArray[np.int64]
+    reached_SLPG2: NDArray[np.int64]
+    tokens_SLG: NDArray[np.int64]
+    dropped_SLXGJ: NDArray[np.int64]
+    dropped_SLQGJ: NDArray[np.int64]
+    loads: tuple[NDArray[np.int64], ...]
+
+    @classmethod
+    def empty(cls, setting: Setting, *, domains: int) -> BatchCounts:
+        """Counts of nothing."""
+        sizes = len(setting.kinds), len(setting.layers), len(setting.placements[0])
+        bins = int(kernels.BINS_PER_E * np.log(setting.cluster.devices)) + 2
+        cells = NUM_CELLS, len(setting.factors) + 1
+
+        def zeros(*shape: int) -> NDArray[np.int64]:
+            return np.zeros(shape, np.int64)
+
+        return cls(
+            zeros(sizes[0]),
+            zeros(*sizes, bins),
+            zeros(sizes[0], sizes[2], bins),
+            zeros(*sizes, NUM_CELLS),
+            zeros(*sizes[:2], NUM_CELLS),
+            zeros(*sizes, NUM_CELLS, 2),
+            zeros(*sizes[:2], NUM_CELLS),
+            zeros(*sizes[:2], domains, *cells),
+            zeros(*sizes[:2], POSITION_BINS, *cells),
+            tuple(zeros(sizes[1], kind.tokens + 1) for kind in setting.kinds),
+        )
+
+    def merge(self, other: BatchCounts) -> None:
+        """Add other counts, in place."""
+        for name in self.__dataclass_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            pairs = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
+            for a, b in pairs:
+                a += b
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens in the order of their batches, with what is known of each row.
+
+    Attributes:
+        order: Of the fold's rows, shape (row in order,).
+        cell: Of every row, shape (token,); then its domain and the bin of its position.
+        largest: Largest load of each batch, summed over layers, shape (placement, batch).
+        made: Assignments of each batch, summed over layers, shape (batch,).
+    """
+
+    order: NDArray[np.int64]
+    cell: NDArray[np.integer[Any]]
+    domain: NDArray[np.integer[Any]]
+    position: NDArray[np.integer[Any]]
+    largest: NDArray[np.int64]
+    made: NDArray[np.int64]
+
+
+def make_rows(
+    setting: Setting,
+    kind: BatchKind,
+    order: NDArray[np.int64],
+    cell: NDArray[np.integer[Any]],
+    domain: NDArray[np.integer[Any]],
+    position: NDArray[np.integer[Any]],
+) -> Rows:
+    """Rows with room for the sums over layers."""
+    batches = len(order) // kind.tokens
+    largest = np.zeros((len(setting.placements[0]), batches), np.int64)
+    return Rows(order, cell, domain, position, largest, np.zeros(batches, np.int64))
+
+
+def as_ids(ids_KT: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    """In one type and order, so that the kernel is compiled once."""
+    return np.ascontiguousarray(ids_KT, np.int32)
+
+
+def count_layer(
+    setting: Setting, counts: BatchCounts, s: int, at: int, fold: int, ids_KT: NDArray[np.int32], rows: Rows
+) -> None:
+    """Count a layer of the batches of a fold, of the kind `s`."""
+    layer, kind, cluster = setting.layers[at], setting.kinds[s], setting.cluster
+    device_PEC, replicas_PE = setting.tables(layer, fold)
+    kernels.count_batches(
+        ids_KT, rows.order, kind.tokens, layer.num_experts, rows.cell, rows.domain, rows.position,
+        device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
+        counts.histogram_SLPB[s, at], counts.largest_SLPG[s, at], counts.made_SLG[s, at],
+        counts.reached_SLPG2[s, at], counts.tokens_SLG[s, at], counts.dropped_SLXGJ[s, at],
+        counts.dropped_SLQGJ[s, at], counts.loads[s][at], rows.largest, rows.made,
+    )  # fmt: skip
+
+
+def finish(setting: Setting, counts: BatchCounts, s: int, rows: Rows) -> None:
+    """Note, once all layers are counted, what batches wait for over all of them."""
+    counts.batches_S[s] += len(rows.made)
+    full = rows.made > 0
+    value_PN = rows.largest[:, full] * setting.cluster.devices / rows.made[full]
+    bins_PN = np.minimum((np.log(value_PN) * kernels.BINS_PER_E).astype(np.int64), counts.slowest_SPB.shape[2] - 1)
+    for p, bins_N in enumerate(bins_PN):
+        np.add.at(counts.slowest_SPB[s, p], bins_N, 1)
+
+
+@dataclass
+class BatchCounter:
+    """The counter that fills `BatchCounts` from a trace."""
+
+    setting: Setting
+    cells: Cells
+    counts: BatchCounts
+    _rows: dict[tuple[int, int], Rows] = field(default_factory=dict)
+
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Count some layers of a part."""
+        if group[0] == self.setting.layers[0]:
+            self._begin(part)
+        place = {layer.layer: at for at, layer in enumerate(self.setting.layers)}
+        for layer in group:
+            ids_KT = as_ids(part.expert_ids[layer.layer].T)
+            for (s, fold), rows in self._rows.items():
+                count_layer(self.setting, self.counts, s, place[layer.layer], fold, ids_KT, rows)
+        if group[-1] == self.setting.layers[-1]:
+            for (s, _), rows in self._rows.items():
+                finish(self.setting, self.counts, s, rows)
+
+    def _begin(self, part: Part) -> None:
+        cell_T = self.cells.of_rows(part)
+        position_T = position_bins(part.position)
+        starts = part.sequence_starts()
+        domain_T = part.domain.astype(np.int64)
+        for s, kind in enumerate(self.setting.kinds):
+            for fold in range(NUM_FOLDS):
+                order = batch_rows(kind, starts, cell_T % NUM_FOLDS == fold, part.phase)
+                self._rows[s, fold] = make_rows(self.setting, kind, order, cell_T, domain_T, position_T)
+
+    def merge(self, other: BatchCounter) -> None:
+        """Add the counts of other documents, in place."""
+        self.counts.merge(other.counts)
+
+
+def count_shuffled(setting: Setting, profile: Profile, rng: np.random.Generator) -> BatchCounts:
+    """The batches that the same tokens would form in any order: the tokens sampled of each fold, permuted again and
+    again.
+
+    Each keeps its choices at all layers. A permutation is cut into batches, its rest is left out; if it is shorter than
+    a batch, batches go on in the next one.
+    """
+    counts = BatchCounts.empty(setting, domains=1)
+    for s, kind in enumerate(setting.kinds):
+        for fold in range(NUM_FOLDS):
+            notes = profile.tokens.notes[fold, : profile.tokens.number(fold)]
+            phase = notes % 3 - 1
+            tokens = np.flatnonzero((phase < 0) | (phase == PHASES.index(kind.phase)))
+            order = _permutations(tokens, kind, rng)
+
+            def read(layer: Layer, fold: int = fold) -> NDArray[np.integer[Any]]:
+                return profile.tokens.values[layer.layer][fold].T
+
+            _count_null(setting, counts, s, fold, order, notes // 3, read)
+    return counts
+
+
+def count_uniform(setting: Setting, seed: int) -> BatchCounts:
+    """Batches of tokens that choose uniformly, each layer on its own."""
+    counts = BatchCounts.empty(setting, domains=1)
+    for s, kind in enumerate(setting.kinds):
+        for fold in range(NUM_FOLDS):
+            order = np.arange(_null_tokens(kind))
+
+            def draw(layer: Layer, s: int = s, fold: int = fold, size: int = len(order)) -> NDArray[np.integer[Any]]:
+                rng = np.random.default_rng([seed, s, fold, layer.layer])
+                return kernels.draw_uniform(size, layer.top_k, layer.num_ids, rng)
+
+            _count_null(setting, counts, s, fold, order, np.full(len(order), fold), draw)
+    return counts
+
+
+def _count_null(
+    setting: Setting,
+    counts: BatchCounts,
+    s: int,
+    fold: int,
+    order: NDArray[np.int64],
+    cell: NDArray[np.int64],
+    ids: Callable[[Layer], NDArray[np.integer[Any]]],
+) -> None:
+    zeros = np.zeros(len(cell), np.int64)
+    rows = make_rows(setting, setting.kinds[s], order, cell, zeros, zeros)
+    for at, layer in enumerate(setting.layers):
+        count_layer(setting, counts, s, at, fold, as_ids(ids(layer)), rows)
+    finish(setting, counts, s, rows)
+
+
+def _null_tokens(kind: BatchKind) -> int:
+    return min(max(NULL_TOKENS // kind.tokens, 8), 1024) * kind.tokens
+
+
+def _permutations(tokens: NDArray[np.int64], kind: BatchKind, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Permutations of the tokens, as whole batches."""
+    if not len(tokens):
+        return tokens
+    used = len(tokens) // kind.tokens * kind.tokens or len(tokens)
+    wanted = _null_tokens(kind)
+    drawn = np.concatenate([rng.permutation(tokens)[:used] for _ in range(-(-wanted // used))])
+    return drawn[:wanted]
+
+
+def position_bins(position: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Bin of each position, ⌊log2(position + 1)⌋.
+
+    Example:
+        >>> position_bins(np.array([0, 1, 2, 3, 6, 7])).tolist()
+        [0, 1, 1, 2, 2, 3]
+    """
+    _, exponent = np.frexp(position.astype(np.float64) + 1)
+    return np.minimum(exponent.astype(np.int64) - 1, POSITION_BINS - 1)

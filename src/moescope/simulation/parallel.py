@@ -1,0 +1,448 @@
+"""Expert parallelism: what the routing of a trace costs on devices that share the experts of a layer.
+
+The load of a device is the assignments of its experts. All devices wait for the most loaded one, so what counts is the
+largest load of a batch over the mean; what drops is what exceeds an expert's capacity; what travels is a token's hidden
+state, once to each device that holds one of its experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.measures import groups, statistics
+from moescope.measures.statistics import Numbers, described
+from moescope.simulation.batch_counts import (
+    POSITION_BINS,
+    BatchCounter,
+    BatchCounts,
+    Setting,
+    count_shuffled,
+    count_uniform,
+)
+from moescope.simulation.batches import BatchKind
+from moescope.simulation.parallel_kernels import BINS_PER_E
+from moescope.simulation.placements import ALGORITHMS, FITTED, Cluster, Placement, place
+from moescope.simulation.placing import DECODE_TOKENS, PREFILL_TOKENS
+from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile, profile
+from moescope.tallying.one_pass import one_pass
+from moescope.trace import Trace
+
+ALL = "(all)"
+"""Label of all domains together, in the place of a domain."""
+
+FACTORS = tuple(1 + n / 4 for n in range(13))
+"""Capacity factors, 1 to 4."""
+
+FEW_DROPS = 0.001
+"""Share of dropped assignments that a capacity factor must stay below to be called sufficient."""
+
+QUANTILES = (0.05, 0.5, 0.95)
+FOREIGN = ("eplb", "eplb-replicated")
+"""Placements that are also fitted on one domain and judged on another."""
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+def parallel(
+    trace: Trace,
+    *,
+    devices: int,
+    nodes: int = 1,
+    prefill: int | Sequence[int] = PREFILL_TOKENS,
+    decode: int | Sequence[int] = DECODE_TOKENS,
+    placements: Sequence[str] = tuple(ALGORITHMS),
+    redundant_experts: int | None = None,
+    expert_groups: int = 1,
+    hidden_size: int | None = None,
+    bytes_per_value: int | None = None,
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> xr.Dataset:
+    """Replay a trace on devices that share the experts of each layer.
+
+    Documents fall into two folds; batches hold documents of one fold, and placements are fitted on the other.
+
+    Args:
+        trace: The trace, read in two passes.
+        devices: Devices that share the experts of each layer.
+        nodes: Nodes, of as many devices each.
+        prefill: Tokens of a prefill batch, one number or several: consecutive tokens, one prompt after the other.
+        decode: Tokens of a decode batch, one number or several: one token of each of so many running sequences.
+        placements: Some of "linear", "random", "eplb", "eplb-replicated", "affinity".
+        redundant_experts: Slots beyond one an expert, for eplb-replicated; None for one a device, or as many as fill
+            the devices evenly where they do not divide the experts.
+        expert_groups: Groups of experts among which the router chooses first (DeepSeek's n_group), for EPLB.
+        hidden_size: Values of a hidden state; None for what the trace says, if it does.
+        bytes_per_value: Of a hidden state as it travels; None for what the trace says of the model's dtype.
+        layers: Layers of the trace to replay, or None for all.
+        seed: Of the random placement and of the nulls.
+        threads: Parts counted at a time; None for the number of processors.
+    Returns:
+        By (placement, batch, layer), `batch` being "prefill 4096" and the like:
+
+        * `over_subscription`: Σ over batches of the largest load of a device / Σ of the mean load; `_low`, `_high`: 95
+          % interval over documents; `_quantile` (…, quantile): over batches; `_own`: fitted on the documents it is
+          judged on; `_shuffled`, `_uniform`: of batches without locality, and of uniform routing; `_shuffled_quantile`;
+        * `devices_reached`, `nodes_reached`: distinct devices and nodes of the experts of a token, mean; `_low`,
+          `_high`, and `_uniform`;
+        * `bytes_within_nodes`, `bytes_between_nodes`: of a token's hidden state on its way to its experts, where the
+          hidden size is known.
+
+        By (placement, batch): `slowest`: the same over all layers, Σ of the largest / Σ of the mean, with `_low`,
+        `_high`, `_quantile`, `_own`, `_shuffled`, `_uniform`; `batches` (batch).
+
+        By (batch, domain, layer, capacity_factor), the first domain being "(all)": `dropped`, the share of the
+        assignments that exceed ⌈factor · tokens · top-k / experts⌉ of an expert in a batch, `_low`, `_high`; by (batch,
+        position, layer, capacity_factor) `dropped_by_position`, `position` being the first of the bin; by (batch,
+        layer, capacity_factor) `dropped_shuffled`, `dropped_uniform`; by (batch, layer) `sufficient_factor`, the
+        smallest factor that drops less than 0.1 %, and `sufficient_factor_shuffled`.
+
+        By (placement, fitted_on, domain), both "(all)" or a domain: `foreign`: Σ over layers of the largest / Σ of the
+        mean load, of all the domain's assignments together, `_low`, `_high`. Only of eplb and eplb-replicated.
+    Raises:
+        ValueError: Experts cannot be shared out evenly, or there is no such placement; it says what to try.
+        NoSuchLayer: A layer was not recorded.
+        NotRecorded: The trace holds counts only.
+        TraceDamaged: A page fails its checksum.
+    Warns:
+        The trace has one document, so nothing can be fitted; fitted placements are NaN.
+    Source:
+        Over-subscription and capacity factor: GShard (arXiv 2006.16668), Switch Transformers (arXiv 2101.03961); EPLB:
+        github.com/deepseek-ai/EPLB; locality: Mixtral of Experts (arXiv 2401.04088), section 5. Affinity is ours.
+    """
+    trace.need_tokens()
+    chosen = trace.select_layers(layers)
+    cluster = Cluster(devices, nodes, redundant_experts, expert_groups)
+    names = tuple(dict.fromkeys(placements))
+    cluster.check(chosen, names)
+    kinds = (*_kinds("prefill", prefill), *_kinds("decode", decode))
+    if not kinds:
+        raise ValueError("name at least one size of prefill or decode batches")
+    width = _hidden_bytes(trace, hidden_size, bytes_per_value)
+    cells = Cells(trace)
+    counted = profile(trace, chosen, kinds[0], cells, pairs="affinity" in names, threads=threads)
+    judged = _placed(names, cluster, counted, seed)
+    setting = Setting(chosen, trace.domains, kinds, cluster, judged, FACTORS)
+    (counter,) = one_pass(
+        trace,
+        chosen,
+        lambda: [BatchCounter(setting, cells, BatchCounts.empty(setting, domains=len(trace.domains)))],
+        threads=threads,
+        tokens=trace.header.phases,
+    )
+    rng = np.random.default_rng(seed)
+    null_setting = Setting(chosen, trace.domains, kinds, cluster, tuple(of[: len(names)] for of in judged), FACTORS)
+    shuffled, uniform = count_shuffled(null_setting, counted, rng), count_uniform(null_setting, seed)
+    variables = {
+        **_loads(setting, names, counter.counts, shuffled, uniform),
+        **_reached(setting, len(names), counter.counts, uniform, width),
+        **_drops(setting, counter.counts, shuffled, uniform, counted.documents_XG.sum(axis=1)),
+        **_foreign(counted, cluster, [name for name in FOREIGN if name in names]),
+    }
+    result = xr.Dataset(
+        variables,
+        {
+            "placement": list(names),
+            "batch": [kind.label for kind in kinds],
+            "phase": ("batch", [kind.phase for kind in kinds]),
+            "batch_tokens": ("batch", [kind.tokens for kind in kinds]),
+            "layer": [layer.layer for layer in chosen],
+            "num_experts": ("layer", [layer.num_experts for layer in chosen]),
+            "top_k": ("layer", [layer.top_k for layer in chosen]),
+            "quantile": list(QUANTILES),
+            "domain": [ALL, *trace.domains],
+            "fitted_on": [ALL, *trace.domains],
+            "position": 2 ** np.arange(POSITION_BINS) - 1,
+            "capacity_factor": list(FACTORS),
+        },
+        {"devices": devices, "nodes": nodes, "expert_groups": expert_groups, "hidden_bytes": width or 0},
+    )
+    fitted = [name for name in names if name in FITTED]
+    if fitted and not all(counted.documents_XG[:, fold::NUM_FOLDS].any() for fold in range(NUM_FOLDS)):
+        warnings.warn(
+            f"{trace.path} has one document: there is none to fit {', '.join(fitted)} on; they are left out",
+            stacklevel=2,
+        )
+        for variable in result.data_vars.values():
+            if "placement" in variable.dims:
+                variable.loc[{"placement": fitted}] = np.nan
+    return result
+
+
+def _kinds(phase: Literal["prefill", "decode"], sizes: int | Sequence[int]) -> list[BatchKind]:
+    given = [sizes] if isinstance(sizes, int) else list(dict.fromkeys(sizes))
+    if any(size < 1 for size in given):
+        raise ValueError(f"a {phase} batch holds at least one token, not {min(given)}")
+    return [BatchKind(phase, size) for size in given]
+
+
+def _hidden_bytes(trace: Trace, hidden_size: int | None, bytes_per_value: int | None) -> int | None:
+    """Bytes of a hidden state; None where neither the caller nor the trace says."""
+    for name, value in (("hidden_size", hidden_size), ("bytes_per_value", bytes_per_value)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    size = hidden_size if hidden_size is not None else trace.header.model.get("hidden_size")
+    each = bytes_per_value if bytes_per_value is not None else _BYTES.get(str(trace.header.model.get("dtype")))
+    known = isinstance(size, int) and not isinstance(size, bool) and size > 0 and each is not None
+    return size * each if known and isinstance(size, int) and each is not None else None
+
+
+def _placed(names: Sequence[str], cluster: Cluster, counted: Profile, seed: int) -> tuple[tuple[Placement, ...], ...]:
+    """For each fold the placements fitted on the other, then those of them that are fitted on itself."""
+    fits = [counted.fits([fold]) for fold in range(NUM_FOLDS)]
+    of_fold = [
+        {name: place(name, cluster, counted.layers, fits[fold], seed=seed) for name in names}
+        for fold in range(NUM_FOLDS)
+    ]
+    own = [name for name in names if name in FITTED]
+    return tuple(
+        (*(of_fold[1 - fold][name] for name in names), *(of_fold[fold][name] for name in own))
+        for fold in range(NUM_FOLDS)
+    )
+
+
+def _loads(
+    setting: Setting, names: tuple[str, ...], counts: BatchCounts, shuffled: BatchCounts, uniform: BatchCounts
+) -> dict[str, Any]:
+    """What batches wait for, by layer and over all layers."""
+    devices, asked = setting.cluster.devices, len(names)
+    by_layer, over_all = ("placement", "batch", "layer"), ("placement", "batch")
+    own = [
+        asked + [name for name in names if name in FITTED].index(n) if n in FITTED else at for at, n in enumerate(names)
+    ]
+
+    def by_layers(of: BatchCounts) -> Numbers:
+        largest_PSL = np.moveaxis(of.largest_SLPG.sum(axis=3), 2, 0)
+        return devices * statistics.ratio(largest_PSL, of.made_SLG.sum(axis=2))
+
+    def all_layers(of: BatchCounts) -> Numbers:
+        largest_PS = of.largest_SLPG.sum(axis=(1, 3)).T
+        return devices * statistics.ratio(largest_PS, of.made_SLG.sum(axis=(1, 2)))
+
+    value, all_value = by_layers(counts), all_layers(counts)
+    low, high = np.full(value[:asked].shape, np.nan), np.full(value[:asked].shape, np.nan)
+    all_low, all_high = np.full(all_value[:asked].shape, np.nan), np.full(all_value[:asked].shape, np.nan)
+    for s in range(len(setting.kinds)):
+        for at in range(len(setting.layers)):
+            ends = _interval(counts.largest_SLPG[s, at, :asked], counts.made_SLG[s, at], devices)
+            low[:, s, at], high[:, s, at] = ends
+        largest_PG, made_G = counts.largest_SLPG[s, :, :asked].sum(axis=0), counts.made_SLG[s].sum(axis=0)
+        all_low[:, s], all_high[:, s] = _interval(largest_PG, made_G, devices)
+    what, unit = "largest load of a device over the mean, over batches", "1"
+    source = "GShard (arXiv 2006.16668)"
+    with_quantile = (*by_layer, "quantile")
+    return {
+        "over_subscription": described(value[:asked], by_layer, what, unit, source),
+        "over_subscription_low": described(low, by_layer, "95 % interval, low end", unit),
+        "over_subscription_high": described(high, by_layer, "95 % interval, high end", unit),
+        "over_subscription_quantile": described(
+            _quantiles(counts.histogram_SLPB[:, :, :asked]), with_quantile, "its quantile over batches", unit
+        ),
+        "over_subscription_own": described(
+            value[own], by_layer, "the same, fitted on the documents it is judged on", unit
+        ),
+        "over_subscription_shuffled": described(by_layers(shuffled), by_layer, "of the same tokens in any order", unit),
+        "over_subscription_shuffled_quantile": described(
+            _quantiles(shuffled.histogram_SLPB), with_quantile, "its quantile over batches", unit
+        ),
+        "over_subscription_uniform": described(by_layers(uniform), by_layer, "of uniform routing", unit),
+        "slowest": described(all_value[:asked], over_all, "Σ over layers of the largest load over Σ of the mean", unit),
+        "slowest_low": described(all_low, over_all, "95 % interval, low end", unit),
+        "slowest_high": described(all_high, over_all, "95 % interval, high end", unit),
+        "slowest_quantile": described(
+            _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0],
+            (*over_all, "quantile"),
+            "its quantile over batches",
+            unit,
+        ),
+        "slowest_own": described(all_value[own], over_all, "the same, fitted on the documents it is judged on", unit),
+        "slowest_shuffled": described(all_layers(shuffled), over_all, "of the same tokens in any order", unit),
+        "slowest_uniform": described(all_layers(uniform), over_all, "of uniform routing", unit),
+        "batches": described(counts.batches_S, ("batch",), "batches", "batches"),
+    }
+
+
+def _interval(
+    y_PG: NDArray[np.int64], n_G: NDArray[np.int64], scale: float, least: float = 1.0
+) -> tuple[Numbers, Numbers]:
+    """95 % interval of `scale` Σy / Σn over cells of documents, not below `least`."""
+    ratio, error = groups.ratio_errors(y_PG.T, n_G)
+    half = groups.student(int((n_G > 0).sum())) * error
+    return np.maximum(scale * (ratio - half), least), scale * (ratio + half)
+
+
+def _quantiles(histogram_SLPB: NDArray[np.int64]) -> Numbers:
+    """Quantiles from histograms, shape (placement, kind, layer, quantile), linear within a bin of half a per cent."""
+    edges = np.exp(np.arange(histogram_SLPB.shape[3] + 1) / BINS_PER_E)
+    found = np.full((*np.moveaxis(histogram_SLPB, 2, 0).shape[:3], len(QUANTILES)), np.nan)
+    for s, at, p in np.ndindex(histogram_SLPB.shape[:3]):
+        histogram_B = histogram_SLPB[s, at, p]
+        total = histogram_B.sum()
+        if total:
+            below = np.concatenate([[0], np.cumsum(histogram_B)]) / total
+            kept = np.concatenate([[True], np.diff(below) > 0])
+            kept[:-1] |= kept[1:]  # the lower edge of a bin that holds something
+            found[p, s, at] = np.interp(QUANTILES, below[kept], edges[kept])
+    return found
+
+
+def _reached(
+    setting: Setting, asked: int, counts: BatchCounts, uniform: BatchCounts, width: int | None
+) -> dict[str, Any]:
+    """Devices and nodes that a token reaches, and the bytes that go there."""
+    dims = ("placement", "batch", "layer")
+    cluster = setting.cluster
+    variables: dict[str, Any] = {}
+    mean = []
+    for at, name in enumerate(("devices", "nodes")):
+
+        def means(of: BatchCounts, at: int = at) -> Numbers:
+            reached_PSL = np.moveaxis(of.reached_SLPG2[..., at].sum(axis=3), 2, 0)
+            return statistics.ratio(reached_PSL, of.tokens_SLG.sum(axis=2))
+
+        value = means(counts)[:asked]
+        low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
+        for s, layer in np.ndindex(counts.tokens_SLG.shape[:2]):
+            reached_PG = counts.reached_SLPG2[s, layer, :asked, :, at]
+            low[:, s, layer], high[:, s, layer] = _interval(reached_PG, counts.tokens_SLG[s, layer], 1.0, 0.0)
+        what = f"distinct {name} of the experts of a token, mean"
+        variables[f"{name}_reached"] = described(value, dims, what, name)
+        variables[f"{name}_reached_low"] = described(low, dims, "95 % interval, low end", name)
+        variables[f"{name}_reached_high"] = described(high, dims, "95 % interval, high end", name)
+        variables[f"{name}_reached_uniform"] = described(means(uniform), dims, "of uniform routing", name)
+        mean.append(value)
+    if width is not None:
+        a_node = cluster.devices // cluster.nodes
+        within, between = mean[0] * (1 - 1 / a_node), mean[1] * (1 - 1 / cluster.nodes)
+        for name, copies in (("within", within), ("between", between)):
+            what = f"of a token's hidden state, {name} nodes, on the way to its experts"
+            variables[f"bytes_{name}_nodes"] = described(copies * width, dims, what, "bytes a token and layer")
+    return variables
+
+
+def _drops(
+    setting: Setting,
+    counts: BatchCounts,
+    shuffled: BatchCounts,
+    uniform: BatchCounts,
+    documents_X: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Dropped assignments by capacity factor."""
+    num_kinds, num_layers, num_domains = counts.dropped_SLXGJ.shape[:3]
+    shape = num_kinds, num_domains + 1, num_layers, len(setting.factors)
+    value, low, high = (np.full(shape, np.nan) for _ in range(3))
+    for s, x, at in np.ndindex(shape[:3]):
+        of_X = counts.dropped_SLXGJ[s, at]
+        of_GJ = of_X.sum(axis=0) if x == 0 else of_X[x - 1]
+        made_G = of_GJ.sum(axis=1)
+        p, error = groups.ratio_errors(_at_least(of_GJ), made_G)
+        value[s, x, at] = p
+        low[s, x, at], high[s, x, at] = statistics.proportion_interval(p, error, int((made_G > 0).sum()))
+        documents = documents_X.sum() if x == 0 else documents_X[x - 1]
+        _, rare = statistics.proportion_interval(0.0, 0.0, documents)
+        high[s, x, at] = np.where(p == 0, rare, high[s, x, at])  # no document has any: they count, not the cells
+    position_SLQJ = counts.dropped_SLQGJ.sum(axis=3)
+    by_position = statistics.ratio(_at_least(position_SLQJ), position_SLQJ.sum(axis=3, keepdims=True))
+
+    def without_order(of: BatchCounts) -> Numbers:
+        of_SLJ = of.dropped_SLXGJ.sum(axis=(2, 3))
+        return statistics.ratio(_at_least(of_SLJ), of_SLJ.sum(axis=2, keepdims=True))
+
+    by_domain, by_layer = ("batch", "domain", "layer", "capacity_factor"), ("batch", "layer", "capacity_factor")
+    source = "Switch Transformers (arXiv 2101.03961), expert capacity"
+    return {
+        "dropped": described(value, by_domain, "share of the assignments dropped", "1", source),
+        "dropped_low": described(low, by_domain, "95 % interval, low end", "1"),
+        "dropped_high": described(high, by_domain, "95 % interval, high end", "1"),
+        "dropped_by_position": described(
+            np.moveaxis(by_position, 2, 1),
+            ("batch", "position", "layer", "capacity_factor"),
+            "share of the assignments dropped, by position in the sequence",
+            "1",
+        ),
+        "dropped_shuffled": described(without_order(shuffled), by_layer, "of the same tokens in any order", "1"),
+        "dropped_uniform": described(without_order(uniform), by_layer, "of uniform routing", "1"),
+        "sufficient_factor": described(
+            _sufficient(setting, counts), ("batch", "layer"), "smallest factor that drops less than 0.1 %", "1"
+        ),
+        "sufficient_factor_shuffled": described(
+            _sufficient(setting, shuffled), ("batch", "layer"), "of the same tokens in any order", "1"
+        ),
+    }
+
+
+def _at_least(dropped_J: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Along the last axis, from how many factors drop an assignment to what each factor drops."""
+    return np.flip(np.cumsum(np.flip(dropped_J, axis=-1), axis=-1), axis=-1)[..., 1:]
+
+
+def _sufficient(setting: Setting, counts: BatchCounts) -> Numbers:
+    """The smallest capacity that drops less than 0.1 %, as a factor, shape (kind, layer)."""
+    found = np.full((len(setting.kinds), len(setting.layers)), np.nan)
+    for s, at in np.ndindex(found.shape):
+        kind, layer, loads_I = setting.kinds[s], setting.layers[at], counts.loads[s][at]
+        more = np.cumsum(loads_I[::-1])[::-1]  # experts of batches with a load of at least i
+        dropped = np.append(np.cumsum(more[::-1])[::-1][1:], 0)  # at capacity i: Σ over loads > i of load - i
+        made = (loads_I * np.arange(len(loads_I))).sum()
+        if made:
+            capacity = int(np.argmax(dropped < FEW_DROPS * made))
+            found[s, at] = capacity * layer.num_experts / (kind.tokens * layer.top_k)
+    return found
+
+
+def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[str, Any]:
+    """Placements fitted on one domain's documents of a fold, judged on another's of the other fold."""
+    if not names:
+        return {}
+    scopes: list[int | None] = [None, *range(len(counted.domains))]
+    shape = len(names), len(scopes), len(scopes)
+    y, n = np.zeros((*shape, NUM_CELLS), np.int64), np.zeros((*shape, NUM_CELLS), np.int64)
+    for i, fitted_on in enumerate(scopes):
+        for fold in range(NUM_FOLDS):
+            fits = counted.fits([1 - fold], fitted_on)
+            if not all(fit.loads.sum() for fit in fits.values()):
+                continue
+            for p, name in enumerate(names):
+                placed = place(name, cluster, counted.layers, fits)
+                for at, layer in enumerate(counted.layers):
+                    share_ED = _device_shares(placed, layer.layer)
+                    loads_XGE = counted.loads_LXGE[at, :, fold::NUM_FOLDS, : layer.num_experts]
+                    loads_XGD = np.concatenate([loads_XGE.sum(axis=0, keepdims=True), loads_XGE]) @ share_ED
+                    busiest_X = loads_XGD.sum(axis=1).argmax(axis=1)
+                    for j, busiest in enumerate(busiest_X):
+                        y[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j, :, busiest] * _PARTS).astype(np.int64)
+                        n[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j].sum(axis=1) * _PARTS).astype(np.int64)
+    value, low, high = (np.full(shape, np.nan) for _ in range(3))
+    for cell in np.ndindex(shape):
+        if n[cell].any():
+            value[cell] = cluster.devices * y[cell].sum() / n[cell].sum()
+            ends = _interval(y[cell][None], n[cell], cluster.devices)
+            low[cell], high[cell] = ends[0][0], ends[1][0]
+    dims = ("foreign_placement", "fitted_on", "domain")
+    what = "Σ over layers of the largest load of a device over Σ of the mean, all assignments of the domain together"
+    return {
+        "foreign": described(value, dims, what, "1"),
+        "foreign_low": described(low, dims, "95 % interval, low end", "1"),
+        "foreign_high": described(high, dims, "95 % interval, high end", "1"),
+        "foreign_placement": ("foreign_placement", list(names)),
+    }
+
+
+_PARTS = 2**10
+"""Loads of replicas are fractions; they are summed in so many parts of an assignment."""
+
+
+def _device_shares(placed: Placement, layer: int) -> Numbers:
+    """Part of each expert's assignments that goes to each device, shape (expert, device)."""
+    device_EC, count_E = placed.devices(layer), placed.num_replicas(layer)
+    share_ED = np.zeros((len(count_E), placed.cluster.devices))
+    e, c = np.nonzero(device_EC >= 0)
+    np.add.at(share_ED, (e, device_EC[e, c]), 1 / count_E[e])
+    return share_ED
