@@ -37,6 +37,7 @@ _HOMES = {
     "locality": "measures",
     "open_corpus": "corpus",
     "open_trace": "trace",
+    "prefetch": "simulation",
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
+    from moescope.simulation import prefetch as prefetch
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace

@@ -36,6 +36,7 @@ COMMANDS = {
     "balance": "Show how evenly the experts are loaded.",
     "coactivation": "Show which experts are chosen for the same token.",
     "transitions": "Show how the choice of experts goes on from layer to layer.",
+    "prefetch": "Show which experts could be loaded before a token needs them.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

@@ -12,6 +12,7 @@ from moescope.reporting.figures.divergence import draw_divergence, draw_domain_p
 from moescope.reporting.figures.explain import draw_explained, draw_explained_by_layer
 from moescope.reporting.figures.joint import draw_coactivation, draw_transitions
 from moescope.reporting.figures.locality import draw_excess, draw_lags
+from moescope.reporting.figures.prefetch import draw_prefetch
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.saturation import draw_saturation
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
@@ -31,6 +32,7 @@ __all__ = [
     "draw_explained",
     "draw_explained_by_layer",
     "draw_lags",
+    "draw_prefetch",
     "draw_repeats",
     "draw_saturation",
     "draw_shares",
