@@ -27,7 +27,20 @@ from moescope.trace import Trace, open_trace
 from .conftest import byte_level_tokenizer, some_documents
 from .families import tiny_model
 
-ASKED = ("mixtral", "deepseek_v3", "gpt_oss", "gemma4", "llama4", "longcat_flash", "nemotron_h", "olmoe", "qwen3_next")
+ASKED = (
+    "mixtral",
+    "afmoe",
+    "minimax_m2",
+    "jetmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma4",
+    "llama4",
+    "longcat_flash",
+    "nemotron_h",
+    "olmoe",
+    "qwen3_next",
+)
 REFUSED = {
     "dbrx": "no module gives the ids",
     "doge": "no module gives the ids",

@@ -37,6 +37,9 @@ FEWEST_PREDICTED = 8
 _TOP_K = ("top_k", "num_experts_per_tok")
 """Attributes of routers that say how many experts to choose."""
 
+_CONSTANTS = (type(None), bool, int, float, str)
+"""Types of arguments that do not depend on the tokens."""
+
 _HINT = "record without --lookahead; `moescope prefetch` then compares the predictors that need no hidden states"
 
 
@@ -48,7 +51,9 @@ class LoneRouter:
         experts: Its layer.
         module: The router.
         place: Where the hidden states stand among its arguments: a position, or a name.
-        alone: Whether they are the only tensor there, so that it can be run from others.
+        args: Positional arguments beside them, such as a bias that its block keeps; what stands in their place is old.
+        kwargs: Named ones.
+        alone: Whether nothing else depends on the tokens, so that it can be run from other hidden states.
         read: From its arguments and output, chosen ids and what they rank by, each of shape (token, choice).
         num_predicted: Length of its list: top-k, or more if it can be made to choose more.
         top_k: Attribute that says how many it chooses; empty if it cannot be made to choose more.
@@ -57,6 +62,8 @@ class LoneRouter:
     experts: Experts
     module: nn.Module
     place: int | str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     alone: bool
     read: Read
     num_predicted: int
@@ -78,8 +85,8 @@ class LoneRouter:
         return torch.cat([chosen, more.gather(1, new)], dim=1)
 
     def _ranked(self, hidden: Tensor) -> Tensor:
-        args = (hidden,) if self.place == 0 else ()
-        kwargs = {} if self.place == 0 else {str(self.place): hidden}
+        args = tuple(hidden if place == self.place else value for place, value in enumerate(self.args))
+        kwargs = {name: hidden if name == self.place else value for name, value in self.kwargs.items()}
         output = self.module.forward(*args, **kwargs)
         ids, weights = check_call(self.experts, *self.read(args, kwargs, output))
         return ids.gather(1, weights.sort(dim=1, descending=True, stable=True).indices) if ids.shape[1] > 1 else ids
@@ -206,7 +213,8 @@ def find_lookahead(
     family = str(getattr(getattr(body, "config", None), "model_type", None) or "the model")
     with _Finder(body, experts) as finder:
         finder.run(body, inputs)
-    routers = {each.layer: _router(each, finder, f"{subject} ({family})") for each in experts}
+    kept = {id(tensor) for tensors in (body.parameters(), body.buffers()) for tensor in tensors}
+    routers = {each.layer: _router(each, finder, kept, f"{subject} ({family})") for each in experts}
     targets: dict[int, list[tuple[int, int]]] = {}
     for place, each in enumerate(experts):
         for distance in distances:
@@ -295,8 +303,8 @@ class _Finder(RouterWatch):
         return tell
 
 
-def _router(experts: Experts, finder: _Finder, subject: str) -> LoneRouter:
-    """The router of a layer, as the search saw it."""
+def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> LoneRouter:
+    """The router of a layer, as the search saw it; `kept` are the identities of the model's own tensors."""
     seen = finder.layers[experts.layer]
     assert seen.ids is not None  # RouterWatch refuses a layer that is silent
     assert seen.weights is not None
@@ -307,20 +315,18 @@ def _router(experts: Experts, finder: _Finder, subject: str) -> LoneRouter:
             subject, f"layer {experts.layer} cannot be predicted from another one's hidden states: {reason}", _HINT
         )
     call, read = found
-    tensors = {place: value for place, value in enumerate(call.args) if isinstance(value, Tensor)}
-    places: dict[int | str, Tensor] = {**tensors, **{k: v for k, v in call.kwargs.items() if isinstance(v, Tensor)}}
-    place = next((place for place, value in places.items() if value.is_floating_point()), None)
+    named: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    given = {place: value for place, value in named if not isinstance(value, _CONSTANTS) and id(value) not in kept}
+    place = next((at for at, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()), None)
     if place is None:
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} is not called with hidden states", _HINT)
-    others = [*call.args, *call.kwargs.values()]
-    alone = len(places) == 1 and len(others) == 1 and place in (0, *call.kwargs)
-    router = LoneRouter(experts, call.module, place, alone, read, seen.ids.shape[1])
-    hidden = finder.hidden[experts.layer] = places[place]
+    alone = len(given) == 1
+    router = LoneRouter(experts, call.module, place, call.args, call.kwargs, alone, read, seen.ids.shape[1])
+    hidden = finder.hidden[experts.layer] = given[place]
     if not alone:
         return router
     own = _run(router, hidden, experts.layer)
-    order = seen.weights.sort(dim=1, descending=True, stable=True).indices
-    if not own.sort(dim=1).values.equal(seen.ids.gather(1, order).sort(dim=1).values):
+    if not own.sort(dim=1).values.equal(seen.ids.sort(dim=1).values):
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} chooses otherwise when run again", _HINT)
     return _longer(router, hidden)
 

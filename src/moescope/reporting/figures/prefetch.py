@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -28,7 +30,10 @@ _KINDS = {
 }
 """Place of the colour of each kind, and its marker."""
 
-_LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_Look = tuple[str, str, Any]
+"""Colour, marker and line style of a predictor."""
+
+_LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
 """Of distances, the nearest first."""
 
 
@@ -40,10 +45,10 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
     """
     names = predictor_names(prefetch)
     distances = sorted({distance for distance in prefetch["distance"].values.tolist() if distance})
-    looks = []
+    looks: list[_Look] = []
     for kind, distance in zip(prefetch["kind"].values.tolist(), prefetch["distance"].values.tolist(), strict=True):
         colour, marker = _KINDS[kind]
-        line = _LINES[distances.index(distance) % len(_LINES)] if distance else "-"
+        line: Any = _LINES[distances.index(distance) % len(_LINES)] if distance else "-"
         looks.append((INK if kind == "popularity" else domain_colours(10)[colour], marker, line))
     columns = 4 if len(names) > 5 else 3
     with style.style():
@@ -63,9 +68,6 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
         left.set_ylabel("Needed experts that are loaded (%)")
         style.legend_above(figure, handles, [*names, "at random"], columns=columns)
     return figure
-
-
-_Look = tuple[str, str, object]
 
 
 def _draw_by_loaded(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None:
