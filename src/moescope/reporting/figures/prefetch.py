@@ -53,8 +53,16 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
     columns = 4 if len(names) > 5 else 3
     with style.style():
         handles = [
-            Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=3.2, linewidth=1.3)
-            for colour, marker, line in looks
+            Line2D(
+                [],
+                [],
+                color=colour,
+                linestyle=line,
+                marker=marker if line == "-" else "",
+                markersize=3.2,
+                linewidth=1.3,
+            )
+            for colour, marker, line in looks  # a marker would hide the dashes of so short a line
         ]
         handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2))))
         top = style.legend_rows(len(handles), columns) + 0.34
@@ -90,7 +98,7 @@ def _draw_by_loaded(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> Non
     top_k = int(prefetch["top_k"].max())
     axes.axvline(top_k, color=INK, linewidth=0.5, alpha=0.5)
     axes.annotate(
-        f"k = {top_k}", (top_k, 1), xycoords=("data", "axes fraction"), xytext=(2, -8), textcoords="offset points",
+        f"k = {top_k}", (top_k, 0), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
         fontsize=7,
     )  # fmt: skip
     if wide:
