@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from moescope.reporting.prefetch_tables import prefetch_frame, prefetch_tables
 from moescope.simulation import prefetch
 from moescope.simulation.prefetch import _Units
 from moescope.trace import Layer, Part, Trace
+
+simulation = importlib.import_module("moescope.simulation.prefetch")
 
 
 def slow_prefetch(trace: Trace, distances: list[int], phase: int | None = None) -> dict[tuple[str, int, int], dict]:
@@ -199,6 +203,20 @@ def test_a_layer_that_follows_from_another_is_predicted_by_its_transitions(tmp_p
     assert near["gain_low"] < 0 < near["gain_high"]
 
 
+def test_the_example_of_the_page_by_hand(tmp_path: Path) -> None:
+    # Document 0 has after expert 0 three times expert 2 and once 3, and after expert 1 once 2 and three times 3.
+    first, second = [0] * 4 + [1] * 4 + [0, 0], [2, 2, 2, 3, 2, 3, 3, 3] + [2, 3]
+    trace = known_routing({0: np.array(first), 1: np.array(second)}, [8, 2], 4, tmp_path)
+    plan = simulation._plan(trace, trace.layers, [1], None, None)
+    fold = int(plan.units.group[1])  # document 1 is judged by what document 0 shows
+    learnt = simulation._learn(trace, plan, 1)
+    np.testing.assert_allclose(learnt.table[1, 1][fold][0], [0, 0, 5 / 8, 3 / 8])
+    np.testing.assert_allclose(learnt.table[1, 1][fold][1], [0, 0, 3 / 8, 5 / 8])
+    counted = simulation._count(trace, plan, learnt, 1)
+    at = [each.label for each in plan.predictors].index("transitions 1")
+    assert counted.hits_GPLN[fold, at, 1].tolist() == [1, 1, 0, 0]
+
+
 def test_routing_at_random_is_loaded_as_often_as_chance_says(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     layers = tuple(Layer(layer, 8, 2) for layer in range(3))
@@ -238,6 +256,30 @@ def test_merged_parts_and_permuted_documents_change_nothing(tmp_path: Path) -> N
         np.testing.assert_array_equal(one[name], two[name])
 
 
+def test_memory_does_not_grow_with_tokens(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers = tuple(Layer(layer, 32, 4) for layer in range(4))
+    peaks = []
+    for number in (2, 8):
+        parts = [make_part(rng, layers, [500] * 10, window=500, first_document=10 * at) for at in range(number)]
+        trace = make_trace(tmp_path / f"{number}.moe", parts, layers)
+        prefetch(trace, threads=1)
+        tracemalloc.start()
+        prefetch(trace, threads=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_folds_are_fewer_where_the_tables_would_be_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = tuple(Layer(layer, 8, 2) for layer in range(3))
+    trace = make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(0), layers, [9] * 20)], layers)
+    assert prefetch(trace, distances=[1]).attrs["folds"] == 8
+    for room, folds in ((4 * 2 * 64 * 4, 4), (4 * 2 * 64 * 4 - 1, 2), (1, 2)):
+        monkeypatch.setattr(simulation, "TABLE_BYTES", room)
+        assert prefetch(trace, distances=[1]).attrs["folds"] == folds
+
+
 def test_layers_of_different_size_are_pooled_over_those_that_all_distances_reach(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     layers = (Layer(0, 4, 1), Layer(3, 8, 2), Layer(4, 6, 2))
@@ -248,6 +290,7 @@ def test_layers_of_different_size_are_pooled_over_those_that_all_distances_reach
     mean = (result["recall"].sel(layer=[3, 4], loaded=3).values * weight).sum(axis=1) / weight.sum()
     np.testing.assert_allclose(result["model_recall"].sel(loaded=3), mean)
     assert float(result["model_uniform"].sel(loaded=8)) == 1
+    assert float(result["model_uniform"].sel(loaded=3)) == pytest.approx((weight * [3 / 8, 3 / 6]).sum() / weight.sum())
     assert np.isnan(result["recall"].sel(predictor="transitions 1", layer=0)).all()
     assert np.isnan(result["recall"].sel(layer=4, loaded=7)).all()
     assert (result["model_recall"].sel(loaded=[7, 8]) <= 1).all()
@@ -294,10 +337,10 @@ def test_what_was_not_recorded_is_said_with_how_to_record_it(looked: Trace, tmp_
     layers = tuple(replace(layer, lookahead=(), num_predicted=0) for layer in looked.layers)
     part = next(looked.iter_parts())
     plain = make_trace(tmp_path / "p.moe", [part], layers)
-    with pytest.raises(NotRecorded, match="from 1 layers before were not recorded; none are") as error:
+    with pytest.raises(NotRecorded, match="holds no predictions") as error:
         prefetch(plain, predictors=["lookahead"], distances=[1])
     assert "--lookahead" in str(error.value.render())
-    with pytest.raises(NotRecorded, match="from 3 layers before were not recorded; those from 1, 2 are"):
+    with pytest.raises(NotRecorded, match="over 3 layers were not recorded; those over 1, 2 are"):
         prefetch(looked, predictors=["lookahead"], distances=[1, 3])
     assert "lookahead" not in prefetch(plain)["kind"].values
     assert "--lookahead 1,2,10" in prefetch_tables(prefetch(plain), [0])[0].notes[-1]

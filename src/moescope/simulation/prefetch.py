@@ -233,9 +233,14 @@ def _plan(
             f"no layer lies {max(distances)} layers before another: the trace has {len(all_layers)}",
             f"distances go up to {len(all_layers) - 1}" if len(all_layers) > 1 else None,
         )
-    if kinds is not None and "lookahead" in kinds and (lacking := sorted(set(distances) - set(recorded))):
-        have = f"those from {', '.join(map(str, recorded))} are" if recorded else "none are"
-        raise NotRecorded(trace.path, f"predictions from {lacking[0]} layers before were not recorded; {have}", _HOW_TO)
+    if kinds is not None and "lookahead" in kinds:
+        if not recorded:
+            raise NotRecorded(trace.path, "holds no predictions of the routers of later layers", _HOW_TO)
+        if lacking := sorted(set(distances) - set(recorded)):
+            have = ", ".join(map(str, recorded))
+            raise NotRecorded(
+                trace.path, f"predictions over {lacking[0]} layers were not recorded; those over {have} are", _HOW_TO
+            )
     asked = KINDS if kinds is None else tuple(each for each in KINDS if each in kinds)
     found: list[Predictor] = []
     for kind in asked:
