@@ -306,6 +306,15 @@ def test_a_router_of_the_users_own_is_asked_ahead_by_its_reading(tmp_path: Path)
     assert known == 1
 
 
+def test_a_router_that_does_not_repeat_itself_is_refused(tmp_path: Path) -> None:
+    model, calls = Rotating(), iter(range(1000))
+    for block in model.blocks:
+        block.scorer.forward = lambda hidden: (hidden + 0).roll(next(calls), -1)
+    routers = [moescope.Router(f"blocks.{layer}.scorer", read_scores, 4) for layer in range(3)]
+    with pytest.raises(ModelUnsupported, match="chooses otherwise when run again"):
+        record((model, byte_level_tokenizer()), some_documents([9]), tmp_path / "t", routers=routers, lookahead=[1])
+
+
 def test_the_command_records_and_info_and_sql_know_of_it(tmp_path: Path) -> None:
     def run(*arguments: object) -> Any:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])

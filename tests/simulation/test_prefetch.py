@@ -205,7 +205,7 @@ def test_a_layer_that_follows_from_another_is_predicted_by_its_transitions(tmp_p
 
 def test_the_example_of_the_page_by_hand(tmp_path: Path) -> None:
     # Document 0 has after expert 0 three times expert 2 and once 3, and after expert 1 once 2 and three times 3.
-    first, second = [0] * 4 + [1] * 4 + [0, 0], [2, 2, 2, 3, 2, 3, 3, 3] + [2, 3]
+    first, second = [0] * 4 + [1] * 4 + [0, 0], [2, 2, 2, 3, 2, 3, 3, 3, 2, 3]
     trace = known_routing({0: np.array(first), 1: np.array(second)}, [8, 2], 4, tmp_path)
     plan = simulation._plan(trace, trace.layers, [1], None, None)
     fold = int(plan.units.group[1])  # document 1 is judged by what document 0 shows

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -511,3 +512,19 @@ def test_a_damaged_prediction_is_found(tmp_path: Path) -> None:
     with pytest.raises(errors.TraceDamaged, match="cannot be read"):
         next(open_trace(trace.path).iter_parts(predictions=True))
     assert "fails its checksum" in str(trace.verify()[0])
+
+
+@pytest.mark.parametrize("wrong", [None, 301])
+def test_verify_reads_predictions_too(tmp_path: Path, wrong: int | None) -> None:
+    trace = make_trace(tmp_path / "t.moe", [predicted_part()], AHEAD)
+    path = trace.parts[0].path
+    table = pq.read_table(path)
+    values = pa.array([wrong, *table["P3_1_4"].to_pylist()[1:]], pa.uint16())
+    at = table.schema.names.index("P3_1_4")
+    path.chmod(0o644)
+    pq.write_table(table.set_column(at, "P3_1_4", values), path)
+    sums = trace.path / "SHA256SUMS"
+    name = str(path.relative_to(trace.path))
+    sums.write_text(sums.read_text().replace(checksums.read(trace.path)[name], checksums.digest_file(path)))
+    (problem,) = verify(trace.path)
+    assert ("has expert id 301" if wrong else "predictions of layer 3 have nulls") in str(problem)
