@@ -43,6 +43,7 @@ _HOMES = {
     "open_trace": "trace",
     "parallel": "simulation",
     "placement": "simulation",
+    "prefetch": "simulation",
     "record": "recording",
     "repeats": "measures",
     "report": "reporting",
@@ -88,11 +89,12 @@ if TYPE_CHECKING:
     from moescope.recording.callback import RoutingCallback as RoutingCallback
     from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
+    from moescope.simulation import Placement as Placement
     from moescope.simulation import cache as cache
     from moescope.simulation import offloading as offloading
-    from moescope.simulation import Placement as Placement
     from moescope.simulation import parallel as parallel
     from moescope.simulation import placement as placement
+    from moescope.simulation import prefetch as prefetch
     from moescope.tallying import Tally as Tally
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace

@@ -38,13 +38,15 @@ def page() -> str:
 
 
 def test_the_page_on_the_trace_format_names_the_columns_a_part_has(page: str, tmp_path: Path) -> None:
-    layers = (trace.Layer(15, 8, 2), trace.Layer(16, 300, 1))
+    layers = (trace.Layer(15, 8, 2), trace.Layer(16, 300, 1, lookahead=(1,), num_predicted=2))
     part = make_part(np.random.default_rng(0), layers, [3], weights=True)
-    written = make_trace(tmp_path / "t.moe", [replace(part, phase=np.array([0, 0, 1]))], layers)
+    part = replace(part, phase=np.array([0, 0, 1]), predictions={(16, 1): np.array([[1, 299]] * 3)})
+    written = make_trace(tmp_path / "t.moe", [part], layers)
     schema = pq.read_schema(written.parts[0].path)
     documented = {name: kind for name, kind, _ in table_rows(page, "column")}
     for field in schema:
         pattern = re.sub(r"(?<=^[LW])\d+_\d+$", "{layer}_{rank}", field.name)
+        pattern = re.sub(r"(?<=^P)\d+_\d+_\d+$", "{layer}_{distance}_{rank}", pattern)
         assert str(field.type) in documented[pattern], field
     assert [name for name in documented if "{" not in name] == schema.names[:6]
     vocabulary = pq.read_schema(written.path / "vocabulary.parquet")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -369,11 +370,11 @@ def test_two_recorders_cannot_write_one_trace(tmp_path: Path) -> None:
 def test_a_trace_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
     header = json.loads((trace.path / "trace.json").read_text())
-    (trace.path / "trace.json").write_text(json.dumps({**header, "version": 2}))
+    (trace.path / "trace.json").write_text(json.dumps({**header, "version": 3}))
     with pytest.raises(errors.TraceNewer) as caught:
         open_trace(trace.path)
     assert caught.value.render() == (
-        f"error[trace-newer]: {trace.path}: written in version 2 of the trace format; this moescope reads up to 1\n"
+        f"error[trace-newer]: {trace.path}: written in version 3 of the trace format; this moescope reads up to 2\n"
         "hint: upgrade with `pip install -U moescope`"
     )
 
@@ -388,6 +389,20 @@ def test_a_trace_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) ->
         '{"format": "moescope-trace", "version": true}',
         '{"format": "moescope-trace", "version": 1, "layers": [{"layer": 0, "num_experts": 8, "top_k": 9}]}',
         '{"format": "moescope-trace", "version": 1, "layers": "all"}',
+        *(
+            '{"format": "moescope-trace", "version": 2, "layers": [{"layer": 0, "num_experts": 8, "top_k": 2}, '
+            f'{{"layer": 1, "num_experts": 8, "top_k": 2, "lookahead": {distances}, "num_predicted": {number}}}]}}'
+            for distances, number in (
+                ("[2]", 2),
+                ("[true]", 2),
+                ("[1, 1]", 2),
+                ("[0]", 2),
+                ('"1"', 2),
+                ("[1]", 0),
+                ("[1]", 9),
+                ("[]", 2),
+            )
+        ),
     ],
 )
 def test_a_broken_header_is_one_clear_error(tmp_path: Path, text: str) -> None:
@@ -442,3 +457,74 @@ def test_a_trace_knows_the_part_and_the_domain_of_each_document(tmp_path: Path) 
     assert made.document_parts.tolist() == [0, 0, 1, 1, 1]
     names = [made.domains[code] for code in made.document_domains]
     assert names == ["B", "A", "B", "C", "A"]
+
+
+AHEAD = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1, lookahead=(1,), num_predicted=5))
+
+
+def predicted_part() -> Part:
+    rng = np.random.default_rng(0)
+    part = make_part(rng, AHEAD, [5, 40, 1, 17])
+    return replace(part, predictions={(3, 1): rng.integers(0, 301, (63, 5))})
+
+
+def test_predictions_come_back_only_if_they_are_asked_for(tmp_path: Path) -> None:
+    part = predicted_part()
+    trace = make_trace(tmp_path / "t.moe", [part], AHEAD)
+    assert json.loads((trace.path / "trace.json").read_text())["version"] == 2
+    assert (trace.header.lookahead, trace.layers[1].lookahead, trace.verify()) == ((1,), (1,), [])
+    assert next(trace.iter_parts()).predictions == {}
+    found = next(trace.iter_parts(predictions=True, domains=["Github"]))
+    np.testing.assert_array_equal(found.predictions[3, 1], part.predictions[3, 1][5:45])
+    assert next(trace.iter_parts(layers=[0], predictions=True)).predictions == {}
+    assert pq.read_schema(trace.parts[0].path).names[-5:] == [f"P3_1_{rank}" for rank in range(5)]
+
+
+def test_a_trace_without_predictions_is_written_for_earlier_readers(tmp_path: Path) -> None:
+    header = json.loads((make_trace(tmp_path / "t.moe", parts(), LAYERS).path / "trace.json").read_text())
+    assert header["version"] == 1
+    assert not {"lookahead", "num_predicted"} & set(header["layers"][0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {(3, 1): np.zeros((63, 4), int)},
+        {(3, 1): np.full((63, 5), 301)},
+        {(3, 1): np.full((63, 5), -1)},
+        {(3, 1): np.zeros((63, 5), int), (3, 2): np.zeros((63, 5), int)},
+    ],
+)
+def test_predictions_that_are_not_those_of_the_header_are_refused(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(ValueError, match="predictions"):
+        make_trace(tmp_path / "t.moe", [replace(predicted_part(), predictions=wrong)], AHEAD)
+
+
+def test_a_damaged_prediction_is_found(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", [predicted_part()], AHEAD)
+    path = trace.parts[0].path
+    column = pq.read_metadata(path).row_group(0).column(len(pq.read_schema(path).names) - 1)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(data))
+    with pytest.raises(errors.TraceDamaged, match="cannot be read"):
+        next(open_trace(trace.path).iter_parts(predictions=True))
+    assert "fails its checksum" in str(trace.verify()[0])
+
+
+@pytest.mark.parametrize("wrong", [None, 301])
+def test_verify_reads_predictions_too(tmp_path: Path, wrong: int | None) -> None:
+    trace = make_trace(tmp_path / "t.moe", [predicted_part()], AHEAD)
+    path = trace.parts[0].path
+    table = pq.read_table(path)
+    values = pa.array([wrong, *table["P3_1_4"].to_pylist()[1:]], pa.uint16())
+    at = table.schema.names.index("P3_1_4")
+    path.chmod(0o644)
+    pq.write_table(table.set_column(at, "P3_1_4", values), path)
+    sums = trace.path / "SHA256SUMS"
+    name = str(path.relative_to(trace.path))
+    sums.write_text(sums.read_text().replace(checksums.read(trace.path)[name], checksums.digest_file(path)))
+    (problem,) = verify(trace.path)
+    assert ("has expert id 301" if wrong else "predictions of layer 3 have nulls") in str(problem)

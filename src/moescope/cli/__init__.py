@@ -41,6 +41,7 @@ COMMANDS = {
     "cache": "Show what caches of experts would hit.",
     "claims": "Show which claims of section 5 hold for this model, and by how much.",
     "parallel": "Show what the routing costs on devices that share the experts.",
+    "prefetch": "Show which experts could be loaded before a token needs them.",
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",

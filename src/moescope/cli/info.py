@@ -82,6 +82,7 @@ def _text(contents: dict[str, Any]) -> str:
         "tokens": f"{tokens:,} of {count(documents, 'document')} in {count(len(contents['domains']), 'domain')}",
         "layers": "; ".join(_layers(contents["layers"])),
         "gate weights": "recorded" if contents["weights"] else "not recorded",
+        "lookahead": ", ".join(_lookahead(contents["layers"])),
         "model": _pairs(contents["model"]),
         "corpus": _pairs({name: corpus[name] for name in corpus if name != "sample"}),
         "sample": _pairs(corpus.get("sample") or {}),
@@ -112,7 +113,7 @@ def _lacks(contents: dict[str, Any]) -> Iterator[str]:
 
 def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:
     """Layers of one shape that follow each other, as ``0-31: top-2 of 8 experts``."""
-    for shape, run in groupby(layers, key=lambda layer: {**layer, "layer": None, "module": None}):
+    for shape, run in groupby(layers, key=lambda layer: {**layer, **_APART}):
         indices = [layer["layer"] for layer in run]
         span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else f"{indices[0]}"
         if indices != list(range(indices[0], indices[-1] + 1)):
@@ -124,6 +125,17 @@ def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:
         extra += ["some assignments ran no expert"] if shape["drops"] else []
         notes = f" ({', '.join(extra)})" if extra else ""
         yield f"{span}: top-{shape['top_k']} of {shape['num_experts']} experts{notes}"
+
+
+_APART = dict.fromkeys(("layer", "module", "lookahead", "num_predicted"))
+"""What may differ between layers of one shape."""
+
+
+def _lookahead(layers: list[dict[str, Any]]) -> Iterator[str]:
+    """Distances from which choices were predicted, and for how many layers."""
+    counts = Counter(distance for layer in layers for distance in layer.get("lookahead", ()))
+    for distance in sorted(counts):
+        yield f"{count(distance, 'layer')} ahead (for {counts[distance]})"
 
 
 def _pairs(notes: dict[str, Any]) -> str:

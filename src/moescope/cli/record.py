@@ -33,6 +33,14 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def _parse_distances(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Read ``1,2,10``: whole numbers from 1; nothing for None."""
+    distances = parse_integers(ctx, param, value) or ()
+    if 0 in distances:
+        raise click.BadParameter("the next layer is 1 layer ahead: expected numbers from 1.")
+    return distances
+
+
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refuse a device that torch does not know or have."""
     if value != "auto":
@@ -79,6 +87,12 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
 @click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
 @click.option("--weights", is_flag=True, help="Record the gate weights, too.")
+@click.option(
+    "--lookahead",
+    callback=_parse_distances,
+    metavar="LIST",
+    help="Record, too, which experts routers would choose so many layers ahead, such as 1,2,10.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),

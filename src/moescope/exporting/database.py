@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 
 from moescope.errors import require
 from moescope.trace import Trace, open_trace
-from moescope.trace.part import id_dtype
+from moescope.trace.part import id_dtype, prediction_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +120,9 @@ def schema(trace: Trace | str | Path) -> list[Column]:
     )
     if weights:
         columns.append(Column("tokens", _span(weights), "FLOAT", "W{layer}_{rank}: its gate weight, as executed"))
+    if predicted := prediction_columns(layers):
+        meaning = "P{layer}_{distance}_{rank}: an expert predicted from so many recorded layers before"
+        columns.append(Column("tokens", _span(predicted), " or ".join(id_types), meaning))
     columns += [Column("choices", *row) for row in _TOKEN_COLUMNS]
     columns += [
         Column("choices", "layer", "UINTEGER", "index in the whole model"),
@@ -182,6 +185,8 @@ def _tokens(trace: Trace) -> ds.Dataset:
         fields += [pa.field(name, pa.from_numpy_dtype(id_dtype(layer))) for name in layer.expert_columns()]
     if trace.header.weights:
         fields += [pa.field(name, pa.float32()) for layer in trace.layers for name in layer.weight_columns()]
+    for layer in trace.layers:
+        fields += [pa.field(name, pa.from_numpy_dtype(id_dtype(layer))) for name in prediction_columns([layer])]
     options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     return ds.dataset(
         [str(part.path.absolute()) for part in trace.parts],

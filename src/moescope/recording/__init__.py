@@ -3,12 +3,12 @@
 Rule of the room: the only one that imports torch and transformers. It never changes what a model computes and leaves no
 hook behind; it records the experts that ran, and what it cannot read exactly it refuses. `routers` says where a model
 routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it, and
-`recorder` is the way from a corpus to a trace, with `threads` that read ahead and write behind, `parts` for what a part
-holds before it is routed, and `attention`, which leaves out what a mask excludes. For models larger than memory,
-`streaming` is that way: `shards` reads a checkpoint, `layerwise` has one layer of it in memory, `spool` keeps what lies
-between two layers, and `rehearsal` makes sure, on a small model (`shrinking`), that a family comes out the same.
-`watch` looks on while somebody else runs the model: `calls` reads what it is called with, `live` counts, `sequences`
-puts a trace together, `callback` reports to a Trainer.
+`recorder` is the way from a corpus to a trace, with `lookahead`, which asks routers before their turn, `threads` that
+read ahead and write behind, `parts` for what a part holds before it is routed, and `attention`, which leaves out what a
+mask excludes. For models larger than memory, `streaming` is that way: `shards` reads a checkpoint, `layerwise` has one
+layer of it in memory, `spool` keeps what lies between two layers, and `rehearsal` makes sure, on a small model
+(`shrinking`), that a family comes out the same. `watch` looks on while somebody else runs the model: `calls` reads what
+it is called with, `live` counts, `sequences` puts a trace together, `callback` reports to a Trainer.
 """
 
 from moescope.errors import require

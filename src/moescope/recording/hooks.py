@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from moescope.errors import ModelUnsupported, RouterSilent
 from moescope.recording.routers import Experts, check_call
 from moescope.trace.part import DROPPED
 
+if TYPE_CHECKING:
+    from moescope.recording.lookahead import Lookahead
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -33,10 +36,12 @@ class Choices:
     Attributes:
         expert_ids: Chosen experts by falling gate weight, shape (token, choice).
         gate_weights: Their weights as executed, shape (token, choice).
+        predicted: For each distance looked ahead from, the experts predicted, shape (token, predicted).
     """
 
     expert_ids: NDArray[np.int16]
     gate_weights: NDArray[np.float32]
+    predicted: Mapping[int, NDArray[np.int16]] = field(default_factory=dict)
 
 
 class _LastRouterSpoke(BaseException):
@@ -97,23 +102,31 @@ class RouterWatch:
     Args:
         experts: The layers to watch.
         stop_at: Layer whose experts need not run any more, because it speaks last; None lets the pass run to its end.
+        lookahead: Predicts choices before they are made; None for no predictions.
     """
 
-    def __init__(self, experts: Sequence[Experts], *, stop_at: int | None = None) -> None:
+    def __init__(
+        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: Lookahead | None = None
+    ) -> None:
         self.experts = tuple(experts)
         self._stop_at = stop_at
+        self._lookahead = lookahead
         self._calls: list[tuple[Experts, Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
             self._handles += listen(experts, self._note(experts))
+        if self._lookahead is not None:
+            self._lookahead.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._lookahead is not None:
+            self._lookahead.__exit__(kind, error, at)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they spoke.
@@ -157,10 +170,11 @@ class RouterWatch:
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
         found = {}
+        predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
                 ids, weights = _without_start(ids, num_sequences), _without_start(weights, num_sequences)
-            found[experts.layer] = _ranked(experts, ids, weights)
+            found[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
         return found
 
     def _note(self, experts: Experts) -> Tell:
@@ -197,7 +211,7 @@ def _without_start(rows: Tensor, num_sequences: int) -> Tensor:
     return rows.view(num_sequences, -1, rows.shape[1])[:, 1:].reshape(-1, rows.shape[1])
 
 
-def _ranked(experts: Experts, ids: Tensor, weights: Tensor) -> Choices:
+def _ranked(experts: Experts, ids: Tensor, weights: Tensor, predicted: Mapping[int, NDArray[np.int16]]) -> Choices:
     """Choices by falling gate weight, on the CPU."""
     if ids.shape[1] > 1:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
@@ -210,4 +224,4 @@ def _ranked(experts: Experts, ids: Tensor, weights: Tensor) -> Choices:
             f"layer {experts.layer} chose expert {expert_ids.max()} or {expert_ids.min()}, "
             f"expected {least}..{limit - 1}",
         )
-    return Choices(expert_ids, gate_weights)
+    return Choices(expert_ids, gate_weights, predicted)

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from moescope.errors import ModelDamaged, ModelNotFound, ModelUnsupported
 from moescope.recording.batches import Batching
 from moescope.recording.hooks import RouterWatch
+from moescope.recording.lookahead import Lookahead, check_distances, find_lookahead
 from moescope.recording.routers import (
     Experts,
     Router,
@@ -152,6 +153,7 @@ def load_model(
     device: str | Spread,
     block: str = "mlp",
     trust_remote_code: bool = False,
+    lookahead: Sequence[int] = (),
 ) -> Model:
     """Load a checkpoint; everything that can be refused is refused before its weights are read.
 
@@ -162,6 +164,7 @@ def load_model(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or several.
         block: ``mlp`` or ``attention``: which routed blocks to record.
         trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
+        lookahead: Distances between its layers that will be asked for; one that is too large is refused.
     Raises:
         ModelNotFound: There is no checkpoint.
         ModelDamaged: Its configuration or weights cannot be read, or lack a tensor.
@@ -170,7 +173,7 @@ def load_model(
         ModelUnsupported: It has some whose routing cannot be read exactly.
         NoSuchLayer: A layer asked for has no routed experts.
     """
-    checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code, lookahead=lookahead)
     with quiet():
         if isinstance(device, Spread):
             whole, remove = _load_spread(checkpoint, dtype, device, trust_remote_code)
@@ -186,7 +189,12 @@ def load_model(
 
 
 def open_checkpoint(
-    path: Path | str, layers: Sequence[int] | None, *, block: str = "mlp", trust_remote_code: bool = False
+    path: Path | str,
+    layers: Sequence[int] | None,
+    *,
+    block: str = "mlp",
+    trust_remote_code: bool = False,
+    lookahead: Sequence[int] = (),
 ) -> Checkpoint:
     """Find a checkpoint, and refuse what can be refused before its weights are read; as `load_model`."""
     folder = find_checkpoint(path)
@@ -195,7 +203,8 @@ def open_checkpoint(
         kind, config, renamed, elsewhere = _how_to_build(config)
         with torch.device("meta"):
             skeleton = text_tower(_build(kind, config, path, trust_remote_code))
-        select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
+        experts = select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
+        check_distances(lookahead, len(experts), path)
         tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
     name = folder.resolve().name if Path(path).is_dir() else str(path)
     return Checkpoint(folder, name, config, tokenizer, kind, renamed, elsewhere)
@@ -313,11 +322,30 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     Returns:
         The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak.
     """
-    ids = torch.arange(4, device=model.device).remainder(model.num_embeddings or 2).unsqueeze(0)
     with weights_put_back(model), RouterWatch(model.experts) as watch:
-        choices = watch.run(model.body, {"input_ids": ids})
+        choices = watch.run(model.body, _a_few_tokens(model))
     layers = tuple(trace_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
     return layers, list(choices)[-1]
+
+
+def probe_lookahead(model: Model, distances: Sequence[int]) -> Lookahead | None:
+    """Run a few tokens through the model, to see that its routers can be asked earlier; None for no distances.
+
+    Raises:
+        NoSuchLayer: No two layers are so far apart.
+        ModelUnsupported: A router cannot be asked.
+    """
+    name = model.description["name"]
+    distances = check_distances(distances, len(model.experts), name)
+    if not distances:
+        return None
+    with weights_put_back(model):
+        return find_lookahead(model.body, model.experts, distances, _a_few_tokens(model), name)
+
+
+def _a_few_tokens(model: Model) -> dict[str, torch.Tensor]:
+    ids = torch.arange(4, device=model.device).remainder(model.num_embeddings or 2)
+    return {"input_ids": ids.unsqueeze(0)}
 
 
 def accelerate_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

@@ -29,6 +29,11 @@ def unrouted(portion: Portion, cut: Sequence[Window], header: Header) -> Part:
         token_id=np.concatenate([window.token_ids for window in cut]),
         expert_ids={layer: np.empty(shape, np.int16) for layer, shape in shapes.items()},
         gate_weights={layer: np.empty(shape, np.float32) for layer, shape in shapes.items()} if header.weights else {},
+        predictions={
+            (layer.layer, distance): np.empty((portion.num_tokens, layer.num_predicted), np.int16)
+            for layer in header.layers
+            for distance in layer.lookahead
+        },
     )
 
 

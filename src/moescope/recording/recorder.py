@@ -20,10 +20,11 @@ import transformers
 
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, TraceExists
+from moescope.errors import CorpusEmpty, ModelNotStreamable, TraceExists
 from moescope.recording.attention import SkipMaskedBlocks
 from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
+from moescope.recording.layerwise import NO_STREAM
 from moescope.recording.model import (
     Model,
     Spread,
@@ -32,6 +33,7 @@ from moescope.recording.model import (
     implementations,
     load_model,
     probe,
+    probe_lookahead,
     ready_to_record,
     weights_put_back,
 )
@@ -77,6 +79,7 @@ def record(
     device_map: str | Mapping[str, int | str] | None = None,
     offload_folder: str | Path | None = None,
     weights: bool = False,
+    lookahead: Sequence[int] = (),
     batch_tokens: int = BATCH_TOKENS,
     part_tokens: int = PART_TOKENS,
     text_field: str | None = None,
@@ -109,6 +112,8 @@ def record(
             `device`.
         offload_folder: Where what a device map puts on disk is kept meanwhile; beside the trace unless given.
         weights: Record the gate weights, too.
+        lookahead: Record, too, what each layer's router would choose from the hidden states that the router so many
+            recorded layers before it read, such as (1, 2, 10); for `moescope.prefetch`. Changes no choice.
         batch_tokens: Most tokens of a forward pass, padding included.
         part_tokens: Tokens of a part: what an interruption can cost.
         text_field: Field of the corpus that holds the text.
@@ -150,6 +155,10 @@ def record(
         if device_map is None and must_stream(
             model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force
         ):
+            if lookahead:
+                raise ModelNotStreamable(
+                    model, "looking ahead needs the routers of later layers, which are not loaded yet", NO_STREAM
+                )
             if trust_remote_code:
                 raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
             streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory, block=block)
@@ -157,7 +166,13 @@ def record(
         else:
             placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
             ready = load_model(
-                model, layers=layers, dtype=dtype, device=placement, block=block, trust_remote_code=trust_remote_code
+                model,
+                layers=layers,
+                dtype=dtype,
+                device=placement,
+                block=block,
+                trust_remote_code=trust_remote_code,
+                lookahead=lookahead,
             )
     elif stream:
         raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
@@ -198,10 +213,11 @@ def record(
                 )
             return open_trace(out)
         layers_found, stop_at = probe(ready)
-        header = Header(layers_found, *provenance, run)
+        looking = probe_lookahead(ready, lookahead)
+        header = Header(layers_found if looking is None else looking.described(layers_found), *provenance, run)
         with (
             TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
-            RouterWatch(ready.experts, stop_at=stop_at) as watch,
+            RouterWatch(ready.experts, stop_at=stop_at, lookahead=looking) as watch,
             FillRows(),
             SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
         ):
@@ -258,6 +274,8 @@ def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Hea
             part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
             if header.weights:
                 part.gate_weights[layer][batch.rows] = gate_weights
+            for distance, predicted in choices.predicted.items():
+                part.predictions[layer, distance][batch.rows] = predicted[batch.places]
         meter.add(len(batch.rows), portion.num_characters * len(batch.rows) / portion.num_tokens)
     return part
 

@@ -230,7 +230,7 @@ class Sequences:
         names = tuple(dict.fromkeys(each["domain"] for each in documents))
         lengths = [len(each["document"]) for each in documents]
         columns = ("document", "sequence", "position", "token_id", "phase")
-        joined = {name: np.concatenate([each[name] for each in documents]) for name in columns}
+        joined: dict[str, Any] = {name: np.concatenate([each[name] for each in documents]) for name in columns}
         part = Part(
             domain=np.repeat([names.index(each["domain"]) for each in documents], lengths),
             domain_names=names,

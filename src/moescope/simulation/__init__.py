@@ -11,5 +11,6 @@ from moescope.simulation.parallel import parallel
 from moescope.simulation.placements import Placement
 from moescope.simulation.placing import placement
 from moescope.simulation.playing import POLICIES
+from moescope.simulation.prefetch import prefetch
 
-__all__ = ["POLICIES", "Placement", "cache", "offloading", "parallel", "placement"]
+__all__ = ["POLICIES", "Placement", "cache", "offloading", "parallel", "placement", "prefetch"]

@@ -14,7 +14,9 @@ from typing import Any
 from moescope.errors import TraceDamaged, TraceNewer, TraceNotFound
 
 FORMAT = "moescope-trace"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The latest; a trace is written in the earliest that can say what it holds, so that earlier readers read it."""
+
 FILE_NAME = "trace.json"
 
 
@@ -31,6 +33,9 @@ class Layer:
         num_shared_experts: Experts that always run; never in the ids.
         ranked: Whether rank 0 is the choice with the largest gate weight; False if the source gave no order.
         drops: Whether capacity may drop assignments; otherwise every choice of every token has an expert id.
+        lookahead: Distances, ascending, from which this layer's choice was predicted: at distance 1 its router read
+            what the router of the layer recorded before it read.
+        num_predicted: Experts of such a prediction; 0 if there is none.
     """
 
     layer: int
@@ -41,6 +46,8 @@ class Layer:
     num_shared_experts: int = 0
     ranked: bool = True
     drops: bool = False
+    lookahead: tuple[int, ...] = ()
+    num_predicted: int = 0
 
     def __post_init__(self) -> None:
         if self.layer < 0 or self.num_null_experts < 0 or self.num_shared_experts < 0:
@@ -49,6 +56,10 @@ class Layer:
             raise ValueError(f"layer {self.layer}: top_k {self.top_k} of {self.num_experts} experts is impossible")
         if self.num_ids > 2**16:
             raise ValueError(f"layer {self.layer}: {self.num_ids} expert ids do not fit 16 bits")
+        if list(self.lookahead) != sorted({each for each in self.lookahead if each > 0}):
+            raise ValueError(f"layer {self.layer}: distances must be ascending and from 1, not {self.lookahead}")
+        if not bool(self.lookahead) <= self.num_predicted <= self.num_ids * bool(self.lookahead):
+            raise ValueError(f"layer {self.layer}: {self.num_predicted} predicted experts are impossible")
 
     @property
     def num_ids(self) -> int:
@@ -62,6 +73,10 @@ class Layer:
     def weight_columns(self) -> list[str]:
         """Names of the columns of gate weights, rank 0 first: ``W15_0``, ``W15_1`` …"""
         return [f"W{self.layer}_{rank}" for rank in range(self.top_k)]
+
+    def prediction_columns(self, distance: int) -> list[str]:
+        """Names of the columns of experts predicted from so far before, rank 0 first: ``P15_1_0``, ``P15_1_1`` …"""
+        return [f"P{self.layer}_{distance}_{rank}" for rank in range(self.num_predicted)]
 
 
 @dataclass(frozen=True)
@@ -96,10 +111,21 @@ class Header:
             raise ValueError(f"layers must be ascending, distinct and at least one, not {indices}")
         if self.counts_only and (self.weights or self.token_ids or self.phases):
             raise ValueError("a trace of counts has neither gate weights nor token ids nor phases")
+        for place, layer in enumerate(self.layers):
+            if layer.lookahead and (self.counts_only or layer.lookahead[-1] > place):
+                raise ValueError(f"layer {layer.layer} has no recorded layer {layer.lookahead[-1]} before it")
+
+    @property
+    def lookahead(self) -> tuple[int, ...]:
+        """Distances from which choices were predicted, ascending; empty if that was not recorded."""
+        return tuple(sorted({distance for layer in self.layers for distance in layer.lookahead}))
 
     def to_json(self) -> str:
         """The text of ``trace.json``."""
-        document = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        document = {"format": FORMAT, "version": 2 if self.lookahead else 1, **asdict(self)}
+        if not self.lookahead:
+            for layer in document["layers"]:
+                del layer["lookahead"], layer["num_predicted"]
         return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -127,7 +153,7 @@ class Header:
                 "upgrade with `pip install -U moescope`",
             )
         try:
-            layers = tuple(Layer(**_checked(Layer, layer)) for layer in document["layers"])
+            layers = tuple(_layer(layer) for layer in document["layers"])
             values = {f.name: document[f.name] for f in fields(cls) if f.name in document and f.name != "layers"}
             return cls(layers=layers, **_checked(cls, values))
         except (KeyError, TypeError, ValueError) as error:
@@ -154,7 +180,15 @@ class Header:
         return list(_differences("", left, right))
 
 
-_JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
+_JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict, "tuple[int, ...]": list}
+
+
+def _layer(values: dict[str, Any]) -> Layer:
+    checked = _checked(Layer, values)
+    distances = checked.get("lookahead", [])
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in distances):
+        raise TypeError(f"lookahead must be whole numbers, found {distances!r}")
+    return Layer(**{**checked, "lookahead": tuple(distances)})
 
 
 def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:

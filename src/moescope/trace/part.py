@@ -2,14 +2,14 @@
 
 The columns are ``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then
 ``L{layer}_{rank}`` (chosen expert; null = the assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate
-weight as executed).
+weight as executed) and ``P{layer}_{distance}_{rank}`` (expert predicted from so many recorded layers before).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +47,8 @@ class Part:
         expert_ids: For each layer the chosen experts, rank 0 first, shape (token, choice); -1 = dropped.
         gate_weights: For each layer the gate weights, shape (token, choice), dimensionless; empty if not recorded.
         phase: Code of the phase, an index into `PHASES`, shape (token,); None if the header says that it is not known.
+        predictions: For each layer and distance the experts predicted from so far before, rank 0 first, shape
+            (token, predicted); empty if not recorded, or not read.
     """
 
     document: NDArray[np.integer[Any]]
@@ -58,6 +60,7 @@ class Part:
     expert_ids: Mapping[int, NDArray[np.integer[Any]]]
     gate_weights: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
     phase: NDArray[np.integer[Any]] | None = None
+    predictions: Mapping[tuple[int, int], NDArray[np.integer[Any]]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -75,16 +78,17 @@ class Part:
 
     def rows(self, selected: slice | NDArray[Any]) -> Part:
         """The part that holds only the selected rows."""
-        return Part(
-            self.document[selected],
-            self.domain[selected],
-            self.domain_names,
-            self.sequence[selected],
-            self.position[selected],
-            self.token_id[selected],
-            {layer: ids[selected] for layer, ids in self.expert_ids.items()},
-            {layer: weights[selected] for layer, weights in self.gate_weights.items()},
-            None if self.phase is None else self.phase[selected],
+        return replace(
+            self,
+            document=self.document[selected],
+            domain=self.domain[selected],
+            sequence=self.sequence[selected],
+            position=self.position[selected],
+            token_id=self.token_id[selected],
+            expert_ids={layer: ids[selected] for layer, ids in self.expert_ids.items()},
+            gate_weights={layer: weights[selected] for layer, weights in self.gate_weights.items()},
+            phase=None if self.phase is None else self.phase[selected],
+            predictions={key: ids[selected] for key, ids in self.predictions.items()},
         )
 
 
@@ -99,7 +103,13 @@ def column_names(header: Header) -> list[str]:
     if header.counts_only:
         return list(COUNT_COLUMNS)
     names = token_columns(header) + [name for layer in header.layers for name in layer.expert_columns()]
-    return names + ([name for layer in header.layers for name in layer.weight_columns()] if header.weights else [])
+    names += [name for layer in header.layers for name in layer.weight_columns()] if header.weights else []
+    return names + prediction_columns(header.layers)
+
+
+def prediction_columns(layers: Iterable[Layer]) -> list[str]:
+    """Names of the columns of predicted experts, by layer, distance and rank."""
+    return [name for layer in layers for distance in layer.lookahead for name in layer.prediction_columns(distance)]
 
 
 def check(part: Part, header: Header) -> None:
@@ -134,6 +144,16 @@ def check(part: Part, header: Header) -> None:
             raise ValueError(f"layer {layer.layer}: id outside 0..{layer.num_ids - 1}: {ids.min()}..{ids.max()}")
         if header.weights and part.gate_weights[layer.layer].shape != ids.shape:
             raise ValueError(f"layer {layer.layer}: gate weights and ids differ in shape")
+    if set(part.predictions) != {(layer.layer, distance) for layer in header.layers for distance in layer.lookahead}:
+        raise ValueError("predictions must be given for exactly the layers and distances of the header")
+    for layer in header.layers:
+        for distance in layer.lookahead:
+            ids = part.predictions[layer.layer, distance]
+            if ids.shape != (num_tokens, layer.num_predicted) or ids.min() < 0 or ids.max() >= layer.num_ids:
+                raise ValueError(
+                    f"layer {layer.layer}: predictions have shape {ids.shape} and ids {ids.min()}..{ids.max()}, not "
+                    f"{(num_tokens, layer.num_predicted)} and 0..{layer.num_ids - 1}"
+                )
 
 
 def _check_order(part: Part) -> None:
@@ -189,6 +209,11 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
             for rank, name in enumerate(layer.weight_columns()):
                 columns[name] = pa.array(np.ascontiguousarray(weights[:, rank], np.float32))
                 weight_names.append(name)
+    for layer in header.layers:
+        for distance in layer.lookahead:
+            predicted = part.predictions[layer.layer, distance]
+            for rank, name in enumerate(layer.prediction_columns(distance)):
+                columns[name] = pa.array(np.ascontiguousarray(predicted[:, rank], id_dtype(layer)))
     fields = [pa.field(name, column.type, nullable=name in nullable) for name, column in columns.items()]
     table = pa.table(columns, pa.schema(fields))
     zstd = {"position": 3, **({"token_id": 9} if header.token_ids else {}), **dict.fromkeys(weight_names, 3)}
@@ -264,13 +289,16 @@ class PartFile:
         self.progress: dict[str, Any] = note["progress"]
         self.num_tokens: int = metadata.num_rows
 
-    def read(self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True) -> Part:
+    def read(
+        self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True, predictions: bool = False
+    ) -> Part:
         """Read the token columns and the columns of some layers.
 
         Args:
             layers: Layers of the header.
             weights: Read the gate weights, too.
             tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
+            predictions: Read the predictions that these layers have, too.
         Raises:
             NotRecorded: It is a part of a trace of counts.
             TraceDamaged: A page fails its checksum, or a value cannot be right.
@@ -281,6 +309,7 @@ class PartFile:
         wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase")]
         wanted += [name for layer in layers for name in layer.expert_columns()]
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
+        wanted += prediction_columns(layers) if predictions else []
         labels = [name for name in ("domain", "phase") if name in wanted]
         with self._damage():
             with pq.ParquetFile(
@@ -297,9 +326,14 @@ class PartFile:
                 _numbers(table, "sequence"),
                 _numbers(table, "position"),
                 _numbers(table, "token_id") if "token_id" in wanted else np.zeros(self.num_tokens, np.uint32),
-                {layer.layer: _expert_ids(table, layer) for layer in layers},
+                {layer.layer: _ids(table, layer, layer.expert_columns()) for layer in layers},
                 {layer.layer: _gate_weights(table, layer) for layer in layers} if weights else {},
                 _phase(table) if "phase" in wanted else None,
+                {
+                    (layer.layer, distance): _ids(table, layer, layer.prediction_columns(distance))
+                    for layer in (layers if predictions else ())
+                    for distance in layer.lookahead
+                },
             )
             _check_order(part)
         return part
@@ -365,17 +399,19 @@ def _phase(table: pa.Table) -> NDArray[np.integer[Any]]:
     return np.array([PHASES.index(name) for name in names], np.uint8)[codes]
 
 
-def _expert_ids(table: pa.Table, layer: Layer) -> NDArray[np.integer[Any]]:
-    """Ids of one layer, shape (token, choice), choices contiguous in memory; signed only if some were dropped."""
-    columns = [table[name] for name in layer.expert_columns()]
+def _ids(table: pa.Table, layer: Layer, names: Sequence[str]) -> NDArray[np.integer[Any]]:
+    """Ids of one layer, shape (token, rank), a rank contiguous in memory; signed only if some were dropped."""
+    columns = [table[name] for name in names]
     dropped = any(column.null_count for column in columns)
+    if dropped and names[0].startswith("P"):
+        raise ValueError(f"predictions of layer {layer.layer} have nulls")
     dtype = np.dtype(np.int32 if dropped else id_dtype(layer))
-    ids = np.empty((layer.top_k, table.num_rows), dtype)
+    ids = np.empty((len(names), table.num_rows), dtype)
     for rank, column in enumerate(columns):
         if column.null_count:
             column = column.cast(pa.int32()).fill_null(DROPPED)
         if pa.types.is_floating(column.type) or not pa.types.is_integer(column.type):
-            raise ValueError(f"column {layer.expert_columns()[rank]} holds {column.type}")
+            raise ValueError(f"column {names[rank]} holds {column.type}")
         ids[rank] = column.to_numpy()
     if ids.max(initial=0) >= layer.num_ids:
         raise ValueError(f"layer {layer.layer} has expert id {ids.max()}, expected at most {layer.num_ids - 1}")

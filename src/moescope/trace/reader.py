@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,12 @@ class Trace:
         return tuple(layer for layer in self.layers if layer.layer in wanted)
 
     def iter_parts(
-        self, layers: Iterable[int] | None = None, *, domains: Iterable[str] | None = None, weights: bool = False
+        self,
+        layers: Iterable[int] | None = None,
+        *,
+        domains: Iterable[str] | None = None,
+        weights: bool = False,
+        predictions: bool = False,
     ) -> Iterator[Part]:
         """Read the trace part by part; memory is that of one part.
 
@@ -134,6 +139,7 @@ class Trace:
             layers: Layers to read, or None for all.
             domains: Domains to read, or None for all.
             weights: Read the gate weights, too.
+            predictions: Read the predictions that were recorded, too.
         Yields:
             Parts whose domain codes index `domains` of the trace; none is empty.
         Raises:
@@ -146,7 +152,7 @@ class Trace:
         chosen = self.select_layers(layers)
         kept = None if domains is None else [self._domain_code(name) for name in domains]
         for file in self.parts:
-            part = self.with_trace_domains(file.read(chosen, weights=weights))
+            part = self.with_trace_domains(file.read(chosen, weights=weights, predictions=predictions))
             if kept is not None:
                 part = part.rows(np.isin(part.domain, kept))
             if part.num_tokens:
@@ -188,17 +194,7 @@ class Trace:
             return part
         place = {name: code for code, name in enumerate(self.domains)}
         codes = np.array([place.get(name, -1) for name in part.domain_names], np.int32)
-        return Part(
-            part.document,
-            codes[part.domain],
-            self.domains,
-            part.sequence,
-            part.position,
-            part.token_id,
-            part.expert_ids,
-            part.gate_weights,
-            part.phase,
-        )
+        return replace(part, domain=codes[part.domain], domain_names=self.domains)
 
     def verify(self) -> list[TraceDamaged]:
         """Check every file against its checksum and every row against the format.
@@ -316,7 +312,7 @@ def verify(path: Path) -> list[TraceDamaged]:
             if trace.header.counts_only:
                 file.read_counts()
             else:
-                file.read(trace.layers, weights=trace.header.weights)
+                file.read(trace.layers, weights=trace.header.weights, predictions=True)
         _ = trace.num_documents, trace.vocabulary
         tokens = (trace.summary or {}).get("tokens", trace.num_tokens)
         if tokens != trace.num_tokens:

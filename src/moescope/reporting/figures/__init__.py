@@ -14,6 +14,7 @@ from moescope.reporting.figures.explain import draw_explained, draw_explained_by
 from moescope.reporting.figures.joint import draw_coactivation, draw_transitions
 from moescope.reporting.figures.locality import draw_excess, draw_lags
 from moescope.reporting.figures.parallel import draw_parallel
+from moescope.reporting.figures.prefetch import draw_prefetch
 from moescope.reporting.figures.repeats import draw_repeats
 from moescope.reporting.figures.saturation import draw_saturation
 from moescope.reporting.figures.shares import as_bars, draw_choices, draw_shares
@@ -37,6 +38,7 @@ __all__ = [
     "draw_explained_by_layer",
     "draw_lags",
     "draw_parallel",
+    "draw_prefetch",
     "draw_repeats",
     "draw_saturation",
     "draw_shares",

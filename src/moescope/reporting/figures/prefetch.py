@@ -1,0 +1,145 @@
+"""Prefetching: recall against experts loaded, and recall by layer at as many experts as a token chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from moescope.reporting.colours import INK, domain_colours
+from moescope.reporting.figures import style
+from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.prefetch_tables import predictor_names
+
+MOST_EXPERTS_LINEAR = 16
+"""From there on the number of experts loaded is on a logarithmic axis."""
+
+MOST_LAYERS_WITH_MARKERS = 16
+
+_KINDS = {
+    "lookahead": (0, "o"),
+    "transitions": (1, "s"),
+    "previous": (2, "D"),
+    "domain": (6, "v"),
+    "popularity": (4, ""),
+}
+"""Place of the colour of each kind, and its marker."""
+
+_Look = tuple[str, str, Any]
+"""Colour, marker and line style of a predictor."""
+
+_LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
+"""Of distances, the nearest first."""
+
+
+def draw_prefetch(prefetch: xr.Dataset) -> Figure:
+    """Left the layers together, right each by itself; bands are 95 % intervals.
+
+    Args:
+        prefetch: Of `moescope.prefetch`.
+    """
+    names = predictor_names(prefetch)
+    distances = sorted({distance for distance in prefetch["distance"].values.tolist() if distance})
+    looks: list[_Look] = []
+    for kind, distance in zip(prefetch["kind"].values.tolist(), prefetch["distance"].values.tolist(), strict=True):
+        colour, marker = _KINDS[kind]
+        line: Any = _LINES[distances.index(distance) % len(_LINES)] if distance else "-"
+        looks.append((INK if kind == "popularity" else domain_colours(10)[colour], marker, line))
+    columns = 4 if len(names) > 5 else 3
+    with style.style():
+        handles = [
+            Line2D(
+                [],
+                [],
+                color=colour,
+                linestyle=line,
+                marker=marker if line == "-" else "",
+                markersize=3.2,
+                linewidth=1.3,
+            )
+            for colour, marker, line in looks  # a marker would hide the dashes of so short a line
+        ]
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2))))
+        top = style.legend_rows(len(handles), columns) + 0.34
+        figure = style.new_figure(FULL_WIDTH, top + 0.42 + 2.3)
+        left, right = figure.subplots(1, 2, sharey=True)
+        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        figure.subplots_adjust(wspace=0.1)
+        _draw_by_loaded(left, prefetch, looks)
+        _draw_by_layer(right, prefetch, looks)
+        left.set_ylim(0, 103)
+        left.set_ylabel("Needed experts that are loaded (%)")
+        style.legend_above(figure, handles, [*names, "at random"], columns=columns)
+    return figure
+
+
+def _draw_by_loaded(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None:
+    loaded = prefetch["loaded"].values
+    wide = len(loaded) > MOST_EXPERTS_LINEAR
+    axes.plot(loaded, 100 * prefetch["model_uniform"].values, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    for p, (colour, marker, line) in enumerate(looks):
+        at = prefetch.isel(predictor=p)
+        _band(axes, loaded, at, "model_", colour)
+        axes.plot(
+            loaded,
+            100 * at["model_recall"].values,
+            color=colour,
+            linestyle=line,
+            linewidth=1.3,
+            marker="" if wide else marker,
+            markersize=3.0,
+            markeredgewidth=0,
+        )
+    top_k = int(prefetch["top_k"].max())
+    axes.axvline(top_k, color=INK, linewidth=0.5, alpha=0.5)
+    axes.annotate(
+        f"k = {top_k}", (top_k, 0), xycoords=("data", "axes fraction"), xytext=(2, 3), textcoords="offset points",
+        fontsize=7,
+    )  # fmt: skip
+    if wide:
+        axes.set_xscale("log", base=2)
+        ticks = [2**power for power in range(int(np.log2(loaded[-1])) + 1)]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xticks(loaded)
+    pooled = prefetch.attrs["pooled_layers"]
+    what = f"layers {pooled[0]} to {pooled[-1]}" if len(pooled) > 1 else f"layer {pooled[0]}" if pooled else "no layer"
+    style.panel_title(axes, f"By experts loaded, {what}")
+    axes.set_xlabel("Experts loaded", labelpad=2)
+    axes.grid(axis="y")
+
+
+def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None:
+    layers = prefetch["layer"].values
+    needed = np.minimum(prefetch["top_k"], prefetch["num_experts"])
+    at_k = prefetch.sel(loaded=needed)
+    few = len(layers) <= MOST_LAYERS_WITH_MARKERS
+    axes.plot(layers, 100 * at_k["uniform"].values, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    for p, (colour, marker, line) in enumerate(looks):
+        at = at_k.isel(predictor=p)
+        _band(axes, layers, at, "", colour)
+        axes.plot(
+            layers,
+            100 * at["recall"].values,
+            color=colour,
+            linestyle=line,
+            linewidth=1.3,
+            marker=marker if few else "",
+            markersize=3.0,
+            markeredgewidth=0,
+        )
+    style.panel_title(axes, "By layer, as many loaded as chosen (k)")
+    axes.set_xlabel("Layer", labelpad=2)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y")
+
+
+def _band(axes: Axes, x: np.ndarray[tuple[int], np.dtype[np.int64]], at: xr.Dataset, prefix: str, colour: str) -> None:
+    low, high = (100 * at[f"{prefix}{end}"].values for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

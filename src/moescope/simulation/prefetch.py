@@ -1,0 +1,580 @@
+"""Prefetching: which part of the experts that a token needs would have been loaded, had a predictor said which.
+
+The unit is the assignment that ran a routed expert. For each token and layer a predictor puts the experts in an order;
+recall at n is the part of the needed experts that are among the first n. What a predictor learns, it learns on other
+documents than those it is judged on. Distance a counts the layers of the trace: all with routed experts, unless the
+recording selected some.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from moescope.errors import NoSuchLayer, NotRecorded
+from moescope.measures import groups, statistics
+from moescope.measures.statistics import Numbers, described
+from moescope.simulation import prefetch_kernels as kernels
+from moescope.tallying.one_pass import layer_groups
+from moescope.tallying.token_sample import token_hashes
+from moescope.trace import PHASES, Layer, Part, Trace
+
+KINDS = ("lookahead", "transitions", "previous", "domain", "popularity")
+"""What the predictors go by, those with hidden states first, the null last."""
+
+DISTANCES = (1, 2, 4)
+"""Distances of the transition tables, if the trace has no lookahead and none are asked for."""
+
+NUM_GROUPS = 32
+"""Groups of documents for the intervals; a trace of fewer documents has one each."""
+
+NUM_FOLDS = 8
+STRETCHES = 16
+"""Parts of the only document of a trace, which then stand for documents."""
+
+TABLE_BYTES = 2**28
+"""Most that the transition tables of a thread may take before the folds are made fewer, down to two."""
+
+LOOKAHEAD_SOURCE = "Eliseev and Mazur 2023 (arXiv 2312.17238), section 3.2"
+_HOW_TO = "`moescope record … --lookahead 1,2,10` records it"
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A predictor.
+
+    Attributes:
+        kind: One of `KINDS`.
+        distance: How many layers before it speaks; 0 if it needs no layer before.
+    """
+
+    kind: str
+    distance: int = 0
+
+    @property
+    def label(self) -> str:
+        """Name and distance, such as ``lookahead 2``."""
+        return f"{self.kind} {self.distance}" if self.distance else self.kind
+
+
+def prefetch(
+    trace: Trace,
+    layers: Iterable[int] | None = None,
+    *,
+    distances: Sequence[int] | None = None,
+    predictors: Sequence[str] | None = None,
+    phase: Literal["prefill", "decode"] | None = None,
+    threads: int | None = None,
+) -> xr.Dataset:
+    """How many of the needed experts would have been loaded, by predictor and by number of experts loaded.
+
+    Predictors:
+
+    * ``lookahead a``: what the layer's router chose from the hidden states that the router a layers before it read;
+      recorded (`moescope.record(..., lookahead=...)`), and known up to the recorded number of experts;
+    * ``transitions a``: sum over the token's experts i, a layers before, of P(e | i), counted in other documents and
+      smoothed by popularity as if with E more pairs;
+    * ``previous``: the experts of the token before at this layer, by rank, then the others by popularity;
+    * ``domain``: popularity in other documents of the token's domain;
+    * ``popularity``: popularity in other documents; the null that the others are measured against.
+
+    Other documents are those of other folds, of at most 8. A trace of one document is cut into 16 stretches that stand
+    for documents, which says nothing of other documents; `attrs["unit"]` tells.
+
+    Args:
+        trace: The trace.
+        layers: Layers to predict, or None for all.
+        distances: How many layers before; None for those that were recorded, else 1, 2 and 4.
+        predictors: Of `KINDS`; None for all that the trace allows.
+        phase: Predict only tokens of this phase, and learn from them; needs a trace that knows phases.
+        threads: Parts counted at a time; None for the number of processors.
+    Returns:
+        `loaded` is n, from 1 to the largest number of experts. By (predictor, layer, loaded): `recall` with its 95 %
+        interval over documents `low`, `high`, and `gain`, `gain_low`, `gain_high`: recall less that of popularity, of
+        the same tokens. By (predictor, loaded): the same as `model_recall` … over the layers that all distances reach
+        (`attrs["pooled_layers"]`). By (layer, loaded) and (loaded): `uniform`, `model_uniform`, n / E, what loading n
+        experts at random gives. NaN: a layer that nothing lies so far before, n above the layer's experts, or beyond
+        the recorded lists.
+    Raises:
+        NotRecorded: Lookahead is asked for and was not recorded, or the trace has no tokens, or no phases.
+        NoSuchLayer: A layer was not recorded, or no two are so far apart.
+        ValueError: A predictor or phase is unknown, a distance is no whole number from 1, or `threads` not positive.
+    Source:
+        Lookahead: Eliseev and Mazur 2023 (arXiv 2312.17238), section 3.2; the comparison, cross-fitting and intervals
+        are ours.
+    """
+    trace.need_tokens()
+    plan = _plan(trace, trace.select_layers(layers), distances, predictors, phase)
+    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    learnt = _learn(trace, plan, threads)
+    hits = _count(trace, plan, learnt, threads)
+    return _result(plan, hits)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Documents, or stretches of the only one.
+
+    Attributes:
+        numbers: Document numbers, ascending, shape (document,).
+        group: Group of each; of stretches, which are one each, only how many.
+        num_groups: Groups.
+        num_folds: Folds; that of a group is its remainder.
+        stretches: Whether they are stretches of one document, of this many tokens.
+        tokens: Tokens of that document.
+    """
+
+    numbers: NDArray[np.int64]
+    group: NDArray[np.int64]
+    num_groups: int
+    num_folds: int
+    stretches: bool
+    tokens: int
+
+    @classmethod
+    def of(cls, trace: Trace, num_folds: int) -> _Units:
+        numbers = np.sort(trace.document_numbers)
+        if len(numbers) == 1:
+            number = min(STRETCHES, trace.num_tokens)
+            return cls(numbers, np.zeros(1, np.int64), number, min(num_folds, number), True, trace.num_tokens)
+        order = np.argsort(token_hashes(numbers, np.full(len(numbers), 2**31 - 1)), kind="stable")
+        number = min(NUM_GROUPS, len(numbers))
+        group = np.empty(len(numbers), np.int64)
+        group[order] = np.arange(len(numbers)) % max(number, 1)
+        return cls(numbers, group, number, max(1, min(num_folds, number)), False, trace.num_tokens)
+
+    def of_part(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """First rows with the number of rows at the end, groups and domains of the units of a part."""
+        if self.stretches:
+            starts = np.arange(self.num_groups + 1) * self.tokens // self.num_groups
+            return starts, np.arange(self.num_groups), np.full(self.num_groups, int(part.domain[0]))
+        starts = part.document_starts()
+        first = starts[:-1]
+        group = self.group[np.searchsorted(self.numbers, part.document[first].astype(np.int64))]
+        return starts, group, part.domain[first].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is predicted, and by what.
+
+    Attributes:
+        all_layers: Layers of the trace.
+        places: Places among them of the layers to predict.
+        predictors: In the order of `KINDS`, then of distance.
+        units: Documents in groups and folds.
+        phase: Code of the phase, or None for all tokens.
+        domains: Domains of the trace.
+        num_ids: Largest number of experts.
+    """
+
+    all_layers: tuple[Layer, ...]
+    places: tuple[int, ...]
+    predictors: tuple[Predictor, ...]
+    units: _Units
+    phase: int | None
+    domains: tuple[str, ...]
+    num_ids: int
+
+    def sources(self, kind: str, place: int) -> list[int]:
+        """Distances of the predictors of a kind that reach a layer."""
+        return [each.distance for each in self.predictors if each.kind == kind and 0 < each.distance <= place]
+
+    def known(self, predictor: Predictor, place: int) -> int:
+        """Experts that a predictor puts in order at a layer; 0 if it does not reach it."""
+        layer = self.all_layers[place]
+        if predictor.distance > place:
+            return 0
+        if predictor.kind == "lookahead":
+            return min(layer.num_predicted, layer.num_experts) if predictor.distance in layer.lookahead else 0
+        return layer.num_experts
+
+    def complete(self, predictor: Predictor, place: int) -> bool:
+        """Whether the order that a predictor gives at a layer holds all experts."""
+        layer = self.all_layers[place]
+        return self.known(predictor, place) > 0 and (
+            predictor.kind != "lookahead" or layer.num_predicted == layer.num_ids
+        )
+
+
+def _plan(
+    trace: Trace,
+    chosen: Sequence[Layer],
+    distances: Sequence[int] | None,
+    kinds: Sequence[str] | None,
+    phase: str | None,
+) -> _Plan:
+    all_layers, recorded = trace.layers, trace.header.lookahead
+    if kinds is not None and (unknown := sorted(set(kinds) - set(KINDS))):
+        raise ValueError(f"there is no predictor {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if phase is not None and phase not in PHASES:
+        raise ValueError(f"phase is {' or '.join(map(repr, PHASES))}, not {phase!r}")
+    if phase is not None and not trace.header.phases:
+        raise NotRecorded(trace.path, "does not say which tokens were generated", "leave out the phase")
+    if distances is None:
+        distances = recorded or tuple(each for each in DISTANCES if each < len(all_layers))
+    if not all(isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 1 for each in distances):
+        raise ValueError(f"distances are whole numbers from 1, not {tuple(distances)}")
+    if distances and max(distances) >= len(all_layers):
+        raise NoSuchLayer(
+            trace.path,
+            f"no layer lies {max(distances)} layers before another: the trace has {len(all_layers)}",
+            f"distances go up to {len(all_layers) - 1}" if len(all_layers) > 1 else None,
+        )
+    if kinds is not None and "lookahead" in kinds:
+        if not recorded:
+            raise NotRecorded(trace.path, "holds no predictions of the routers of later layers", _HOW_TO)
+        if lacking := sorted(set(distances) - set(recorded)):
+            have = ", ".join(map(str, recorded))
+            raise NotRecorded(
+                trace.path, f"predictions over {lacking[0]} layers were not recorded; those over {have} are", _HOW_TO
+            )
+    asked = KINDS if kinds is None else tuple(each for each in KINDS if each in kinds)
+    found: list[Predictor] = []
+    for kind in asked:
+        if kind in ("lookahead", "transitions"):
+            usable = sorted(set(distances) & set(recorded)) if kind == "lookahead" else sorted(set(distances))
+            found += [Predictor(kind, int(distance)) for distance in usable]
+        elif kind != "domain" or kinds is not None or _domains_differ(trace):
+            found.append(Predictor(kind))
+    if Predictor("popularity") not in found:
+        found.append(Predictor("popularity"))
+    place_of = {layer.layer: place for place, layer in enumerate(all_layers)}
+    places = tuple(place_of[layer.layer] for layer in chosen)
+    cells = sum(
+        all_layers[place].num_experts * all_layers[place - each.distance].num_experts
+        for place in places
+        for each in found
+        if each.kind == "transitions" and each.distance <= place
+    )
+    num_folds = NUM_FOLDS
+    while num_folds > 2 and 4 * cells * num_folds > TABLE_BYTES:
+        num_folds //= 2
+    return _Plan(
+        all_layers,
+        places,
+        tuple(found),
+        _Units.of(trace, num_folds),
+        None if phase is None else PHASES.index(phase),
+        trace.domains,
+        max(layer.num_experts for layer in chosen),
+    )
+
+
+def _domains_differ(trace: Trace) -> bool:
+    """Whether popularity by domain is another thing than popularity, and small enough to be kept."""
+    cells = NUM_FOLDS * len(trace.domains) * sum(layer.num_experts for layer in trace.layers)
+    return len(trace.domains) > 1 and 8 * cells <= TABLE_BYTES
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A layer of a part, ready for the kernels.
+
+    Attributes:
+        place: Of the layer, among those of the trace.
+        ids: Chosen experts of the layer and of those that predict it, by place, each of shape (choice, token).
+        predicted: Recorded predictions by distance, each of shape (predicted, token).
+        starts: First rows of the units, with the number of rows at the end.
+        group: Of the units.
+        domain: Of the units.
+        counted: Tokens to predict.
+        first: Tokens that begin a sequence.
+    """
+
+    place: int
+    ids: dict[int, Ids]
+    predicted: dict[int, Ids]
+    starts: NDArray[np.int64]
+    group: NDArray[np.int64]
+    domain: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+    first: NDArray[np.bool_]
+
+
+def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterator[_Rows]:
+    """The layers to predict of a part; those before them are kept only as long as a predictor looks back to them."""
+    needed = {
+        place: {place, *(place - distance for distance in plan.sources("transitions", place))} for place in plan.places
+    }
+    wanted = sorted(set().union(*needed.values()))
+    held: dict[int, Ids] = {}
+    by_layer = {plan.all_layers[place].layer: place for place in wanted}
+    frame: tuple[Any, ...] | None = None
+    for group in layer_groups([plan.all_layers[place] for place in wanted]):
+        part = trace.with_trace_domains(
+            trace.parts[index].read(group, tokens=plan.phase is not None and frame is None, predictions=predictions)
+        )
+        if frame is None:
+            counted = np.ones(part.num_tokens, np.bool_) if plan.phase is None else part.phase == plan.phase
+            frame = (*plan.units.of_part(part), counted, part.position == 0)
+        for layer in group:
+            place = by_layer[layer.layer]
+            held[place] = np.ascontiguousarray(part.expert_ids[layer.layer].T, np.int32)
+            if place in needed:
+                predicted = {
+                    distance: np.ascontiguousarray(part.predictions[layer.layer, distance].T, np.int32)
+                    for distance in plan.sources("lookahead", place)
+                    if (layer.layer, distance) in part.predictions
+                }
+                yield _Rows(place, held, predicted, *frame)
+                del needed[place]
+            for old in [each for each in held if not any(each in later for later in needed.values())]:
+                del held[old]
+
+
+S = TypeVar("S")
+
+
+def _over_parts(trace: Trace, threads: int, make: Callable[[], S], add: Callable[[S, int], None]) -> list[S]:
+    """Sums of all parts, one a thread."""
+    local, made = threading.local(), [make()]
+
+    def run(index: int) -> None:
+        if not hasattr(local, "sums"):
+            local.sums = make()
+            made.append(local.sums)
+        add(local.sums, index)
+
+    if threads == 1:
+        for index in range(len(trace.parts)):
+            add(made[0], index)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, range(len(trace.parts))))
+    return made
+
+
+@dataclass
+class _Learnt:
+    """What the predictors know of each fold's other documents.
+
+    Attributes:
+        rank: By place of the layer, the place of each expert by popularity, shape (fold, expert).
+        domain_rank: The same by domain, shape (fold x domain, expert).
+        table: By place of the layer and distance, P(e | i), shape (fold, source expert, expert).
+    """
+
+    rank: dict[int, NDArray[np.int64]]
+    domain_rank: dict[int, NDArray[np.int64]]
+    table: dict[tuple[int, int], NDArray[np.float32]]
+
+
+def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
+    num_folds, layers = plan.units.num_folds, plan.all_layers
+    by_domain = any(each.kind == "domain" for each in plan.predictors)
+    num_domains = max(1, len(plan.domains)) if by_domain else 1
+    pairs = [(place, distance) for place in plan.places for distance in plan.sources("transitions", place)]
+
+    def make() -> tuple[dict[int, NDArray[np.int64]], dict[tuple[int, int], NDArray[np.uint32]]]:
+        popularity = {
+            place: np.zeros((num_folds * num_domains, layers[place].num_experts), np.int64) for place in plan.places
+        }
+        return popularity, {
+            (place, distance): np.zeros(
+                (num_folds, layers[place - distance].num_experts, layers[place].num_experts), np.uint32
+            )
+            for place, distance in pairs
+        }
+
+    def add(sums: tuple[dict[int, NDArray[np.int64]], dict[tuple[int, int], NDArray[np.uint32]]], index: int) -> None:
+        popularity, transitions = sums
+        for rows in _rows(trace, plan, index, predictions=False):
+            fold, ids = rows.group % num_folds, rows.ids[rows.place]
+            row = fold * num_domains + (rows.domain if by_domain else 0)
+            kernels.count_popularity(ids, rows.counted, rows.starts, row, popularity[rows.place])
+            for distance in plan.sources("transitions", rows.place):
+                kernels.count_transitions(
+                    rows.ids[rows.place - distance], ids, rows.counted, rows.starts, fold,
+                    transitions[rows.place, distance],
+                )  # fmt: skip
+
+    (popularity, transitions), *others = _over_parts(trace, threads, make, add)
+    for more_popularity, more_transitions in others:
+        for place in popularity:
+            popularity[place] += more_popularity[place]
+        for pair in transitions:
+            transitions[pair] += more_transitions[pair]
+    learnt = _Learnt({}, {}, {})
+    for place, count in popularity.items():
+        count_FDE = count.reshape(num_folds, num_domains, -1)
+        others_FDE = count_FDE.sum(axis=0) - count_FDE if num_folds > 1 else np.zeros_like(count_FDE)
+        others_FE = others_FDE.sum(axis=1)
+        learnt.rank[place] = rank_FE = _ranks(others_FE, np.zeros_like(others_FE))
+        if by_domain:
+            learnt.domain_rank[place] = _ranks(others_FDE, rank_FE[:, None, :]).reshape(count.shape)
+        total_F1 = others_FE.sum(axis=1, keepdims=True)
+        num_experts = others_FE.shape[1]
+        share_FE = np.where(total_F1 > 0, others_FE / np.maximum(total_F1, 1), 1 / num_experts)
+        for distance in plan.sources("transitions", place):
+            learnt.table[place, distance] = _table(transitions.pop((place, distance)), share_FE)
+    return learnt
+
+
+def _ranks(count: NDArray[np.int64], among_equals: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each expert by falling count, along the last axis; among equals by another order, then by id."""
+    order = np.lexsort((np.broadcast_to(among_equals, count.shape), -count), axis=-1)
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(count.shape[-1]), count.shape), axis=-1)
+    return ranks.astype(np.int64)
+
+
+def _table(count_FSE: NDArray[np.uint32], share_FE: Numbers) -> NDArray[np.float32]:
+    """P(e | i) in the other folds, smoothed as if with E more pairs of each source expert, spread by popularity."""
+    num_folds, _, num_experts = count_FSE.shape
+    total_SE = count_FSE.sum(axis=0, dtype=np.int64)
+    table_FSE = np.empty(count_FSE.shape, np.float32)
+    for fold in range(num_folds):
+        others_SE = total_SE - count_FSE[fold] if num_folds > 1 else np.zeros_like(total_SE)
+        table_FSE[fold] = (others_SE + num_experts * share_FE[fold]) / (
+            others_SE.sum(axis=1, keepdims=True) + num_experts
+        )
+    return table_FSE
+
+
+@dataclass
+class _Hits:
+    """Needed experts by group, predictor, place among the layers predicted, and place in the predictor's order."""
+
+    hits_GPLN: NDArray[np.int64]
+    needed_GL: NDArray[np.int64]
+
+
+def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
+    num_groups, num_folds = plan.units.num_groups, plan.units.num_folds
+    num_domains = max(1, len(plan.domains))
+    at_of = {place: at for at, place in enumerate(plan.places)}
+
+    def make() -> _Hits:
+        shape = (num_groups, len(plan.predictors), len(plan.places), plan.num_ids)
+        return _Hits(np.zeros(shape, np.int64), np.zeros((num_groups, len(plan.places)), np.int64))
+
+    def add(sums: _Hits, index: int) -> None:
+        for rows in _rows(trace, plan, index, predictions=True):
+            at, place, ids = at_of[rows.place], rows.place, rows.ids[rows.place]
+            layer, fold, rank = plan.all_layers[place], rows.group % num_folds, learnt.rank[place]
+            needed_G = sums.needed_GL[:, at]
+            units = (rows.counted, rows.starts, rows.group)
+            for p, predictor in enumerate(plan.predictors):
+                hits_GN, distance = sums.hits_GPLN[:, p, at], predictor.distance
+                if predictor.kind == "popularity":
+                    kernels.place_by_rank(ids, *units, fold, rank, hits_GN, needed_G)
+                elif predictor.kind == "domain":
+                    row = fold * num_domains + rows.domain
+                    kernels.place_by_rank(ids, *units, row, learnt.domain_rank[place], hits_GN, np.zeros_like(needed_G))
+                elif predictor.kind == "previous":
+                    kernels.place_by_previous(ids, rows.first, *units, fold, rank, layer.ranked, hits_GN)
+                elif predictor.kind == "transitions" and distance <= place:
+                    kernels.place_by_transitions(
+                        rows.ids[place - distance], ids, *units, fold, learnt.table[place, distance], rank, hits_GN
+                    )
+                elif predictor.kind == "lookahead" and distance in rows.predicted:
+                    kernels.place_by_prediction(rows.predicted[distance], ids, *units, layer.num_experts, hits_GN)
+
+    total, *others = _over_parts(trace, threads, make, add)
+    for each in others:
+        total.hits_GPLN += each.hits_GPLN
+        total.needed_GL += each.needed_GL
+    return total
+
+
+def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
+    layers = [plan.all_layers[place] for place in plan.places]
+    null = plan.predictors.index(Predictor("popularity"))
+    loaded_N = np.arange(1, plan.num_ids + 1)
+    known_PL = np.array([[plan.known(each, place) for place in plan.places] for each in plan.predictors])
+    needed_L = counted.needed_GL.sum(axis=0)
+    complete_PL = np.array([[plan.complete(each, place) for place in plan.places] for each in plan.predictors])
+    reach = max((each.distance for each in plan.predictors), default=0)
+    pooled = [at for at, place in enumerate(plan.places) if place >= reach]
+    names = ("recall", "low", "high", "gain", "gain_low", "gain_high")
+    table = np.full((len(names), len(plan.predictors), len(layers), plan.num_ids), np.nan)
+    model = np.full((len(names), len(plan.predictors), plan.num_ids), np.nan)
+    for p in range(len(plan.predictors)):
+        for at in range(len(layers)):
+            n = known_PL[p, at]
+            hits_GPN = counted.hits_GPLN[:, :, at, :n].cumsum(axis=2)
+            table[:, p, at, :n] = _judge(hits_GPN[:, p], hits_GPN[:, null], counted.needed_GL[:, at])
+            if complete_PL[p, at] and needed_L[at]:
+                table[:3, p, at, n - 1] = 1  # all are loaded: certain, whatever the documents
+        if pooled and known_PL[p, pooled].min() > 0:
+            short = ~complete_PL[p, pooled]
+            n = int(known_PL[p, pooled][short].min()) if short.any() else plan.num_ids
+            hits_GPN = counted.hits_GPLN[:, :, pooled, :n].cumsum(axis=3).sum(axis=2)
+            model[:, p, :n] = _judge(hits_GPN[:, p], hits_GPN[:, null], counted.needed_GL[:, pooled].sum(axis=1))
+            if not short.any() and needed_L[pooled].any():
+                model[:3, p, max(layers[at].num_experts for at in pooled) - 1 :] = 1
+    num_experts_L = np.array([layer.num_experts for layer in layers])
+    uniform_LN = np.minimum(loaded_N / num_experts_L[:, None], 1.0)
+    by_layer, by_model = ("predictor", "layer", "loaded"), ("predictor", "loaded")
+    variables: dict[str, Any] = {}
+    for at, name in enumerate(names):
+        meaning, source = _MEANINGS[name]
+        variables[name] = described(table[at], by_layer, meaning, "1", source)
+        variables[f"model_{name}"] = described(model[at], by_model, f"{meaning}, layers together", "1", source)
+    variables["uniform"] = described(
+        np.where(loaded_N <= num_experts_L[:, None], uniform_LN, np.nan),
+        ("layer", "loaded"),
+        "recall of experts loaded at random, n / E",
+        "1",
+    )
+    variables["model_uniform"] = described(
+        statistics.ratio((uniform_LN * needed_L[:, None])[pooled].sum(axis=0), needed_L[pooled].sum()),
+        ("loaded",),
+        "the same, layers together",
+        "1",
+    )
+    variables["needed"] = described(needed_L, ("layer",), "experts needed", "assignments")
+    unit = "stretch of the only document" if plan.units.stretches else "document"
+    return xr.Dataset(
+        variables,
+        {
+            "predictor": [each.label for each in plan.predictors],
+            "kind": ("predictor", [each.kind for each in plan.predictors]),
+            "distance": ("predictor", [each.distance for each in plan.predictors]),
+            "layer": [layer.layer for layer in layers],
+            "num_experts": ("layer", num_experts_L),
+            "top_k": ("layer", [layer.top_k for layer in layers]),
+            "loaded": loaded_N,
+        },
+        {
+            "unit": unit,
+            "folds": plan.units.num_folds,
+            "documents": len(plan.units.numbers),
+            "lookahead_recorded": int(any(layer.lookahead for layer in plan.all_layers)),
+            "pooled_layers": [layers[at].layer for at in pooled],
+            "phase": "" if plan.phase is None else PHASES[plan.phase],
+        },
+    )
+
+
+_MEANINGS = {
+    "recall": ("part of the needed experts that are loaded", LOOKAHEAD_SOURCE),
+    "low": ("95 % interval, low end", ""),
+    "high": ("95 % interval, high end", ""),
+    "gain": ("recall less that of popularity", ""),
+    "gain_low": ("95 % interval, low end", ""),
+    "gain_high": ("95 % interval, high end", ""),
+}
+
+
+def _judge(hits_GN: NDArray[np.int64], null_GN: NDArray[np.int64], needed_G: NDArray[np.int64]) -> Numbers:
+    """Recall with its interval, and the gain over the null with its own, shape (6, n)."""
+    used = int((needed_G > 0).sum())
+    recall, error = groups.ratio_errors(hits_GN, needed_G)
+    low, high = statistics.proportion_interval(recall, error, used)
+    gain, gain_error = groups.ratio_errors(hits_GN - null_GN, needed_G)
+    half = groups.student(used) * gain_error
+    return np.stack([recall, low, high, gain, gain - half, gain + half])
