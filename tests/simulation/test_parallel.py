@@ -312,14 +312,30 @@ def test_the_interval_holds_the_long_run_value_in_nineteen_of_twenty_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_counts, "NULL_TOKENS", 80)
-    options = {"devices": 4, "prefill": 80, "decode": (), "placements": ["linear"], "threads": 1}
+    options = {"devices": 4, "prefill": 80, "decode": (), "placements": ["linear", "random"], "threads": 1}
     rng = np.random.default_rng(3)
-    truth = parallel(sticky(tmp_path, rng, 1.5, 4000), **options)["over_subscription"].item()
-    inside = 0
+    values = {
+        "over_subscription": {"placement": "linear"},
+        "slowest_difference": {"placement": "random", "against": "linear"},
+    }
+    whole = parallel(sticky(tmp_path, rng, 1.5, 4000), **options)
+    inside = dict.fromkeys(values, 0)
     for draw in range(40):
         found = parallel(sticky(tmp_path / str(draw), rng, 1.5, 60), **options)
-        inside += found["over_subscription_low"].item() <= truth <= found["over_subscription_high"].item()
-    assert inside >= 34
+        for name, at in values.items():
+            low, high = (found[f"{name}_{end}"].sel(at).item() for end in ("low", "high"))
+            inside[name] += low <= whole[name].sel(at).item() <= high
+    assert min(inside.values()) >= 34, inside
+
+
+def test_two_placements_are_compared_in_the_same_batches(trace: Trace) -> None:
+    found = parallel(trace, devices=4, prefill=20, decode=3, threads=1)
+    slowest, less = found["slowest"], found["slowest_difference"]
+    xr.testing.assert_allclose(less, (slowest - slowest.rename(placement="against")).transpose(*less.dims))
+    low, high = found["slowest_difference_low"].values, found["slowest_difference_high"].values
+    np.testing.assert_allclose(low, -high.swapaxes(0, 1), atol=1e-12)
+    assert (low <= less.values).all()
+    np.testing.assert_array_equal(high[range(5), range(5)], 0)
 
 
 def test_replicas_and_placements_lower_what_a_skewed_router_costs(tmp_path: Path) -> None:

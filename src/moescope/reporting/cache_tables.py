@@ -140,7 +140,7 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
             sections.append(Section("part of the way from LRU to the optimum", tuple(kept)))
     return Table(
         "cache",
-        f"Hit ratio of expert caches, all layers, {_served(cache)}, %",
+        f"Hit ratio of expert caches, all layers, {served(cache)}, %",
         "policy",
         tuple(f"{size} experts" for size in sizes),
         tuple(sections),
@@ -183,7 +183,7 @@ def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
         rows.append(Row(visible(str(key)), tuple(cells)))
     return Table(
         f"cache_{dim}s",
-        f"Hit ratio by {dim}, {_served(cache)}, %",
+        f"Hit ratio by {dim}, {served(cache)}, %",
         dim,
         tuple(name for *_, name in columns),
         (Section("", tuple(rows)),),
@@ -246,7 +246,8 @@ def _budget(cache: xr.Dataset) -> str:
     return f"a cache a layer, of {_experts(cache)}"
 
 
-def _served(cache: xr.Dataset) -> str:
+def served(cache: xr.Dataset) -> str:
+    """How the trace was served, in words."""
     if cache.attrs["prefill"]:
         return f"prefill in chunks of {cache.attrs['prefill']} tokens"
     batch = cache.attrs["batch"]

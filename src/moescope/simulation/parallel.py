@@ -96,7 +96,8 @@ def parallel(
           hidden size is known.
 
         By (placement, batch): `slowest`: the same over all layers, Σ of the largest / Σ of the mean, with `_low`,
-        `_high`, `_quantile`, `_own`, `_shuffled`, `_uniform`; `batches` (batch).
+        `_high`, `_quantile`, `_own`, `_shuffled`, `_uniform`; `batches` (batch). By (placement, against, batch):
+        `slowest_difference`: `slowest` less that of another placement in the same batches, `_low`, `_high`.
 
         By (batch, domain, layer, capacity_factor), the first domain being "(all)": `dropped`, the share of the
         assignments that exceed ⌈factor · tokens · top-k / experts⌉ of an expert in a batch, `_low`, `_high`; by (batch,
@@ -150,6 +151,7 @@ def parallel(
         variables,
         {
             "placement": list(names),
+            "against": list(names),
             "batch": [kind.label for kind in kinds],
             "phase": ("batch", [kind.phase for kind in kinds]),
             "batch_tokens": ("batch", [kind.tokens for kind in kinds]),
@@ -171,8 +173,8 @@ def parallel(
             stacklevel=2,
         )
         for variable in result.data_vars.values():
-            if "placement" in variable.dims:
-                variable.loc[{"placement": fitted}] = np.nan
+            for dim in {"placement", "against"} & set(variable.dims):
+                variable.loc[{dim: fitted}] = np.nan
     return result
 
 
@@ -229,15 +231,20 @@ def _loads(
     value, all_value = by_layers(counts), all_layers(counts)
     low, high = np.full(value[:asked].shape, np.nan), np.full(value[:asked].shape, np.nan)
     all_low, all_high = np.full(all_value[:asked].shape, np.nan), np.full(all_value[:asked].shape, np.nan)
+    less = np.full((3, asked, asked, len(setting.kinds)), np.nan)
     for s in range(len(setting.kinds)):
         for at in range(len(setting.layers)):
             ends = _interval(counts.largest_SLPG[s, at, :asked], counts.made_SLG[s, at], devices)
             low[:, s, at], high[:, s, at] = ends
         largest_PG, made_G = counts.largest_SLPG[s, :, :asked].sum(axis=0), counts.made_SLG[s].sum(axis=0)
         all_low[:, s], all_high[:, s] = _interval(largest_PG, made_G, devices)
+        for against in range(asked):
+            less_PG = largest_PG - largest_PG[against]
+            less[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
+            less[1:, :, against, s] = _interval(less_PG, made_G, devices, -np.inf)
     what, unit = "largest load of a device over the mean, over batches", "1"
     source = "GShard (arXiv 2006.16668)"
-    with_quantile = (*by_layer, "quantile")
+    with_quantile, versus = (*by_layer, "quantile"), ("placement", "against", "batch")
     return {
         "over_subscription": described(value[:asked], by_layer, what, unit, source),
         "over_subscription_low": described(low, by_layer, "95 % interval, low end", unit),
@@ -265,6 +272,9 @@ def _loads(
         "slowest_own": described(all_value[own], over_all, "the same, fitted on the documents it is judged on", unit),
         "slowest_shuffled": described(all_layers(shuffled), over_all, "of the same tokens in any order", unit),
         "slowest_uniform": described(all_layers(uniform), over_all, "of uniform routing", unit),
+        "slowest_difference": described(less[0], versus, "the same less that of another placement", unit),
+        "slowest_difference_low": described(less[1], versus, "95 % interval, low end", unit),
+        "slowest_difference_high": described(less[2], versus, "95 % interval, high end", unit),
         "batches": described(counts.batches_S, ("batch",), "batches", "batches"),
     }
 
