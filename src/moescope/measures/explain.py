@@ -85,8 +85,8 @@ def explain(
           left out, and the plain mutual information of the counts; `miller_madow`, the latter less its bias if every
           pair of value and expert that occurs occurred often;
         * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
-          tokens permuted within the document; else, the choices of each document rotated by a random number of tokens,
-          so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
+          tokens permuted within the document; else, the choices of each document rotated to a random change of the
+          source's value, so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
         * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
           over layers and sources.
 
@@ -359,7 +359,7 @@ def _permuted_choices(
 
     Against the expert before they are put in random order, which is what locality is measured against. Against all else
     they are rotated: neighbours stay neighbours, so a choice that merely lasts is not taken for one that something else
-    explains.
+    explains. The ends of the document meet where the value of the source changes.
     """
     num_tokens, ranks = experts_KT.shape[1], len(experts_KT)
     starts_G = rows.sample.starts
@@ -369,26 +369,24 @@ def _permuted_choices(
     names = [*fixed, *(["previous expert"] if "previous expert" in sources else [])]
     tables = {name: _workspace(sources[name][1], layer.num_ids) for name in names}
 
-    def values(
-        rotated_T: NDArray[np.int32], shuffled_T: NDArray[np.int32]
-    ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        e_R = np.ascontiguousarray(experts_KT[:, rotated_T].T).ravel()
-        by_source = {name: (x_R, e_R) for name, x_R in fixed.items()}
-        if "previous expert" in sources:
-            before_T = rows.before(firsts_T[shuffled_T])
-            by_source["previous expert"] = _flat(before_T, experts_KT[:, shuffled_T], starts_G)[:2]
-        return by_source
+    def values(name: str, order_T: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        moved_KT = experts_KT[:, order_T]
+        if name == "previous expert":
+            return _flat(rows.before(firsts_T[order_T]), moved_KT, starts_G)[:2]
+        return fixed[name], np.ascontiguousarray(moved_KT.T).ravel()
 
-    rotated_T, shuffled_T = (np.arange(num_tokens, dtype=np.int32) for _ in range(2))
-    as_recorded = values(rotated_T, shuffled_T)
-    observed = {name: kernels.information(*xe, xlogx, *tables[name]) for name, xe in as_recorded.items()}
+    text_T = np.arange(num_tokens, dtype=np.int32)
+    observed = {name: kernels.information(*values(name, text_T), xlogx, *tables[name]) for name in names}
     permuted = {name: np.zeros(permutations) for name in names}
     copies: dict[str, list[float]] = {name: [] for name in names}
-    state = np.array([seed], np.uint64)
-    for at in range(permutations):
-        kernels.rotate_within(starts_G, rotated_T, state)
-        kernels.shuffle_within(starts_G, shuffled_T, state)
-        for name, xe in values(rotated_T, shuffled_T).items():
+    for name in names:
+        order_T, state = text_T.copy(), np.array([seed], np.uint64)
+        for at in range(permutations):
+            if name == "previous expert":
+                kernels.shuffle_within(starts_G, order_T, state)
+            else:
+                kernels.rotate_within(starts_G, sources[name][0], order_T, state)
+            xe = values(name, order_T)
             permuted[name][at] = kernels.information(*xe, xlogx, *tables[name])
             if at < NULL_COPIES:
                 bits = estimate(*xe, starts_G * ranks, sources[name][1], layer.num_ids).bits
