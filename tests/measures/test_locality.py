@@ -273,7 +273,7 @@ def test_where_one_expert_takes_nearly_all_the_excess_has_no_interval_until_ther
         made = planted(np.random.default_rng(0), "collapsed", documents=documents)
         return locality(made.sample, [1], lags=[1]).sel(layer=1, kind="first", domain=ALL_DOMAINS)
 
-    # 2 % of the tokens go elsewhere: of 3,540 pairs 1.4 to be expected with neither at the popular expert, of 35,400, 14
+    # 2 % of the tokens go elsewhere: of 3,540 pairs 1.4 are to be expected with neither at the popular one; then 14
     few, many = of(60), of(600)
     for null in ("popularity", "document"):
         assert np.isnan(few["excess_low"].sel(pairs="all", null=null))

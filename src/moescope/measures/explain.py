@@ -86,7 +86,8 @@ def explain(
           pair of value and expert that occurs occurred often;
         * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
           tokens permuted within the document; else, the choices of each document rotated to a random change of the
-          source's value, so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
+          source's value, so that they last as long as they do. What a document's own mix of experts explains is left in
+          the last two;
         * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
           over layers and sources.
 

@@ -111,14 +111,19 @@ def sample_documents(
     """
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    a_token = _BYTES_BESIDE_CHOICES + sum(layer.top_k * _id_dtype(layer).itemsize for layer in chosen)
-    fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
-    (gathered,) = one_pass(trace, chosen, lambda: [_Gathered(fraction)], threads=threads, tokens=True)
+    fraction = affordable_fraction(trace, chosen, max_bytes)
+    (gathered,) = one_pass(trace, chosen, lambda: [DocumentCounter(fraction)], threads=threads, tokens=True)
     return gathered.joined(trace, chosen)
 
 
+def affordable_fraction(trace: Trace, layers: Sequence[Layer], max_bytes: int = MAX_BYTES) -> float:
+    """Part of the documents of a trace that fits in so many bytes."""
+    a_token = _BYTES_BESIDE_CHOICES + sum(layer.top_k * _id_dtype(layer).itemsize for layer in layers)
+    return min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
+
+
 @dataclass
-class _Gathered:
+class DocumentCounter:
     """The counter that keeps documents, a chunk a part."""
 
     fraction: float
@@ -127,6 +132,7 @@ class _Gathered:
     kept: NDArray[np.bool_] | None = None
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Keep the layers of `group` of a part's documents."""
         if not self.chunks or self._is_new(part):
             self._start(part)
         for layer in group:
@@ -155,11 +161,13 @@ class _Gathered:
         )
         self.choices.append({})
 
-    def merge(self, other: _Gathered) -> None:
+    def merge(self, other: DocumentCounter) -> None:
+        """Add other documents, in place."""
         self.chunks += other.chunks
         self.choices += other.choices
 
     def joined(self, trace: Trace, layers: tuple[Layer, ...]) -> DocumentSample:
+        """The documents in their order."""
         order = sorted(range(len(self.chunks)), key=lambda at: int(self.chunks[at]["first"][0]))
         kinds = {"document": np.int64, "domain": np.int64, "length": np.int64, "position": np.int32}
         columns = {

@@ -101,7 +101,7 @@ def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | N
     chosen = trace.select_layers(layers)
     if trace.header.counts_only:
         return _tally_counts(trace, chosen)
-    (total,) = one_pass(trace, chosen, lambda: [_Sums.zeros(len(trace.domains), chosen)], threads=threads)
+    (total,) = one_pass(trace, chosen, lambda: [TallyCounter.zeros(len(trace.domains), chosen)], threads=threads)
     return total.labelled(trace.domains, chosen)
 
 
@@ -116,7 +116,7 @@ def choice_labels(top_k: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Sums:
+class TallyCounter:
     """The counter of the tally: arrays that the kernels add to. L layers; the rest as in `kernels`."""
 
     layers: tuple[Layer, ...]
@@ -137,7 +137,8 @@ class _Sums:
     sampled: dict[int, NDArray[np.int32]]
 
     @classmethod
-    def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _Sums:
+    def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> TallyCounter:
+        """Counts of nothing."""
         num_choices = 1 + max(layer.top_k for layer in layers)
         num_ids = max(layer.num_ids for layer in layers)
         paired = [layer for layer in layers if _has_pair_table(layer)]
@@ -214,7 +215,8 @@ class _Sums:
                 self.sample.absorb(TokenSample(fresh.hashes, dict(self.sampled)))
                 self.sampled.clear()
 
-    def merge(self, other: _Sums) -> None:
+    def merge(self, other: TallyCounter) -> None:
+        """Add the counts of other documents, in place."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, np.ndarray):
@@ -223,6 +225,8 @@ class _Sums:
             self.sample.absorb(other.sample)
 
     def labelled(self, domains: Sequence[str], layers: Sequence[Layer]) -> Tally:
+        """What was counted, with names."""
+
         def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
             return np.ascontiguousarray(sums_LD.swapaxes(0, 1))
 
