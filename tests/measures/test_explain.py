@@ -74,6 +74,8 @@ def test_the_plug_in_value_is_that_of_scipys_entropies() -> None:
     plain = entropies[0] + entropies[1] - entropies[2]
     found = estimate(x, e, starts, 5, 4)
     assert found.plug_in == pytest.approx(plain)
+    g_statistic = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood").statistic
+    assert found.plug_in == pytest.approx(g_statistic / (2 * valid.sum() * np.log(2)))
     assert found.entropy == pytest.approx(entropies[1])
     # Miller and Madow: (non-empty cells - rows - columns + 1) / 2N nats.
     cells = (table > 0).sum() - (table.sum(1) > 0).sum() - (table.sum(0) > 0).sum() + 1
@@ -250,3 +252,18 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     for wrong in ({"choice": "second"}, {"permutations": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="must be"):
             explain(sample, **wrong)
+
+
+def test_a_rotation_meets_its_ends_where_the_value_changes_and_each_change_comes_up() -> None:
+    starts = np.array([0, 1, 7, 9], np.int64)
+    values = np.array([5, 1, 1, 2, 2, 2, 1, 3, 3], np.int32)
+    order, state = np.empty(9, np.int32), np.array([3], np.uint64)
+    seen = set()
+    for _ in range(200):
+        kernels.rotate_within(starts, values, order, state)
+        assert order[0] == 0
+        assert order[7:].tolist() == [7, 8]  # one value: no change to rotate to
+        begins = order[1:7].tolist().index(1)
+        assert order[1:7].tolist() == [1 + (t - begins) % 6 for t in range(6)]
+        seen.add(begins)
+    assert seen == {0, 2, 5}  # where the document begins, and before each row whose value is another than the last
