@@ -20,7 +20,8 @@ def calibration():
     sys.path.remove(str(BENCHMARKS))
 
 
-KINDS = ["even", "popular", "token", "domain", "documents", "sticky", "before", "alternating", "position", "collapsed", "layer"]  # fmt: skip
+KINDS = ["even", "popular", "token", "domain", "documents", "sticky"]
+KINDS += ["before", "alternating", "position", "collapsed", "layer"]
 
 
 def miller_madow(x: np.ndarray, e: np.ndarray, num_values: int, num_experts: int) -> float:
