@@ -49,6 +49,9 @@ STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])
 LESS_SHRINKAGE = 4
 """The bounds that the interval allows for are those of so much less shrinkage."""
 
+THIN = 5
+"""Rows a cell, of the values and experts that occur, below which shrinking may hide what there is to know."""
+
 STRENGTH_ROWS = 2**16
 """About so many rows, of documents spread over the trace, choose the shrinkage."""
 
@@ -88,6 +91,8 @@ def explain(
           tokens permuted within the document; else, the choices of each document rotated to a random change of the
           source's value, so that they last as long as they do. What a document's own mix of experts explains is left in
           the last two;
+        * `rows_a_cell`: rows over the pairs of a value and an expert that could be. Below 5 the trace is short for the
+          source, and the interval allows for all that could hide there;
         * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
           over layers and sources.
 
@@ -150,8 +155,10 @@ class Estimate:
     plug_in: float
     miller_madow: float
     variance: float
+    between: float
     entropy: float
     rows: int
+    rows_a_cell: float
 
 
 def estimate(
@@ -170,8 +177,9 @@ def estimate(
         num_values: Values there may be.
         num_ids: Expert ids there may be.
     Returns:
-        The estimate. `variance` is of `bits`: between documents, and a twelfth of the squared distance between the
-        fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies.
+        The estimate. `variance` is of `bits`: `between` documents, and a twelfth of the squared distance between the
+        fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies; where rows are
+        fewer than five a cell, with no more shrinkage than a value has rows.
     """
     joint_XE = np.zeros((num_values, num_ids), np.int32)
     kernels.count_joint(x_R, e_R, joint_XE)
@@ -180,15 +188,20 @@ def estimate(
     total = int(load_E.sum())
     num_documents = len(starts_G) - 1
     if total == 0 or num_documents < 2:
-        return Estimate(*(float("nan"),) * 6, rows=total)
+        return Estimate(*(float("nan"),) * 7, rows=total, rows_a_cell=float("nan"))
     fitted_A, held_out_A = np.zeros(len(STRENGTHS)), np.zeros(len(STRENGTHS))
     step = 1 + total // STRENGTH_ROWS
     tried = kernels.bits_by_strength(
         x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, fitted_A, held_out_A
     )
     strength = float(STRENGTHS[held_out_A.argmax()])
+    cells, values, experts = (int(np.count_nonzero(counts)) for counts in (joint_XE, value_X, load_E))
+    rows_a_cell = total / (values * experts)
     # What shrinking hides both predictions hide; with less of it they part, and the truth lies between.
-    weaker = max(0, int(np.searchsorted(STRENGTHS, strength / LESS_SHRINKAGE, side="right")) - 1)
+    less = strength / LESS_SHRINKAGE
+    if rows_a_cell < THIN:  # nothing can be learned: all may be shrunk away, and there may be something all the same
+        less = min(less, total / values)
+    weaker = max(0, int(np.searchsorted(STRENGTHS, less, side="right")) - 1)
     apart = (fitted_A[weaker] - held_out_A[weaker]) / max(1, tried)
     fitted_G, held_out_G = np.zeros(num_documents), np.zeros(num_documents)
     rows_G = np.zeros(num_documents, np.int64)
@@ -199,10 +212,11 @@ def estimate(
     between = num_documents / (num_documents - 1) * float((residual_G**2).sum()) / total**2
     entropy = _entropy(load_E)
     plug_in = entropy + _entropy(value_X) - _entropy(joint_XE)
-    cells, values, experts = (np.count_nonzero(counts) for counts in (joint_XE, value_X, load_E))
     bias = (cells - values - experts + 1) / (2 * total * np.log(2))
     variance = between + apart**2 / 12
-    return Estimate(float(bits), float(held_out), plug_in, plug_in - bias, variance, entropy, total)
+    return Estimate(
+        float(bits), float(held_out), plug_in, plug_in - bias, variance, between, entropy, total, rows_a_cell
+    )
 
 
 @dataclass(frozen=True)
@@ -299,16 +313,21 @@ def _explain_layer(
         # which falls as one over the number of tokens.
         tested = rows.sample.num_tokens if name == "domain" else small.sample.num_tokens
         spread = float(null.permuted.std()) * tested / max(1, rows.sample.num_tokens)
-        half = float(statistics.student_t(rows.sample.num_documents)) * np.sqrt(found.variance + spread**2)
+        t = float(statistics.student_t(rows.sample.num_documents))
+        half = t * np.sqrt(found.variance + spread**2)
+        low = found.bits - half
+        if found.rows_a_cell < THIN:  # wide; but what is saved on documents left out is there
+            low = max(low, found.held_out - t * np.sqrt(found.between + spread**2))
         bits = float(np.maximum(found.bits, 0.0))  # which keeps NaN
         by_source[name] = {
             "bits": bits,
-            "low": float(np.maximum(found.bits - half, 0.0)),
+            "low": float(np.maximum(low, 0.0)),
             "high": float(np.maximum(found.bits + half, 0.0)),
             "share": bits / found.entropy if found.entropy > 0 else float("nan"),
             "held_out": found.held_out,
             "plug_in": found.plug_in,
             "miller_madow": found.miller_madow,
+            "rows_a_cell": found.rows_a_cell,
             "null": null.bits,
             "p_value": null.p_value,
         }
@@ -472,6 +491,7 @@ _VARIABLES = {
     "held_out": ("bits saved on documents left out", "bits", ""),
     "plug_in": ("mutual information of the counts, without correction", "bits", COVER),
     "miller_madow": ("mutual information less its first-order bias", "bits", "Miller 1955; Madow 1948"),
+    "rows_a_cell": ("rows over the pairs of a value and an expert that could be", "rows", ""),
     "null": ("bits that the source explains of permuted routing", "bits", ""),
     "p_value": ("p-value of the permutation test", "1", ""),
 }
