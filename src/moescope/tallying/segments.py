@@ -158,9 +158,11 @@ class SegmentCounter:
             ids_KT = part.expert_ids[layer.layer].T
             for m, length in enumerate(self.lengths_M.tolist()):
                 sums_RV = self.at_least_LRV[at][:, self.offset_M[m] : self.offset_M[m] + length + 1]
-                segment_kernels.count_activations(
-                    ids_KT, layer.num_experts, starts_Q, row_G[document_Q], length, sums_RV
-                )
+                row_Q = row_G[document_Q]
+                if layer.num_experts <= segment_kernels.FEW_IDS and length == segment_kernels.SIXTEEN:
+                    segment_kernels.count_activations_in_sixteen(ids_KT, layer.num_experts, starts_Q, row_Q, sums_RV)
+                else:
+                    segment_kernels.count_activations(ids_KT, layer.num_experts, starts_Q, row_Q, length, sums_RV)
             segment_kernels.expect_activations(
                 ids_KT,
                 layer.num_experts,
