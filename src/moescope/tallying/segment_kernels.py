@@ -115,10 +115,10 @@ def count_activations_in_sixteen(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_
         exactly_V[:] = 0
         for e in range(num_ids):
             _count_sixteen(bits_EW[e, :words], num_tokens - 15, exactly_V)
-        at_least = np.int64(0)
+        reached: int = 0
         for v in range(16, 0, -1):
-            at_least += exactly_V[v]
-            at_least_RV[row_Q[q], v] += at_least
+            reached += int(exactly_V[v])
+            at_least_RV[row_Q[q], v] += reached
 
 
 @numba.njit(cache=True, nogil=True)
