@@ -113,9 +113,9 @@ def count_activations_in_sixteen(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_
                 chosen_T[t] |= np.uint8(1 << (e & 7) if 0 <= e < num_ids else 0)
         _turn(chosen_T, words, bits_EW)
         exactly_V[:] = 0
-        for e in range(num_ids):
-            _count_sixteen(bits_EW[e, :words], num_tokens - 15, exactly_V)
-        reached: int = 0
+        for expert in range(num_ids):
+            _count_sixteen(bits_EW[expert, :words], num_tokens - 15, exactly_V)
+        reached = 0
         for v in range(16, 0, -1):
             reached += int(exactly_V[v])
             at_least_RV[row_Q[q], v] += reached
