@@ -768,12 +768,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("calibration-cells"), help="what was measured is kept here")
     parser.add_argument("--write", action="store_true", help="write docs/reference/calibration.md")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, show what the folder holds")
     arguments = parser.parse_args()
     draws = 20 if arguments.quick else arguments.draws
     cells = all_cells(draws, arguments.documents, arguments.generators, arguments.shapes, arguments.measures)
     start = time.monotonic()
     with ProcessPoolExecutor(arguments.processes) as pool:
-        running = {pool.submit(run_and_keep, cell, arguments.folder): cell for cell in cells}
+        asked = [] if arguments.kept else cells
+        running = {pool.submit(run_and_keep, cell, arguments.folder): cell for cell in asked}
         for done, future in enumerate(as_completed(running), 1):
             cell, minutes = running[future], (time.monotonic() - start) / 60
             took = f"{future.result():.0f} s of CPU, {minutes:.1f} min so far"

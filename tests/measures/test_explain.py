@@ -267,3 +267,17 @@ def test_a_rotation_meets_its_ends_where_the_value_changes_and_each_change_comes
         assert order[1:7].tolist() == [1 + (t - begins) % 6 for t in range(6)]
         seen.add(begins)
     assert seen == {0, 2, 5}  # where the document begins, and before each row whose value is another than the last
+
+
+def test_where_rows_are_few_a_cell_the_interval_allows_for_what_cannot_be_learned() -> None:
+    held = []
+    for seed in range(12):
+        made = planted(np.random.default_rng(seed), "domain", 256)
+        at = explain(made.sample, [1], permutations=1, seed=seed).sel(layer=1, source="previous expert")
+        assert at["rows_a_cell"] < 1
+        held.append(bool(at["low"] <= made.bits["previous expert"] <= at["high"]))
+    assert sum(held) >= 10, held  # 62 % of the intervals held it before they allowed for that
+    many = planted(np.random.default_rng(0), "domain", 8)
+    at = explain(many.sample, [1], permutations=1).sel(layer=1, source="previous expert")
+    assert at["rows_a_cell"] == pytest.approx((many.sample.num_tokens - many.sample.num_documents) / 64)
+    assert at["high"] < 0.1  # and where they are many it does not
