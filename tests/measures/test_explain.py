@@ -15,7 +15,7 @@ from scipy import stats
 from synthetic import make_part, make_trace
 
 from moescope.errors import NotRecorded
-from moescope.measures.explain import SOURCES, STRENGTHS, estimate, explain
+from moescope.measures.explain import SOURCES, STRENGTHS, _entropy_interval, estimate, explain
 from moescope.tallying import information_kernels as kernels
 from moescope.trace import Layer
 
@@ -281,3 +281,18 @@ def test_where_rows_are_few_a_cell_the_interval_allows_for_what_cannot_be_learne
     at = explain(many.sample, [1], permutations=1).sel(layer=1, source="previous expert")
     assert at["rows_a_cell"] == pytest.approx((many.sample.num_tokens - many.sample.num_documents) / 64)
     assert at["high"] < 0.1  # and where they are many it does not
+
+
+def test_the_entropy_of_sticky_routing_over_many_experts_is_not_low() -> None:
+    held, values = [], []
+    truth = 0.0
+    for seed in range(40):
+        made = planted(np.random.default_rng(seed), "sticky", 256)
+        base = np.random.default_rng(256).dirichlet(np.full(256, 5.0))  # as planted draws it
+        truth = float(stats.entropy(base, base=2))
+        experts = made.sample.expert_ids[1][:1].astype(np.int32)
+        value, low, high = _entropy_interval(experts, made.sample.starts, 256)
+        held.append(low <= truth <= high)
+        values.append(value)
+    assert np.mean(held) >= 0.85  # fewer than 34 of 40 have a chance of 3 in 1000
+    assert np.mean(values) == pytest.approx(truth, abs=0.04)  # Miller's correction leaves it 0.1 low

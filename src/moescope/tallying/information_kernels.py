@@ -159,6 +159,31 @@ def bits_by_document(
 
 
 @numba.njit(cache=True, nogil=True)
+def count_moments(e_R: Rows, starts_G: Sums, squared_E: Sums, by_made_E: Sums) -> int:
+    """Add, over documents, the squares of how often each expert was chosen, and its products with all that was chosen.
+
+    Returns:
+        Σ of the squares of all that was chosen.
+    """
+    own_E = np.zeros(squared_E.size, np.int64)
+    made_squared = 0
+    for g in range(starts_G.size - 1):
+        made = 0
+        for r in range(starts_G[g], starts_G[g + 1]):
+            if e_R[r] >= 0:
+                own_E[e_R[r]] += 1
+                made += 1
+        made_squared += made * made
+        for r in range(starts_G[g], starts_G[g + 1]):
+            e = e_R[r]
+            if e >= 0 and own_E[e] > 0:
+                squared_E[e] += own_E[e] * own_E[e]
+                by_made_E[e] += own_E[e] * made
+                own_E[e] = 0
+    return made_squared
+
+
+@numba.njit(cache=True, nogil=True)
 def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
     """Permute the rows of each document, in place (Fisher and Yates)."""
     for g in range(starts_G.size - 1):
