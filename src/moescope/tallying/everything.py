@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescope.tallying.balance import BalanceCounters, BalanceCounts
-from moescope.tallying.document_sample import MAX_BYTES, DocumentCounter, DocumentSample, affordable_fraction
+from moescope.tallying.document_sample import MAX_BYTES, DocumentCounter, DocumentRoom, DocumentSample
 from moescope.tallying.joint import Coactivation, Transitions
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.segments import LENGTHS, DocumentGroups, SegmentCounter, Segments, check_lengths
@@ -68,7 +68,7 @@ def count_everything(
     ranked = all(layer.ranked for layer in chosen)
     groups = DocumentGroups.of(trace)
     balance = BalanceCounters(trace, chosen)
-    fraction = affordable_fraction(trace, chosen, max_bytes)
+    room = DocumentRoom.for_documents(trace, chosen, max_bytes)
 
     def make() -> list[Any]:
         return [
@@ -77,7 +77,7 @@ def count_everything(
             *([Coactivation.empty(paired)] if paired else []),
             *([Transitions.empty(chosen, "first" if ranked else "any")] if len(chosen) > 1 else []),
             SegmentCounter(chosen, groups, lengths),
-            DocumentCounter(fraction),
+            DocumentCounter(room),
         ]
 
     weights = trace.header.weights
@@ -89,5 +89,5 @@ def count_everything(
         of.get(Coactivation),
         of.get(Transitions),
         of[SegmentCounter].segments(trace.domains),
-        of[DocumentCounter].joined(trace, chosen),
+        room.filled,
     )
