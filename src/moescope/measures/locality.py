@@ -40,7 +40,8 @@ ALL_DOMAINS = "(all)"
 """Name, among the domains, of the whole trace."""
 
 FEWEST_EXPECTED = 10
-"""Pairs expected in which neither token goes to the most popular expert, below which an excess has no interval."""
+"""Pairs expected to repeat, or in which neither token goes to the most popular expert, below which an excess above the
+popularity or the document has no interval."""
 
 LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST_RUN = 64
@@ -83,8 +84,8 @@ def locality(
 
         All intervals are 95 %, clustered by document; those of an excess are of paired differences. NaN where a trace
         lacks what it takes: token ids, or the order of the choices. Above the popularity and the document, there is no
-        interval and no p-value where nearly all tokens go to one expert: fewer than ten pairs are to be expected of
-        which neither token does, and they decide.
+        interval and no p-value where fewer than ten pairs are to be expected to repeat, or, where nearly all tokens go
+        to one expert, to have neither token there: they decide.
     Raises:
         NotRecorded: The trace holds counts.
         NoSuchLayer: A layer was not recorded.
@@ -350,13 +351,14 @@ def _labelled(
                         (of.in_document_GS[:, s] * n_G, 0.0),
                         (of.words_GIS[:, classes, s].sum(axis=1) * mine_G, 0.0),
                     )
-                    enough = n_G.sum() * of.elsewhere_DS[d, s] ** 2 >= FEWEST_EXPECTED
+                    elsewhere = n_G.sum() * of.elsewhere_DS[d, s] ** 2
                     for null, (expected_G, correction_G) in enumerate(by_null):
                         one = _excess(y_G, n_G, expected_G, correction_G)
                         place = d, p, null, at, s
                         rate[place], expected[place] = one.rate, one.expected
                         error[place], rate_error[place] = one.excess_error, one.error
-                        if NULLS[null] in ("popularity", "document") and not enough:
+                        fewest = min(elsewhere, float(expected_G.sum()))
+                        if NULLS[null] in ("popularity", "document") and fewest < FEWEST_EXPECTED:
                             error[place] = np.nan
                 for a in range(len(lags)):
                     n_G = of.pair_GA[:, a] * mine_G
@@ -364,8 +366,9 @@ def _labelled(
                     lag_documents[d, a] = np.count_nonzero(n_G)
                     place_ = d, at, s, a
                     lag_rate[place_], lag_expected[place_] = one.rate, one.expected
-                    enough = n_G.sum() * of.elsewhere_DS[d, s] ** 2 >= FEWEST_EXPECTED
-                    lag_error[place_], lag_rate_error[place_] = one.excess_error if enough else np.nan, one.error
+                    fewest = n_G.sum() * min(of.elsewhere_DS[d, s] ** 2, one.expected)
+                    lag_error[place_] = one.excess_error if fewest >= FEWEST_EXPECTED else np.nan
+                    lag_rate_error[place_] = one.error
     documents_5 = documents[:, :, None, None, None]
     low, high = statistics.proportion_interval(rate[:, :, 0], rate_error[:, :, 0], documents[:, :, None, None])
     lag_low, lag_high = statistics.proportion_interval(lag_rate, lag_rate_error, lag_documents[:, None, None, :])
