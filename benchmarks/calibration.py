@@ -72,6 +72,7 @@ BALANCED |= {(kind, "2of8") for kind in ("even", "popular", "domain", "documents
 """Where balance is measured, which takes as long as all else."""
 
 LEAST_HELD = 90.0
+ROUNDING = 1e-6
 MOST_REJECTED = 10.1
 DOCUMENTS = 60
 MANY_DOCUMENTS = 2000
@@ -554,7 +555,7 @@ class Row:
         self.planted = true[largest] if found.truth is None else float(np.asarray(truth.value))
         self.estimate += (value[largest] - self.estimate) / self.draws
         known = np.isfinite(low) & np.isfinite(high)
-        self.held += int(((low <= true + 1e-9) & (true <= high + 1e-9))[known].sum())
+        self.held += int(((low <= true + ROUNDING) & (true <= high + ROUNDING))[known].sum())
         self.intervals += int(known.sum())
         self.refused += int((~known).sum())
         tested = np.isfinite(p)

@@ -448,7 +448,7 @@ def _entropy_interval(
 
     The plug-in value is low by Σ var(p) / 2p nats. That is Miller's correction if tokens are independent; here the
     variance is that between documents, whose tokens are alike. Where it is large, what it leaves out is not small: the
-    interval allows for a twelfth of its square.
+    interval allows for a twelfth of its square, and its upper end for experts that were not seen.
     """
     _, e_R, starts_G = _flat(experts_KT[0], experts_KT, starts_G)
     made = e_R >= 0
@@ -473,7 +473,9 @@ def _entropy_interval(
     value += bias
     half = float(statistics.student_t(num_documents)) * float(np.sqrt(error**2 + bias**2 / 12))
     most = float(np.log2(num_ids))
-    return min(value, most), max(0.0, value - half), min(value + half, most)
+    # Experts not seen have about the share of those seen once (Good 1953), and that much of at most log E bits.
+    unseen = int(np.count_nonzero(load_E == 1)) / total * most
+    return min(value, most), max(0.0, value - half), min(value + half + unseen, most)
 
 
 def _entropy(counts: NDArray[np.integer | np.floating]) -> float:
