@@ -14,7 +14,7 @@ of the tally's, and wall time.
 `locality` among it, 60 layers of 256 experts, 8 a token; two sizes of trace, because it must not depend on tokens,
 only on the documents held, up to 1 GiB. The bar is 4 GB.
 
-Found on 2026-11-24, busy machine (docs/decisions/log.md): balance 1.5, co-activation 1.0, transitions 1.5, segments 2.0,
+On 2026-11-24, busy machine (docs/decisions/log.md): balance 1.5, co-activation 1.0, transitions 1.5, segments 2.0,
 documents 1.6, all in one pass 4.6 times the tally (4.3 by the least of the times); peak 1,571 MB for 50,000 tokens and
 1,755 MB for 200,000.
 """
