@@ -744,6 +744,8 @@ KNOWN = {
         "experts that take turns do not vary between documents, so the interval has no width; the value is 0.0001 off "
         "because the popularity is of two tokens of the trace, some of them of one document"
     ),
+    ("SRP(64)", "sticky"): "some 27 of the 60 documents hold 64 tokens, and those with few more hold few segments",
+    ("locality, above document, 64 apart", "sticky"): "as few documents hold such a pair",
 }
 """Why a bar is missed where we leave it so."""
 
