@@ -282,6 +282,16 @@ def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot
         assert not name or 'role="img" aria-label="' in figure
 
 
+def test_what_the_routing_is_worth_opens_with_advice_and_its_evidence(written):
+    text = written[0].read_text("utf-8")
+    for section in ("caches", "prefetch", "devices"):
+        body = re.search(rf'<section id="{section}".*?<figure', text, re.DOTALL)
+        assert body is not None
+        said = re.search(r'<p class="note"><b>(.+?)</b> (.+?)</p>', body[0], re.DOTALL)
+        assert said is not None
+        assert re.search(r"\d", said[2])
+
+
 def test_the_table_of_contents_leads_to_every_section_in_the_order_of_the_page(page):
     ids = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     contents, nested = [], False
