@@ -287,7 +287,7 @@ def test_what_the_routing_is_worth_opens_with_advice_and_its_evidence(written):
     for section in ("caches", "prefetch", "devices"):
         body = re.search(rf'<section id="{section}".*?<figure', text, re.DOTALL)
         assert body is not None
-        said = re.search(r'<p class="note"><b>(.+?)</b> (.+?)</p>', body[0], re.DOTALL)
+        said = re.search(r'<p class="advice"><b>(.+?)</b> (.+?)</p>', body[0], re.DOTALL)
         assert said is not None
         assert re.search(r"\d", said[2])
 
