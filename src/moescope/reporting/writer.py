@@ -232,6 +232,7 @@ def _sentences(results: Results) -> dict[str, list[str]]:
 
 MOST_SENTENCES = 12
 
+
 def _figures(results: Results, folder: Path) -> list[PageFigure]:
     """Draw, save and describe every figure."""
     from moescope.reporting import figures

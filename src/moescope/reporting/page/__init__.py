@@ -151,8 +151,8 @@ def _sampled(results: Results) -> str:
         return ""
     documents, tokens = (count(int(results.explained.attrs[name])) for name in ("documents", "tokens"))
     return (
-        f"Bits explained and locality go over the same tokens several times, and so are of {documents} documents with "
-        f"{tokens} tokens, drawn at random; all else is of the whole trace."
+        f"Bits explained, locality and vocabulary go over the same tokens several times, and so are of {documents} "
+        f"documents with {tokens} tokens, drawn at random; all else is of the whole trace."
     )
 
 
