@@ -4,8 +4,8 @@
 
 The trace is that of `benchmarks/tally.py`, 2 of 8 (`--trace PATH` keeps and reuses it). *pass*: one thread, in turn,
 median of the repeats: the tally; each other counter alone; and all of them in one pass, in which each page is read and
-decoded once: tally, balance, co-activation, transitions with paths, segments of 16 tokens for SRP, and the documents
-that `explain` and `locality` go over. The bar is 5 times the tally.
+decoded once: tally, balance, co-activation, transitions with paths, segments of 16 tokens for SRP, word classes, and
+the documents that `explain`, `locality` and `vocabulary` go over. The bar is 5 times the tally.
 
 *permutations*: over these documents, `explain` with 99 permutations and `locality`, two threads: CPU time as a multiple
 of the tally's, and wall time.
@@ -48,6 +48,7 @@ from moescope.tallying import count_everything, sample_documents, tally
 from moescope.tallying.balance import count_balance
 from moescope.tallying.joint import count_coactivation, count_transitions
 from moescope.tallying.segments import count_segments
+from moescope.tallying.word_classes import count_word_classes
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 SEGMENTS = (16,)
@@ -75,6 +76,12 @@ kept.append(moescope.locality(counts.documents, threads=1)); note("locality")
 kept.append(moescope.explain(counts.documents, permutations=int(sys.argv[2]), threads=1)); note("explain")
 print(json.dumps({"peak_mb": peaks, "cpu_seconds": round(time.process_time() - start, 1)}))
 """
+
+
+TEXT = Vocabulary(
+    {at: (b" the", b"ing", b" Word", b"7", b",", b"\n", b"    ", b" def")[at % 8] for at in range(32_000)}
+)
+"""Something of every word class, so that they are counted as in a text."""
 
 
 def wide_trace(path: Path, num_tokens: int) -> Trace:
@@ -105,6 +112,7 @@ def of_pass(trace: Trace, repeats: int) -> dict[str, Any]:
         "co-activation": lambda: count_coactivation(trace, threads=1),
         "transitions": lambda: count_transitions(trace, threads=1),
         "segments of 16": lambda: count_segments(trace, lengths=SEGMENTS, threads=1),
+        "word classes": lambda: count_word_classes(trace, threads=1),
         "documents": lambda: sample_documents(trace, threads=1),
         "everything in one pass": lambda: count_everything(trace, lengths=SEGMENTS, threads=1),
     }
@@ -175,7 +183,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if {"pass", "permutations"} & set(arguments.only):
             path = arguments.trace or Path(folder) / "t.moe"
-            trace = open_trace(path) if path.exists() else make_trace(path, arguments.tokens, arguments.layers)
+            trace = open_trace(path) if path.exists() else make_trace(path, arguments.tokens, arguments.layers, TEXT)
             if "pass" in arguments.only:
                 result["one_pass"] = of_pass(trace, arguments.repeats)
             if "permutations" in arguments.only:

@@ -32,12 +32,13 @@ from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, 
 
 DOMAINS = tuple(f"domain {n}" for n in range(8))
 PART_TOKENS = 131_072
+NO_TEXT = Vocabulary({})
 
 
-def make_trace(path: Path, num_tokens: int, num_layers: int) -> Trace:
+def make_trace(path: Path, num_tokens: int, num_layers: int, vocabulary: Vocabulary = NO_TEXT) -> Trace:
     rng = np.random.default_rng(0)
     layers = tuple(Layer(layer, 8, 2) for layer in range(num_layers))
-    with TraceWriter(path, Header(layers), Vocabulary({})) as writer:
+    with TraceWriter(path, Header(layers), vocabulary) as writer:
         document = 0
         for start in range(0, num_tokens, PART_TOKENS):
             count = min(PART_TOKENS, num_tokens - start)

@@ -16,6 +16,7 @@ from moescope.tallying import one_pass as module
 from moescope.tallying.balance import count_balance
 from moescope.tallying.joint import count_coactivation, count_transitions
 from moescope.tallying.segments import count_segments
+from moescope.tallying.word_classes import count_word_classes
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(2, 140, 4), Layer(3, 16, 1), Layer(9, 8, 2))
@@ -66,6 +67,7 @@ def test_one_pass_counts_what_each_counter_counts_alone(
     for layer, moves in alone.moves.items():
         np.testing.assert_array_equal(found.transitions.moves[layer], moves)
     assert_alike(found.segments, count_segments(trace, lengths=LENGTHS))
+    assert_alike(found.classes, count_word_classes(trace))
     assert_alike(found.documents, sample_documents(trace))
 
 
@@ -93,13 +95,14 @@ def test_what_a_trace_does_not_have_is_not_counted_and_the_rest_is(tmp_path: Pat
     found = count_everything(a_trace(tmp_path / "unranked.moe", unranked), lengths=(4,))
     assert found.transitions is not None
     assert found.transitions.choice == "any"
+    assert found.classes is None
 
 
 def test_a_trace_of_counts_has_a_tally_and_a_balance(tmp_path: Path) -> None:
     found = count_everything(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
     assert found.tally.counts_only
     assert int(found.tally.data["made"].sum()) == 5
-    assert (found.coactivation, found.transitions, found.segments, found.documents) == (None,) * 4
+    assert (found.coactivation, found.transitions, found.segments, found.classes, found.documents) == (None,) * 5
 
 
 def test_impossible_lengths_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from moescope.simulation import cache, parallel, prefetch
 from moescope.tallying import DocumentSample, count_everything, tally
 from moescope.tallying import sample_documents as keep_documents
 from moescope.tallying.segments import Segments
+from moescope.tallying.word_classes import ClassCounts
 from moescope.trace import Layer, Trace
 
 WORDS = ("self", "Question")
@@ -149,7 +150,7 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         explained=explained,
         locality=of_locality,
         vocabulary=_vocabulary(counted.documents) if has_text else None,
-        syntax=_syntax(trace) if has_text else None,
+        syntax=_syntax(counted.classes),
         consistency=_consistency(trace, counted.segments),
         balance=balance(counted.balance),
         coactivation=None if counted.coactivation is None else coactivation(counted.coactivation),
@@ -206,8 +207,10 @@ def _vocabulary(kept: DocumentSample | None) -> xr.Dataset | None:
     return found if found["specialization"].notnull().any() else None
 
 
-def _syntax(trace: Trace) -> xr.Dataset | None:
-    found = syntax(trace)
+def _syntax(counts: ClassCounts | None) -> xr.Dataset | None:
+    if counts is None:
+        return None
+    found = syntax(counts)
     return found if found["jsd"].notnull().any() else None
 
 

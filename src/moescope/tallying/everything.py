@@ -12,6 +12,7 @@ from moescope.tallying.joint import Coactivation, Transitions
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.segments import LENGTHS, DocumentGroups, SegmentCounter, Segments, check_lengths
 from moescope.tallying.tally import Tally, TallyCounter, tally
+from moescope.tallying.word_classes import ClassCounter, ClassCounts, Pieces
 from moescope.trace import Trace
 
 
@@ -25,6 +26,7 @@ class Everything:
         coactivation: For `coactivation`; None where no layer has two choices a token.
         transitions: For `transitions`, of first choices, or of all where their order is not known; None for one layer.
         segments: For `consistency`, as `segments`.
+        classes: For `syntax`, of first choices; None where the trace has no token ids, or does not rank its choices.
         documents: For `explain`, `locality` and `vocabulary`: the documents themselves, or as many as fit.
 
     For a trace of counts all but the tally and the balance are None.
@@ -35,6 +37,7 @@ class Everything:
     coactivation: Coactivation | None = None
     transitions: Transitions | None = None
     segments: Segments | None = None
+    classes: ClassCounts | None = None
     documents: DocumentSample | None = None
 
 
@@ -71,6 +74,7 @@ def count_everything(
     ranked = all(layer.ranked for layer in chosen)
     groups = DocumentGroups.of(trace)
     balance = BalanceCounters(trace, chosen)
+    pieces = Pieces.of(trace.vocabulary) if ranked and trace.header.token_ids else None
     room = DocumentRoom.for_documents(trace, chosen, max_bytes)
 
     def make() -> list[Any]:
@@ -80,6 +84,7 @@ def count_everything(
             *([Coactivation.empty(paired)] if paired else []),
             *([Transitions.empty(chosen, "first" if ranked else "any")] if len(chosen) > 1 else []),
             SegmentCounter(chosen, groups, lengths),
+            *([ClassCounter(ClassCounts.empty(chosen), pieces)] if pieces is not None else []),
             DocumentCounter(room),
         ]
 
@@ -87,10 +92,11 @@ def count_everything(
     counters = one_pass(trace, chosen, make, threads=threads, tokens=True, weights=weights)
     of = {type(counter): counter for counter in counters}
     return Everything(
-        of[TallyCounter].labelled(trace.domains, chosen),
-        counters[1].counts,
-        of.get(Coactivation),
-        of.get(Transitions),
-        of[SegmentCounter].segments(trace.domains),
-        room.filled,
+        tally=of[TallyCounter].labelled(trace.domains, chosen),
+        balance=counters[1].counts,
+        coactivation=of.get(Coactivation),
+        transitions=of.get(Transitions),
+        segments=of[SegmentCounter].segments(trace.domains),
+        classes=of[ClassCounter].counts if pieces is not None else None,
+        documents=room.filled,
     )

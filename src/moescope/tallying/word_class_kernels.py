@@ -17,6 +17,7 @@ Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Bits = NDArray[np.uint16]
+Flags = NDArray[np.bool_]
 
 FIXED = 2**20
 """Expected counts are whole numbers of this fraction, so that the order of adding changes nothing."""
@@ -58,23 +59,25 @@ def scan_text(
     text_B: Bytes,
     first_T: Sums,
     keywords: NDArray[np.uint64],
-    bits_T: Bits,
     indentation: int,
     keyword: int,
     command: int,
-) -> None:
-    """Set bits of the tokens that share a byte with the indentation of a line, a keyword, or a command.
+) -> Bits:
+    """Bits of the tokens that share a byte with the indentation of a line, a keyword, or a command.
 
     Args:
         text_B: Of `join_pieces`, with line breaks between the documents.
         first_T: Of `join_pieces`.
         keywords: The keywords, each as the number that its bytes, at most eight, make, the first the highest.
-        bits_T: Added to.
         indentation: Bit of the spaces and tabs at the start of a line that holds something else.
         keyword: Bit of words that are keywords; a word is a run of ASCII letters, digits, ``_`` and bytes above ASCII.
         command: Bit of backslashes with two ASCII letters or more behind them, with these.
     """
+    bits_T = np.zeros(first_T.size - 1, np.uint16)
     size = text_B.size
+    seen = np.zeros(256, np.bool_)  # by a hash of a keyword: most words are told from all of them by one look
+    for i in range(keywords.size):
+        seen[_hash(keywords[i])] = True
     t = 0
     b = 0
     while b < size:
@@ -98,13 +101,52 @@ def scan_text(
             while end < size and _in_word(text_B[end]):
                 value = value << np.uint64(8) | np.uint64(text_B[end])
                 end += 1
-            if end - b <= 8:
+            if end - b <= 8 and seen[_hash(value)]:
                 for i in range(keywords.size):
                     if keywords[i] == value:
                         bit = keyword
             if bit:
                 t = _mark(first_T, b, end, bits_T, bit, t)
         b = end
+    return bits_T
+
+
+@numba.njit(cache=True, nogil=True)
+def pieces_in_place(
+    piece_T: NDArray[np.int32],
+    document_starts_D: Sums,
+    pieces: tuple[Bits, Flags, Flags, Flags, Flags, Flags],
+    classes: tuple[int, int, int],
+    scanned_T: Bits,
+    bits_T: Bits,
+) -> None:
+    """Put what a token's piece, the piece before it and the text say of its classes together.
+
+    Args:
+        piece_T: Place of each token's piece.
+        document_starts_D: First token of each document, with the number of tokens at the end.
+        pieces: Of each piece: the classes it decides alone; whether it is blank, begins with a letter, ends with one,
+            is capitalised, and begins with a space.
+        classes: Bits of indentation, which only blanks are, continuations and capitalised words.
+        scanned_T: Of `scan_text`.
+        bits_T: Set to the classes.
+    """
+    bits_I, blank_I, letter_I, ends_I, capital_I, spaced_I = pieces
+    indentation, continuation, capitalised = classes
+    for d in range(document_starts_D.size - 1):
+        after_letter = False
+        for t in range(document_starts_D[d], document_starts_D[d + 1]):
+            i = piece_T[t]
+            bits = np.int64(scanned_T[t])
+            if not blank_I[i]:
+                bits &= ~indentation
+            bits |= bits_I[i]
+            if after_letter and letter_I[i]:
+                bits |= continuation
+            if capital_I[i] and (spaced_I[i] or not after_letter):
+                bits |= capitalised
+            bits_T[t] = bits
+            after_letter = ends_I[i]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -118,6 +160,11 @@ def _mark(first_T: Sums, start: int, end: int, bits_T: Bits, bit: int, t: int) -
             bits_T[u] |= np.uint16(bit)
         u += 1
     return t
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _hash(word: np.uint64) -> np.uint64:
+    return word * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(56)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -157,15 +204,21 @@ def count_classes(
         totals_CE: Added to: all choices of the class, whatever the document; and in one more row those of all tokens.
     """
     num_classes, num_ids = counts_XCE.shape[1:]
-    own_ME = np.zeros((bits_M.size, num_ids), np.int64)
+    # Two tables by turns, because a count that was just written is slow to be counted on.
+    own_2ME = np.zeros((2, bits_M.size, num_ids), np.int64)
+    own_ME = own_2ME[0]
+    places = own_2ME.reshape(-1)
+    half = bits_M.size * num_ids
     own_E = np.zeros(num_ids, np.int64)
     all_E = np.zeros(num_ids, np.int64)
     for d in range(group_D.size):
         for k in range(ids_KT.shape[0]):
+            ids_T = ids_KT[k]
             for t in range(starts_D[d], starts_D[d + 1]):
-                e = np.int64(ids_KT[k, t])
+                e = np.int64(ids_T[t])
                 if e >= 0:
-                    own_ME[kind_T[t], e] += 1
+                    places[np.uint64((t & 1) * half + np.int64(kind_T[t]) * num_ids + e)] += 1
+        own_ME += own_2ME[1]
         all_E[:] = 0
         for m in range(bits_M.size):
             for i in range(num_ids):
@@ -190,4 +243,4 @@ def count_classes(
                     counts_XCE[x, c, i] += own_E[i]
                     share = (all_E[i] - own_E[i]) / others
                     expected_XCE[x, c, i] += np.int64(np.rint(own * share * FIXED))
-        own_ME[:] = 0
+        own_2ME[:] = 0

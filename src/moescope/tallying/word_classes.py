@@ -152,16 +152,16 @@ def token_classes(
     """
     place = pieces.places(token_id)
     text_B, first_T = kernels.join_pieces(place, pieces.text, pieces.starts, document_starts, _LINE_BREAK)
-    bits = pieces.bits[place]
-    after_letter = np.roll(pieces.ends[place], 1)
-    after_letter[document_starts[:-1]] = False
-    begins = pieces.letter[place]
-    bits[begins & after_letter] |= _BIT["continuation"]
-    bits[pieces.capital[place] & (pieces.spaced[place] | ~after_letter)] |= _BIT["capitalised"]
-    by_place = np.zeros(len(bits), np.uint16)
-    kernels.scan_text(text_B, first_T, _NUMBERS, by_place, *(int(_BIT[name]) for name in _BY_PLACE))
-    by_place[~pieces.blank[place]] &= ~_BIT["indentation"]
-    return bits | by_place
+    bits = np.empty(len(place), np.uint16)
+    kernels.pieces_in_place(
+        place,
+        document_starts,
+        (pieces.bits, pieces.blank, pieces.letter, pieces.ends, pieces.capital, pieces.spaced),
+        (int(_BIT["indentation"]), int(_BIT["continuation"]), int(_BIT["capitalised"])),
+        kernels.scan_text(text_B, first_T, _NUMBERS, *(int(_BIT[name]) for name in _BY_PLACE)),
+        bits,
+    )
+    return bits
 
 
 @dataclass(frozen=True)
