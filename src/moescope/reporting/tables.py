@@ -47,10 +47,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under a common title; the title may be empty."""
+    """Rows under a common title; the title may be empty. The note, a sentence or two, stands between them."""
 
     title: str
     rows: tuple[Row, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
