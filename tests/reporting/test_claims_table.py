@@ -62,7 +62,7 @@ def test_the_evidence_stands_under_each_answer_also_where_there_is_no_effect() -
     assert max(map(len, lines[start:other])) <= len(lines[3]), "no line is wider than the rule"
     assert lines[other + 1] == "why ␛"
     latex = render(table, "latex")
-    assert latex.count("word") == 40
+    assert " ".join(["word"] * 40) in latex
     assert "why ␛" in latex
 
 

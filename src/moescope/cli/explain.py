@@ -38,7 +38,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, permutatio
     Example:
       moescope explain pile.moe --layers 0,15,31
     """
-    from moescope.cli.printing import layer_progress, print_table
+    from moescope.cli.printing import layer_progress, print_table, warn_of_few_permutations
     from moescope.measures import explain
     from moescope.reporting.explain_tables import explain_table
     from moescope.reporting.results import shown_layers
@@ -47,6 +47,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, permutatio
     opened = open_trace(trace)
     opened.need_tokens()
     shown = shown_layers(opened, layers)
+    warn_of_few_permutations(permutations)
     with layer_progress("explaining") as progress:
         explained = explain(opened, shown, choice=choice, permutations=permutations, progress=progress)
     print_table(explain_table(explained, shown), format)

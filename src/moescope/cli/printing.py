@@ -34,6 +34,19 @@ def print_table(table: Table, format: str) -> None:
     console.print(styled(table, console.width if console.is_terminal else None), soft_wrap=True, end="")
 
 
+def warn_of_few_permutations(permutations: int) -> None:
+    """Say on stderr if so few permutations cannot tell anything from chance."""
+    from moescope.reporting.tables import SIGNIFICANT
+
+    smallest = 1 / (permutations + 1)
+    if smallest >= SIGNIFICANT:
+        click.echo(
+            f"Warning: with {permutations} permutations no p-value is below {smallest:.2g}, so nothing is told from "
+            f"chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
+            err=True,
+        )
+
+
 def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
     """Draw a result as PNG, SVG and PDF; the folder is made.
 
