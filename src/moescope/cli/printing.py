@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,13 +47,14 @@ def warn_of_few_permutations(permutations: int) -> None:
         )
 
 
-def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
+def save_figure(name: str, result: xr.Dataset, folder: Path, layers: Sequence[int] | None = None) -> None:
     """Draw a result as PNG, SVG and PDF; the folder is made.
 
     Args:
         name: ``NAME`` of ``draw_NAME`` in ``moescope.reporting.figures``, and of the files.
         result: What it draws.
         folder: Where.
+        layers: Layers to show, for figures of some layers.
     Raises:
         MissingExtra: The extra `report` is not installed.
     """
@@ -63,7 +64,8 @@ def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
     from moescope.reporting import figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    figures.save(getattr(figures, f"draw_{name}")(result), folder, name)
+    draw = getattr(figures, f"draw_{name}")
+    figures.save(draw(result) if layers is None else draw(result, layers), folder, name)
 
 
 @contextmanager

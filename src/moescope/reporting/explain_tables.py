@@ -108,6 +108,8 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
     strong = [source for source in by_share if source in real and float(at["share"].sel(source=source)) >= TELLING]
     weak = [source for source in by_share if source in real and source not in strong]
     none = [source for source in by_share if source not in real]
+    if not known:
+        return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
     choice = "choice" if explained.attrs["choice"] == "either" else "first choice"
     sentence = f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
     if strong:
