@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import make_counts, make_part, make_trace
 
+from moescope import from_arrays
 from moescope.errors import NotRecorded
 from moescope.measures import coactivation, transitions
 from moescope.measures.conditional_bernoulli import fit_weights, pair_probabilities
@@ -225,6 +226,30 @@ def test_popularity_alone_is_found_to_be_nothing_else_at_the_rate_of_the_test() 
         tested += int(known.sum())
     assert 0.03 < rejected / tested < 0.07, rejected / tested
     assert 0.9 < covered / tested < 0.99, covered / tested
+
+
+@pytest.mark.parametrize("run", [1, 5])
+def test_among_many_pairs_and_transitions_of_nothing_few_are_found_and_not_only_rare_ones(
+    run: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(8)
+    below, above, tested, with_finds = 0, 0, 0, 0
+    for draw in range(6):
+        document = np.sort(rng.integers(0, 120, 20_000))
+        popularity = rng.normal(size=(2, 1, 32)) * 0.6
+        scores = popularity + np.repeat(rng.gumbel(size=(2, 20_000 // run, 32)), run, axis=1)
+        ids = np.argsort(-scores, axis=2)[:, :, :2]
+        trace = from_arrays(tmp_path / str(draw), ids, num_experts=32, ranked=True, documents=document)
+        for found in (transitions(trace), coactivation(trace)):
+            p_value, lift = found["p_value"].values, found["lift"].values
+            tested += int(np.isfinite(p_value).sum())
+            below += int(((p_value < 0.05) & (lift < 1)).sum())
+            above += int(((p_value < 0.05) & (lift > 1)).sum())
+            with_finds += bool((found["q_value"].values < 0.05).any())
+    assert tested > 14_000
+    assert 0.02 < (below + above) / tested < 0.06, (below, above, tested)
+    assert 1 / 5 < below / above < 2.5, (below, above, tested)
+    assert with_finds <= 2, with_finds
 
 
 def test_a_planted_pair_is_found_with_its_lift() -> None:

@@ -103,7 +103,7 @@ def test_planted_locality_topics_and_words_are_answered_yes(tmp_path: Path) -> N
     assert found["Consecutive tokens repeat"].answer == "mixed"  # layer 0 has none
     assert found["Repetition grows with depth"].answer == "yes"
     assert found["DM Mathematics stands out"].answer == "yes"
-    assert found["The word “self” has an expert"].answer in ("yes", "mixed")
+    assert found["The word “self” has an expert"].answer == "mixed"  # half of its tokens repeat the one before
     assert "go to expert 5" in found["The word “self” has an expert"].evidence
 
 
@@ -256,6 +256,47 @@ def test_where_no_choice_is_the_first_the_sets_are_compared(tmp_path: Path) -> N
     claim = next(claim for claim in found if claim.name == "Consecutive tokens repeat")
     assert claim.answer == "yes"
     assert "an expert in common" in claim.evidence
+
+
+def test_a_word_that_agrees_a_little_more_than_others_has_no_expert(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    texts = [("ArXiv", rng.choice([" self", " a", " b"], 120).tolist()) for _ in range(40)]
+    pieces = [piece for _, of in texts for piece in of]
+    choices = {}
+    for layer in LAYERS:
+        scores = rng.gumbel(size=(len(pieces), 8))
+        scores[np.array(pieces) == " self", 3] += 1.5  # expert 3 gets 39 % of it: two tokens agree in 21 % of the cases
+        choices[layer.layer] = np.argsort(-scores, axis=1)[:, :2]
+    trace = write(tmp_path / "t.moe", texts, choices, LAYERS)
+    counted = tally(trace)
+    found = claims(divergence(counted), words(trace, ["self"], tally=counted))
+    claim = next(claim for claim in found if "self" in claim.name)
+    assert all(effect.found for effect in claim.effects)
+    assert claim.answer == "mixed"
+    assert "in surely more than half of the cases at 0" in claim.evidence
+
+
+def test_the_effect_that_leads_is_the_one_the_answer_hangs_on(tmp_path: Path) -> None:
+    found = answers(planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True))
+    led = {name: claim.effects[claim.lead] for name, claim in found.items() if claim.lead is not None}
+    mixed = found["Consecutive tokens repeat"]  # nothing at the first layer: led by what there is
+    over_popularity = [effect for effect in mixed.effects if effect.null == "popularity in the domain"]
+    assert mixed.answer == "mixed"
+    assert led[mixed.name] == max(over_popularity, key=lambda effect: effect.value)
+    assert led[mixed.name].found
+    grows = found["Repetition grows with depth"]  # needs both, so hangs on the smaller
+    assert led[grows.name] == min(grows.effects[:2], key=lambda effect: effect.value)
+    word = answers(planted(tmp_path / "w.moe", sticky=0, topical=False, word_expert=True))[
+        "The word “self” has an expert"
+    ]
+    assert (word.answer, word.lead is None) == ("yes", False)  # needs most layers
+    assert word.effects[word.lead or 0].value == sorted(effect.value for effect in word.effects)[1]
+    nothing = answers(planted(tmp_path / "n.moe", sticky=0, topical=False, word_expert=False))
+    claim = nothing["Repetition grows with depth"]
+    assert claim.answer == "no"
+    assert claim.lead is not None
+    assert claim.effects[claim.lead].value == max(effect.value for effect in claim.effects[:2])
+    assert {claim.lead for claim in nothing.values() if not claim.effects} <= {None}
 
 
 def test_an_effect_is_found_only_if_it_is_positive_and_sure() -> None:

@@ -149,6 +149,38 @@ def test_many_experts_stand_in_an_order_that_puts_a_planted_group_together(wide)
     assert (np.diff(places) == 1).all()
 
 
+def test_a_map_of_transitions_shows_the_experts_it_can_tell_of_and_says_how_many(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    popularity = np.r_[np.full(6, 3.0), np.zeros(34)]  # six experts take most of 1,500 tokens, 34 next to none
+    ids = np.argsort(-(popularity + rng.gumbel(size=(2, 1500, 40))), axis=2)[:, :, :2]
+    documents = np.sort(rng.integers(0, 40, 1500))
+    trace = moescope.from_arrays(tmp_path / "t.moe", ids, num_experts=40, ranked=True, documents=documents)
+    found = moescope.transitions(trace)
+    known = np.isfinite(found["p_value"].values[0])
+    rows, columns, number = int(known.any(axis=1).sum()), int(known.any(axis=0).sum()), int(known.sum())
+    assert number < 100
+    axes = figures.draw_transitions(found).axes[0]
+    drawn = mesh_of(axes).reshape(rows, columns)
+    assert int(np.isfinite(drawn).sum()) == number
+    assert [label.get_text() for label in axes.get_yticklabels()] != [str(row) for row in range(rows)]
+    assert {int(label.get_text()) for label in axes.get_yticklabels()} == set(np.flatnonzero(known.any(axis=1)))
+    assert f"{number} of 1,600 have enough tokens" in [text.get_text() for text in axes.texts]
+    assert axes.get_ylabel() == f"{rows} of 40 experts, layer 0"
+    notes = " ".join(transitions_tables(found)[1].notes)
+    assert f"{1600 - number:,} of these 1,600 transitions are not tested" in notes
+
+
+def test_more_paths_than_tokens_are_not_counted_and_batches_are(transitions, balance) -> None:
+    few = transitions.copy(deep=True)
+    number = int(few["path_tokens"])
+    few["effective"][:] = [number + 1.0, float(number), 17.2]
+    column = [row.cells[2].value for row in transitions_tables(few)[-1].sections[0].rows]
+    assert column == [f">{number:,}", f"{number:,}", "17"]
+    batches = next(table for table in balance_tables(balance, [0]) if table.name == "batches")
+    held = ", ".join(f"{int(balance['batches'].sel(batch=size))} of {size}" for size in (1, 16))
+    assert f"Full batches: {held}." in batches.notes[-1]
+
+
 def test_figures_of_the_same_results_are_the_same_bytes(coactivation, balance, tmp_path: Path) -> None:
     for draw, data in ((figures.draw_coactivation, coactivation), (figures.draw_balance, balance)):
         for name in ("a", "b"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moescope.measures.claims import Claim, Effect
 from moescope.reporting.claims_table import claims_frame, claims_table
+from moescope.reporting.formats import render, styled
 
 CLAIMS = [
     Claim(
@@ -17,8 +20,9 @@ CLAIMS = [
             Effect("bits", 0.01234, "bits", 0.0, 0.00001, "sampling", 0.0002, 0.02, 0.049),
             Effect("lone", -0.5, "bits", None, None, "nothing", None),
         ),
+        2,
     ),
-    Claim("B", "s", "not enough data", "e"),
+    Claim("B", "s", "not enough data", "why \x1b"),
 ]
 
 
@@ -45,3 +49,35 @@ def test_the_frame_has_a_row_an_effect_and_one_for_a_claim_without() -> None:
     assert frame["claim"].tolist() == ["A <b>"] * 4 + ["B"]
     assert frame["value"].isna().tolist() == [False] * 4 + [True]
     assert frame["q_value"].notna().tolist() == [True, True, True, False, False]
+    assert frame["lead"].tolist() == [False, False, True, False, False]
+    assert frame["evidence"].tolist() == ["e"] * 4 + ["why ␛"]
+
+
+def test_the_evidence_stands_under_each_answer_also_where_there_is_no_effect() -> None:
+    table = claims_table([replace(CLAIMS[0], evidence=" ".join(["word"] * 40)), CLAIMS[1]])
+    lines = render(table, "text").splitlines()
+    start, other = lines.index("yes: A <b>"), lines.index("not enough data: B")
+    first_effect = next(at for at, line in enumerate(lines) if line.startswith("␛ here"))
+    assert " ".join(lines[start + 1 : first_effect]).split() == ["word"] * 40
+    assert max(map(len, lines[start:other])) <= len(lines[3]), "no line is wider than the rule"
+    assert lines[other + 1] == "why ␛"
+    latex = render(table, "latex")
+    assert " ".join(["word"] * 40) in latex
+    assert "why ␛" in latex
+
+
+def test_long_labels_and_words_go_on_in_the_next_line_with_nothing_lost() -> None:
+    what, null = "divergence of a domain, layer 0 less the layers between", "mean of the layers in between them"
+    effect = Effect(what, 12.34, "points", 11.9, 12.8, null, 12.5, 1e-9, 1e-8)
+    lines = render(claims_table([Claim("A", "s", "yes", "e", (effect,), 0)]), "text").splitlines()
+    at = next(at for at, line in enumerate(lines) if line.startswith("divergence"))
+    assert "+12.3 points" in lines[at]
+    assert "<0.001*" in lines[at]
+    assert len(lines[at + 1].split("  ")[0]) <= 40
+    assert sorted(" ".join(lines[at : at + 2]).split()) == sorted(
+        f"{what} {null} +12.3 points +11.9 to +12.8 12.5 % <0.001*".split()
+    )
+    for width in (80, 100):
+        narrow = styled(claims_table([Claim("A", "s", "yes", "e", (effect,), 0)]), width).plain.splitlines()
+        table_lines = narrow[: next(at for at, line in enumerate(narrow) if line.startswith("points: of per cent"))]
+        assert max(map(len, table_lines)) <= width

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -165,3 +166,36 @@ def test_demo_keeps_a_report_folder_that_is_not_one_before_it_records(run, tmp_p
     assert result.exit_code == 1
     assert "error[output-exists]" in result.stderr
     assert not (tmp_path / "demo" / "sample.moe").exists()
+
+
+def test_one_document_of_one_domain_is_drawn_and_said_to_be_too_little(run, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((2, 300, 8)), axis=2)[:, :, :2]
+    trace = moescope.from_arrays(tmp_path / "t.moe", ids, num_experts=8, ranked=True)
+    result = run("explain", trace.path, "--figures", tmp_path / "f")
+    assert result.exit_code == 0, result.output
+    assert "nothing is known of what explains the choice; that takes two documents." in result.stdout
+    result = run("divergence", trace.path, "--figures", tmp_path / "g")
+    assert result.exit_code == 0, result.output
+    assert "two domains" not in result.stdout
+    assert {path.stem for path in (tmp_path / "g").iterdir()} == {"divergence"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("balance",), ["balance"]),
+        (("coactivation",), ["coactivation"]),
+        (("transitions",), ["transitions"]),
+        (("divergence",), ["divergence", "domain_pairs"]),
+        (("explain", "--permutations", "20"), ["explained", "explained_by_layer"]),
+        (("locality",), ["excess", "lags"]),
+    ],
+)
+def test_a_measure_is_drawn_beside_its_table_if_a_folder_is_given(run, mixtral, arguments, names, tmp_path) -> None:
+    result = run(*arguments, mixtral.path, "--layers", "7,31", "--figures", tmp_path / "f")
+    assert result.exit_code == 0, result.output
+    assert "layer" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == sorted(
+        f"{name}.{ending}" for name in names for ending in ("pdf", "png", "svg")
+    )

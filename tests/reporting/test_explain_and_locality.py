@@ -44,6 +44,8 @@ def locality(mixtral):
 def test_explain_prints_three_layers_and_a_sentence_each(run, mixtral):
     result = run("explain", mixtral.path, "--permutations", "19")
     assert result.exit_code == 0, result.output
+    assert "use --permutations 20 or more" in result.stderr  # with 19 nothing could be below 5 %
+    assert run("explain", mixtral.path, "--layer", "0", "--permutations", "20").stderr == ""
     expected = explain_table(moescope.explain(mixtral, [0, 7, 31], permutations=19), [0, 7, 31])
     assert result.stdout == render(expected, "text")
     assert result.stdout.count("the first choice holds") == 3
@@ -79,7 +81,7 @@ def test_the_frames_hold_the_values(explained, locality):
 def test_the_sentences_say_what_is_significant_and_only_that(explained, locality):
     made = explained.copy(deep=True)
     made["q_value"].loc[{"layer": 31}] = 1.0
-    assert "no source tells much. No more than chance:" in explain_sentence(made, 31)
+    assert "no source tells much. Not told from chance:" in explain_sentence(made, 31)
     made["q_value"].loc[{"layer": 31, "source": ["token", "position"]}] = 0.01
     made["share"].loc[{"layer": 31, "source": "token"}] = 0.5
     made["bits"].loc[{"layer": 31, "source": "token"}] = 1.5
@@ -87,6 +89,8 @@ def test_the_sentences_say_what_is_significant_and_only_that(explained, locality
     sentence = explain_sentence(made, 31)
     assert "each by itself tells: the token 1.500 (50 %)." in sentence
     assert "A little (under 5 %): the place in the sequence." in sentence
+    made["high"].loc[{"layer": 31, "source": "position"}] = 0.0731 * float(made["entropy"].sel(layer=31))
+    assert "A little (under 5 %): the place in the sequence (up to 7 %)." in explain_sentence(made, 31)
     at = {"layer": 31, "domain": "(all)", "pairs": "all", "kind": "first", "null": "words"}
     made = locality.copy(deep=True)
     for name, value in {"excess": -0.03, "excess_low": -0.05, "excess_high": 0.01}.items():

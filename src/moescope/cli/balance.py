@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import format_option, shown_layers_option, trace_argument
+from moescope.cli.options import figures_option, format_option, shown_layers_option, trace_argument
 
 
 @click.command()
 @trace_argument
 @shown_layers_option
+@figures_option
 @format_option
-def command(trace: Path, layers: tuple[int, ...] | None, format: str) -> None:
+def command(trace: Path, layers: tuple[int, ...] | None, figures: Path | None, format: str) -> None:
     """Show how evenly the experts are loaded.
 
     The largest load over the mean (MaxVio is this minus 1), the coefficient of variation, Gini, entropy, idle experts:
@@ -25,7 +26,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, format: str) -> None:
     Example:
       moescope balance pile.moe --layers 0,15,31
     """
-    from moescope.cli.printing import print_table
+    from moescope.cli.printing import print_table, save_figure
     from moescope.measures import balance
     from moescope.reporting.results import shown_layers
     from moescope.reporting.tables import balance_tables
@@ -33,8 +34,11 @@ def command(trace: Path, layers: tuple[int, ...] | None, format: str) -> None:
 
     opened = open_trace(trace)
     shown = shown_layers(opened, layers)
-    tables = balance_tables(balance(opened, shown), shown)
+    result = balance(opened, shown if figures is None else None)
+    tables = balance_tables(result, shown)
     for number, table in enumerate(tables if format in ("text", "latex") else tables[:1]):
         if number:
             click.echo()
         print_table(table, format)
+    if figures is not None:
+        save_figure("balance", result, figures)

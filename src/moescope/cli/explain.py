@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import format_option, shown_layers_option, trace_argument
+from moescope.cli.options import figures_option, format_option, shown_layers_option, trace_argument
 
 
 @click.command()
@@ -26,8 +26,11 @@ from moescope.cli.options import format_option, shown_layers_option, trace_argum
     show_default=True,
     help="Permutations of each test.",
 )
+@figures_option
 @format_option
-def command(trace: Path, layers: tuple[int, ...] | None, choice: str, permutations: int, format: str) -> None:
+def command(
+    trace: Path, layers: tuple[int, ...] | None, choice: str, permutations: int, figures: Path | None, format: str
+) -> None:
     """Show how many bits of the choice domain, token, neighbours and place explain.
 
     For each layer: the entropy of the choice, and how much of it is told by the domain, the token, the token before,
@@ -38,7 +41,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, permutatio
     Example:
       moescope explain pile.moe --layers 0,15,31
     """
-    from moescope.cli.printing import layer_progress, print_table
+    from moescope.cli.printing import layer_progress, print_table, save_figure, warn_of_few_permutations
     from moescope.measures import explain
     from moescope.reporting.explain_tables import explain_table
     from moescope.reporting.results import shown_layers
@@ -47,6 +50,11 @@ def command(trace: Path, layers: tuple[int, ...] | None, choice: str, permutatio
     opened = open_trace(trace)
     opened.need_tokens()
     shown = shown_layers(opened, layers)
+    warn_of_few_permutations(permutations)
     with layer_progress("explaining") as progress:
-        explained = explain(opened, shown, choice=choice, permutations=permutations, progress=progress)
+        wanted = shown if figures is None else None
+        explained = explain(opened, wanted, choice=choice, permutations=permutations, progress=progress)
     print_table(explain_table(explained, shown), format)
+    if figures is not None:
+        save_figure("explained", explained, figures, shown)
+        save_figure("explained_by_layer", explained, figures)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import format_option, shown_layers_option, trace_argument
+from moescope.cli.options import figures_option, format_option, shown_layers_option, trace_argument
 
 
 @click.command()
@@ -19,8 +19,9 @@ from moescope.cli.options import format_option, shown_layers_option, trace_argum
     show_default=True,
     help="Neighbours against each null, repeats by distance, or lengths of runs.",
 )
+@figures_option
 @format_option
-def command(trace: Path, layers: tuple[int, ...] | None, show: str, format: str) -> None:
+def command(trace: Path, layers: tuple[int, ...] | None, show: str, figures: Path | None, format: str) -> None:
     """Show how much more often neighbours repeat an expert than their words would anyway.
 
     The rate of Table 5, and by how many points it exceeds what the popularity of the experts, the document in any order
@@ -31,7 +32,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, show: str, format: str)
       moescope locality pile.moe --layers 0,15,31
       moescope locality pile.moe --show lags
     """
-    from moescope.cli.printing import layer_progress, print_table
+    from moescope.cli.printing import layer_progress, print_table, save_figure
     from moescope.measures import locality
     from moescope.reporting.locality_tables import lags_table, locality_table, runs_table
     from moescope.reporting.results import shown_layers
@@ -42,5 +43,8 @@ def command(trace: Path, layers: tuple[int, ...] | None, show: str, format: str)
     shown = shown_layers(opened, layers)
     tables = {"excess": locality_table, "lags": lags_table, "runs": runs_table}
     with layer_progress("measuring") as progress:
-        measured = locality(opened, shown, progress=progress)
+        measured = locality(opened, shown if figures is None else None, progress=progress)
     print_table(tables[show](measured, shown), format)
+    if figures is not None:
+        save_figure("excess", measured, figures)
+        save_figure("lags", measured, figures, shown)

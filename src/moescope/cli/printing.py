@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +34,27 @@ def print_table(table: Table, format: str) -> None:
     console.print(styled(table, console.width if console.is_terminal else None), soft_wrap=True, end="")
 
 
-def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
+def warn_of_few_permutations(permutations: int) -> None:
+    """Say on stderr if so few permutations cannot tell anything from chance."""
+    from moescope.reporting.tables import SIGNIFICANT
+
+    smallest = 1 / (permutations + 1)
+    if smallest >= SIGNIFICANT:
+        click.echo(
+            f"Warning: with {permutations} permutations no p-value is below {smallest:.2g}, so nothing is told from "
+            f"chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
+            err=True,
+        )
+
+
+def save_figure(name: str, result: xr.Dataset, folder: Path, layers: Sequence[int] | None = None) -> None:
     """Draw a result as PNG, SVG and PDF; the folder is made.
 
     Args:
         name: ``NAME`` of ``draw_NAME`` in ``moescope.reporting.figures``, and of the files.
         result: What it draws.
         folder: Where.
+        layers: Layers to show, for figures of some layers.
     Raises:
         MissingExtra: The extra `report` is not installed.
     """
@@ -50,7 +64,8 @@ def save_figure(name: str, result: xr.Dataset, folder: Path) -> None:
     from moescope.reporting import figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    figures.save(getattr(figures, f"draw_{name}")(result), folder, name)
+    draw = getattr(figures, f"draw_{name}")
+    figures.save(draw(result) if layers is None else draw(result, layers), folder, name)
 
 
 @contextmanager

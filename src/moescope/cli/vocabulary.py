@@ -85,7 +85,7 @@ def command(
     Example:
       moescope vocabulary pile.moe --layers 0,15,31 --expert 3 --token self
     """
-    from moescope.cli.printing import layer_progress, print_table, save_figure
+    from moescope.cli.printing import layer_progress, print_table, save_figure, warn_of_few_permutations
     from moescope.measures import vocabulary
     from moescope.reporting import vocabulary_tables as tables
     from moescope.reporting.results import shown_layers
@@ -100,6 +100,7 @@ def command(
             f"there is no expert {experts[-1]}; the largest is {most - 1}.", param_hint="'--expert'"
         )
     listed = top if top is not None else 10 if experts else BRIEF_TOP
+    warn_of_few_permutations(permutations)
     with layer_progress("looking at tokens") as progress:
         result = vocabulary(
             opened,

@@ -33,6 +33,10 @@ TOPIC_BITS = 0.01
 to differ by some four points each. Mixtral's own published counts lie below (I(domain; expert) 0.003 to 0.009 bits at
 layers 0, 15 and 31 as counted by OLMoE's authors), OLMoE's far above (0.17 to 0.50)."""
 
+SAME_EXPERT = 0.5
+"""Chance that two tokens of a word agree from which the word has an expert: more often than not, as they do where one
+expert gets some 70 % of them. Among 128 experts, 3 % may be surely more than any two tokens show."""
+
 MATHEMATICS = "DM Mathematics"
 
 
@@ -78,6 +82,8 @@ class Claim:
         answer: Whether it holds for this model on this corpus.
         evidence: Why, in a sentence or two.
         effects: The numbers behind the answer; none where there is not enough data.
+        lead: Place in `effects` of the one the answer hangs on, to be shown where there is room for one. Of a "yes"
+            that needs all of them, the smallest; that needs most, the median; else the largest. None without effects.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Claim:
     answer: Answer
     evidence: str
     effects: tuple[Effect, ...] = ()
+    lead: int | None = None
 
 
 def claims(
@@ -119,19 +126,37 @@ def claims(
     found = []
     for draft in drafts:
         effects = tuple(replace(effect, q_value=_known(next(q_values))) for effect in draft.effects)
-        found.append(Claim(draft.name, draft.statement, draft.decide(effects), draft.evidence, effects))
+        answer = draft.decide(effects)
+        found.append(Claim(draft.name, draft.statement, answer, draft.evidence, effects, _lead(draft, answer)))
     return found
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A claim before the correction, and how its effects decide it once they are corrected."""
+    """A claim before the correction, and how its effects decide it once they are corrected.
+
+    `deciding` are the places of the effects that the answer rests on, None for all; `needs` is how many of them a yes
+    takes.
+    """
 
     name: str
     statement: str
     evidence: str
     effects: tuple[Effect, ...]
     decide: Callable[[Sequence[Effect]], Answer]
+    deciding: tuple[int, ...] | None = None
+    needs: Literal["all", "most"] = "all"
+
+
+def _lead(draft: _Draft, answer: Answer) -> int | None:
+    """Place of the effect that the answer hangs on."""
+    places = range(len(draft.effects)) if draft.deciding is None else draft.deciding
+    ascending = sorted(places, key=lambda place: draft.effects[place].value)
+    if not ascending:
+        return None
+    if answer == "yes":
+        return ascending[0 if draft.needs == "all" else (len(ascending) - 1) // 2]
+    return ascending[-1]
 
 
 def _undecided(name: str, statement: str, why: str) -> _Draft:
@@ -172,7 +197,7 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
         return "mixed" if large.any() else "not enough data"
 
     p_value = float(np.nanmin(q.values))  # the least of adjusted p-values is that of Simes' test
-    return _Draft(name, statement, evidence, (_divergence_effect(divergence, *top, p_value), *bits), decide)
+    return _Draft(name, statement, evidence, (_divergence_effect(divergence, *top, p_value), *bits), decide, (0,))
 
 
 def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
@@ -266,12 +291,14 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
         found = f"{int(row['occurrences'])} occurrences in {int(row['documents'])} documents"
         return _undecided(title, statement, f"{found}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
+    likely = above & (row["same_low"].values > SAME_EXPERT)
     layer = _top_layer(row["same"])
     at = row.sel(layer=layer)
     evidence = (
-        f"Two of its tokens from different documents have the same first choice more often than any two tokens do at "
-        f"{int(above.sum())} of {len(above)} layers ({int(row['occurrences'])} occurrences, {int(row['documents'])} "
-        f"documents). Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
+        f"Two of its tokens from different documents have the same first choice surely more often than any two tokens "
+        f"at {int(above.sum())} of {len(above)} layers, and in surely more than half of the cases at "
+        f"{int(likely.sum())} ({int(row['occurrences'])} occurrences, {int(row['documents'])} documents). "
+        f"Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
         f"{_percent(at['same_high'].item())}) against {_percent(at['same_null'].item())}; "
         f"{_percent(at['top_share'].item())} "
         f"go to expert {int(at['top_expert'])}."
@@ -303,9 +330,9 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
             )
 
     def decide(effects: Sequence[Effect]) -> Answer:
-        return "yes" if above.mean() > 0.5 else "mixed" if above.any() else "no"
+        return "yes" if likely.mean() > 0.5 else "mixed" if above.any() else "no"
 
-    return _Draft(title, statement, evidence, tuple(effects), decide)
+    return _Draft(title, statement, evidence, tuple(effects), decide, needs="most")
 
 
 NULLS = {
@@ -314,7 +341,7 @@ NULLS = {
     "document": "document in any order",
     "words": "same words elsewhere",
 }
-"""What neighbours are compared with, from the paper's null to the strongest."""
+"""What neighbours are compared with: the paper's null, two that know more and more of the experts' use, the words."""
 
 
 def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, judge: Judge) -> _Draft:
@@ -351,10 +378,12 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         if np.isfinite(whole["excess"].sel(layer=layer, null=null))
     ]
 
+    over_popularity = tuple(at for at, effect in enumerate(effects) if effect.null == NULLS["popularity"])
+
     def decide(effects: Sequence[Effect]) -> Answer:
         return "yes" if above.mean() > 0.9 else "mixed" if above.any() else "no"
 
-    return _Draft(name, statement, evidence, tuple(effects), decide)
+    return _Draft(name, statement, evidence, tuple(effects), decide, over_popularity)
 
 
 def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
@@ -400,7 +429,7 @@ def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
         sentences.append(f"over {NULLS[null]}, {excess}")
     evidence = f"Points of repeats {'; '.join(sentences)}."
-    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]))
+    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]), (0, 1))
 
 
 def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
@@ -452,7 +481,7 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     def decide(effects: Sequence[Effect]) -> Answer:
         return "yes" if different.mean() > 0.5 else "mixed" if different.any() else "no"
 
-    return _Draft(name, statement, evidence, tuple(effects), decide)
+    return _Draft(name, statement, evidence, tuple(effects), decide, (0,))
 
 
 @dataclass(frozen=True)

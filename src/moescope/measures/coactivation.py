@@ -19,9 +19,6 @@ from moescope.measures.statistics import Numbers, described
 from moescope.tallying.joint import Coactivation, count_coactivation
 from moescope.trace import Trace
 
-FEWEST_EXPECTED = 10
-"""Tokens that the null must expect of a pair for a test: with fewer, no normal approximation holds."""
-
 OLMOE = "OLMoE (arXiv 2409.02060), co-activation"
 
 
@@ -125,9 +122,10 @@ def _of_layer(ranked_GEE: NDArray[np.uint32], top_k: int) -> dict[str, Numbers]:
         lift = np.where(expected > 0, joint / expected, np.nan)
         error = groups.sum_error(excess_GEE - by_popularity_GEE) / tokens
         half = groups.student(num_groups) * groups.sum_error(excess_GEE - lift * by_popularity_GEE) / tokens / expected
-        p_value = 2 * stats.t.sf(np.abs(joint - expected) / error, max(num_groups - 1, 1))
+        under_null = groups.error_under_null(error, joint, expected, tokens)
+        p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         conditional = np.where(inclusion[:, None] > 0, joint / inclusion[:, None], np.nan)
-    p_value[(expected * tokens < FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
+    p_value[(expected * tokens < groups.FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
     values = {
         "conditional": conditional,
         "joint": joint,

@@ -14,6 +14,9 @@ from scipy import stats
 
 from moescope.measures.statistics import CONFIDENCE, Numbers
 
+FEWEST_EXPECTED = 10
+"""Tokens that the null must expect of a pair or transition for a test: with fewer, no normal approximation holds."""
+
 
 def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbers, Numbers]:
     """Ratios Σy / Σn over groups and their standard errors, linearised.
@@ -47,6 +50,35 @@ def sum_error(residual_G: Numbers) -> Numbers:
         return np.full(residual_G.shape[1:], np.nan)
     error = np.sqrt(num_groups / (num_groups - 1) * (residual_G**2).sum(axis=0))
     return np.where(error > 1e-9, error, np.nan)
+
+
+def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: float) -> Numbers:
+    """Standard errors that shares would have if they were as large as expected, for testing whether they are.
+
+    The variance of a count grows with the count: one that is low by chance has an error too small as well, and would be
+    found surely below its expectation too often (a test at 5 % rejects in 6 to 9 % of 1,024 independent transitions of
+    32 experts, and of those it rejects at 0.1 % all lie below). So the error is taken to the size that the expectation
+    makes it. Where more was seen than expected, by half of that (on the scale of logarithms), as tokens that come in
+    bursts raise both. A count of 0 has the error of so many tokens as alike within documents as the others.
+
+    Args:
+        error: Standard errors of the shares, from what was seen; NaN where that tells nothing.
+        joint: The shares seen.
+        expected: The shares under the null.
+        tokens: What all are shares of.
+
+    Example:
+        >>> seen, expected = np.array([0.1, 0.2, 0.8, 0.0]), np.full(4, 0.2)
+        >>> error_under_null(np.array([0.02, 0.02, 0.02, np.nan]), seen, expected, 500.0).round(4)
+        array([0.0283, 0.02  , 0.0141, 0.02  ])
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = expected / joint
+        scaled = error * np.where(ratio > 1, ratio**0.5, ratio**0.25)
+        alike = error**2 * tokens / expected
+    known = np.isfinite(alike) & (expected * tokens >= FEWEST_EXPECTED)
+    independent: Numbers = np.sqrt(max(1.0, float(alike[known].mean()) if known.any() else 1.0) * expected / tokens)
+    return np.where(joint > 0, scaled, np.fmax(error, independent))
 
 
 def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:

@@ -1,9 +1,10 @@
 """Locality: how much more often tokens repeat an expert than each of four nulls says, near by and far apart.
 
 The unit is the pair of tokens of one sequence, `lag` apart. Two kinds: `first`, both have the same first choice; `any`,
-their sets share an expert. The nulls, from the weaker to the stronger: uniform routing; the popularity of the experts
-in the domain; the tokens of the document in any order; the same words elsewhere. The last turns "more than chance" into
-"more than these words would do anyway".
+their sets share an expert. The nulls: uniform routing; the popularity of the experts in the domain; the tokens of the
+document in any order; the same words elsewhere. Of the first three each knows more than the one before. The last, which
+turns "more than chance" into "more than these words would do anyway", knows the words and nothing of the document, so
+it may explain more than the others or less.
 """
 
 from __future__ import annotations

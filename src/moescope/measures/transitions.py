@@ -20,9 +20,6 @@ from moescope.tallying.joint import Choice, Transitions, count_transitions
 from moescope.tallying.joint_kernels import draw_paths
 from moescope.trace import Trace
 
-FEWEST_EXPECTED = 10
-"""Tokens that independence must expect of a transition for a test: with fewer, no normal approximation holds."""
-
 THIN = 5
 """Independent tokens a cell below which no first-order correction of mutual information holds."""
 
@@ -170,10 +167,11 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
         lift = np.where(expected > 0, joint / expected, np.nan)
         error = groups.sum_error(excess - by_popularity) / tokens
         half = groups.student(num_groups) * groups.sum_error(excess - lift * by_popularity) / tokens / expected
-        p_value = 2 * stats.t.sf(np.abs(joint - expected) / error, max(num_groups - 1, 1))
+        under_null = groups.error_under_null(error, joint, expected, tokens)
+        p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         probability = np.where(before[:, None] > 0, joint / before[:, None], np.nan)
         spread = np.nansum(error**2 / expected) * tokens if num_groups > 1 else np.nan
-    p_value[(expected * tokens < FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
+    p_value[(expected * tokens < groups.FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
     cells = max(((before > 0).sum() - 1) * ((after > 0).sum() - 1), 1)
     # Tokens of a document are alike: they tell as much as so many independent ones.
     independent = tokens / max(spread / cells, 1) if num_groups > 1 else np.nan

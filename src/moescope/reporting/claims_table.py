@@ -25,7 +25,10 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "The claims of section 5, and the effects each answer rests on",
         "",
         ("effect", "95 % interval", "against", "null", "q"),
-        tuple(Section(f"{claim.answer}: {visible(claim.name)}", tuple(map(_row, claim.effects))) for claim in claims),
+        tuple(
+            Section(f"{claim.answer}: {visible(claim.name)}", tuple(map(_row, claim.effects)), visible(claim.evidence))
+            for claim in claims
+        ),
         notes=(
             "points: of per cent, by which a rate is above its null; null: what the null predicts, per cent or bits.",
             f"q: p-value corrected for all effects of all claims (false discovery rate; * below "
@@ -36,14 +39,14 @@ def claims_table(claims: Sequence[Claim]) -> Table:
 
 
 def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row an effect; a claim without one has a row, too."""
+    """A row an effect; a claim without one has a row, too. `lead` marks the effect that the answer hangs on."""
     nothing = dict.fromkeys(field.name for field in fields(Effect))
-    rows = [
-        {"claim": visible(claim.name), "answer": claim.answer, **effect}
-        for claim in claims
-        for effect in [asdict(effect) | {"what": visible(effect.what)} for effect in claim.effects] or [nothing]
-    ]
-    frame = pd.DataFrame(rows, columns=["claim", "answer", *nothing])
+    rows = []
+    for claim in claims:
+        about = {"claim": visible(claim.name), "answer": claim.answer, "evidence": visible(claim.evidence)}
+        effects = [asdict(effect) | {"what": visible(effect.what)} for effect in claim.effects] or [nothing]
+        rows += [about | effect | {"lead": place == claim.lead} for place, effect in enumerate(effects)]
+    frame = pd.DataFrame(rows, columns=["claim", "answer", *nothing, "lead", "evidence"])
     numbers = ["value", "low", "high", "null_value", "p_value", "q_value"]
     return frame.astype(dict.fromkeys(numbers, float))
 

@@ -85,7 +85,10 @@ def explain_frame(explained: xr.Dataset) -> pd.DataFrame:
 
 
 def explain_sentence(explained: xr.Dataset, layer: int) -> str:
-    """One layer in plain words: what tells most, what tells something, what tells nothing."""
+    """One layer in plain words: what tells most, what tells something, what is not told from chance.
+
+    Of what tells little, the upper end of the interval is said where that is not little.
+    """
     at = explained.sel(layer=layer)
     entropy = float(at["entropy"])
     if isnan(entropy):
@@ -98,9 +101,15 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
         one = at.sel(source=source)
         return f"{_NAMES[source]} {_bits(float(one['bits']))} ({percent(float(one['share']), 0)} %)"
 
+    def hinted(source: str) -> str:
+        most = float(at["high"].sel(source=source)) / entropy
+        return _NAMES[source] + (f" (up to {percent(most, 0)} %)" if most >= TELLING else "")
+
     strong = [source for source in by_share if source in real and float(at["share"].sel(source=source)) >= TELLING]
     weak = [source for source in by_share if source in real and source not in strong]
     none = [source for source in by_share if source not in real]
+    if not known:
+        return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
     choice = "choice" if explained.attrs["choice"] == "either" else "first choice"
     sentence = f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
     if strong:
@@ -108,9 +117,9 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
     else:
         sentence += "no source tells much."
     if weak:
-        sentence += f" A little (under {percent(TELLING, 0)} %): {_listed([_NAMES[source] for source in weak])}."
+        sentence += f" A little (under {percent(TELLING, 0)} %): {_listed([hinted(source) for source in weak])}."
     if none:
-        sentence += f" No more than chance: {_listed([_NAMES[source] for source in none])}."
+        sentence += f" Not told from chance: {_listed([hinted(source) for source in none])}."
     return sentence
 
 

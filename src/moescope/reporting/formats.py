@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +14,8 @@ from moescope.reporting import frames
 from moescope.reporting.tables import Cell, Row, Section, Table
 
 GAP = "  "
+MOST_IN_LABEL, MOST_IN_CELL = 40, 24
+"""Columns of text after which a label, and a cell that holds nothing but words, go on in the next line."""
 
 
 def render(table: Table, format: str) -> str:
@@ -74,6 +76,8 @@ def latex(table: Table) -> str:
         out.write("\\midrule\n")
         if section.title:
             out.write(f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{escape_latex(section.title)}}}}} \\\\\n")
+        if section.note:
+            out.write(f"\\multicolumn{{{width}}}{{p{{\\linewidth}}}}{{{escape_latex(section.note)}}} \\\\\n")
         for row in section.rows:
             out.write(_latex_row([escape_latex(row.label), *map(_latex_cell, row.cells)]))
     out.write("\\bottomrule\n\\end{tabular}\n")
@@ -110,7 +114,7 @@ _LATEX = {
 
 def _blocks(table: Table, width: int) -> list[Table]:
     """The table, or narrower ones that together hold its columns."""
-    label_width = max(cell_len(text) for text in [table.stub, *_labels(table)])
+    label_width = _label_width(table)
     starts, used = [0], label_width
     for column, needed in enumerate(_column_widths(table)):
         if used + len(GAP) + needed > width and column > starts[-1]:
@@ -126,7 +130,11 @@ def _blocks(table: Table, width: int) -> list[Table]:
             title=table.title if number == 0 else f"{table.title} (continued)",
             columns=table.columns[cut],
             sections=tuple(
-                Section(section.title, tuple(Row(row.label, row.cells[cut]) for row in section.rows))
+                Section(
+                    section.title,
+                    tuple(Row(row.label, row.cells[cut]) for row in section.rows),
+                    section.note if number == 0 else "",
+                )
                 for section in table.sections
             ),
             notes=table.notes if number == len(cuts) - 1 else (),
@@ -137,7 +145,7 @@ def _blocks(table: Table, width: int) -> list[Table]:
 
 def _block(table: Table) -> Text:
     out = Text()
-    label_width = max(cell_len(text) for text in [table.stub, *_labels(table)])
+    label_width = _label_width(table)
     widths = _column_widths(table)
     out.append(f"{table.title}\n\n", "bold")
     if table.groups:
@@ -156,14 +164,17 @@ def _block(table: Table) -> Text:
             out.append("\n")
         if section.title:
             out.append(f"{section.title}\n", "italic")
+        for text_line in _wrap(section.note, max(label_width + sum(width + len(GAP) for width in widths), 60)):
+            out.append(f"{text_line}\n" if text_line else "", "dim")
         for row in section.rows:
-            line_text = Text(_pad(row.label, label_width))
-            for cell, width, left, right in zip(row.cells, widths, value_widths, spread_widths, strict=True):
-                line_text.append(GAP + " " * (width - left - right) + _fit(cell.value, left - cell_len(cell.mark)))
-                line_text.append(cell.mark)
-                line_text.append(_pad(cell.spread, right), "dim")
-            line_text.rstrip()
-            out.append_text(line_text).append("\n")
+            for beginning, in_line in _lines(row):
+                line_text = Text(_pad(beginning, label_width))
+                for cell, width, left, right in zip(in_line, widths, value_widths, spread_widths, strict=True):
+                    line_text.append(GAP + " " * (width - left - right) + _fit(cell.value, left - cell_len(cell.mark)))
+                    line_text.append(cell.mark)
+                    line_text.append(_pad(cell.spread, right), "dim")
+                line_text.rstrip()
+                out.append_text(line_text).append("\n")
     for note in table.notes:
         out.append(f"\n{note}", "dim")
     out.append("\n" if table.notes else "")
@@ -184,11 +195,29 @@ def _labels(table: Table) -> list[str]:
     return [row.label for section in table.sections for row in section.rows]
 
 
+def _label_width(table: Table) -> int:
+    return max(cell_len(line) for text in [table.stub, *_labels(table)] for line in _wrap(text, MOST_IN_LABEL))
+
+
+def _lines(row: Row) -> Iterator[Row]:
+    """The row, or several where its label or a cell of words is long."""
+    label = _wrap(row.label, MOST_IN_LABEL)
+    cells = [
+        [cell] if cell.mark or cell.spread else [Cell(line) for line in _wrap(cell.value, MOST_IN_CELL)]
+        for cell in row.cells
+    ]
+    for line in range(max(len(label), *map(len, cells))):
+        yield Row(
+            label[line] if line < len(label) else "",
+            tuple(lines[line] if line < len(lines) else Cell("") for lines in cells),
+        )
+
+
 def _parts(table: Table) -> tuple[list[int], list[int]]:
     """Width of the values and of the intervals, by column."""
     values, spreads = [1] * len(table.columns), [0] * len(table.columns)
     for section in table.sections:
-        for row in section.rows:
+        for row in (line for whole in section.rows for line in _lines(whole)):
             for column, cell in enumerate(row.cells):
                 values[column] = max(values[column], cell_len(cell.value + cell.mark))
                 spreads[column] = max(spreads[column], cell_len(cell.spread))

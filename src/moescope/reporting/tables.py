@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from moescope.measures import published
+from moescope.measures.groups import FEWEST_EXPECTED
 from moescope.reporting import frames
 from moescope.reporting.numbers import MISSING, bits, count, number, percent, spread
 from moescope.reporting.visible import visible
@@ -47,10 +48,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under a common title; the title may be empty."""
+    """Rows under a common title; the title may be empty. The note, a sentence or two, stands between them."""
 
     title: str
     rows: tuple[Row, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,7 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
         (f"{size} sequence{'s' * (size > 1)}, {count(round(float(data['batch_tokens'].sel(batch=size))))} tokens", 3)
         for size in sizes
     )
+    held = ", ".join(f"{count(int(data['batches'].sel(batch=size)))} of {size}" for size in sizes)
     return Table(
         "batches",
         "Imbalance within batches",
@@ -396,7 +399,7 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
         notes=(
             "95 %: the quantile over batches; by chance: the mean of batches of as many tokens drawn independently "
             "from the whole trace.",
-            "± half of a 95 % interval of the mean, over batches.",
+            f"± half of a 95 % interval of the mean, over batches. Full batches: {held}.",
         ),
         frame=frames.balance_frame(data).query("what == 'loads within a batch'").dropna(axis=1, how="all"),
     )
@@ -451,6 +454,19 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
         ),
         frame=frames.coactivation_frame(data),
     )
+
+
+def _untested(transitions: xr.Dataset) -> list[str]:
+    """How many of the transitions shown have too few tokens, if any do."""
+    of_all = int((transitions["num_before"] * transitions["num_after"]).sum())
+    tested = int(transitions["p_value"].notnull().sum())
+    if tested == of_all:
+        return []
+    return [
+        f"{count(of_all - tested)} of these {count(of_all)} transitions are not tested, and grey in the figure: "
+        f"independent layers would give them fewer than {FEWEST_EXPECTED} tokens, and too few tell nothing. A longer "
+        "trace tests more, and so do all assignments instead of first choices (--choice any)."
+    ]
 
 
 def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> list[Table]:
@@ -518,18 +534,21 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
             notes=(
                 f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
                 f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+                *_untested(transitions.sel(layer=shown)),
             ),
             frame=tables[0].frame.query("what == 'transition'").dropna(axis=1, how="all"),
         )
     )
     if "half" in transitions:
         of_paths = []
+        number = int(transitions["path_tokens"])
         for routing in transitions["routing"].values.tolist():
             at = transitions.sel(routing=routing)
             values = [float(at[name]) for name in ("distinct", "half", "effective")]
             counts = [Cell(MISSING if not np.isfinite(value) else count(round(value))) for value in values]
+            if values[-1] > number:
+                counts[-1] = Cell(f">{count(number)}")  # rests on a few pairs of tokens
             of_paths.append(Row(routing, (*counts, Cell(percent(float(at["once"]))))))
-        number = int(transitions["path_tokens"])
         tables.append(
             Table(
                 "paths",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from moescope.measures.groups import FEWEST_EXPECTED
 from moescope.reporting.colours import INK, MUTED, PAPER
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
@@ -65,6 +66,8 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
 def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
     """Maps of the lift of each transition, at most three, and below the information between all layers.
 
+    Where there are many experts, those without a transition that enough tokens tell of are left out.
+
     Args:
         transitions: Of `moescope.transitions`.
         layers: The later layer of each map; None for the first, the middle and the last there are.
@@ -75,14 +78,23 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
         mesh = None
         for axes, layer in zip(panels, shown, strict=True):
             at = transitions.sel(layer=layer)
-            rows, columns = int(at["num_before"]), int(at["num_after"])
-            lift, q_value = _known(at, rows, columns)
-            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order_of_rows(lift), order_of_rows(lift.T))
-            style.panel_title(axes, f"Layer {int(at['layer_before'])} to {layer}")
-            axes.set_xlabel(
-                f"expert at layer {layer}" + (", clustered" if columns > MOST_WITH_NUMBERS else ""), labelpad=3
-            )
-            axes.set_ylabel(f"expert at layer {int(at['layer_before'])}", labelpad=3)
+            lift, q_value = _known(at, int(at["num_before"]), int(at["num_after"]))
+            told, before = np.isfinite(lift), int(at["layer_before"])
+            orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
+            for axis, number in enumerate((before, layer)):
+                used, size = int(told.any(axis=1 - axis).sum()), lift.shape[axis]
+                names.append(f"expert at layer {number}" + (", clustered" if size > MOST_WITH_NUMBERS else ""))
+                if max(lift.shape) > MOST_WITH_NUMBERS and 0 < used < size:
+                    orders[axis] = orders[axis][:used]  # the others come last
+                    names[axis] = f"{used} of {size} experts, layer {number}"
+            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, orders[0], orders[1])
+            style.panel_title(axes, f"Layer {before} to {layer}")
+            axes.set_aspect("auto")
+            axes.set_xlabel(names[1], labelpad=3)
+            axes.set_ylabel(names[0], labelpad=3)
+            if not told.all():
+                note = f"{told.sum():,} of {told.size:,} have enough tokens"
+                axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
         _scale(figure, bar_axes, mesh, words)
         _draw_information(figure, transitions)
     return figure
@@ -228,7 +240,8 @@ def _scale(figure: Figure, bar_axes: Axes, mesh: object, words: str) -> None:
     bar.outline.set_linewidth(0)
     bar_axes.tick_params(length=2, pad=2)
     box = bar_axes.get_position()
-    figure.text(box.x1 + 0.02, box.y0, f"{words}; grey: too few tokens", fontsize=7, color=MUTED, va="bottom")
+    words += f"; grey: under {FEWEST_EXPECTED} tokens expected"
+    figure.text(box.x1 + 0.02, box.y0, words, fontsize=7, color=MUTED, va="bottom")
 
 
 def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> list[int]:

@@ -103,6 +103,8 @@ def place(figure: Figure, *, left: float, right: float, top: float, bottom: floa
 def legend_above(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], *, columns: int) -> None:
     """A legend over the full width, at the top edge of the figure."""
     height = figure.get_size_inches()[1]
+    if not handles:
+        return
     figure.legend(
         handles=list(handles),
         labels=list(labels),
