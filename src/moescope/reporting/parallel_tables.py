@@ -53,9 +53,16 @@ def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             "Placements are fitted on one half of the documents and judged on the other; own fit: on those judged.",
             "one in 20: exceeded by one batch in twenty. any order: the same tokens without locality. "
             "± half of a 95 % interval, clustered by document.",
+            *([_TOO_LARGE] if not parallel["batches"].all() else []),
         ),
         frame=parallel_frame(parallel),
     )
+
+
+_TOO_LARGE = (
+    "No batch is full: neither half of the documents has as many tokens, or sequences, as it takes; "
+    "choose smaller ones with --prefill and --decode."
+)
 
 
 def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
