@@ -19,6 +19,8 @@ check: .venv/ready-dev
 bench: .venv/ready-dev
 	$(BIN)/python benchmarks/tally.py
 	$(BIN)/python benchmarks/record.py
+	$(BIN)/python benchmarks/meaning.py
+	$(BIN)/python benchmarks/parallel.py
 
 .venv/ready-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: moescope needs Python 3.11 or newer; make PYTHON=python3.12 ...")'

@@ -15,7 +15,7 @@ from scipy import stats
 from synthetic import make_part, make_trace
 
 from moescope.errors import NotRecorded
-from moescope.measures.explain import SOURCES, STRENGTHS, estimate, explain
+from moescope.measures.explain import SOURCES, STRENGTHS, _entropy_interval, estimate, explain
 from moescope.tallying import information_kernels as kernels
 from moescope.trace import Layer
 
@@ -74,6 +74,8 @@ def test_the_plug_in_value_is_that_of_scipys_entropies() -> None:
     plain = entropies[0] + entropies[1] - entropies[2]
     found = estimate(x, e, starts, 5, 4)
     assert found.plug_in == pytest.approx(plain)
+    g_statistic = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood").statistic
+    assert found.plug_in == pytest.approx(g_statistic / (2 * valid.sum() * np.log(2)))
     assert found.entropy == pytest.approx(entropies[1])
     # Miller and Madow: (non-empty cells - rows - columns + 1) / 2N nats.
     cells = (table > 0).sum() - (table.sum(1) > 0).sum() - (table.sum(0) > 0).sum() + 1
@@ -250,3 +252,47 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     for wrong in ({"choice": "second"}, {"permutations": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="must be"):
             explain(sample, **wrong)
+
+
+def test_a_rotation_meets_its_ends_where_the_value_changes_and_each_change_comes_up() -> None:
+    starts = np.array([0, 1, 7, 9], np.int64)
+    values = np.array([5, 1, 1, 2, 2, 2, 1, 3, 3], np.int32)
+    order, state = np.empty(9, np.int32), np.array([3], np.uint64)
+    seen = set()
+    for _ in range(200):
+        kernels.rotate_within(starts, values, order, state)
+        assert order[0] == 0
+        assert order[7:].tolist() == [7, 8]  # one value: no change to rotate to
+        begins = order[1:7].tolist().index(1)
+        assert order[1:7].tolist() == [1 + (t - begins) % 6 for t in range(6)]
+        seen.add(begins)
+    assert seen == {0, 2, 5}  # where the document begins, and before each row whose value is another than the last
+
+
+def test_where_rows_are_few_a_cell_the_interval_allows_for_what_cannot_be_learned() -> None:
+    held = []
+    for seed in range(12):
+        made = planted(np.random.default_rng(seed), "domain", 256)
+        at = explain(made.sample, [1], permutations=1, seed=seed).sel(layer=1, source="previous expert")
+        assert at["rows_a_cell"] < 1
+        held.append(bool(at["low"] <= made.bits["previous expert"] <= at["high"]))
+    assert sum(held) >= 10, held  # 62 % of the intervals held it before they allowed for that
+    many = planted(np.random.default_rng(0), "domain", 8)
+    at = explain(many.sample, [1], permutations=1).sel(layer=1, source="previous expert")
+    assert at["rows_a_cell"] == pytest.approx((many.sample.num_tokens - many.sample.num_documents) / 64)
+    assert at["high"] < 0.1  # and where they are many it does not
+
+
+def test_the_entropy_of_sticky_routing_over_many_experts_is_not_low() -> None:
+    held, values = [], []
+    truth = 0.0
+    for seed in range(40):
+        made = planted(np.random.default_rng(seed), "sticky", 256)
+        base = np.random.default_rng(256).dirichlet(np.full(256, 5.0))  # as planted draws it
+        truth = float(stats.entropy(base, base=2))
+        experts = made.sample.expert_ids[1][:1].astype(np.int32)
+        value, low, high = _entropy_interval(experts, made.sample.starts, 256)
+        held.append(low <= truth <= high)
+        values.append(value)
+    assert np.mean(held) >= 0.85  # fewer than 34 of 40 have a chance of 3 in 1000
+    assert np.mean(values) == pytest.approx(truth, abs=0.04)  # Miller's correction leaves it 0.1 low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from itertools import permutations as orders
@@ -158,7 +159,7 @@ def test_planted_rates_and_excesses_are_inside_their_intervals(kind: str) -> Non
             truths["rate"] = made.first, found["low"], found["high"]
             excess = found["excess_low"].sel(null="words"), found["excess_high"].sel(null="words")
             truths["words"] = made.first - made.words, *excess
-        if kind not in ("sticky", "alternating", "domain"):
+        if kind not in ("sticky", "alternating", "domain", "collapsed"):
             at = found.sel(null="document")
             truths["document"] = 0.0, at["excess_low"], at["excess_high"]
         for name, (truth, low, high) in truths.items():
@@ -170,7 +171,10 @@ def test_planted_rates_and_excesses_are_inside_their_intervals(kind: str) -> Non
 
 @pytest.mark.parametrize("null", ["popularity", "document"])
 @pytest.mark.parametrize("kind", ["documents", "collapsed"])
-def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(null: str, kind: str) -> None:
+def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(
+    null: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[locality.__module__], "FEWEST_EXPECTED", 0)  # the formula, be pairs many or few
     sample = planted(np.random.default_rng(4), kind, documents=50).sample
     one_domain = replace(sample, domain=np.zeros(50, np.int64), domain_names=("A",))
     at = {"domain": "A", "pairs": "all", "null": null, "layer": 1, "kind": "first"}
@@ -266,3 +270,20 @@ def test_a_domain_called_all_is_not_taken_for_all_of_them() -> None:
     assert found["domain"].values.tolist() == ["(all) (a domain)", "B", "C", ALL_DOMAINS]
     counted = found["pairs_counted"].sel(pairs="all")
     assert counted.sel(domain=ALL_DOMAINS) == counted[:3].sum()
+
+
+def test_where_one_expert_takes_nearly_all_the_excess_has_no_interval_until_there_are_pairs_without_it() -> None:
+    def of(documents: int):
+        made = planted(np.random.default_rng(0), "collapsed", documents=documents)
+        return locality(made.sample, [1], lags=[1]).sel(layer=1, kind="first", domain=ALL_DOMAINS)
+
+    # 2 % of the tokens go elsewhere: of 3,540 pairs 1.4 are to be expected with neither at the popular one; then 14
+    few, many = of(60), of(600)
+    for null in ("popularity", "document"):
+        assert np.isnan(few["excess_low"].sel(pairs="all", null=null))
+        assert np.isnan(few["p_value"].sel(pairs="all", null=null))
+        assert np.isfinite(few["excess"].sel(pairs="all", null=null))
+        assert many["excess_low"].sel(pairs="all", null=null) < 0 < many["excess_high"].sel(pairs="all", null=null)
+    assert np.isfinite(few["low"].sel(pairs="all"))
+    assert np.isnan(few["lag_excess_low"]).all()
+    assert np.isfinite(many["lag_excess_low"]).all()

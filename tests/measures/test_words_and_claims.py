@@ -11,6 +11,7 @@ from scipy import stats
 
 from moescope.measures import Claim, claims, divergence, explain, locality, words
 from moescope.measures.claims import Effect, welch
+from moescope.measures.words import _clustered, _share_of_the_top
 from moescope.tallying import sample_documents, tally
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
@@ -263,3 +264,20 @@ def test_an_effect_is_found_only_if_it_is_positive_and_sure() -> None:
     assert not replace(effect, value=-1.0).found
     assert not replace(effect, q_value=0.05).found
     assert not replace(effect, q_value=None).found
+
+
+def test_the_share_of_the_top_expert_is_held_although_it_was_picked_as_the_largest() -> None:
+    rng = np.random.default_rng(0)
+    held, pointwise = [], []
+    for _ in range(300):
+        counts = rng.multinomial(12, np.full(8, 1 / 8), 60).astype(float)
+        top = int(counts.sum(axis=0).argmax())
+        _, low, high = _share_of_the_top(counts, top)
+        held.append(low <= 1 / 8 <= high)
+        _, low, high = _clustered(counts[:, top], counts.sum(axis=1))
+        pointwise.append(low <= 1 / 8 <= high)
+    assert np.mean(held) >= 0.93
+    assert np.mean(pointwise) < 0.88
+    ahead = rng.multinomial(12, [0.65, *np.full(7, 0.05)], 60).astype(float)
+    found, alone = _share_of_the_top(ahead, 0), _clustered(ahead[:, 0], ahead.sum(axis=1))
+    assert found == pytest.approx(alone)  # nobody else could have come out on top

@@ -269,8 +269,9 @@ def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot
     figures = re.findall(r"<figure(?: id=\"figure-([a-z]+)\")?>(.*?)</figure>", text, re.DOTALL)
     assert [name for name, _ in figures] == [
         *("shares", "divergence", "choices", "", "repeats"),  # the coloured text has its own place
-        *("explained", "nulls", "distance", "consistency"),
+        *("explained", "nulls", "distance", "consistency", "vocabulary", "classes"),
         *("balance", "coactivation", "transitions", "pairs"),
+        *("cache", "prefetch", "parallel"),
     ]
     for name, figure in figures:
         for heading in ("How to read it.", "What it cannot tell."):
@@ -279,6 +280,16 @@ def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot
             assert len(said[1].split()) > 10, name
         assert 'href="data:text/csv' in figure or 'href="figures/' in figure
         assert not name or 'role="img" aria-label="' in figure
+
+
+def test_what_the_routing_is_worth_opens_with_advice_and_its_evidence(written):
+    text = written[0].read_text("utf-8")
+    for section in ("caches", "prefetch", "devices"):
+        body = re.search(rf'<section id="{section}".*?<figure', text, re.DOTALL)
+        assert body is not None
+        said = re.search(r'<p class="advice"><b>(.+?)</b> (.+?)</p>', body[0], re.DOTALL)
+        assert said is not None
+        assert re.search(r"\d", said[2])
 
 
 def test_the_table_of_contents_leads_to_every_section_in_the_order_of_the_page(page):

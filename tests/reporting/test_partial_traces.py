@@ -22,6 +22,7 @@ from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 8, 2), Layer(5, 8, 2))
 OF_TOKENS = {"topics", "repeats", "bits", "locality", "balance", "coactivation", "transitions"}
+OF_TOKENS |= {"worth", "caches", "prefetch", "devices"}
 
 
 def tokens(path: Path, *, ranked: bool = True, token_ids: bool = True) -> Trace:
@@ -122,6 +123,8 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
     if kind != "counts":
         expected |= {"repeats", "explain", "locality", "lags", "consistency", "coactivation", "batches", "domain_pairs"}
         expected |= {"information_between_layers", "transitions"}
+        expected |= {"cache", "cache_layers", "cache_domains", "prefetch", "prefetch_by_layer"}
+        expected |= {"parallel", "drops", "reach", "foreign"}
     if kind == "no token ids":
         expected |= {"runs", "paths"}
     assert tables == expected

@@ -12,7 +12,7 @@ import pytest
 from synthetic import make_counts, make_part, make_trace
 
 from moescope.errors import NotRecorded
-from moescope.tallying import one_pass, segments
+from moescope.tallying import one_pass, segment_kernels, segments
 from moescope.tallying.segments import count_segments
 from moescope.trace import Layer, Part
 
@@ -111,3 +111,18 @@ def test_lengths_that_make_no_sense_are_refused(tmp_path: Path, lengths: tuple[i
 def test_a_trace_of_counts_has_no_segments(tmp_path: Path) -> None:
     with pytest.raises(NotRecorded, match="no token"):
         count_segments(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "dropped"), [(8, 2, 0.0), (8, 8, 0.0), (7, 2, 0.2), (3, 1, 0.0)])
+def test_sixteen_tokens_counted_by_bits_are_those_counted_one_by_one(
+    num_experts: int, top_k: int, dropped: float
+) -> None:
+    rng = np.random.default_rng(num_experts)
+    lengths = np.concatenate([[15, 16, 17, 63, 64, 65, 79, 80, 128], rng.integers(1, 400, 30)])
+    ids = np.argsort(rng.random((lengths.sum(), 8)), axis=1)[:, :top_k].T.astype(np.int32)  # some are null experts
+    ids[rng.random(ids.shape) < dropped] = -1
+    starts, rows = np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)) % 5
+    slow, fast = np.zeros((5, 17), np.int64), np.zeros((5, 17), np.int64)
+    segment_kernels.count_activations(ids, num_experts, starts, rows, 16, slow)
+    segment_kernels.count_activations_in_sixteen(ids, num_experts, starts, rows, fast)
+    np.testing.assert_array_equal(fast, slow)

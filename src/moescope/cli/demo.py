@@ -56,7 +56,15 @@ def _record(ctx: click.Context, path: Path) -> None:
     from moescope.cli.record import command as record
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ctx.invoke(record, model=str(mini.model_path()), corpus=mini.corpus_path(), out=path, weights=True, dtype="float32")
+    ctx.invoke(
+        record,
+        model=str(mini.model_path()),
+        corpus=mini.corpus_path(),
+        out=path,
+        weights=True,
+        lookahead=(1, 2),
+        dtype="float32",
+    )
 
 
 def _summary(page: Path) -> str:

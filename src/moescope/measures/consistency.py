@@ -162,12 +162,14 @@ def _judge(
     activations = total[0, 1:].sum()
     size_ratio = taken / activations if activations else np.nan
     without = best_f1(total[:, None] - sides, length)[0]  # shape (side, group)
-    error, groups = _jackknife(without[0], domain_R)
-    difference_error, _ = _jackknife(without[0] - without[1], domain_R)
-    df = groups - len(np.unique(domain_R))
-    t = float(stats.t.ppf((1 + statistics.CONFIDENCE) / 2, df)) if df > 0 else np.nan
+    error, df = _jackknife(without[0], domain_R)
+    difference_error, difference_df = _jackknife(without[0] - without[1], domain_R)
+    t, difference_t = (
+        float(stats.t.ppf((1 + statistics.CONFIDENCE) / 2, d)) if d > 0 else np.nan for d in (df, difference_df)
+    )
     beyond = srp - shuffled
-    p_value = 2 * stats.t.sf(abs(beyond) / difference_error, df) if difference_error > 0 and df > 0 else np.nan
+    tested = difference_error > 0 and difference_df > 0
+    p_value = 2 * stats.t.sf(abs(beyond) / difference_error, difference_df) if tested else np.nan
     return (
         srp,
         float(np.maximum(0.0, srp - t * error)),
@@ -175,25 +177,31 @@ def _judge(
         size_ratio,
         shuffled,
         beyond,
-        beyond - t * difference_error,
-        beyond + t * difference_error,
+        beyond - difference_t * difference_error,
+        beyond + difference_t * difference_error,
         p_value,
     )
 
 
-def _jackknife(without_R: NDArray[np.float64], domain_R: NDArray[np.int64]) -> tuple[float, int]:
-    """Standard error from values with one group left out, stratified by domain, and the number of groups.
+def _jackknife(without_R: NDArray[np.float64], domain_R: NDArray[np.int64]) -> tuple[float, float]:
+    """Standard error from values with one group left out, stratified by domain, and its degrees of freedom.
+
+    Groups of few segments say little of the error: the degrees of freedom are those of a sum of squares that varies as
+    these do, at most the number of groups less that of domains.
 
     Source:
-        Wolter 2007, Introduction to Variance Estimation, section 4.5.
+        Wolter 2007, Introduction to Variance Estimation, section 4.5; degrees of freedom: Satterthwaite 1946.
     """
-    variance, groups = 0.0, 0
+    squares = []
     for code in np.unique(domain_R):
         values = without_R[domain_R == code]
-        if len(values) > 1:
-            variance += (len(values) - 1) / len(values) * float(((values - values.mean()) ** 2).sum())
-        groups += len(values)
-    return float(np.sqrt(variance)), groups
+        squares.append((len(values) - 1) / len(values) * (values - values.mean()) ** 2)
+    square_R = np.concatenate(squares)
+    variance, groups = float(square_R.sum()), len(square_R)
+    spread = float((square_R**2).sum()) - variance**2 / groups
+    most = groups - len(squares)
+    df = min(most, 2 * variance**2 / spread) if spread > 0 else most
+    return float(np.sqrt(variance)), df
 
 
 def _adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:

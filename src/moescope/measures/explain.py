@@ -49,6 +49,9 @@ STRENGTHS = 2.0 ** np.array([-5, -3, -1, 0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20])
 LESS_SHRINKAGE = 4
 """The bounds that the interval allows for are those of so much less shrinkage."""
 
+THIN = 5
+"""Rows a cell, of the values and experts that occur, below which shrinking may hide what there is to know."""
+
 STRENGTH_ROWS = 2**16
 """About so many rows, of documents spread over the trace, choose the shrinkage."""
 
@@ -85,8 +88,11 @@ def explain(
           left out, and the plain mutual information of the counts; `miller_madow`, the latter less its bias if every
           pair of value and expert that occurs occurred often;
         * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
-          tokens permuted within the document; else, the choices of each document rotated by a random number of tokens,
-          so that they last as long as they do. What a document's own mix of experts explains is left in the last two;
+          tokens permuted within the document; else, the choices of each document rotated to a random change of the
+          source's value, so that they last as long as they do. What a document's own mix of experts explains is left in
+          the last two;
+        * `rows_a_cell`: rows over the pairs of a value and an expert that could be. Below 5 the trace is short for the
+          source, and the interval allows for all that could hide there;
         * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
           over layers and sources.
 
@@ -149,8 +155,10 @@ class Estimate:
     plug_in: float
     miller_madow: float
     variance: float
+    between: float
     entropy: float
     rows: int
+    rows_a_cell: float
 
 
 def estimate(
@@ -169,8 +177,9 @@ def estimate(
         num_values: Values there may be.
         num_ids: Expert ids there may be.
     Returns:
-        The estimate. `variance` is of `bits`: between documents, and a twelfth of the squared distance between the
-        fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies.
+        The estimate. `variance` is of `bits`: `between` documents, and a twelfth of the squared distance between the
+        fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies; where rows are
+        fewer than five a cell, with no more shrinkage than a value has rows.
     """
     joint_XE = np.zeros((num_values, num_ids), np.int32)
     kernels.count_joint(x_R, e_R, joint_XE)
@@ -179,15 +188,20 @@ def estimate(
     total = int(load_E.sum())
     num_documents = len(starts_G) - 1
     if total == 0 or num_documents < 2:
-        return Estimate(*(float("nan"),) * 6, rows=total)
+        return Estimate(*(float("nan"),) * 7, rows=total, rows_a_cell=float("nan"))
     fitted_A, held_out_A = np.zeros(len(STRENGTHS)), np.zeros(len(STRENGTHS))
     step = 1 + total // STRENGTH_ROWS
     tried = kernels.bits_by_strength(
         x_R, e_R, starts_G, joint_XE, value_X, load_E, step, STRENGTHS, fitted_A, held_out_A
     )
     strength = float(STRENGTHS[held_out_A.argmax()])
+    cells, values, experts = (int(np.count_nonzero(counts)) for counts in (joint_XE, value_X, load_E))
+    rows_a_cell = total / (values * experts)
     # What shrinking hides both predictions hide; with less of it they part, and the truth lies between.
-    weaker = max(0, int(np.searchsorted(STRENGTHS, strength / LESS_SHRINKAGE, side="right")) - 1)
+    less = strength / LESS_SHRINKAGE
+    if rows_a_cell < THIN:  # nothing can be learned: all may be shrunk away, and there may be something all the same
+        less = min(less, total / values)
+    weaker = max(0, int(np.searchsorted(STRENGTHS, less, side="right")) - 1)
     apart = (fitted_A[weaker] - held_out_A[weaker]) / max(1, tried)
     fitted_G, held_out_G = np.zeros(num_documents), np.zeros(num_documents)
     rows_G = np.zeros(num_documents, np.int64)
@@ -198,10 +212,11 @@ def estimate(
     between = num_documents / (num_documents - 1) * float((residual_G**2).sum()) / total**2
     entropy = _entropy(load_E)
     plug_in = entropy + _entropy(value_X) - _entropy(joint_XE)
-    cells, values, experts = (np.count_nonzero(counts) for counts in (joint_XE, value_X, load_E))
     bias = (cells - values - experts + 1) / (2 * total * np.log(2))
     variance = between + apart**2 / 12
-    return Estimate(float(bits), float(held_out), plug_in, plug_in - bias, variance, entropy, total)
+    return Estimate(
+        float(bits), float(held_out), plug_in, plug_in - bias, variance, between, entropy, total, rows_a_cell
+    )
 
 
 @dataclass(frozen=True)
@@ -298,16 +313,21 @@ def _explain_layer(
         # which falls as one over the number of tokens.
         tested = rows.sample.num_tokens if name == "domain" else small.sample.num_tokens
         spread = float(null.permuted.std()) * tested / max(1, rows.sample.num_tokens)
-        half = float(statistics.student_t(rows.sample.num_documents)) * np.sqrt(found.variance + spread**2)
+        t = float(statistics.student_t(rows.sample.num_documents))
+        half = t * np.sqrt(found.variance + spread**2)
+        low = found.bits - half
+        if found.rows_a_cell < THIN:  # wide; but what is saved on documents left out is there
+            low = max(low, found.held_out - t * np.sqrt(found.between + spread**2))
         bits = float(np.maximum(found.bits, 0.0))  # which keeps NaN
         by_source[name] = {
             "bits": bits,
-            "low": float(np.maximum(found.bits - half, 0.0)),
+            "low": float(np.maximum(low, 0.0)),
             "high": float(np.maximum(found.bits + half, 0.0)),
             "share": bits / found.entropy if found.entropy > 0 else float("nan"),
             "held_out": found.held_out,
             "plug_in": found.plug_in,
             "miller_madow": found.miller_madow,
+            "rows_a_cell": found.rows_a_cell,
             "null": null.bits,
             "p_value": null.p_value,
         }
@@ -359,7 +379,7 @@ def _permuted_choices(
 
     Against the expert before they are put in random order, which is what locality is measured against. Against all else
     they are rotated: neighbours stay neighbours, so a choice that merely lasts is not taken for one that something else
-    explains.
+    explains. The ends of the document meet where the value of the source changes.
     """
     num_tokens, ranks = experts_KT.shape[1], len(experts_KT)
     starts_G = rows.sample.starts
@@ -369,26 +389,24 @@ def _permuted_choices(
     names = [*fixed, *(["previous expert"] if "previous expert" in sources else [])]
     tables = {name: _workspace(sources[name][1], layer.num_ids) for name in names}
 
-    def values(
-        rotated_T: NDArray[np.int32], shuffled_T: NDArray[np.int32]
-    ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        e_R = np.ascontiguousarray(experts_KT[:, rotated_T].T).ravel()
-        by_source = {name: (x_R, e_R) for name, x_R in fixed.items()}
-        if "previous expert" in sources:
-            before_T = rows.before(firsts_T[shuffled_T])
-            by_source["previous expert"] = _flat(before_T, experts_KT[:, shuffled_T], starts_G)[:2]
-        return by_source
+    def values(name: str, order_T: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        moved_KT = experts_KT[:, order_T]
+        if name == "previous expert":
+            return _flat(rows.before(firsts_T[order_T]), moved_KT, starts_G)[:2]
+        return fixed[name], np.ascontiguousarray(moved_KT.T).ravel()
 
-    rotated_T, shuffled_T = (np.arange(num_tokens, dtype=np.int32) for _ in range(2))
-    as_recorded = values(rotated_T, shuffled_T)
-    observed = {name: kernels.information(*xe, xlogx, *tables[name]) for name, xe in as_recorded.items()}
+    text_T = np.arange(num_tokens, dtype=np.int32)
+    observed = {name: kernels.information(*values(name, text_T), xlogx, *tables[name]) for name in names}
     permuted = {name: np.zeros(permutations) for name in names}
     copies: dict[str, list[float]] = {name: [] for name in names}
-    state = np.array([seed], np.uint64)
-    for at in range(permutations):
-        kernels.rotate_within(starts_G, rotated_T, state)
-        kernels.shuffle_within(starts_G, shuffled_T, state)
-        for name, xe in values(rotated_T, shuffled_T).items():
+    for name in names:
+        order_T, state = text_T.copy(), np.array([seed], np.uint64)
+        for at in range(permutations):
+            if name == "previous expert":
+                kernels.shuffle_within(starts_G, order_T, state)
+            else:
+                kernels.rotate_within(starts_G, sources[name][0], order_T, state)
+            xe = values(name, order_T)
             permuted[name][at] = kernels.information(*xe, xlogx, *tables[name])
             if at < NULL_COPIES:
                 bits = estimate(*xe, starts_G * ranks, sources[name][1], layer.num_ids).bits
@@ -426,7 +444,12 @@ def _permuted_domains(
 def _entropy_interval(
     experts_KT: NDArray[np.int32], starts_G: NDArray[np.int64], num_ids: int
 ) -> tuple[float, float, float]:
-    """Entropy of the choice, bits, less the bias of the plug-in value, with its 95 % interval over documents."""
+    """Entropy of the choice, bits, with its 95 % interval over documents.
+
+    The plug-in value is low by Σ var(p) / 2p nats. That is Miller's correction if tokens are independent; here the
+    variance is that between documents, whose tokens are alike. Where it is large, what it leaves out is not small: the
+    interval allows for a twelfth of its square, and its upper end for experts that were not seen.
+    """
     _, e_R, starts_G = _flat(experts_KT[0], experts_KT, starts_G)
     made = e_R >= 0
     load_E = np.bincount(e_R[made], minlength=num_ids)
@@ -442,10 +465,17 @@ def _entropy_interval(
     if num_documents < 2:
         return value, float("nan"), float("nan")
     error = np.sqrt(num_documents / (num_documents - 1) * float((residual_G**2).sum())) / total
-    value += (np.count_nonzero(load_E) - 1) / (2 * total * np.log(2))
-    half = float(statistics.student_t(num_documents)) * float(error)
+    squared_E, by_made_E = np.zeros(num_ids, np.int64), np.zeros(num_ids, np.int64)
+    made_squared = kernels.count_moments(e_R, starts_G, squared_E, by_made_E)
+    used = load_E > 0
+    error_E = statistics.ratio_standard_error(load_E, total, squared_E, by_made_E, made_squared, num_documents)
+    bias = float((error_E[used] ** 2 * total / load_E[used]).sum()) / (2 * np.log(2))
+    value += bias
+    half = float(statistics.student_t(num_documents)) * float(np.sqrt(error**2 + bias**2 / 12))
     most = float(np.log2(num_ids))
-    return min(value, most), max(0.0, value - half), min(value + half, most)
+    # Experts not seen have about the share of those seen once (Good 1953), and that much of at most log E bits.
+    unseen = int(np.count_nonzero(load_E == 1)) / total * most
+    return min(value, most), max(0.0, value - half), min(value + half + unseen, most)
 
 
 def _entropy(counts: NDArray[np.integer | np.floating]) -> float:
@@ -473,6 +503,7 @@ _VARIABLES = {
     "held_out": ("bits saved on documents left out", "bits", ""),
     "plug_in": ("mutual information of the counts, without correction", "bits", COVER),
     "miller_madow": ("mutual information less its first-order bias", "bits", "Miller 1955; Madow 1948"),
+    "rows_a_cell": ("rows over the pairs of a value and an expert that could be", "rows", ""),
     "null": ("bits that the source explains of permuted routing", "bits", ""),
     "p_value": ("p-value of the permutation test", "1", ""),
 }

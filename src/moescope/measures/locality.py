@@ -39,6 +39,10 @@ PAIRS = ("all", "equal ids", "different ids")
 ALL_DOMAINS = "(all)"
 """Name, among the domains, of the whole trace."""
 
+FEWEST_EXPECTED = 10
+"""Pairs expected to repeat, or in which neither token goes to the most popular expert, below which an excess above the
+popularity or the document has no interval."""
+
 LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST_RUN = 64
 MOST_DRAWS, DRAWN_TOKENS = 16, 2**22
@@ -79,7 +83,9 @@ def locality(
           ids occur in other documents.
 
         All intervals are 95 %, clustered by document; those of an excess are of paired differences. NaN where a trace
-        lacks what it takes: token ids, or the order of the choices.
+        lacks what it takes: token ids, or the order of the choices. Above the popularity and the document, there is no
+        interval and no p-value where fewer than ten pairs are to be expected to repeat, or, where nearly all tokens go
+        to one expert, to have neither token there: they decide.
     Raises:
         NotRecorded: The trace holds counts.
         NoSuchLayer: A layer was not recorded.
@@ -173,6 +179,7 @@ class _Counted:
     words_GIS: NDArray[np.float64]
     in_document_GS: NDArray[np.float64]
     in_domain_GS: NDArray[np.float64]
+    elsewhere_DS: NDArray[np.float64]
     repeat_GAS: NDArray[np.float64]
     pair_GA: NDArray[np.float64]
     run_N: NDArray[np.int64]
@@ -226,6 +233,7 @@ def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[i
         words,
         np.nan_to_num(in_document_GS),
         np.stack([same_first_G, in_domain_G / draws], axis=1),
+        _elsewhere(sample, drawn, ids_KT, layer.num_ids),
         repeat_GAS.astype(float),
         pair_GA.astype(float),
         run_N,
@@ -248,6 +256,27 @@ def _same_first_in_domain(
     sums_G = np.zeros(sample.num_documents)
     np.add.at(sums_G, drawn.document_T, chance_T)
     return sums_G
+
+
+def _elsewhere(
+    sample: DocumentSample, drawn: _Drawn, ids_KT: NDArray[np.integer[Any]], num_ids: int
+) -> NDArray[np.float64]:
+    """Part of the tokens of each domain, the last of them all, not at the most popular expert: by first choice, by set.
+
+    Shape (domain + 1, kind).
+    """
+    num_domains = len(sample.domain_names)
+    code_T = sample.domain[drawn.document_T] * num_ids
+    loads = []
+    for ids_T in ids_KT:
+        made = ids_T >= 0
+        cells = np.bincount(code_T[made] + ids_T[made], minlength=num_domains * num_ids)
+        loads.append(cells.reshape(num_domains, num_ids))
+    tokens_D = np.bincount(sample.domain, np.diff(sample.starts), minlength=num_domains)
+    tokens_D = np.append(tokens_D, tokens_D.sum())
+    load_SDE = np.stack([loads[0], np.sum(loads, axis=0)])
+    load_SDE = np.concatenate([load_SDE, load_SDE.sum(axis=1, keepdims=True)], axis=1)
+    return 1 - (load_SDE.max(axis=2) / np.maximum(tokens_D, 1)).T
 
 
 @dataclass(frozen=True)
@@ -322,18 +351,24 @@ def _labelled(
                         (of.in_document_GS[:, s] * n_G, 0.0),
                         (of.words_GIS[:, classes, s].sum(axis=1) * mine_G, 0.0),
                     )
+                    elsewhere = n_G.sum() * of.elsewhere_DS[d, s] ** 2
                     for null, (expected_G, correction_G) in enumerate(by_null):
                         one = _excess(y_G, n_G, expected_G, correction_G)
                         place = d, p, null, at, s
                         rate[place], expected[place] = one.rate, one.expected
                         error[place], rate_error[place] = one.excess_error, one.error
+                        fewest = min(elsewhere, float(expected_G.sum()))
+                        if NULLS[null] in ("popularity", "document") and fewest < FEWEST_EXPECTED:
+                            error[place] = np.nan
                 for a in range(len(lags)):
                     n_G = of.pair_GA[:, a] * mine_G
                     one = _excess(of.repeat_GAS[:, a, s] * mine_G, n_G, of.in_document_GS[:, s] * n_G)
                     lag_documents[d, a] = np.count_nonzero(n_G)
                     place_ = d, at, s, a
                     lag_rate[place_], lag_expected[place_] = one.rate, one.expected
-                    lag_error[place_], lag_rate_error[place_] = one.excess_error, one.error
+                    fewest = n_G.sum() * min(of.elsewhere_DS[d, s] ** 2, one.expected)
+                    lag_error[place_] = one.excess_error if fewest >= FEWEST_EXPECTED else np.nan
+                    lag_rate_error[place_] = one.error
     documents_5 = documents[:, :, None, None, None]
     low, high = statistics.proportion_interval(rate[:, :, 0], rate_error[:, :, 0], documents[:, :, None, None])
     lag_low, lag_high = statistics.proportion_interval(lag_rate, lag_rate_error, lag_documents[:, None, None, :])

@@ -55,12 +55,19 @@ def ratio_standard_error(
     return np.sqrt(variance)
 
 
-def proportion_interval(p: ArrayLike, standard_error: ArrayLike, documents: ArrayLike) -> tuple[Numbers, Numbers]:
+def proportion_interval(
+    p: ArrayLike, standard_error: ArrayLike, documents: ArrayLike, *, together: int = 1
+) -> tuple[Numbers, Numbers]:
     """95 % interval of a proportion: Student's t with D - 1 degrees of freedom on the logit scale.
 
     Where every document has none of what is counted (or nothing else), the standard error is zero and says nothing;
     there the far end is that of an exact binomial interval over documents, 1 - 0.025^(1/D).
 
+    Args:
+        p: Proportions.
+        standard_error: Their standard errors.
+        documents: Number of documents D.
+        together: So many such intervals are to hold at once (Bonferroni).
     Returns:
         The low and the high end; NaN for fewer than two documents.
     Source:
@@ -68,13 +75,14 @@ def proportion_interval(p: ArrayLike, standard_error: ArrayLike, documents: Arra
     """
     p, standard_error = np.asarray(p, float), np.asarray(standard_error, float)
     d = np.broadcast_to(np.asarray(documents, float), p.shape)
-    t = student_t(d)
+    tail = (1 - CONFIDENCE) / 2 / together
+    t = np.where(d > 1, stats.t.ppf(1 - tail, np.maximum(d - 1, 1)), np.nan)
     inside = (p > 0) & (p < 1) & (standard_error > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         logit = np.log(p) - np.log1p(-p)
         half = t * standard_error / (p * (1 - p))
         low, high = (1 / (1 + np.exp(-(logit + sign * half))) for sign in (-1, 1))
-        rare = 1 - ((1 - CONFIDENCE) / 2) ** (1 / d)
+        rare = 1 - tail ** (1 / d)
     low = np.where(inside, low, np.where(p == 1, 1 - rare, np.where(p == 0, 0.0, p)))
     high = np.where(inside, high, np.where(p == 0, rare, np.where(p == 1, 1.0, p)))
     unknown = np.isnan(p) | (d < 2)

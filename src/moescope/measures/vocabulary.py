@@ -248,9 +248,10 @@ def _test(
 def _rotations(sample: DocumentSample, copies: int, seed: int) -> list[NDArray[np.int32]]:
     """Orders of the tokens in which each document begins at a random token and its beginning stands at its end."""
     order_T, state = np.empty(sample.num_tokens, np.int32), np.array([seed], np.uint64)
+    anywhere_T = np.arange(sample.num_tokens, dtype=np.int32)
     orders = []
     for _ in range(copies):
-        information_kernels.rotate_within(sample.starts, order_T, state)
+        information_kernels.rotate_within(sample.starts, anywhere_T, order_T, state)
         orders.append(order_T.copy())
     return orders
 

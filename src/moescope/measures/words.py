@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.measures import statistics
+from moescope.measures import groups, statistics
 from moescope.measures.statistics import described
 from moescope.tallying import Occurrences, Tally, TokenChoices, find_occurrences
 from moescope.tallying import tally as count
@@ -43,7 +43,8 @@ def words(
         occurrences have at least two tokens.
 
         * `top_expert`, `top_share`, `top_share_low`, `top_share_high`, `top_share_null`: the expert that most tokens of
-          the word choose first, their share (clustered by document), and that expert's share of all tokens;
+          the word choose first, their share (clustered by document; the lower end allows for its having been picked as
+          the largest), and that expert's share of all tokens;
         * `same`, `same_low`, `same_high`, `same_null`: probability that two tokens of the word, from different
           documents, have the same first choice (jackknife over documents); the same of any two tokens of the trace;
         * `together`, `together_low`, `together_high`, `together_null`: share of the occurrences of several tokens in
@@ -133,7 +134,7 @@ def _judge(word: Occurrences, at: int, choices: TokenChoices, tally: Tally, laye
     by_document = np.zeros((len(documents), len(loads)))
     np.add.at(by_document, (place[made], choice[made]), 1)
     top = int(by_document.sum(axis=0).argmax())
-    top_share = _clustered(by_document[:, top], by_document.sum(axis=1))
+    top_share = _share_of_the_top(by_document, top)
     same = _same_across(by_document)
     together, together_null = _together(word, at, choices)
     return _Row(top, *top_share, float(marginal[top]), *same, same_null, *together, together_null)
@@ -147,6 +148,24 @@ def _clustered(y_G: NDArray[np.float64], n_G: NDArray[np.float64]) -> tuple[floa
     error = statistics.ratio_standard_error(y.sum(), n.sum(), (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
     low, high = statistics.proportion_interval(p, error, len(n))
     return float(p), float(low), float(high)
+
+
+def _share_of_the_top(count_GE: NDArray[np.float64], top: int) -> tuple[float, float, float]:
+    """Share of the expert found on top, with a 95 % interval of its true share.
+
+    The one of several that came out largest has been lucky, so the lower end holds for all at once that could have.
+
+    Source:
+        Chernozhukov, Lee and Rosen 2013, Econometrica 81 (contenders by adaptive selection, here with Bonferroni's
+        quantiles), as `groups.interval_of_largest`.
+    """
+    used_GE = count_GE[count_GE.sum(axis=1) > 0]
+    share_E, error_E = groups.ratio_errors(used_GE, used_GE.sum(axis=1))
+    low_E, high_E = statistics.proportion_interval(share_E, error_E, len(used_GE), together=len(share_E))
+    contenders = max(1, int((high_E >= low_E[top]).sum())) if np.isfinite(low_E[top]) else 1
+    low, _ = statistics.proportion_interval(share_E[top], error_E[top], len(used_GE), together=contenders)
+    _, high = statistics.proportion_interval(share_E[top], error_E[top], len(used_GE))
+    return float(share_E[top]), float(low), float(high)
 
 
 def _same_across(count_GE: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import xarray as xr
 
 from moescope.reporting import frames
+from moescope.reporting.cache_tables import cache_frame
 from moescope.reporting.comparison_tables import consistency_table
 from moescope.reporting.documents import RoutedDocument
 from moescope.reporting.explain_tables import explain_frame
@@ -14,8 +15,11 @@ from moescope.reporting.figures import as_bars
 from moescope.reporting.figures.joint import MOST_WITH_NUMBERS
 from moescope.reporting.locality_tables import lags_frame, locality_frame
 from moescope.reporting.page import PageFigure
+from moescope.reporting.parallel_tables import parallel_frame
+from moescope.reporting.prefetch_tables import prefetch_frame
 from moescope.reporting.results import Results
 from moescope.reporting.tables import describe_any
+from moescope.reporting.vocabulary_tables import syntax_frame, vocabulary_frame
 
 FEWEST_DOMAINS_IN_PAIRS = 3
 """With two domains, each is "the others" to the other, and the pair says nothing new."""
@@ -35,6 +39,10 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> Iterat
         yield from _of_locality(results, results.locality)
     if results.consistency is not None:
         yield _of_consistency(results.consistency)
+    if results.vocabulary is not None:
+        yield _of_vocabulary(results, results.vocabulary)
+    if results.syntax is not None:
+        yield _of_word_classes(results.syntax)
     yield _of_balance(results.balance)
     if results.coactivation is not None:
         yield _of_coactivation(results, results.coactivation)
@@ -42,6 +50,12 @@ def page_figures(results: Results, examples: Sequence[RoutedDocument]) -> Iterat
         yield _of_transitions(results, results.transitions)
     if results.shares.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
         yield _of_domain_pairs(results)
+    if results.cache is not None:
+        yield _of_cache(results.cache)
+    if results.prefetch is not None:
+        yield _of_prefetch(results.prefetch)
+    if results.parallel is not None:
+        yield _of_parallel(results.parallel)
 
 
 def _of_section_5(results: Results, examples: Sequence[RoutedDocument]) -> Iterator[PageFigure]:
@@ -383,6 +397,118 @@ def _of_domain_pairs(results: Results) -> PageFigure:
             "about. With many documents even a trifle has its dot."
         ),
         frame=frames.divergence_frame(divergence).query("other != '(the others)'"),
+    )
+
+
+def _of_vocabulary(results: Results, vocabulary: xr.Dataset) -> PageFigure:
+    return PageFigure(
+        name="vocabulary",
+        file="vocabulary",
+        label="Vocabulary",
+        title="How surely a token goes to one expert",
+        caption=(
+            "Share of an id's tokens that chose its most frequent expert, mean over ids of at least "
+            f"{int(vocabulary.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
+            "the same choices rotated within each document. Dotted: the most popular expert. Below: experts from the "
+            "most to the least specialized."
+        ),
+        how=(
+            "Far above the dashed line the layer goes by the token; near 100 % it looks words up. Where the right "
+            "panel is the higher, the layer is about what comes next."
+        ),
+        cannot=(
+            "Each id counts once, so rare ids weigh most. It does not say whether the token itself decides, or the "
+            "words that usually stand before it."
+        ),
+        frame=vocabulary_frame(vocabulary, results.trace.vocabulary),
+    )
+
+
+def _of_word_classes(syntax: xr.Dataset) -> PageFigure:
+    return PageFigure(
+        name="classes",
+        file="word-classes",
+        label="Word classes",
+        title="Word classes with experts of their own",
+        caption=(
+            "Jensen-Shannon divergence, bits, between the choices of a class of words and those of the other tokens "
+            "of the same documents. Dot: not explained by sampling documents (false discovery rate 5 %)."
+        ),
+        how=(
+            "A dark cell: the class goes its own way. Because both sides come from the same documents, domain cannot "
+            "pass for syntax."
+        ),
+        cannot=(
+            "Line breaks are one or two ids: a router that looks ids up separates them without knowing syntax. Classes "
+            "overlap."
+        ),
+        frame=syntax_frame(syntax),
+    )
+
+
+def _of_cache(cache: xr.Dataset) -> PageFigure:
+    return PageFigure(
+        name="cache",
+        file="cache",
+        label="Caches",
+        title="What a cache of experts would hit",
+        caption=(
+            "Per cent of the requests of decoding, token by token, that find their expert in a cache of each layer; "
+            "left by experts it holds, all layers together; right by layer. Dashed: the tokens of each document in "
+            "random order. Dotted: uniform routing. Bands and bars: 95 % over documents."
+        ),
+        how=(
+            "From dotted to dashed is what popularity and the documents' own mix give; from dashed to the line, the "
+            "order of the tokens; from LRU to the optimum, the most that a better policy could add."
+        ),
+        cannot=(
+            "Seconds (“moescope cache --expert-bytes … --bandwidth …” tells tokens a second), what prefetching adds, "
+            "or what other text would hit. The optimum knows the future."
+        ),
+        frame=cache_frame(cache),
+    )
+
+
+def _of_prefetch(prefetch: xr.Dataset) -> PageFigure:
+    ahead = "lookahead" in prefetch["kind"].values
+    return PageFigure(
+        name="prefetch",
+        file="prefetch",
+        label="Prefetch",
+        title="What could be loaded ahead",
+        caption=(
+            "Per cent of the needed experts that are among the first n that a predictor names: left by n, over the "
+            "layers that all predictors reach; right by layer, n as many as a token chooses. What a predictor learns, "
+            "it learns on other documents. Bands: 95 % over documents."
+        ),
+        how=(
+            "At as many as a token chooses, nothing is loaded in vain that a perfect predictor would not load. The "
+            "distance to the black line is what a predictor adds to a fixed list of popular experts."
+        ),
+        cannot="Whether a load finishes in time, nor what a cache already holds."
+        + ("" if ahead else " The routers of later layers were not asked: “moescope record --lookahead 1,2” does."),
+        frame=prefetch_frame(prefetch),
+    )
+
+
+def _of_parallel(parallel: xr.Dataset) -> PageFigure:
+    return PageFigure(
+        name="parallel",
+        file="parallel",
+        label="Devices",
+        title=f"What this routing costs on {int(parallel.attrs['devices'])} devices",
+        caption=(
+            "Above: largest load of a device over the mean, by layer, experts placed in their order, for batches of "
+            "prefill and decode (band: 5 to 95 % of the batches). Dashed: the same tokens in any order; dotted: "
+            "uniform routing. Below: assignments dropped by capacity factor; what a batch waits for over all layers, "
+            "and devices that a token reaches, by placement, on documents it was not fitted on."
+        ),
+        how=(
+            "Dashed above dotted: popular experts share a device, and placement by load helps. Solid above dashed: "
+            "locality, which placement by load cannot remove; replicas and more mixed batches help."
+        ),
+        cannot="Time, what a server mixes, and what a dropped token would do in later layers.",
+        frame=parallel_frame(parallel),
     )
 
 

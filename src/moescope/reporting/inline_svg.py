@@ -66,12 +66,8 @@ def _simplify(element: Element, clipped: bool = True) -> None:
             continue
         _simplify(child, clipped)
         child.tail = None
-        if (
-            child.tag == "path"
-            and child.get("fill") == "none"
-            and "stroke" not in child.attrib
-            and not child.get("class")
-        ):
+        unseen = child.get("fill") == "none" and "stroke" not in child.attrib and not child.get("class")
+        if child.tag == "path" and (unseen or "d" not in child.attrib):  # a line of missing values has no d
             element.remove(child)
     if element.tag != "text":
         element.text = None

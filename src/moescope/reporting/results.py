@@ -19,19 +19,31 @@ from moescope.measures import (
     locality,
     repeats,
     shares,
+    syntax,
     transitions,
+    vocabulary,
     words,
 )
 from moescope.measures.claims import first_middle_last
 from moescope.reporting.documents import RoutedDocument, sample_documents
-from moescope.tallying import DocumentSample, tally
+from moescope.simulation import cache, parallel, prefetch
+from moescope.tallying import DocumentSample, count_everything, tally
 from moescope.tallying import sample_documents as keep_documents
 from moescope.tallying.segments import Segments
-from moescope.tallying.shared_pass import SAMPLE_BYTES, shared_pass
 from moescope.trace import Layer, Trace
 
 WORDS = ("self", "Question")
 """The words that section 5 of the paper speaks of; indentation is the third."""
+
+
+SEGMENT_LENGTHS = (16,)
+"""Tokens of the segments counted for consistency; each length costs as much as the tally."""
+
+SAMPLE_BYTES = 2**27
+"""Memory of the documents kept: 1.7 million tokens of 32 layers x 2 choices, which two processors explain in 20 s."""
+
+CACHE_POLICIES = ("lru", "aged-lfu", "hot", "belady")
+"""Cache policies of a report: what is used, the best simple one, what needs no cache at all, and the optimum."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,15 @@ class Results:
         words: Of `moescope.words`; None where the trace lacks token ids, or the order of the choices.
         explained: Of `moescope.explain`, of a sample of documents.
         locality: Of `moescope.locality`, of the same documents.
+        vocabulary: Of `moescope.vocabulary`, of the same documents; None, too, if no id is frequent enough.
+        syntax: Of `moescope.syntax`; None, too, if no word class stands beside other tokens.
         consistency: Of `moescope.consistency`; None, too, if no document is long enough.
         balance: Of `moescope.balance`.
         coactivation: Of `moescope.coactivation`; None, too, if no layer has two choices.
         transitions: Of `moescope.transitions`; None, too, if there is one layer.
+        cache: Of `moescope.cache`, of `CACHE_POLICIES`; None, too, if every token takes all experts.
+        prefetch: Of `moescope.prefetch`.
+        parallel: Of `moescope.parallel`, on `shared_by` devices; None, too, if so few experts cannot be shared.
         claims: Of `moescope.claims`.
         documents: A sample of documents with the choices of `embedded_layers`; none where `words` is None.
         embedded_layers: Layers the documents hold.
@@ -66,10 +83,15 @@ class Results:
     words: xr.Dataset | None
     explained: xr.Dataset | None
     locality: xr.Dataset | None
+    vocabulary: xr.Dataset | None
+    syntax: xr.Dataset | None
     consistency: xr.Dataset | None
     balance: xr.Dataset
     coactivation: xr.Dataset | None
     transitions: xr.Dataset | None
+    cache: xr.Dataset | None
+    prefetch: xr.Dataset | None
+    parallel: xr.Dataset | None
     claims: list[Claim]
     documents: list[RoutedDocument]
     embedded_layers: tuple[Layer, ...]
@@ -109,7 +131,7 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         TraceDamaged: A page fails its checksum.
     """
     shown = shown_layers(trace, layers)
-    counted = shared_pass(trace)
+    counted = count_everything(trace, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
     counts = counted.tally
     has_text = counts.ranked and trace.header.token_ids
     of_divergence = divergence(counts)
@@ -126,10 +148,15 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         words=of_words,
         explained=explained,
         locality=of_locality,
+        vocabulary=_vocabulary(counted.documents) if has_text else None,
+        syntax=_syntax(trace) if has_text else None,
         consistency=_consistency(trace, counted.segments),
         balance=balance(counted.balance),
         coactivation=None if counted.coactivation is None else coactivation(counted.coactivation),
         transitions=None if counted.transitions is None else transitions(counted.transitions),
+        cache=_cache(trace),
+        prefetch=None if counts.counts_only else prefetch(trace),
+        parallel=_parallel(trace),
         claims=claims(of_divergence, of_words, of_locality, explained),
         documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
         if has_text
@@ -170,6 +197,40 @@ def _consistency(trace: Trace, segments: Segments | None) -> xr.Dataset | None:
         return None
     found = consistency(trace, segments=segments)
     return found if found["srp"].notnull().any() else None
+
+
+def _vocabulary(kept: DocumentSample | None) -> xr.Dataset | None:
+    if kept is None:
+        return None
+    found = vocabulary(kept, top=5)
+    return found if found["specialization"].notnull().any() else None
+
+
+def _syntax(trace: Trace) -> xr.Dataset | None:
+    found = syntax(trace)
+    return found if found["jsd"].notnull().any() else None
+
+
+def _cache(trace: Trace) -> xr.Dataset | None:
+    if trace.header.counts_only or all(layer.top_k >= layer.num_experts for layer in trace.layers):
+        return None
+    return cache(trace, policies=CACHE_POLICIES if trace.num_documents > 1 else ("lru", "aged-lfu", "belady"))
+
+
+def _parallel(trace: Trace) -> xr.Dataset | None:
+    devices = shared_by(trace.layers)
+    if trace.header.counts_only or devices is None:
+        return None
+    if trace.num_documents > 1:
+        return parallel(trace, devices=devices)
+    return parallel(trace, devices=devices, placements=("linear", "random"))  # the others are fitted on documents
+
+
+def shared_by(layers: Iterable[Layer]) -> int | None:
+    """Devices among which a report shares the experts: 8, 4 or 2, as many as leave two experts each in every layer."""
+    numbers = [layer.num_experts for layer in layers]
+    fitting = [n for n in (8, 4, 2) if all(number % n == 0 and number >= 2 * n for number in numbers)]
+    return fitting[0] if fitting else None
 
 
 def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int, ...]:

@@ -167,11 +167,15 @@ def _write_text(path: Path, text: str) -> None:
 def _tables(results: Results) -> list[Table]:
     """Every table that the trace can tell, in the order of the page."""
     from moescope.reporting import tables
+    from moescope.reporting.cache_tables import cache_tables
     from moescope.reporting.captions import FEWEST_DOMAINS_IN_PAIRS
     from moescope.reporting.claims_table import claims_table
     from moescope.reporting.comparison_tables import consistency_table
     from moescope.reporting.explain_tables import explain_table
     from moescope.reporting.locality_tables import lags_table, locality_table, runs_table
+    from moescope.reporting.parallel_tables import parallel_tables
+    from moescope.reporting.prefetch_tables import prefetch_tables
+    from moescope.reporting.vocabulary_tables import expert_tokens_table, syntax_tables, vocabulary_table
 
     layers = results.layers
     found = [claims_table(results.claims), tables.shares_table(results.shares, layers)]
@@ -189,6 +193,12 @@ def _tables(results: Results) -> list[Table]:
             found.append(runs_table(results.locality, layers))
     if results.consistency is not None:
         found.append(consistency_table(results.consistency, layers))
+    if results.vocabulary is not None:
+        pieces = results.trace.vocabulary
+        found.append(vocabulary_table(results.vocabulary, layers, pieces))
+        found.append(expert_tokens_table(results.vocabulary, layers, pieces))
+    if results.syntax is not None:
+        found += syntax_tables(results.syntax, layers)
     found += tables.balance_tables(results.balance, layers)
     if results.coactivation is not None:
         found.append(tables.coactivation_table(results.coactivation.sel(layer=list(results.paired_layers)), layers))
@@ -196,6 +206,12 @@ def _tables(results: Results) -> list[Table]:
         found += tables.transitions_tables(results.transitions, results.later_layers)
     if results.shares.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
         found.append(tables.domain_pairs_table(results.divergence, layers))
+    if results.cache is not None:
+        found += cache_tables(results.cache)
+    if results.prefetch is not None:
+        found += prefetch_tables(results.prefetch, layers)
+    if results.parallel is not None:
+        found += parallel_tables(results.parallel, layers)
     return found
 
 
@@ -246,6 +262,11 @@ def _figures(results: Results, folder: Path) -> list[PageFigure]:
         "coactivation": lambda: figures.draw_coactivation(known(results.coactivation), results.paired_layers),
         "transitions": lambda: figures.draw_transitions(known(results.transitions), results.later_layers),
         "pairs": lambda: figures.draw_domain_pairs(results.divergence, layers),
+        "vocabulary": lambda: figures.draw_vocabulary(known(results.vocabulary)),
+        "classes": lambda: figures.draw_word_classes(known(results.syntax)),
+        "cache": lambda: figures.draw_cache(known(results.cache)),
+        "prefetch": lambda: figures.draw_prefetch(known(results.prefetch)),
+        "parallel": lambda: figures.draw_parallel(known(results.parallel)),
     }
     found = []
     for described in page_figures(results, examples):

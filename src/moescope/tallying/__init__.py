@@ -7,6 +7,7 @@ several times get them from `document_sample`, which holds whole documents up to
 """
 
 from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.tallying.everything import Everything, count_everything
 from moescope.tallying.occurrences import INDENTATION, Occurrences, TokenChoices, find_occurrences
 from moescope.tallying.tally import REPEAT_KINDS, Tally, choice_labels, tally
 
@@ -14,10 +15,12 @@ __all__ = [
     "INDENTATION",
     "REPEAT_KINDS",
     "DocumentSample",
+    "Everything",
     "Occurrences",
     "Tally",
     "TokenChoices",
     "choice_labels",
+    "count_everything",
     "find_occurrences",
     "sample_documents",
     "tally",

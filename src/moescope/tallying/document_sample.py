@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,93 +117,96 @@ def sample_documents(
     """
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    make = partial(SampleCounter.empty, trace, chosen, max_bytes, ranks)
-    (counter,) = one_pass(trace, chosen, lambda: [make()], threads=threads, tokens=True)
-    return counter.joined(trace, chosen)
+    room = DocumentRoom.for_documents(trace, chosen, max_bytes, ranks)
+    one_pass(trace, chosen, lambda: [DocumentCounter(room)], threads=threads, tokens=True)
+    return room.filled
+
+
+@dataclass(frozen=True)
+class DocumentRoom:
+    """The memory of a sample, which the counters of all threads fill, each its own rows.
+
+    Attributes:
+        sample: The sample; its columns are what is filled.
+        first_row: By the first document of a part, kept or not, the row at which the part's kept documents start.
+    """
+
+    sample: DocumentSample
+    first_row: dict[int, int]
+
+    @classmethod
+    def for_documents(
+        cls, trace: Trace, layers: tuple[Layer, ...], max_bytes: int = MAX_BYTES, ranks: int | None = None
+    ) -> DocumentRoom:
+        """Room for the documents of a trace, and their first `ranks` choices, that fit in so many bytes; all empty."""
+        held = {layer: len(range(layer.top_k)[:ranks]) for layer in layers}
+        a_token = _BYTES_BESIDE_CHOICES + sum(number * _id_dtype(layer).itemsize for layer, number in held.items())
+        fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
+        number, owner, length = trace.document_numbers, trace.document_parts, trace.document_tokens
+        begins = np.flatnonzero(np.diff(owner, prepend=-1))  # of each part
+        parts = np.split(np.arange(len(number)), begins[1:])
+        order = np.argsort(number[begins], kind="stable")
+        rows = np.concatenate([np.zeros(0, np.int64), *(parts[at] for at in order.tolist())])
+        keep = _kept(number, fraction)
+        kept = rows[keep[rows]]
+        starts = np.concatenate([[0], np.cumsum(length[kept])]).astype(np.int64)
+        of_part = np.bincount(owner[kept], length[kept], minlength=len(trace.parts)).astype(np.int64)
+        first_row, row = {}, 0
+        for at in order.tolist():
+            first_row[int(number[begins[at]])] = row
+            row += int(of_part[owner[begins[at]]])
+        sample = DocumentSample(
+            layers,
+            trace.domains,
+            number[kept],
+            trace.document_domains[kept],
+            starts,
+            np.zeros(0, np.int64),
+            np.zeros(row, np.int32),
+            np.zeros(row, np.int32) if trace.header.token_ids else None,
+            {layer.layer: np.zeros((number, row), _id_dtype(layer)) for layer, number in held.items()},
+            fraction,
+        )
+        return cls(sample, first_row)
+
+    @property
+    def filled(self) -> DocumentSample:
+        """The sample, once the pass is over."""
+        starts = np.append(np.flatnonzero(self.sample.position == 0), self.sample.num_tokens)
+        return replace(self.sample, sequence_starts=starts.astype(np.int64))
 
 
 @dataclass
-class SampleCounter:
-    """The counter that keeps documents, a chunk a part; the pass must read token ids."""
+class DocumentCounter:
+    """The counter that keeps documents: each part goes to its place in the room that all counters share."""
 
-    fraction: float
-    ranks: int | None = None
-    chunks: list[dict[str, NDArray[Any]]] = field(default_factory=list)
-    choices: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
-    kept: NDArray[np.bool_] | None = None
-
-    @classmethod
-    def empty(
-        cls, trace: Trace, layers: Sequence[Layer], max_bytes: int = MAX_BYTES, ranks: int | None = None
-    ) -> SampleCounter:
-        """A counter that keeps as many documents of these layers, and ranks, as fit."""
-        a_token = _BYTES_BESIDE_CHOICES + sum(
-            len(range(layer.top_k)[:ranks]) * _id_dtype(layer).itemsize for layer in layers
-        )
-        return cls(min(1.0, max_bytes / max(1, a_token * trace.num_tokens)), ranks)
+    room: DocumentRoom
+    document: int = -1
+    rows: slice = field(default_factory=lambda: slice(0, 0))
+    kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
-        """Keep the documents of a part that belong to the sample."""
-        if not self.chunks or self._is_new(part):
+        """Keep the layers of `group` of a part's documents."""
+        sample = self.room.sample
+        if int(part.document[0]) != self.document:
             self._start(part)
         for layer in group:
-            ids_KT = part.expert_ids[layer.layer].T[: self.ranks]
-            rows = ids_KT if self.kept is None else ids_KT[:, self.kept]
-            self.choices[-1][layer.layer] = rows.astype(_id_dtype(layer), copy=self.ranks is not None)
-
-    def _is_new(self, part: Part) -> bool:
-        return int(part.document[0]) != int(self.chunks[-1]["first"][0])
+            room_KT = sample.expert_ids[layer.layer]
+            room_KT[:, self.rows] = part.expert_ids[layer.layer].T[: len(room_KT), self.kept]
 
     def _start(self, part: Part) -> None:
-        starts = part.document_starts()
-        document = part.document[starts[:-1]].astype(np.int64)
-        keep_G = _kept(document, self.fraction)
-        self.kept = None if keep_G.all() else np.repeat(keep_G, np.diff(starts))
-        rows = slice(None) if self.kept is None else self.kept
-        self.chunks.append(
-            {
-                "first": part.document[:1].copy(),
-                "document": document[keep_G],
-                "domain": part.domain[starts[:-1]][keep_G].astype(np.int64),
-                "length": np.diff(starts)[keep_G],
-                "position": part.position[rows].astype(np.int32),
-                "token_id": part.token_id[rows].astype(np.int32),
-            }
-        )
-        self.choices.append({})
+        sample, starts = self.room.sample, part.document_starts()
+        self.document = int(part.document[0])
+        keep_G = _kept(part.document[starts[:-1]].astype(np.int64), sample.fraction)
+        self.kept = slice(None) if keep_G.all() else np.repeat(keep_G, np.diff(starts))
+        first = self.room.first_row[self.document]
+        self.rows = slice(first, first + int(np.diff(starts)[keep_G].sum()))
+        sample.position[self.rows] = part.position[self.kept]
+        if sample.token_id is not None:
+            sample.token_id[self.rows] = part.token_id[self.kept]
 
-    def merge(self, other: SampleCounter) -> None:
-        """Add the documents of another counter, in place."""
-        self.chunks += other.chunks
-        self.choices += other.choices
-
-    def joined(self, trace: Trace, layers: tuple[Layer, ...]) -> DocumentSample:
-        """The sample of what was kept; the counter is empty afterwards."""
-        order = sorted(range(len(self.chunks)), key=lambda at: int(self.chunks[at]["first"][0]))
-        kinds = {"document": np.int64, "domain": np.int64, "length": np.int64, "position": np.int32}
-        columns = {
-            name: np.concatenate([np.zeros(0, kind), *(self.chunks[at][name] for at in order)])
-            for name, kind in {**kinds, "token_id": np.int32}.items()
-        }
-        starts = np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int64)
-        expert_ids = {}
-        for layer in layers:  # a layer at a time, so that the choices are in memory once, and one layer twice
-            empty = np.zeros((layer.top_k, 0), _id_dtype(layer))[: self.ranks]
-            expert_ids[layer.layer] = np.concatenate(
-                [empty, *(self.choices[at].pop(layer.layer) for at in order)], axis=1
-            )
-        return DocumentSample(
-            layers,
-            trace.domains,
-            columns["document"],
-            columns["domain"],
-            starts,
-            np.append(np.flatnonzero(columns["position"] == 0), starts[-1]).astype(np.int64),
-            columns["position"],
-            columns["token_id"] if trace.header.token_ids else None,
-            expert_ids,
-            self.fraction,
-        )
+    def merge(self, other: DocumentCounter) -> None:
+        """Nothing: the room is shared."""
 
 
 def _kept(document: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:

@@ -159,6 +159,31 @@ def bits_by_document(
 
 
 @numba.njit(cache=True, nogil=True)
+def count_moments(e_R: Rows, starts_G: Sums, squared_E: Sums, by_made_E: Sums) -> int:
+    """Add, over documents, the squares of how often each expert was chosen, and its products with all that was chosen.
+
+    Returns:
+        Σ of the squares of all that was chosen.
+    """
+    own_E = np.zeros(squared_E.size, np.int64)
+    made_squared = 0
+    for g in range(starts_G.size - 1):
+        made = 0
+        for r in range(starts_G[g], starts_G[g + 1]):
+            if e_R[r] >= 0:
+                own_E[e_R[r]] += 1
+                made += 1
+        made_squared += made * made
+        for r in range(starts_G[g], starts_G[g + 1]):
+            e = e_R[r]
+            if e >= 0 and own_E[e] > 0:
+                squared_E[e] += own_E[e] * own_E[e]
+                by_made_E[e] += own_E[e] * made
+                own_E[e] = 0
+    return made_squared
+
+
+@numba.njit(cache=True, nogil=True)
 def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
     """Permute the rows of each document, in place (Fisher and Yates)."""
     for g in range(starts_G.size - 1):
@@ -169,13 +194,29 @@ def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> 
 
 
 @numba.njit(cache=True, nogil=True)
-def rotate_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
-    """Set the order to that of the text, each document begun at a random row and its beginning put at its end."""
+def rotate_within(starts_G: Sums, x_T: Rows, order_T: Rows, state: NDArray[np.uint64]) -> None:
+    """Set the order to that of the text, each document rotated so that its ends meet at a random change of the value.
+
+    There the value of neighbours differs anyway. Anywhere else the seam would cut a run of one value in two, which the
+    text never does, and choices that last would look tied to the value.
+
+    Args:
+        starts_G: First row of each document, with T at the end.
+        x_T: Values. A document's first row counts as a change: as it stands it is one of its rotations.
+        order_T: Set to the order.
+        state: Of the random numbers.
+    """
     for g in range(starts_G.size - 1):
-        start, length = starts_G[g], starts_G[g + 1] - starts_G[g]
-        offset = draw_below(state, length)
-        for t in range(length):
-            order_T[start + t] = start + (t + offset) % length
+        start, end = starts_G[g], starts_G[g + 1]
+        changes = 1
+        for t in range(start + 1, end):
+            changes += x_T[t] != x_T[t - 1]
+        seam, left = start, draw_below(state, changes)
+        while left > 0:
+            seam += 1
+            left -= x_T[seam] != x_T[seam - 1]
+        for t in range(start, end):
+            order_T[t] = t + start - seam if t >= seam else t + end - seam
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

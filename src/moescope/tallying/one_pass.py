@@ -72,11 +72,11 @@ def one_pass(
         raise ValueError(f"threads must be at least 1, not {threads}")
     trace.need_tokens(weights=weights)
     local = threading.local()
-    made: list[Sequence[C]] = []
+    made: list[list[C]] = []
 
     def count(block: range) -> None:
         if not hasattr(local, "counters"):
-            local.counters = make()
+            local.counters = list(make())
             made.append(local.counters)
         before: Part | None = None
         for group in layer_groups(layers):
@@ -94,9 +94,9 @@ def one_pass(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(count, blocks))
     total = list(make())
-    for counters in made:
-        for mine, theirs in zip(total, counters, strict=True):
-            mine.merge(theirs)
+    for mine in total:
+        for counters in made:
+            mine.merge(counters.pop(0))  # and free it: the largest counters are in memory twice only one by one
     return total
 
 

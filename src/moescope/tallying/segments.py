@@ -74,12 +74,21 @@ def count_segments(
         ValueError: `threads` is not positive, or a length is out of range or comes twice.
     """
     trace.need_tokens()
-    if not lengths or len(set(lengths)) < len(lengths) or not all(2 <= length <= 2**16 for length in lengths):
-        raise ValueError(f"lengths must be distinct and from 2 to 65536 tokens, not {tuple(lengths)}")
+    check_lengths(lengths)
     chosen = trace.select_layers(layers)
     groups = DocumentGroups.of(trace)
     (counter,) = one_pass(trace, chosen, lambda: [SegmentCounter(chosen, groups, lengths)], threads=threads)
     return counter.segments(trace.domains)
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Refuse lengths of segments that cannot be.
+
+    Raises:
+        ValueError: There is none, or one is out of range or comes twice.
+    """
+    if not lengths or len(set(lengths)) < len(lengths) or not all(2 <= length <= 2**16 for length in lengths):
+        raise ValueError(f"lengths must be distinct and from 2 to 65536 tokens, not {tuple(lengths)}")
 
 
 @dataclass(frozen=True)
@@ -149,9 +158,11 @@ class SegmentCounter:
             ids_KT = part.expert_ids[layer.layer].T
             for m, length in enumerate(self.lengths_M.tolist()):
                 sums_RV = self.at_least_LRV[at][:, self.offset_M[m] : self.offset_M[m] + length + 1]
-                segment_kernels.count_activations(
-                    ids_KT, layer.num_experts, starts_Q, row_G[document_Q], length, sums_RV
-                )
+                row_Q = row_G[document_Q]
+                if layer.num_experts <= segment_kernels.FEW_IDS and length == segment_kernels.SIXTEEN:
+                    segment_kernels.count_activations_in_sixteen(ids_KT, layer.num_experts, starts_Q, row_Q, sums_RV)
+                else:
+                    segment_kernels.count_activations(ids_KT, layer.num_experts, starts_Q, row_Q, length, sums_RV)
             segment_kernels.expect_activations(
                 ids_KT,
                 layer.num_experts,

@@ -19,6 +19,8 @@ from moescope.trace.header import Header, Layer
 from moescope.trace.part import Part, PartFile
 from moescope.trace.vocabulary import Vocabulary
 
+_Column = NDArray[np.int64]
+
 PARTS = "parts"
 SUMMARY = "summary.json"
 
@@ -61,14 +63,16 @@ class Trace:
         return sum(part.num_tokens for part in self.parts)
 
     @cached_property
-    def _contents(self) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Domains in the order they appear; the documents; the part each is in; the place of its domain."""
+    def _contents(self) -> tuple[tuple[str, ...], _Column, _Column, _Column, _Column]:
+        """Domains in the order they appear; the documents; the part each is in; the place of its domain; its rows."""
         domains: dict[str, None] = {}
         documents = [np.zeros(0, np.int64)]
         owners = [np.zeros(0, np.int64)]
         codes = [np.zeros(0, np.int64)]
+        lengths = [np.zeros(0, np.int64)]
         for index, file in enumerate(self.parts):
             part = file.read_counts() if self.header.counts_only else file.read((), tokens=False)
+            lengths.append(np.diff(part.document_starts()))
             starts = part.document_starts()[:-1]
             domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
             place = {name: at for at, name in enumerate(domains)}
@@ -79,7 +83,7 @@ class Trace:
         numbers = np.concatenate(documents)
         if len(np.unique(numbers)) != len(numbers):
             raise TraceDamaged(self.path, "a document is in two parts")
-        return tuple(domains), numbers, np.concatenate(owners), np.concatenate(codes)
+        return tuple(domains), numbers, np.concatenate(owners), np.concatenate(codes), np.concatenate(lengths)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -100,6 +104,11 @@ class Trace:
     def document_domains(self) -> NDArray[np.int64]:
         """Index into `domains` of the domain of each of `document_numbers`."""
         return self._contents[3]
+
+    @property
+    def document_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each of `document_numbers`; rows of counts in a trace of counts."""
+        return self._contents[4]
 
     @property
     def num_documents(self) -> int:
@@ -179,7 +188,7 @@ class Trace:
             NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
         """
         self.need_tokens(weights=weights)
-        _, numbers, owners, _ = self._contents
+        _, numbers, owners, _, _ = self._contents
         place = np.flatnonzero(numbers == number)
         if not len(place):
             near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]

@@ -32,6 +32,7 @@ from moescope.reporting.page.contents import contents
 from moescope.reporting.results import Results
 from moescope.reporting.tables import Row, Table
 from moescope.reporting.visible import visible
+from moescope.reporting.worth import recommendations
 from moescope.tallying import choice_labels
 from moescope.trace import Layer
 
@@ -44,6 +45,9 @@ MOST_DATA_BYTES = 200_000
 
 _SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|[0-9a-f]{40}|)", re.IGNORECASE)
 """Names of folders in which a model may lie, but that do not name it."""
+
+_SECTIONS = {"Cache size": "caches", "Prefetch": "prefetch", "Placement": "devices"}
+"""Sections of the page that open with a recommendation."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ def render_page(
         figures=by_name,
         tables=table_of,
         sentences={name: list(map(_tied, said)) for name, said in sentences.items()},
+        recommended={
+            _SECTIONS[made.subject]: (_tied(made.advice), _tied(made.evidence))
+            for made in recommendations(results.cache, results.prefetch, results.parallel)
+        },
         sampled=_sampled(results),
         top_k=" or ".join(map(str, shapes)),
         embedded=_embedded(results, documents),
@@ -143,8 +151,8 @@ def _sampled(results: Results) -> str:
         return ""
     documents, tokens = (count(int(results.explained.attrs[name])) for name in ("documents", "tokens"))
     return (
-        f"Bits explained and locality go over the same tokens several times, and so are of {documents} documents with "
-        f"{tokens} tokens, drawn at random; all else is of the whole trace."
+        f"Bits explained, locality and vocabulary go over the same tokens several times, and so are of {documents} "
+        f"documents with {tokens} tokens, drawn at random; all else is of the whole trace."
     )
 
 

@@ -148,9 +148,10 @@ CHAPTERS = (
                 (
                     Block("vocabulary"),
                     Block(table="vocabulary", folded="The same as a table"),
-                    Block("word-classes"),
+                    Block(table="expert_tokens", folded="The tokens of each expert"),
+                    Block("classes"),
                     Block(table="word_classes", folded="Classes of words, as a table"),
-                    Block(table="top_tokens", folded="The top tokens of each expert"),
+                    Block(table="word_class_experts", folded="The expert that stands out in each class"),
                 ),
             ),
         ),
@@ -217,9 +218,56 @@ CHAPTERS = (
             ),
         ),
     ),
+    Chapter(
+        "worth",
+        "What this routing is worth",
+        "Section 5 ends with two consequences: tokens that stay together pay for a cache of experts, and overload "
+        "devices that share them. Here both are played through on the trace, beside what it would give without the "
+        "locality.",
+        (
+            PageSection(
+                "caches",
+                "How large a cache of experts?",
+                "Expert caches",
+                "Experts that do not fit into fast memory are fetched when a token needs them. A cache keeps some, and "
+                "hits more the longer tokens stay.",
+                (
+                    Block("cache"),
+                    Block(table="cache", folded="Hit ratios by policy, and the part of the gap to the optimum closed"),
+                    Block(table="cache_layers", folded="By layer"),
+                    Block(table="cache_domains", folded="By domain"),
+                ),
+            ),
+            PageSection(
+                "prefetch",
+                "Prefetch or not?",
+                "Prefetching",
+                "What is known before a layer is reached can start a load early: the routers of later layers asked "
+                "ahead, the layers before, the token before. A list of popular experts needs none of this.",
+                (
+                    Block("prefetch"),
+                    Block(table="prefetch", folded="The same as a table"),
+                    Block(table="prefetch_by_layer", folded="By layer, with the gain over popularity"),
+                ),
+            ),
+            PageSection(
+                "devices",
+                "Which placement on devices?",
+                "Expert parallelism",
+                "All devices wait for the busiest. Where a batch sends its tokens to few experts, it matters which of "
+                "them lie together.",
+                (
+                    Block("parallel"),
+                    Block(table="parallel", folded="Largest load over mean load, by placement"),
+                    Block(table="drops", folded="Assignments dropped, by capacity factor"),
+                    Block(table="reach", folded="Devices that a token reaches, and bytes sent"),
+                    Block(table="foreign", folded="Placements fitted on one domain and judged on another"),
+                ),
+            ),
+        ),
+    ),
 )
-"""All that a page can hold, in its order. A chapter on what the routing is worth (caches, prefetch, parallelism) goes
-after the last."""
+"""All that a page can hold, in its order."""
 
 
 def contents(figures: Container[str], tables: Container[str]) -> tuple[Chapter, ...]:
