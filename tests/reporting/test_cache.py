@@ -16,7 +16,14 @@ import moescope
 from moescope.cli import cache as cli_cache
 from moescope.cli import main
 from moescope.reporting import figures
-from moescope.reporting.cache_tables import POLICY_NAMES, cache_frame, cache_tables, quarter, shown_sizes
+from moescope.reporting.cache_tables import (
+    POLICY_NAMES,
+    cache_frame,
+    cache_sentence,
+    cache_tables,
+    quarter,
+    shown_sizes,
+)
 from moescope.reporting.formats import render
 from moescope.simulation import POLICIES
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
@@ -182,3 +189,9 @@ def test_policies_that_could_not_be_fitted_are_not_shown(tmp_path) -> None:
     )
     legend = figures.draw_cache(played).legends[0]
     assert POLICY_NAMES["hot"] not in [text.get_text() for text in legend.get_texts()]
+
+
+def test_one_cache_for_all_layers_is_called_so(mixtral) -> None:
+    played = moescope.cache(mixtral, policies=("lru",), sizes=[4], budget="global", null=False, threads=1)
+    assert cache_sentence(played).startswith("One cache for all layers of 4 of 8 experts a layer hits ")
+    assert cache_tables(played)[0].groups[0][0] == "one cache, experts a layer of 8"

@@ -70,8 +70,10 @@ def cache_sentence(cache: xr.Dataset) -> str:
     size = quarter(cache)
     at = cache.sel(size=size).isel(domain=0)
     lru = at.sel(policy="lru")
+    shared = cache.attrs["budget"] == "global"
     text = (
-        f"A cache of {size} of {_experts(cache)} experts a layer hits {percent(lru['overall'].item())} % under LRU; "
+        f"{'One cache for all layers' if shared else 'A cache'} of {size} of {_experts(cache)} experts a layer hits "
+        f"{percent(lru['overall'].item())} % under LRU; "
         f"uniform routing gives {percent(_uniform(cache, size))} %"
     )
     if not isnan(lru["overall_null"].item()):
