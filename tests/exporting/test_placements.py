@@ -100,6 +100,9 @@ def test_what_is_there_is_kept_and_a_wrong_format_refused(trace: Trace, tmp_path
         moescope.export_placement(placed, tmp_path / "p.json", trace=trace)
     with pytest.raises(ValueError, match="no format 'vllm'; there are sglang"):
         moescope.export_placement(placed, tmp_path / "q.json", trace=trace, format="vllm")
+    with pytest.raises(ValueError, match=r"sglang is JSON, and q.npz would hold arrays; choose a name in .json"):
+        moescope.export_placement(placed, tmp_path / "q.npz", trace=trace, format="sglang")
+    assert not (tmp_path / "q.npz").exists()
 
 
 def test_the_command_writes_what_the_library_does(trace: Trace, tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ import moescope
 from moescope.cli import cache as cli_cache
 from moescope.cli import main
 from moescope.reporting import figures
-from moescope.reporting.cache_tables import POLICY_NAMES, cache_frame, cache_tables, quarter, shown_sizes
+from moescope.reporting.cache_tables import (
+    POLICY_NAMES,
+    cache_frame,
+    cache_sentence,
+    cache_tables,
+    quarter,
+    shown_sizes,
+)
 from moescope.reporting.formats import render
 from moescope.simulation import POLICIES
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
@@ -78,7 +85,31 @@ def test_tokens_a_second_are_shown_where_the_link_is_given(run, mixtral) -> None
     speed = moescope.offloading(played, bytes_per_expert=66e6, bandwidth=16e9, compute=0.03)
     assert render(cache_tables(played, speed)[-1], "text") in text
     assert "An expert has 66 MB, the link 16 GB/s" in text
-    assert "1.58" in text.splitlines()[-3]  # 6 layers x 4 experts x 66 MB
+    assert "1.58" in text.splitlines()[-4]  # 6 layers x 4 experts x 66 MB
+
+
+def test_tokens_a_second_stand_beside_their_interval_any_order_and_uniform_routing(mixtral) -> None:
+    """An expert takes 1 ms to load; so with half of the 12 requests of a token missing, 6 ms and no compute."""
+    played = moescope.cache(mixtral, policies=("lru",), sizes=[4], threads=1)
+    speed = moescope.offloading(played, bytes_per_expert=1e6, bandwidth=1e9)
+    table = cache_tables(played, speed)[-1]
+    rows = {section.title: section.rows[0] for section in table.sections}
+    low, value, high = (
+        1000 / (12 * (1 - played[name].isel(policy=0, domain=0, size=0).item()))
+        for name in ("overall_low", "overall", "overall_high")
+    )
+    assert rows[""].cells[0].value == f"{value:.2f}"
+    assert rows[""].cells[0].spread == f"±{max(value - low, high - value):.2f}"
+    assert rows[""].cells[0].mark == "*"
+    any_order = 1000 / (12 * (1 - played["overall_null"].isel(policy=0, domain=0, size=0).item()))
+    assert rows["tokens of each document in any order"].cells[0].value == f"{any_order:.2f}"
+    assert rows["uniform independent routing"].cells[0].value == f"{1000 / 6:.2f}"
+    assert table.notes[1].startswith("The link takes longer than compute everywhere.")
+    slow = moescope.offloading(played, bytes_per_expert=1e6, bandwidth=1e9, compute=1.0)
+    assert cache_tables(played, slow)[-1].notes[1].startswith("The link takes longer than compute nowhere.")
+    frame = table.frame.set_index(["policy", "domain", "size"])
+    assert frame.index.is_unique
+    assert frame.loc[("lru", "(all)", 4), "uniform"] == pytest.approx(1000 / 6)
 
 
 def test_the_command_line_says_what_cannot_be(run, mixtral, tmp_path) -> None:
@@ -153,5 +184,14 @@ def test_policies_that_could_not_be_fitted_are_not_shown(tmp_path) -> None:
     assert [row.label for row in table.sections[0].rows] == [
         POLICY_NAMES[policy] for policy in POLICIES if policy not in ("hot", "matching")
     ]
+    assert table.notes[1] == (
+        "hot elsewhere, matched document: not played, for one half of the corpus has no document to fit them on."
+    )
     legend = figures.draw_cache(played).legends[0]
     assert POLICY_NAMES["hot"] not in [text.get_text() for text in legend.get_texts()]
+
+
+def test_one_cache_for_all_layers_is_called_so(mixtral) -> None:
+    played = moescope.cache(mixtral, policies=("lru",), sizes=[4], budget="global", null=False, threads=1)
+    assert cache_sentence(played).startswith("One cache for all layers of 4 of 8 experts a layer hits ")
+    assert cache_tables(played)[0].groups[0][0] == "one cache, experts a layer of 8"

@@ -73,7 +73,7 @@ def test_the_command_prints_its_tables_and_as_csv_and_json_everything(run, trace
 
 
 def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> None:
-    devices, drops, reach, foreign = parallel_tables(result, [2])
+    devices, drops, reach, foreign, places = parallel_tables(result, [2])
     at = result.sel(placement="eplb", batch="prefill 40")
     row = next(row for row in devices.sections[1].rows if row.label == "eplb")
     expected = [at["over_subscription"].sel(layer=2), at["slowest"], at["slowest_quantile"][-1], at["slowest_own"]]
@@ -86,6 +86,17 @@ def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> No
     last = drops.sections[2].rows[-1].cells[0].value
     assert last == f"{float(result['sufficient_factor'].sel(batch='decode 2', layer=2)):.2f}"
     assert [len(row.cells) for row in foreign.sections[0].rows] == [4, 4, 4, 4]
+    assert [section.title for section in places.sections[:2]] == [
+        "prefill 20, by domain", "prefill 20, by place of the token in the sequence"
+    ]  # fmt: skip
+    dropped = result.sel(batch="prefill 20", layer=2, capacity_factor=1.25)
+    by_domain, by_position = places.sections[:2]
+    assert [row.label for row in by_domain.rows] == result["domain"].values.tolist()
+    expected = 100 * dropped["dropped"].values
+    assert [float(row.cells[0].value) for row in by_domain.rows] == pytest.approx(expected, abs=0.005)
+    assert [row.label for row in by_position.rows] == ["0", "1–2", "3–6", "7–14", "15–30"]
+    expected = 100 * dropped["dropped_by_position"].values[:5]
+    assert [float(row.cells[0].value) for row in by_position.rows] == pytest.approx(expected, abs=0.005)
 
 
 def test_the_figure_draws_what_its_data_hold(result: xr.Dataset, tmp_path: Path) -> None:
@@ -111,6 +122,7 @@ def test_a_result_without_batches_is_printed_and_drawn(run, trace: Trace, tmp_pa
     done = run("parallel", trace.path, "--devices", 4, "--figures", tmp_path / "figures")
     assert done.exit_code == 0, done.output
     assert "prefill 4096: no batch is full" in done.stdout
+    assert "choose smaller ones with --prefill and --decode" in " ".join(done.stdout.split())
     assert (tmp_path / "figures" / "parallel.png").is_file()
 
 

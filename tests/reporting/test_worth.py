@@ -195,6 +195,15 @@ def test_kinds_of_batches_may_be_advised_differently_and_one_that_never_filled_i
     assert "Decode 99: nothing is known" in one.evidence
 
 
+def test_a_placement_that_is_compared_with_none_is_not_advised() -> None:
+    (one,) = recommendations(None, None, parallel_of({"linear": [1.5], "random": [1.4]}, 0.03, ["prefill 64"]))
+    assert one.advice == "Nothing to advise."
+    assert "1.50±0.20 times the mean load" in one.evidence
+    assert "fitted placements take two documents at least" in one.evidence
+    alone = parallel_of({"linear": [1.5], "eplb": [NAN]}, 0.03, ["prefill 64"])
+    assert advice(None, None, alone) == "Nothing to advise."
+
+
 # ------------------------------------------------------------------------------------------------- whole traces
 
 

@@ -16,6 +16,7 @@ def counted(hit_ratio: float) -> xr.Dataset:
     names = ("overall", "overall_low", "overall_high", "overall_null")
     values = {name: (("policy", "domain", "size"), [[[hit_ratio]]]) for name in names}
     layers = {"requests": (("domain", "layer"), [[200.0, 200.0]]), "num_experts": ("layer", [8, 3])}
+    layers["uniform"] = (("layer", "size"), [[0.5], [1.0]])
     coords = {"policy": ["lru"], "domain": ["(all)"], "size": [4]}
     return xr.Dataset(values | layers | {"tokens": ("domain", [100])}, coords)
 
@@ -32,6 +33,12 @@ def test_a_token_takes_its_work_and_its_loads() -> None:
     assert speed(0.5, compute=0.3, overlap=0.5)["tokens_per_second"].item() == pytest.approx(1 / 0.4)
     assert speed(0.5, compute=0.3, overlap=1)["tokens_per_second"].item() == pytest.approx(1 / 0.3)
     assert speed(0.5, latency=0.05)["transfer"].item() == pytest.approx(0.3)
+
+
+def test_uniform_routing_loads_what_its_share_of_each_layer_misses() -> None:
+    """Of two requests in the layer of 8 one misses; all 3 experts of the other are there: one load of 0.1 s."""
+    assert speed(0.9)["uniform"].item() == pytest.approx(10)
+    assert speed(0.9, compute=0.4)["uniform"].item() == pytest.approx(2)
 
 
 def test_the_longer_term_dominates() -> None:

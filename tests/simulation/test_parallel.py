@@ -185,7 +185,7 @@ LAYERS = (Layer(0, 8, 2), Layer(3, 12, 3, num_null_experts=1))
 @pytest.fixture
 def trace(tmp_path: Path) -> Trace:
     rng = np.random.default_rng(1)
-    lengths = [[40, 7, 23, 31, 18, 25], [9, 61, 30, 12, 22, 16, 28]]
+    lengths = [[35, 7, 23, 31, 18, 25], [9, 61, 30, 12, 22, 16, 28]]
     parts = [
         make_part(rng, LAYERS, of, first_document=10 * n, dropped=0.1 if n else 0.0) for n, of in enumerate(lengths)
     ]
@@ -196,23 +196,23 @@ def slow_parallel(trace: Trace, devices: int, size: int, factor: float) -> dict[
     """Linear placement, prefill batches: over-subscription, devices a token and drops."""
     cells = Cells(trace)
     largest, made, reached, tokens, dropped = (defaultdict(int) for _ in range(5))
-    for part in trace.iter_parts():
-        for fold in (0, 1):
-            rows = [r for r in range(part.num_tokens) if cells(part.document[r : r + 1])[0] % 2 == fold]
-            for start in range(0, len(rows) - size + 1, size):
-                for layer in trace.layers:
-                    at, experts = layer.layer, layer.num_experts
-                    capacity = math.ceil(factor * size * layer.top_k / experts)
-                    load, queue = Counter(), Counter()
-                    for row in rows[start : start + size]:
-                        chosen = [e for e in part.expert_ids[at][row].tolist() if 0 <= e < experts]
-                        load.update(e * devices // experts for e in chosen)
-                        queue.update(chosen)
-                        reached[at] += len({e * devices // experts for e in chosen})
-                        tokens[at] += 1
-                    largest[at] += max(load.values())
-                    made[at] += sum(load.values())
-                    dropped[at] += sum(max(0, n - capacity) for n in queue.values())
+    tokens_of = [(part, r) for part in trace.iter_parts() for r in range(part.num_tokens)]
+    for fold in (0, 1):
+        rows = [(part, r) for part, r in tokens_of if cells(part.document[r : r + 1])[0] % 2 == fold]
+        for start in range(0, len(rows) - size + 1, size):
+            for layer in trace.layers:
+                at, experts = layer.layer, layer.num_experts
+                capacity = math.ceil(factor * size * layer.top_k / experts)
+                load, queue = Counter(), Counter()
+                for part, row in rows[start : start + size]:
+                    chosen = [e for e in part.expert_ids[at][row].tolist() if 0 <= e < experts]
+                    load.update(e * devices // experts for e in chosen)
+                    queue.update(chosen)
+                    reached[at] += len({e * devices // experts for e in chosen})
+                    tokens[at] += 1
+                largest[at] += max(load.values())
+                made[at] += sum(load.values())
+                dropped[at] += sum(max(0, n - capacity) for n in queue.values())
     return {
         "over_subscription": {at: devices * largest[at] / made[at] for at in made},
         "devices_reached": {at: reached[at] / tokens[at] for at in made},
@@ -259,6 +259,20 @@ def test_neither_threads_nor_groups_of_layers_change_a_result(
     xr.testing.assert_identical(
         parallel(trace, devices=4, nodes=2, prefill=20, decode=(2, 3), threads=threads), expected
     )
+
+
+def test_batches_go_on_from_part_to_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings have some dozen documents a part; by itself no part could fill a step of so many sequences."""
+    part = make_part(np.random.default_rng(6), LAYERS, [30] * 24, window=30)
+    rows_of = [np.arange(start, start + 30) for start in range(0, 720, 30)]
+    whole = make_trace(tmp_path / "whole.moe", [part], LAYERS)
+    cut = make_trace(tmp_path / "cut.moe", [part.rows(rows) for rows in rows_of], LAYERS)
+    options = {"devices": 4, "prefill": 60, "decode": 8, "threads": 2}
+    expected = parallel(whole, **options)
+    assert expected["batches"].values.tolist() == [12, 60]  # of each fold: 360 tokens; 8 of 12 documents to their end
+    xr.testing.assert_identical(parallel(cut, **options), expected)
+    monkeypatch.setattr("moescope.simulation.batches.MOST_TOGETHER", 0)
+    assert parallel(cut, **options)["batches"].values.tolist() == [0, 0]
 
 
 def test_with_a_device_for_each_expert_a_token_reaches_as_many_devices_as_it_has_choices(tmp_path: Path) -> None:

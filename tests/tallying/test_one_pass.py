@@ -63,3 +63,41 @@ def test_weights_that_were_not_recorded_are_refused_before_anything_is_read(tmp_
     part = make_part(np.random.default_rng(1), LAYERS, [20])
     with pytest.raises(NotRecorded, match="gate weights"):
         one_pass(make_trace(tmp_path / "t.moe", [part], LAYERS), LAYERS, lambda: [Seen()], weights=True)
+
+
+class Documents:
+    """Notes the documents of each part, its first and last choice, and whether its domains are those of the trace."""
+
+    def __init__(self, domains: tuple[str, ...]) -> None:
+        self.domains = domains
+        self.parts: list[tuple[list[int], list[int], list[str]]] = []
+
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
+        if group[0].layer == 0:
+            assert part.domain_names == self.domains
+            names = [self.domains[code] for code in part.domain[part.document_starts()[:-1]].tolist()]
+            ids = part.expert_ids[0][part.document_starts()[:-1], 0].tolist()
+            self.parts.append((np.unique(part.document).tolist(), ids, names))
+
+    def merge(self, other: Documents) -> None:
+        self.parts += other.parts
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_that_are_joined_hold_the_rows_of_each_in_turn(tmp_path: Path, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    domains = [("A", "B"), ("C",), ("B", "A"), ("A",)]
+    parts = [
+        make_part(rng, LAYERS, lengths, domains=names, first_document=10 * n)
+        for n, (lengths, names) in enumerate(zip([[5, 4], [3], [6, 6], [30]], domains, strict=True))
+    ]
+    trace = make_trace(tmp_path / "t.moe", parts, LAYERS)
+    found = {}
+    for together in (0, 12):
+        (seen,) = one_pass(trace, LAYERS, lambda: [Documents(trace.domains)], threads=threads, together=together)
+        found[together] = sorted(seen.parts)
+    assert [documents for documents, _, _ in found[0]] == [[0, 1], [10], [20, 21], [30]]
+    assert [documents for documents, _, _ in found[12]] == [[0, 1, 10], [20, 21], [30]]  # 12, 12 and 30 tokens
+    for at in (1, 2):
+        flat = [[value for part in found[together] for value in part[at]] for together in (0, 12)]
+        assert flat[0] == flat[1]

@@ -42,7 +42,8 @@ def export_placement(
     Returns:
         Path of what was written.
     Raises:
-        ValueError: There is no such format, or the placement has a layer that the trace has not.
+        ValueError: There is no such format, JSON is to be written to ``.npz``, or the placement has a layer that the
+            trace has not.
         NotExportable: Layers differ in experts or slots, which these formats cannot say.
         OutputExists: There is something at `out`.
         DiskFull: There is no room.
@@ -50,6 +51,8 @@ def export_placement(
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     out = Path(out)
+    if format != "eplb" and out.suffix == ".npz":
+        raise ValueError(f"{format} is JSON, and {out.name} would hold arrays; choose a name in .json, or eplb")
     chosen = trace.select_layers([layer.layer for layer in placement.layers])
     if chosen != placement.layers:
         raise ValueError("the placement is of layers with other experts than those of the trace")

@@ -70,8 +70,10 @@ def cache_sentence(cache: xr.Dataset) -> str:
     size = quarter(cache)
     at = cache.sel(size=size).isel(domain=0)
     lru = at.sel(policy="lru")
+    shared = cache.attrs["budget"] == "global"
     text = (
-        f"A cache of {size} of {_experts(cache)} experts a layer hits {percent(lru['overall'].item())} % under LRU; "
+        f"{'One cache for all layers' if shared else 'A cache'} of {size} of {_experts(cache)} experts a layer hits "
+        f"{percent(lru['overall'].item())} % under LRU; "
         f"uniform routing gives {percent(_uniform(cache, size))} %"
     )
     if not isnan(lru["overall_null"].item()):
@@ -115,6 +117,11 @@ def cache_frame(cache: xr.Dataset) -> pd.DataFrame:
 def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
     data = cache.sel(size=list(sizes)).isel(domain=0)
     policies = played_policies(cache)
+    unfitted = [
+        POLICY_NAMES[name]
+        for name in cache["policy"].values.tolist()
+        if name in _FITTED and policies and name not in policies
+    ]
 
     def rows(value: str, low: str | None, high: str | None) -> tuple[Row, ...]:
         made = []
@@ -147,12 +154,15 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
         groups=((_budget(cache), len(sizes)),),
         notes=(
             "± half of a 95 % interval, clustered by document.",
+            *((_UNFITTED.format(", ".join(unfitted)),) if unfitted else ()),
             *((sentence,) if (sentence := cache_sentence(cache)) else ()),
         ),
         frame=cache_frame(cache),
     )
 
 
+_FITTED = ("hot", "matching")
+_UNFITTED = "{}: not played, for one half of the corpus has no document to fit them on."
 _ENDS = (POLICY_NAMES["lru"], POLICY_NAMES["belady"])
 
 
@@ -195,35 +205,62 @@ def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
 
 def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
     data = speed.isel(domain=0).sel(size=list(sizes))
-    rows = []
-    for policy in speed["policy"].values[data["tokens_per_second"].notnull().any("size").values].tolist():
-        cells = []
-        for size in sizes:
-            at = data.sel(policy=policy, size=size)
-            value = at["tokens_per_second"].item()
-            bound = "*" if bool(at["link_bound"].item()) else ""
-            cells.append(Cell("∞" if np.isinf(value) else number(value), mark=bound))
-        rows.append(Row(POLICY_NAMES[policy], tuple(cells)))
+    policies = speed["policy"].values[data["tokens_per_second"].notnull().any("size").values].tolist()
+
+    def rows(name: str) -> tuple[Row, ...]:
+        made = []
+        for policy in policies:
+            cells = []
+            for size in sizes:
+                at = data.sel(policy=policy, size=size)
+                if name == "null":
+                    cells.append(Cell(_rate(at["null"].item())))
+                    continue
+                value, low, high = (at[end].item() for end in ("tokens_per_second", "low", "high"))
+                bound = "*" if bool(at["link_bound"].item()) else ""
+                cells.append(Cell(_rate(value), _half(value, low, high), mark=bound))
+            made.append(Row(POLICY_NAMES[policy], tuple(cells)))
+        return tuple(made)
+
+    sections = [Section("", rows("tokens_per_second"))]
+    if data["null"].notnull().any():
+        sections.append(Section("tokens of each document in any order", rows("null")))
+    uniform = tuple(Cell(_rate(data["uniform"].sel(size=size).item())) for size in sizes)
+    sections.append(Section("uniform independent routing", (Row("any without foresight", uniform),)))
     memory = tuple(Cell(number(float(data["cache_bytes"].sel(size=size)) / 1e9)) for size in sizes)
+    sections.append(Section("memory of the caches, GB", (Row("any", memory),)))
     of = speed.attrs
+    bound = data["link_bound"].sel(policy=policies).values
+    dominates = "everywhere" if bound.all() else "where marked *" if bound.any() else "nowhere"
     return Table(
         "cache_speed",
         "Tokens a second",
         "policy",
         tuple(f"{size} experts" for size in sizes),
-        (Section("", tuple(rows)), Section("memory of the caches, GB", (Row("any", memory),))),
+        tuple(sections),
         notes=(
             f"An expert has {of['bytes_per_expert'] / 1e6:g} MB, the link {of['bandwidth'] / 1e9:g} GB/s and a latency "
             f"of {1e6 * of['latency']:g} µs a load; compute {1e3 * of['compute']:g} ms a token, overlap "
-            f"{of['overlap']:g}. * the link takes longer than compute.",
+            f"{of['overlap']:g}.",
+            f"The link takes longer than compute {dominates}. ± half of a 95 % interval of the hit ratio.",
         ),
         frame=speed_frame(speed),
     )
 
 
+def _rate(value: float) -> str:
+    return "∞" if np.isinf(value) else number(value)
+
+
+def _half(value: float, low: float, high: float) -> str:
+    half = max(value - low, high - value)
+    return f"±{number(half)}" if np.isfinite(half) and half > 0 else ""
+
+
 def speed_frame(speed: xr.Dataset) -> pd.DataFrame:
     """A row a (policy, domain, size)."""
-    names = ["tokens_per_second", "low", "high", "null", "transfer", "link_bound"]
+    names = ["tokens_per_second", "low", "high", "null", "uniform", "transfer", "link_bound"]
+    speed = speed.assign(uniform=speed["uniform"].broadcast_like(speed["tokens_per_second"]))
     frame = speed[names].to_dataframe(["policy", "domain", "size"]).reset_index()
     frame["cache_bytes"] = frame["size"].map(speed["cache_bytes"].to_series())
     return frame.rename(columns={"transfer": "transfer_seconds", "null": "any_order"})

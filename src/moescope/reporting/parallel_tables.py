@@ -16,6 +16,9 @@ from moescope.reporting.visible import visible
 SHOWN_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Capacity factors of the table; the frame has all of them."""
 
+PLACES_FACTOR = 1.25
+"""Capacity factor at which drops are shown by domain and position."""
+
 
 def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> tuple[Table, ...]:
     """The tables of a result; the frame of the first holds everything.
@@ -25,7 +28,9 @@ def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> tuple[Table,
         layers: Layers to show.
     """
     tables = [devices_table(parallel, layers), drops_table(parallel, layers), reach_table(parallel, layers)]
-    return (*tables, *([foreign_table(parallel)] if "foreign" in parallel else []))
+    if "foreign" in parallel:
+        tables.append(foreign_table(parallel))
+    return (*tables, drop_places_table(parallel, layers))
 
 
 def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -53,9 +58,16 @@ def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             "Placements are fitted on one half of the documents and judged on the other; own fit: on those judged.",
             "one in 20: exceeded by one batch in twenty. any order: the same tokens without locality. "
             "± half of a 95 % interval, clustered by document.",
+            *([_TOO_LARGE] if not parallel["batches"].all() else []),
         ),
         frame=parallel_frame(parallel),
     )
+
+
+_TOO_LARGE = (
+    "No batch is full: neither half of the documents has as many tokens, or sequences, as it takes; "
+    "choose smaller ones with --prefill and --decode."
+)
 
 
 def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -90,6 +102,38 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             "An expert takes ⌈factor · tokens · top-k / experts⌉ of a batch, first come first served by token.",
             "Last row: the smallest factor that drops less than 0.1 %. any order: the same tokens without locality.",
         ),
+        frame=drops_frame(parallel),
+    )
+
+
+def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Whose assignments drop at one capacity factor: a row a domain, then a row a stretch of the sequence."""
+    sections = []
+    for batch in parallel["batch"].values.tolist():
+        data = parallel.sel(batch=batch, capacity_factor=PLACES_FACTOR, layer=list(layers))
+        rows = []
+        for domain in parallel["domain"].values.tolist():
+            ends = [data[f"dropped{end}"].sel(domain=domain).values.tolist() for end in ("", "_low", "_high")]
+            cells = [
+                Cell(percent(value, 2), spread(value, low, high, 2)) for value, low, high in zip(*ends, strict=True)
+            ]
+            rows.append(Row(visible(domain), tuple(cells)))
+        sections.append(Section(f"{batch}, by domain", tuple(rows)))
+        rows = []
+        for first in parallel["position"].values.tolist():
+            shares = data["dropped_by_position"].sel(position=first).values.tolist()
+            if not all(map(isnan, shares)):
+                label = f"{count(first)}" if first == 0 else f"{count(first)}–{count(2 * first)}"
+                rows.append(Row(label, tuple(Cell(percent(share, 2)) for share in shares)))
+        if rows:
+            sections.append(Section(f"{batch}, by place of the token in the sequence", tuple(rows)))
+    return Table(
+        "drop_places",
+        f"Assignments dropped at capacity factor {PLACES_FACTOR:g}, %",
+        "tokens",
+        tuple(f"layer {layer}" for layer in layers),
+        tuple(sections),
+        notes=("± half of a 95 % interval, clustered by document. The place of a token counts from 0.",),
         frame=drops_frame(parallel),
     )
 

@@ -189,12 +189,14 @@ def _ahead(distance: int) -> str:
 def _placement(parallel: xr.Dataset) -> Recommendation:
     names = [name for name in _BY_EFFORT if name in parallel["placement"].values]
     kept, evidence = {}, []
+    compared = False
     for batch in parallel["batch"].values.tolist():
         at = parallel.sel(batch=batch)
         known = [name for name in names if not isnan(at["slowest"].sel(placement=name).item())]
         if not known:
             evidence.append(f"{_upper(batch)}: nothing is known, for no batch is full or nothing could be fitted.")
             continue
+        compared = compared or len(known) > 1
         held = free = known[0]
         for name in known[1:]:
             if at["slowest_difference_high"].sel(placement=name, against=held).item() < 0:
@@ -202,7 +204,8 @@ def _placement(parallel: xr.Dataset) -> Recommendation:
             free = free if name == "eplb-replicated" else held
         kept[batch] = held
         evidence.append(_of_batches(at, batch, held, free, known))
-    if not kept:
+    if not compared:
+        evidence.append("There is no other to compare with: fitted placements take two documents at least.")
         return Recommendation("Placement", "Nothing to advise.", " ".join(evidence))
     devices = int(parallel.attrs["devices"])
     on = f"on {devices} {'device' if devices == 1 else 'devices'}"

@@ -1,12 +1,14 @@
 """Batches as a server forms them, as the order in which the rows of a part are taken.
 
 Every batch has the same number of tokens. A prefill batch is a run of consecutive tokens, one prompt after the other; a
-decode batch is one step of several running sequences, one token each. What does not fill a batch is left out, part by
-part, so that neither memory nor the result depends on where other parts are.
+decode batch is one step of several running sequences, one token each. Consecutive parts are joined, so that each fold
+has several times as many tokens, or sequences, as a batch takes; what does not fill a batch is left out at the end of
+each such block. So memory is bounded, and threads change no result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +16,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.trace import Trace
 from moescope.trace.part import PHASES
 
 Rows = NDArray[np.int64]
+
+BATCHES_A_BLOCK = 16
+"""A block of parts has at least so many times the tokens of a prefill batch, and the sequences of a decode batch."""
+
+MOST_TOGETHER = 2**20
+"""Most tokens that parts are joined up to."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,16 @@ class BatchKind:
     def label(self) -> str:
         """Such as "prefill 4096"."""
         return f"{self.phase} {self.tokens}"
+
+
+def tokens_together(trace: Trace, kinds: Sequence[BatchKind]) -> int:
+    """Tokens up to which parts are joined before batches are formed of them.
+
+    A sequence is taken to be as long as the mean document.
+    """
+    length = trace.num_tokens / max(1, trace.num_documents)
+    needed = max((kind.tokens * (length if kind.phase == "decode" else 1) for kind in kinds), default=0)
+    return min(int(BATCHES_A_BLOCK * needed), MOST_TOGETHER)
 
 
 def batch_rows(

@@ -270,9 +270,9 @@ def _proportion(hits_G: Numbers, requests_G: Numbers) -> tuple[Numbers, Numbers,
 
 
 def _quotient(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    """Σy / Σn, of any sign, with an interval; NaN where Σn is not positive."""
+    """Σy / Σn, of any sign, with an interval; NaN where Σn is not positive, the interval also where nothing varies."""
     ratio, error, used = _ratio(y_G, n_G)
-    half = statistics.student_t(used) * error
+    half = statistics.student_t(used) * np.where(error > 1e-12, error, np.nan)
     return ratio, ratio - half, ratio + half
 
 

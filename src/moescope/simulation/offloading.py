@@ -73,6 +73,9 @@ def offloading(
         hits = np.asarray(cache[ratio].transpose(*dims).values, float)
         return (1 - hits) * requests_D[:, None] * load
 
+    requests_DL, uniform_LZ = cache["requests"].values, cache["uniform"].transpose("layer", "size").values
+    uniform_DZ = requests_DL @ (1 - uniform_LZ) / cache["tokens"].values[:, None] * load
+
     def speed(seconds: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return np.asarray(1 / (compute + seconds - overlap * np.minimum(compute, seconds)))
@@ -87,6 +90,7 @@ def offloading(
             for (name, of), meaning in zip(names.items(), meanings, strict=True)
         }
         | {
+            "uniform": described(speed(uniform_DZ), ("domain", "size"), "tokens a second at c/E", "tokens/s", _MODEL),
             "transfer": described(seconds, dims, "time to load the misses of a token", "s"),
             "link_bound": described(seconds > compute, dims, "whether transfer takes longer than compute", "1"),
             "cache_bytes": described(slots * float(bytes_per_expert), ("size",), "memory of the caches", "bytes"),

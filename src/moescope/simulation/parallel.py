@@ -25,7 +25,7 @@ from moescope.simulation.batch_counts import (
     count_shuffled,
     count_uniform,
 )
-from moescope.simulation.batches import BatchKind
+from moescope.simulation.batches import BatchKind, tokens_together
 from moescope.simulation.parallel_kernels import BINS_PER_E
 from moescope.simulation.placements import ALGORITHMS, FITTED, Cluster, Placement, place
 from moescope.simulation.placing import DECODE_TOKENS, PREFILL_TOKENS
@@ -137,6 +137,7 @@ def parallel(
         lambda: [BatchCounter(setting, cells, BatchCounts.empty(setting, domains=len(trace.domains)))],
         threads=threads,
         tokens=trace.header.phases,
+        together=tokens_together(trace, kinds),
     )
     rng = np.random.default_rng(seed)
     null_setting = Setting(chosen, trace.domains, kinds, cluster, tuple(of[: len(names)] for of in judged), FACTORS)

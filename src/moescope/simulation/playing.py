@@ -104,7 +104,10 @@ class Settings:
         if prefill is not None and batch > 1:
             raise ValueError("prefill serves one sequence at a time; choose a batch to decode or a chunk of prefill")
         if cold and batch > 1:
-            raise ValueError("sequences decoded together share a cache, so it cannot start cold for each of them")
+            raise ValueError(
+                "sequences decoded together share a cache, so it cannot start cold for each of them; choose a batch or "
+                "cold caches"
+            )
         most = max(layer.num_experts for layer in layers)
         widest = max(layers, key=lambda layer: layer.top_k)
         least = min(widest.top_k, most)

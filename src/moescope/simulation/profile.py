@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.simulation import parallel_kernels as kernels
-from moescope.simulation.batches import BatchKind, batch_rows
+from moescope.simulation.batches import BatchKind, batch_rows, tokens_together
 from moescope.simulation.placements import Fit
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.one_pass import one_pass
@@ -263,6 +263,7 @@ def profile(
         lambda: [Profile.empty(trace, layers, kind, cells, pairs=pairs)],
         threads=threads,
         tokens=trace.header.phases,
+        together=tokens_together(trace, [kind]),
     )
     return total
 

@@ -46,6 +46,7 @@ def one_pass(
     threads: int | None = None,
     tokens: bool = False,
     weights: bool = False,
+    together: int = 0,
 ) -> list[C]:
     """Fill the counters that `make` gives with the whole trace.
 
@@ -56,6 +57,8 @@ def one_pass(
         threads: Parts counted at a time; None for the number of processors.
         tokens: Whether a counter needs token ids or phases.
         weights: Whether a counter needs gate weights.
+        together: Consecutive parts are joined up to so many tokens before they are counted, for what goes on from one
+            document to the next; a part is never divided. 0 to count each part by itself.
     Returns:
         The counters of the whole trace.
     Raises:
@@ -63,35 +66,57 @@ def one_pass(
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive.
     """
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
+    blocks = _blocks([part.num_tokens for part in trace.parts], together)
+    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(blocks)))
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     trace.need_tokens(weights=weights)
     local = threading.local()
     made: list[list[C]] = []
 
-    def count(index: int) -> None:
+    def count(block: range) -> None:
         if not hasattr(local, "counters"):
             local.counters = list(make())
             made.append(local.counters)
         before: Part | None = None
         for group in layer_groups(layers):
-            part = trace.with_trace_domains(trace.parts[index].read(group, tokens=tokens, weights=weights))
+            part = Part.joined(
+                [trace.with_trace_domains(trace.parts[n].read(group, tokens=tokens, weights=weights)) for n in block]
+            )
             for counter in local.counters:
                 counter.add(part if before is None else _with_layer_before(part, before), group)
             before = part
 
     if threads == 1:
-        for index in range(len(trace.parts)):
-            count(index)
+        for block in blocks:
+            count(block)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(count, range(len(trace.parts))))
+            list(pool.map(count, blocks))
     total = list(make())
     for mine in total:
         for counters in made:
             mine.merge(counters.pop(0))  # and free it: the largest counters are in memory twice only one by one
     return total
+
+
+def _blocks(sizes: Sequence[int], together: int) -> list[range]:
+    """Runs of consecutive parts of at most so many tokens, or of one part.
+
+    Example:
+        >>> _blocks([3, 4, 9, 1, 1], 7)
+        [range(0, 2), range(2, 3), range(3, 5)]
+    """
+    blocks: list[range] = []
+    held = 0
+    for n, size in enumerate(sizes):
+        if blocks and held + size <= together:
+            blocks[-1] = range(blocks[-1].start, n + 1)
+            held += size
+        else:
+            blocks.append(range(n, n + 1))
+            held = size
+    return blocks
 
 
 def _with_layer_before(part: Part, before: Part) -> Part:

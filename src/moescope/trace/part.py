@@ -76,6 +76,32 @@ class Part:
         starts = np.flatnonzero(self.position == 0)
         return np.append(starts, self.num_tokens).astype(np.int64)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """The rows of several parts, one after the other; they have the same domain names, layers and columns."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        def columns(name: str) -> dict[Any, NDArray[Any]]:
+            return {key: np.concatenate([getattr(part, name)[key] for part in parts]) for key in getattr(first, name)}
+
+        return cls(
+            column("document"),
+            column("domain"),
+            first.domain_names,
+            column("sequence"),
+            column("position"),
+            column("token_id"),
+            columns("expert_ids"),
+            columns("gate_weights"),
+            None if first.phase is None else column("phase"),
+            columns("predictions"),
+        )
+
     def rows(self, selected: slice | NDArray[Any]) -> Part:
         """The part that holds only the selected rows."""
         return replace(

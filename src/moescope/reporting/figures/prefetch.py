@@ -137,6 +137,8 @@ def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None
     style.panel_title(axes, "By layer, as many loaded as chosen (k)")
     axes.set_xlabel("Layer", labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    if few:
+        axes.set_xticks(layers)
     axes.grid(axis="y")
 
 
