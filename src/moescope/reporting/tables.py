@@ -534,7 +534,7 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
             notes=(
                 f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
                 f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
-                *_untested(transitions.sel(layer=shown)),
+                *_untested(transitions.sel(layer=list(shown))),
             ),
             frame=tables[0].frame.query("what == 'transition'").dropna(axis=1, how="all"),
         )
