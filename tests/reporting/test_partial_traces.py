@@ -124,7 +124,7 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
         expected |= {"repeats", "explain", "locality", "lags", "consistency", "coactivation", "batches", "domain_pairs"}
         expected |= {"information_between_layers", "transitions"}
         expected |= {"cache", "cache_layers", "cache_domains", "prefetch", "prefetch_by_layer"}
-        expected |= {"parallel", "drops", "reach", "foreign"}
+        expected |= {"parallel", "drops", "reach", "foreign", "drop_places"}
     if kind == "no token ids":
         expected |= {"runs", "paths"}
     assert tables == expected

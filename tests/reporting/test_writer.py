@@ -32,6 +32,7 @@ TABLES = (
         "prefetch_by_layer",
         "parallel",
         "drops",
+        "drop_places",
         "reach",
         "foreign",
     ),
