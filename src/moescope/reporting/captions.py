@@ -358,7 +358,8 @@ def _of_transitions(results: Results, transitions: xr.Dataset) -> PageFigure:
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
             f"{_of_maps(int(transitions['num_after'].max()))}. Below: the bits that one layer's choice tells of the "
-            "next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would give."
+            "next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would give. Grey: "
+            "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
         ),
         how=(
             "Bold rows of orange and blue are a road through the layers: knowing a token's expert, the next one's can "

@@ -130,7 +130,7 @@ def render_page(
 
 
 def _claims(claims: Sequence[Claim], table: Table) -> Iterator[dict[str, Any]]:
-    """The claims, each with its rows of their table and the first of them in words."""
+    """The claims, each with its rows of their table and, in words, the one that the answer hangs on."""
     for claim, section in zip(claims, table.sections, strict=True):
         words = {name: _tied(visible(getattr(claim, name))) for name in ("name", "statement", "answer", "evidence")}
         rows = [
@@ -139,9 +139,10 @@ def _claims(claims: Sequence[Claim], table: Table) -> Iterator[dict[str, Any]]:
         ]
         lead = ""
         if rows:
-            size, interval, null, predicted, q_value = (f"{cell.value}{cell.mark}" for cell in rows[0].cells)
+            first = rows[claim.lead or 0]
+            size, interval, null, predicted, q_value = (f"{cell.value}{cell.mark}" for cell in first.cells)
             known = "" if predicted == MISSING else f" ({predicted})"
-            lead = f"{rows[0].label}: {size} [{interval}] against {null}{known}, q {q_value}"
+            lead = f"{first.label}: {size} [{interval}] against {null}{known}, q {q_value}"
         yield {**words, "rows": rows, "lead": lead}
 
 

@@ -260,6 +260,7 @@ CHAPTERS = (
                     Block("parallel"),
                     Block(table="parallel", folded="Largest load over mean load, by placement"),
                     Block(table="drops", folded="Assignments dropped, by capacity factor"),
+                    Block(table="drop_places", folded="Drops by domain and by place in the sequence"),
                     Block(table="reach", folded="Devices that a token reaches, and bytes sent"),
                     Block(table="foreign", folded="Placements fitted on one domain and judged on another"),
                 ),
