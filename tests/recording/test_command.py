@@ -29,7 +29,7 @@ import moescope.trace.part as part
 from moescope.cli import main
 
 write_part = part.write_part
-part.write_part = lambda *arguments: (time.sleep(0.2), write_part(*arguments))
+part.write_part = lambda *arguments: (time.sleep(1), write_part(*arguments))
 main()
 """
 
