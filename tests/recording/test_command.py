@@ -29,7 +29,7 @@ import moescope.trace.part as part
 from moescope.cli import main
 
 write_part = part.write_part
-part.write_part = lambda *arguments: (time.sleep(1), write_part(*arguments))
+part.write_part = lambda *arguments: (time.sleep(0.2), write_part(*arguments))
 main()
 """
 
@@ -100,7 +100,12 @@ def test_ctrl_c_ends_in_a_line_and_the_same_command_goes_on(model: Path, corpus:
     out = tmp_path / "t.moe"
     command = [sys.executable, "-c", SLOW, "record", model, corpus, "-o", out]
     command += ["--part-tokens", "1", "--batch-tokens", "1", "--window", "2"]
-    process = subprocess.Popen([str(each) for each in command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(each) for each in command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs behind & without it
+    )
     deadline = time.monotonic() + 120
     while len(list(out.glob("parts/*.parquet"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
