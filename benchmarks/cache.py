@@ -8,12 +8,12 @@ shifts and neighbours repeat. Ours is `moescope.cache` from the files of the tra
 alone, then with Belady, then with every policy and the null; theirs replays the same requests from an oracleGeneral
 file at half of the experts. CPU seconds, median of the repeats, interleaved; requests a second in millions.
 
-Last run, 5 million requests, a busy machine of two cores:
+Last run, 5 million requests, two cores:
 
-    8 experts, 2 a token: LRU of all 7 sizes 27.5 M requests/s, 0.65 of their LRU of one size (42.6), 4.5 times as fast
-        as all sizes one by one; Belady 14.1, 3.7 times as fast; every policy and the null 1.4
-    128 experts, 8 a token: LRU of all 121 sizes 37.0, 0.75 of their one size (49.5), 90 times as fast as all sizes one
-        by one; Belady 7.1, 31 times as fast; every policy and the null 0.4
+    8 experts, 2 a token: LRU of all 7 sizes 30.3 M requests/s, 0.75 of their LRU of one size (40.6), 5.2 times as fast
+        as all sizes one by one; Belady 14.7, 4.2 times as fast; every policy and the null 1.5
+    128 experts, 8 a token: LRU of all 121 sizes 37.4, 0.73 of their one size (51.4), 88 times as fast as all sizes one
+        by one; Belady 7.3, 33 times as fast; every policy and the null 0.4
 """
 
 from __future__ import annotations
