@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -663,6 +665,22 @@ def test_a_spool_gives_back_what_a_layer_returned(tmp_path: Path) -> None:
                 opened.take(3)
             opened.close()
         assert memory._left == budget
+
+
+def test_a_spool_is_read_while_another_thread_seals_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [torch.full((4,), float(index)) for index in range(300)]
+    states = spool.States(tmp_path, "states", spool._Memory(0))
+    for value in values:
+        states.append(value)
+    write = states._write
+    monkeypatch.setattr(states, "_write", lambda data: [write(data[at : at + 1]) for at in range(len(data))])
+    with ThreadPoolExecutor(1) as behind:
+        sealed = behind.submit(states.seal)
+        while not sealed.done():
+            index = states.nbytes % 300
+            assert torch.equal(states.take(index), values[index])
+        assert hashlib.sha256(states._path.read_bytes()).hexdigest() == sealed.result()
+    states.close()
 
 
 def test_a_configuration_is_shrunk_in_a_copy_and_keeps_what_decides_how_it_is_built() -> None:

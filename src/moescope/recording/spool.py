@@ -73,7 +73,9 @@ class States:
         self._index: list[Any] = []
         self._digest = hashlib.sha256()
         self._path = folder / (name + checksums.TEMPORARY)
-        self._file = self._path.open("w+b", buffering=0)
+        self._out: BinaryIO | None = self._path.open("wb", buffering=0)
+        # A file of its own has a position of its own: `seal` writes while another thread reads.
+        self._file = self._path.open("rb", buffering=0)
 
     @classmethod
     def reopen(cls, folder: Path, name: str, memory: _Memory) -> States:
@@ -83,7 +85,7 @@ class States:
             TraceDamaged: It is not one.
         """
         states = cls.__new__(cls)
-        states.name, states._memory, states._kept = name, memory, {}
+        states.name, states._memory, states._kept, states._out = name, memory, {}, None
         states._path = folder / name
         states._file = states._path.open("rb", buffering=0)
         states.nbytes = os.fstat(states._file.fileno()).st_size
@@ -122,7 +124,8 @@ class States:
         index = json.dumps(self._index).encode()
         self._write(memoryview(index))
         self._write(memoryview(len(index).to_bytes(8, "little")))
-        os.fsync(self._file.fileno())
+        assert self._out is not None
+        os.fsync(self._out.fileno())
         return self._digest.hexdigest()
 
     def close(self) -> None:
@@ -131,6 +134,8 @@ class States:
             self._memory.give_back(_nbytes(value))
         self._kept.clear()
         self._file.close()
+        if self._out is not None:
+            self._out.close()
 
     def _write_value(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -157,10 +162,11 @@ class States:
         return entry
 
     def _write(self, data: memoryview) -> None:
+        assert self._out is not None
         with checksums.no_room(self._folder):
             done = 0
             while done < len(data):
-                done += self._file.write(data[done:]) or 0
+                done += self._out.write(data[done:]) or 0
         self._digest.update(data)
         self.nbytes += len(data)
 
@@ -170,17 +176,16 @@ class States:
         return bytes(data)
 
     def _read_into(self, data: memoryview, start: int) -> None:
-        """Read bytes of the file, and return to where writing goes on."""
+        """Read bytes of the file."""
         if start < 0:
             raise ValueError(f"starts at {start}")
-        place, done = self._file.tell(), 0
+        done = 0
         self._file.seek(start)
         while done < len(data):
             count = self._file.readinto(data[done:])
             if not count:
                 raise ValueError(f"ends after {start + done} bytes")
             done += count
-        self._file.seek(place)
 
 
 class Spool:
