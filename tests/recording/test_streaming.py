@@ -667,6 +667,17 @@ def test_a_spool_gives_back_what_a_layer_returned(tmp_path: Path) -> None:
         assert memory._left == budget
 
 
+def test_a_state_that_is_not_read_as_written_ends_the_recording(tmp_path: Path) -> None:
+    states = spool.States(tmp_path, "states", spool._Memory(0))
+    states.append(torch.arange(6))
+    with states._path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\x07")
+    with pytest.raises(TraceDamaged, match="not those written"):
+        states.take(0)
+    states.close()
+
+
 def test_a_spool_is_read_while_another_thread_seals_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [torch.full((4,), float(index)) for index in range(300)]
     states = spool.States(tmp_path, "states", spool._Memory(0))

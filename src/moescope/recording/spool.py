@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -109,7 +110,11 @@ class States:
             self._kept[len(self._index) - 1] = value
 
     def take(self, index: int) -> Any:
-        """What the layer returned for a batch, on the CPU; asked for once."""
+        """What the layer returned for a batch, on the CPU; asked for once.
+
+        Raises:
+            TraceDamaged: It is not there, or not as it was written.
+        """
         if index in self._kept:
             value = self._kept.pop(index)
             self._memory.give_back(_nbytes(value))
@@ -143,6 +148,7 @@ class States:
             entry = {"dtype": dtype, "shape": list(value.shape), "start": self.nbytes}
             if value.numel():
                 self._write(_bytes(value))
+                entry["crc32"] = zlib.crc32(_bytes(value))
             return entry
         if isinstance(value, tuple | list):
             return [isinstance(value, tuple), [self._write_value(each) for each in value]]
@@ -155,6 +161,8 @@ class States:
             tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             if tensor.numel():
                 self._read_into(_bytes(tensor), entry["start"])
+                if zlib.crc32(_bytes(tensor)) != entry["crc32"]:
+                    raise ValueError(f"bytes {entry['start']} and on are not those written")
             return tensor
         if isinstance(entry, list):
             values = [self._read_value(each) for each in entry[1]]
