@@ -144,8 +144,9 @@ def generate(rng: np.random.Generator, p: np.ndarray, documents: int, taste: flo
         np.array([0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]),
         np.array([0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05]),
         np.linspace(1, 3, 64) / np.linspace(1, 3, 64).sum(),
+        np.append(0.12, np.full(63, 0.88 / 63)),
     ],
-    ids=["balanced", "one expert ahead", "three experts ahead", "64 in a line"],
+    ids=["balanced", "one expert ahead", "three experts ahead", "64 in a line", "one of 64 ahead"],
 )
 def test_intervals_cover_the_truth_of_known_generators(p: np.ndarray) -> None:
     rng = np.random.default_rng(11)

@@ -111,3 +111,13 @@ def test_a_few_draws_are_measured_kept_and_shown(calibration, tmp_path: Path) ->
     assert calibration.fails(again["repeats, first"]["even", "1of4"])
     assert "Bars missed: repeats, first, even, 1 of 4" in calibration.page(again, 20, 20)
     assert "| even | **0.2500" in calibration.page(again, 20, 20)
+    # What misses a bar is drawn again with other seeds, which decide.
+    (doubt,) = calibration.cells_in_doubt(cells, tmp_path)
+    assert (doubt.kind, doubt.measures, doubt.first_seed, doubt.draws) == ("even", ("repeats",), 20, 1000)
+    kept["repeats, first"] |= {"held": 2800, "intervals": 3000, "draws": 1000}
+    kept["repeats, any"] |= {"held": 0}
+    doubt.file("repeats", tmp_path).write_text(json.dumps(kept))
+    decided = calibration.read_rows(cells, tmp_path)
+    assert calibration.holds(decided["repeats, first"]["even", "1of4"]) == pytest.approx(93.3, abs=0.05)
+    assert calibration.holds(decided["repeats, any"]["even", "1of4"]) > 70  # it was not in doubt
+    assert "93.3 (of 1,000)" in calibration.page(decided, 20, 20)

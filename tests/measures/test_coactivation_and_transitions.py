@@ -253,6 +253,22 @@ def test_among_many_pairs_and_transitions_of_nothing_few_are_found_and_not_only_
     assert with_finds <= 2, with_finds
 
 
+def test_pairs_and_transitions_are_tested_where_all_four_cells_are_to_hold_ten_tokens() -> None:
+    rng = np.random.default_rng(2)
+    before, after = rng.integers(0, 4, 4000), np.where(rng.random(4000) < 0.99, 0, rng.integers(1, 4, 4000))
+    moves = np.zeros((32, 4, 4), np.uint32)
+    np.add.at(moves, (rng.integers(0, 32, 4000), before, after), 1)
+    of = transitions(Transitions((Layer(0, 4, 1), Layer(1, 4, 1)), "first", {1: moves}))
+    tested = of["p_value"].notnull().sel(layer=1).values
+    # Of the 1,000 tokens of each expert some 10 go on to another than 0, and 3 to each of these.
+    number = moves.sum(axis=0)
+    few = number.sum(axis=1)[:, None] * (number.sum(axis=0) / 4000)
+    rest = number.sum(axis=1)[:, None] - few
+    assert (tested == (np.minimum(few, rest) >= 10)).all()
+    assert tested[:, 0].any()
+    assert not tested[:, 0].all()
+
+
 def test_a_planted_pair_is_found_with_its_lift() -> None:
     rng = np.random.default_rng(4)
     hits, truth = 0, None

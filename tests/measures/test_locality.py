@@ -220,6 +220,24 @@ def test_runs_of_a_sticky_router_are_geometric_and_those_of_two_in_turn_are_not(
     turn = locality(planted(np.random.default_rng(0), "alternating").sample, [1]).sel(layer=1)
     assert turn["runs"].sel(run=1) == 1
     assert turn["run_mean"] == 1
+    # Tokens a run are 1 over the part of the tokens that begin one, and so are the ends of the interval.
+    ranks_D = np.argsort(np.random.default_rng(1).random((40, 8)))
+    made = sample_of([[(0, (int(e),)) for e in np.repeat(row, row + 1)] for row in ranks_D])
+    of = locality(made, lags=[1]).sel(layer=0)
+    low, high, _ = (1 - 1 / float(of[f"run_mean{end}"]) for end in ("_low", "_high", ""))
+    logit = np.log(low / (1 - low)), np.log(high / (1 - high))
+    middle = np.mean(logit)
+    assert 1 / (1 - 1 / (1 + np.exp(-middle))) == pytest.approx(float(of["run_mean"]), rel=1e-9)
+
+
+def test_routing_that_does_not_vary_has_an_interval_of_a_pair_either_way() -> None:
+    turns = sample_of([[(0, (place % 2,)) for place in range(length)] for length in range(20, 60)])
+    of = locality(turns, lags=[1]).sel(layer=0, kind="first", domain=ALL_DOMAINS, pairs="all", null="popularity")
+    pairs = sum(length - 1 for length in range(20, 60))
+    half = stats.t.ppf(0.975, 39) / pairs
+    assert float(of["excess_high"] - of["excess"]) == pytest.approx(half)
+    assert float(of["excess_low"]) < -0.5 < float(of["excess_high"])
+    assert float(of["p_value"]) < 1e-10
 
 
 def test_geometric_runs_are_those_of_a_simulation() -> None:

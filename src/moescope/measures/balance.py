@@ -39,6 +39,8 @@ SUMMARIES = {
 }
 
 _GINI = list(SUMMARIES).index("gini")
+_ALL_NOISE = 1 / (np.sqrt(2) - 1)
+"""Gini of equal experts over what drawing around it adds: noise on noise of the same size is √2 times as large."""
 
 
 def balance(
@@ -182,7 +184,7 @@ def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, num_draws: int, rng: np
     low, high = value - half, value + half
     # Noise adds to differences between equal experts, which the jackknife does not see of Gini's absolute values.
     bias = around[:, _GINI].mean() - seen[_GINI]
-    low[_GINI] = min(value[_GINI], seen[_GINI] - 2 * bias) - half[_GINI]
+    low[_GINI] = min(value[_GINI], seen[_GINI] - _ALL_NOISE * bias) - half[_GINI]
     high[_GINI] = max(value[_GINI], seen[_GINI] - bias) + half[_GINI]
     low[0], high[0] = (num_experts * end for end in groups.interval_of_largest(p, error, used))
     floor = np.array([1.0, 0, 0, 0])

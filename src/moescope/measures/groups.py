@@ -15,7 +15,8 @@ from scipy import stats
 from moescope.measures.statistics import CONFIDENCE, Numbers
 
 FEWEST_EXPECTED = 10
-"""Tokens that the null must expect of a pair or transition for a test: with fewer, no normal approximation holds."""
+"""Tokens that the null must expect in each cell of a two by two table for a test: with fewer, no normal approximation
+holds."""
 
 
 def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbers, Numbers]:
@@ -79,6 +80,33 @@ def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: 
     known = np.isfinite(alike) & (expected * tokens >= FEWEST_EXPECTED)
     independent: Numbers = np.sqrt(max(1.0, float(alike[known].mean()) if known.any() else 1.0) * expected / tokens)
     return np.where(joint > 0, scaled, np.fmax(error, independent))
+
+
+def testable(one: Numbers, other: Numbers, both: Numbers, tokens: float) -> NDArray[np.bool_]:
+    """Whether enough tokens are to be expected with both of two things, with one alone, and with neither.
+
+    Args:
+        one: Shares of the tokens with the first.
+        other: Shares with the second.
+        both: Shares expected to have both.
+        tokens: What all are shares of.
+    Source:
+        Cochran 1954, Some methods for strengthening the common χ² tests, Biometrics 10 (a least expectation a cell).
+    """
+    cells = both, one - both, other - both, 1 - one - other + both
+    return np.min(np.broadcast_arrays(*cells), axis=0) * tokens >= FEWEST_EXPECTED
+
+
+def ratio_interval(ratio: Numbers, half: Numbers) -> tuple[Numbers, Numbers]:
+    """Ends of the interval of a ratio on the scale of logarithms, on which a ratio of small counts is less skewed.
+
+    Example:
+        >>> [end.round(3).item() for end in ratio_interval(np.array(2.0), np.array(1.0))]
+        [1.213, 3.297]
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        spread = np.exp(half / ratio)
+        return ratio / spread, ratio * spread
 
 
 def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:

@@ -298,6 +298,9 @@ def _excess(
 ) -> _Excess:
     """Compare what documents count with what a null expects of each.
 
+    The standard error of the difference is at least one pair: routing that does not vary between documents (experts
+    that take turns) would otherwise have an interval of no width.
+
     Args:
         y_G: Repeats.
         n_G: Pairs.
@@ -313,7 +316,7 @@ def _excess(
         return float(np.sqrt(documents / (documents - 1) * (residual_G**2).sum())) if documents > 1 else float("nan")
 
     difference_G = (y_G - expected_G - (rate - expected) * n_G) / n - correction_G
-    return _Excess(rate, error((y_G - rate * n_G) / n), expected, error(difference_G))
+    return _Excess(rate, error((y_G - rate * n_G) / n), expected, float(np.maximum(error(difference_G), 1 / n)))
 
 
 def _labelled(
@@ -454,12 +457,13 @@ def _runs(sample: DocumentSample, found: Sequence[_Counted]) -> dict[str, tuple[
         pairs = float(of.pair_GI.sum())
         share[at] = of.run_N / runs
         geometric[at] = geometric_runs(lengths, number, of.repeat_GIS[:, :, 0].sum() / pairs if pairs else 0.0)
-        used = of.run_tokens_G > 0
-        y, n = of.run_tokens_G[used], of.runs_G[used]
-        error = statistics.ratio_standard_error(tokens, runs, (y * y).sum(), (y * n).sum(), (n * n).sum(), len(y))
-        half = float(statistics.student_t(len(y)) * error)
         mean[at] = tokens / runs
-        low[at], high[at] = max(1.0, mean[at] - half), mean[at] + half
+        # Tokens that go on with a run are a proportion, c; there are 1 / (1 - c) tokens a run.
+        n = of.run_tokens_G[of.run_tokens_G > 0]
+        y = n - of.runs_G[of.run_tokens_G > 0]
+        error = statistics.ratio_standard_error(y.sum(), tokens, (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
+        ends = statistics.proportion_interval(y.sum() / tokens, error, len(n))
+        low[at], high[at] = (1 / (1 - float(end)) for end in ends)
     return {
         "runs": described(share, ("layer", "run"), "share of the runs of one first choice", "1"),
         "runs_geometric": described(geometric, ("layer", "run"), "the same if repeats were independent", "1"),

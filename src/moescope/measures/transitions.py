@@ -53,9 +53,9 @@ def transitions(
 
         * `probability`: P(next at the layer | expert at the one before);
         * `joint`: of all tokens, those with both; `expected`: the same if the layers were independent;
-        * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents;
-        * `p_value` that it is 1, NaN where fewer than ten tokens are expected; `q_value`, the same with the false
-          discovery rate controlled over all transitions.
+        * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents, on the scale of logarithms;
+        * `p_value` that it is 1, NaN where fewer than ten tokens are expected to make it, or only one of its two steps,
+          or neither; `q_value`, the same with the false discovery rate controlled over all transitions.
 
         By (layer): `information`, the mutual information of the two choices, bits, its bias removed by a jackknife over
         groups of documents (where tokens are few for the number of cells: less `sampling_alone`, which is the most that
@@ -171,7 +171,8 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
         p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         probability = np.where(before[:, None] > 0, joint / before[:, None], np.nan)
         spread = np.nansum(error**2 / expected) * tokens if num_groups > 1 else np.nan
-    p_value[(expected * tokens < groups.FEWEST_EXPECTED) | (num_groups < 2)] = np.nan
+    low, high = groups.ratio_interval(lift, half)
+    p_value[~groups.testable(before[:, None], after, expected, tokens) | (num_groups < 2)] = np.nan
     cells = max(((before > 0).sum() - 1) * ((after > 0).sum() - 1), 1)
     # Tokens of a document are alike: they tell as much as so many independent ones.
     independent = tokens / max(spread / cells, 1) if num_groups > 1 else np.nan
@@ -193,8 +194,8 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
         "joint": joint,
         "expected": expected,
         "lift": lift,
-        "low": np.maximum(lift - half, 0),
-        "high": lift + half,
+        "low": low,
+        "high": high,
         "p_value": p_value,
         "information": max(value, 0.0),
         "information_low": np.maximum(ends[0], 0),

@@ -464,8 +464,9 @@ def _untested(transitions: xr.Dataset) -> list[str]:
         return []
     return [
         f"{count(of_all - tested)} of these {count(of_all)} transitions are not tested, and grey in the figure: "
-        f"independent layers would give them fewer than {FEWEST_EXPECTED} tokens, and too few tell nothing. A longer "
-        "trace tests more, and so do all assignments instead of first choices (--choice any)."
+        f"independent layers would give them fewer than {FEWEST_EXPECTED} tokens, or leave fewer to other experts, and "
+        "too few tell nothing. A longer trace tests more, and so do all assignments instead of first choices (--choice "
+        "any)."
     ]
 
 
