@@ -355,6 +355,10 @@ def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, ju
     return judge(name, statement, of)
 
 
+def _in_words(null: str) -> str:
+    return NULLS[null] if null == "uniform" else f"the {NULLS[null]}"
+
+
 def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     whole = locality.sel(domain=ALL_DOMAINS)
     layers = whole["layer"].values.tolist()
@@ -363,7 +367,7 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     at = whole.sel(layer=layer)
     pairs = "the same first choice" if str(at["kind"].values) == "first" else "an expert in common"
     over = ", ".join(
-        f"{_signed(at['excess'].sel(null=null).item())} points over {NULLS[null]}"
+        f"{_signed(at['excess'].sel(null=null).item())} points over {_in_words(null)}"
         for null in ("uniform", "popularity", "document")
     )
     evidence = (
@@ -427,7 +431,7 @@ def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         for at in later:
             effects.append(_growth(first, at, int(whole["documents"])))
         excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
-        sentences.append(f"over {NULLS[null]}, {excess}")
+        sentences.append(f"over {_in_words(null)}, {excess}")
     evidence = f"Points of repeats {'; '.join(sentences)}."
     return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]), (0, 1))
 
@@ -448,7 +452,7 @@ def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
         "points",
         100 * (value - half) if np.isfinite(half) else None,
         100 * (value + half) if np.isfinite(half) else None,
-        f"layer {int(first['layer'])}, both over {NULLS[str(first['null'].values)]}",
+        f"layer {int(first['layer'])}, both over {_in_words(str(first['null'].values))}",
         None,
         _student_p(value, error, documents - 1),
     )
@@ -476,7 +480,7 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     over_words = rates.sel(null="words")
     if np.isfinite(over_words["excess_low"]).all():
         names = ("excess", "excess_low", "excess_high")
-        effects.append(_differences(over_words, names, f"the same of what is over {NULLS['words']}").effect)
+        effects.append(_differences(over_words, names, f"the same of what is over {_in_words('words')}").effect)
 
     def decide(effects: Sequence[Effect]) -> Answer:
         return "yes" if different.mean() > 0.5 else "mixed" if different.any() else "no"

@@ -97,16 +97,24 @@ def testable(one: Numbers, other: Numbers, both: Numbers, tokens: float) -> NDAr
     return np.min(np.broadcast_arrays(*cells), axis=0) * tokens >= FEWEST_EXPECTED
 
 
-def ratio_interval(ratio: Numbers, half: Numbers) -> tuple[Numbers, Numbers]:
-    """Ends of the interval of a ratio on the scale of logarithms, on which a ratio of small counts is less skewed.
+def lift_interval(lift: Numbers, half: Numbers, expected_tokens: Numbers) -> tuple[Numbers, Numbers]:
+    """Ends of the interval of a lift, on the scale of logarithms, on which a ratio of small counts is less skewed.
+
+    NaN where less than one token is expected: of those rare things the ones that are seen, and have an error, are
+    those that were seen too often.
+
+    Args:
+        lift: Seen over expected.
+        half: Half of the interval on the linear scale.
+        expected_tokens: Tokens expected.
 
     Example:
-        >>> [end.round(3).item() for end in ratio_interval(np.array(2.0), np.array(1.0))]
-        [1.213, 3.297]
+        >>> [end.round(3).tolist() for end in lift_interval(np.array([2.0, 2.0]), np.array(1.0), np.array([1.0, 0.5]))]
+        [[1.213, nan], [3.297, nan]]
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        spread = np.exp(half / ratio)
-        return ratio / spread, ratio * spread
+        spread = np.where(expected_tokens >= 1, np.exp(half / lift), np.nan)
+        return lift / spread, lift * spread
 
 
 def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:
