@@ -38,7 +38,7 @@ def coactivation(
         * `joint`: tokens with both over tokens, the same for both orders, as all that follow;
         * `expected`: of `joint`, if sets of k had nothing but the popularity of each expert (conditional Bernoulli);
         * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents, on the scale of logarithms, NaN
-          where less than one token is expected;
+          where less than one token is expected to have both, or fewer than ten to have only one or neither;
         * `p_value` that the lift is 1, NaN where fewer than ten tokens are expected to have both, or only one, or
           neither; `q_value`, the same with the false discovery rate controlled over pairs and layers.
 
@@ -126,8 +126,10 @@ def _of_layer(ranked_GEE: NDArray[np.uint32], top_k: int) -> dict[str, Numbers]:
         under_null = groups.error_under_null(error, joint, expected, tokens)
         p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         conditional = np.where(inclusion[:, None] > 0, joint / inclusion[:, None], np.nan)
-    low, high = groups.lift_interval(lift, half, expected * tokens)
-    p_value[~groups.testable(inclusion[:, None], inclusion, expected, tokens) | (num_groups < 2)] = np.nan
+    shares = inclusion[:, None], inclusion, expected, tokens
+    half[~groups.enough(*shares, groups.FEWEST_FOR_INTERVAL)] = np.nan
+    low, high = groups.lift_interval(lift, half)
+    p_value[~groups.enough(*shares) | (num_groups < 2)] = np.nan
     values = {
         "conditional": conditional,
         "joint": joint,

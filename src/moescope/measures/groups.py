@@ -14,9 +14,14 @@ from scipy import stats
 
 from moescope.measures.statistics import CONFIDENCE, Numbers
 
+Truths = NDArray[np.bool_]
+
 FEWEST_EXPECTED = 10
 """Tokens that the null must expect in each cell of a two by two table for a test: with fewer, no normal approximation
 holds."""
+FEWEST_FOR_INTERVAL = 1
+"""The same, with both of two things, for an interval of a lift: of rarer ones those that are seen, and have an error,
+were seen too often."""
 
 
 def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbers, Numbers]:
@@ -82,38 +87,35 @@ def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: 
     return np.where(joint > 0, scaled, np.fmax(error, independent))
 
 
-def testable(one: Numbers, other: Numbers, both: Numbers, tokens: float) -> NDArray[np.bool_]:
-    """Whether enough tokens are to be expected with both of two things, with one alone, and with neither.
+def enough(one: Numbers, other: Numbers, both: Numbers, tokens: float, least: float = FEWEST_EXPECTED) -> Truths:
+    """Whether so many tokens are to be expected with both of two things, and ten with one alone, and with neither.
 
     Args:
         one: Shares of the tokens with the first.
         other: Shares with the second.
         both: Shares expected to have both.
         tokens: What all are shares of.
+        least: Tokens with both: `FEWEST_EXPECTED` for a test, `FEWEST_FOR_INTERVAL` for an interval.
     Source:
         Cochran 1954, Some methods for strengthening the common χ² tests, Biometrics 10 (a least expectation a cell).
     """
-    cells = both, one - both, other - both, 1 - one - other + both
-    return np.min(np.broadcast_arrays(*cells), axis=0) * tokens >= FEWEST_EXPECTED
+    rest = np.minimum(np.minimum(one - both, other - both), 1 - one - other + both)
+    return (both * tokens >= least) & (rest * tokens >= FEWEST_EXPECTED)
 
 
-def lift_interval(lift: Numbers, half: Numbers, expected_tokens: Numbers) -> tuple[Numbers, Numbers]:
+def lift_interval(lift: Numbers, half: Numbers) -> tuple[Numbers, Numbers]:
     """Ends of the interval of a lift, on the scale of logarithms, on which a ratio of small counts is less skewed.
-
-    NaN where less than one token is expected: of those rare things the ones that are seen, and have an error, are
-    those that were seen too often.
 
     Args:
         lift: Seen over expected.
         half: Half of the interval on the linear scale.
-        expected_tokens: Tokens expected.
 
     Example:
-        >>> [end.round(3).tolist() for end in lift_interval(np.array([2.0, 2.0]), np.array(1.0), np.array([1.0, 0.5]))]
-        [[1.213, nan], [3.297, nan]]
+        >>> [end.round(3).item() for end in lift_interval(np.array(2.0), np.array(1.0))]
+        [1.213, 3.297]
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        spread = np.where(expected_tokens >= 1, np.exp(half / lift), np.nan)
+        spread = np.exp(half / lift)
         return lift / spread, lift * spread
 
 

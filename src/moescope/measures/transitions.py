@@ -54,7 +54,7 @@ def transitions(
         * `probability`: P(next at the layer | expert at the one before);
         * `joint`: of all tokens, those with both; `expected`: the same if the layers were independent;
         * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents, on the scale of logarithms, NaN
-          where less than one token is expected;
+          where less than one token is expected to make it, or fewer than ten only one of its two steps, or neither;
         * `p_value` that it is 1, NaN where fewer than ten tokens are expected to make it, or only one of its two steps,
           or neither; `q_value`, the same with the false discovery rate controlled over all transitions.
 
@@ -172,8 +172,10 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
         p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         probability = np.where(before[:, None] > 0, joint / before[:, None], np.nan)
         spread = np.nansum(error**2 / expected) * tokens if num_groups > 1 else np.nan
-    low, high = groups.lift_interval(lift, half, expected * tokens)
-    p_value[~groups.testable(before[:, None], after, expected, tokens) | (num_groups < 2)] = np.nan
+    shares = before[:, None], after, expected, tokens
+    half[~groups.enough(*shares, groups.FEWEST_FOR_INTERVAL)] = np.nan
+    low, high = groups.lift_interval(lift, half)
+    p_value[~groups.enough(*shares) | (num_groups < 2)] = np.nan
     cells = max(((before > 0).sum() - 1) * ((after > 0).sum() - 1), 1)
     # Tokens of a document are alike: they tell as much as so many independent ones.
     independent = tokens / max(spread / cells, 1) if num_groups > 1 else np.nan
