@@ -751,11 +751,7 @@ def page(rows: dict[str, dict[tuple[str, str], Row]], draws: int, documents: int
             near=int(((rejected >= 3) & (rejected <= 7)).sum()),
             noise=int((rejected <= MOST_REJECTED).sum()),
             most=f"{rejected.max():.1f}" if len(rejected) else "–",
-            failing="; ".join(
-                f"{name}, {kind}, {SHAPE_NAMES[shape]}" + (f" ({KNOWN[name, kind]})" if (name, kind) in KNOWN else "")
-                for name, kind, shape in failing
-            )
-            or "none",
+            failing="; ".join(f"{name}, {kind}, {SHAPE_NAMES[shape]}" for name, kind, shape in failing) or "none",
         )
     ]
     for name, by in rows.items():
@@ -802,12 +798,6 @@ know a rate of 5 % to ± 3.1 (two standard deviations), so up to 10.1 % is withi
 median is {median} %, the least {least} %. Of the {above}, {ends} plant a value at the end of its range, the others are
 of the routing {others}. Of {tests} cells whose null is true, tests reject in {mean_rejected} % on
 average, {near} lie within 3 and 7 %, {noise} below 10.1 %, the highest is {most} %. Bars missed: {failing}."""
-
-KNOWN = {
-    ("SRP(64)", "sticky"): "some 27 of the 60 documents hold 64 tokens, and those with few more hold few segments",
-    ("locality, above document, 64 apart", "sticky"): "as few documents hold such a pair",
-}
-"""Why a bar is missed where we leave it so."""
 
 SHAPE_NAMES = {shape: shape.replace("of", " of ").replace("short", ", short") for shape in SHAPES}
 
