@@ -27,6 +27,50 @@ from moescope.recording.routers import find_experts, given_experts
 from .conftest import byte_level_tokenizer, some_documents
 from .families import tiny_config, tiny_model
 
+
+class Reusing(nn.Module):
+    """A router that answers from one buffer, as kernels with a workspace do; `made` keeps what it chose."""
+
+    buffer: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, made: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.gate, self.made = nn.Linear(16, 8), made
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = self.gate(hidden).softmax(-1).topk(2)
+        self.made.append(ids)
+        if Reusing.buffer is None or Reusing.buffer[0].shape != ids.shape:
+            Reusing.buffer = ids.clone(), weights.clone()
+        for into, new in zip(Reusing.buffer, (ids, weights), strict=True):
+            into.copy_(new)
+        return Reusing.buffer
+
+
+def test_a_router_that_answers_from_one_buffer_is_noted_layer_by_layer() -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[torch.Tensor] = []
+            self.embed = nn.Embedding(400, 16)
+            self.routers = nn.ModuleList(Reusing(self.made) for _ in range(3))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(input_ids).view(-1, 16)
+            for router in self.routers:
+                ids, weights = router(hidden)
+                hidden = hidden + ids.float() @ weights.T.float() @ hidden / len(hidden)
+            return hidden
+
+    torch.manual_seed(0)
+    body = Body()
+    named = [moescope.Router(f"routers.{at}", lambda args, kwargs, output: output, num_experts=8) for at in range(3)]
+    with RouterWatch(given_experts(body, named)) as watch:
+        found = watch.run(body, {"input_ids": torch.arange(30)[None]})
+    for at, ids in enumerate(body.made):
+        assert (found[at].expert_ids == ids.numpy()).all()
+
+
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-router.md"
 Save = Callable[..., Path]
 

@@ -403,6 +403,36 @@ def test_a_complete_trace_is_kept_and_its_leftover_work_cleared_away(mixtral: Pa
     assert not spool.work_folder(out).exists()
 
 
+def test_work_that_is_to_replace_a_complete_trace_is_kept_by_a_call_without_force(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.moe"
+    record(mixtral, some_documents(), out, stream=True, **OPTIONS)
+    other = OPTIONS | {"window": 39}
+    with pytest.raises(Stop):
+        record(mixtral, some_documents(), out, stream=True, force=True, progress=stopped_after(20), **other)
+    for options in (OPTIONS, other):
+        with pytest.raises(TraceExists, match=r"s\.moe\.stream beside it holds another recording"):
+            record(mixtral, some_documents(), out, stream=True, **options)
+    announced: list[Estimate] = []
+    again = record(mixtral, some_documents(), out, force=True, announce=announced.append, **other)
+    assert announced[0].first_layer > 0
+    assert again.header.run["window"] == 39
+    assert not spool.work_folder(out).exists()
+
+
+def test_work_that_another_process_is_at_is_left_alone(mixtral: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.moe"
+    interrupted(mixtral, out)
+    lock = spool._lock(spool.work_folder(out))
+    spool.remove_work(out)
+    assert spool.has_work(out)
+    os.close(lock or 0)
+    (spool.work_folder(out) / spool.PLAN).unlink()  # a kill came while it was cleared away
+    spool.remove_work(out)
+    assert not spool.work_folder(out).exists()
+
+
 def test_a_disk_that_is_too_small_is_said_before_the_first_layer(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

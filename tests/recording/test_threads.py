@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -146,6 +147,29 @@ def test_after_an_error_of_ours_what_was_handed_over_is_written() -> None:
     with pytest.raises(KeyboardInterrupt), WriteBehind(lambda n: (time.sleep(0.02), written.append(n))) as behind:
         put_all(behind, range(2), KeyboardInterrupt)
     assert written == [0, 1]
+
+
+def test_ctrl_c_while_the_last_item_is_written_does_not_leave_the_thread_alone() -> None:
+    begun, written = threading.Event(), []
+
+    def write(n: int) -> None:
+        begun.set()
+        time.sleep(0.3)
+        written.append(n)
+
+    def interrupt() -> None:
+        begun.wait(LONG)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt), WriteBehind(write) as behind:
+            behind.put(0)
+        assert written == [0]
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 def test_the_model_goes_on_while_a_part_is_written(

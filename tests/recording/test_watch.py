@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moescope
 from moescope import mini
 from moescope.corpus import open_corpus, sample
-from moescope.errors import ModelNotMoE, ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
+from moescope.errors import DiskFull, ModelNotMoE, ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
 from moescope.recording.hooks import RouterWatch
 from moescope.recording.live import LiveTally
 from moescope.recording.routers import find_experts
 from moescope.recording.tokenizer import Tokenizer
 from moescope.recording.watch import watch
-from moescope.trace import Trace, open_trace
+from moescope.trace import Trace, TraceWriter, open_trace
 from moescope.trace.part import PHASES
 
 from .conftest import byte_level_tokenizer, some_documents
@@ -903,6 +904,79 @@ def test_a_document_that_an_error_ends_is_not_in_the_trace(model: Any, tmp_path:
             model(some_ids(1, 3))
     trace = open_trace(tmp_path / "t.moe")
     assert (trace.domains, trace.num_tokens, trace.complete) == (("sound",), 3, True)
+
+
+def test_a_part_that_could_not_be_written_is_written_with_the_next(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = TraceWriter.write, iter(range(10**6))
+
+    def write(*args: Any) -> None:
+        if next(calls) == 1:
+            raise DiskFull(tmp_path, "no space left on the disk")
+        own(*args)
+
+    monkeypatch.setattr(TraceWriter, "write", write)
+    failed = 0
+    with watch(model, tmp_path / "t.moe", part_tokens=20) as w:
+        for _ in range(8):
+            try:
+                model(input_ids=some_ids(2, 10), use_cache=False)
+            except DiskFull:
+                failed += 1
+    trace = open_trace(tmp_path / "t.moe")
+    assert (failed, trace.complete, trace.num_tokens, w.tokens) == (1, True, 160, 160)
+    assert trace.document_numbers.tolist() == list(range(16))
+
+
+def test_a_generation_that_fails_in_one_thread_leaves_those_of_another_whole(model: Any, tmp_path: Path) -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    class Gate(transformers.LogitsProcessor):
+        def __init__(self, fails: bool) -> None:
+            self.fails, self.calls = fails, 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.fails:
+                raise RuntimeError
+            if self.calls == 2:
+                inside.set()
+                over.wait(60)
+            return scores
+
+    def generate(fails: bool) -> None:
+        try:
+            model.generate(some_ids(1, 4), max_new_tokens=6, do_sample=False, logits_processor=[Gate(fails)], **NO_END)
+        except RuntimeError:
+            over.set()
+
+    with watch(model, tmp_path / "t.moe"):
+        sound = threading.Thread(target=generate, args=(False,))
+        sound.start()
+        inside.wait(60)
+        generate(True)
+        sound.join()
+        assert model.generate(some_ids(1, 3), max_new_tokens=2, **NO_END).shape == (1, 5)
+    trace = open_trace(tmp_path / "t.moe")
+    assert [len(part.position) for part in trace.iter_parts()] == [9 + 4]
+    assert (trace.complete, trace.num_documents) == (True, 2)
+
+
+NO_END: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
+
+
+def test_a_generate_of_the_models_own_is_there_again_afterwards(model: Any) -> None:
+    own = model.generate
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    model.generate = mine
+    with watch(model), watch(model) as w:
+        model.generate(some_ids(1, 3), max_new_tokens=2, **NO_END)
+    assert model.generate is mine
+    assert w.tokens == 4
 
 
 def test_a_trace_is_kept_unless_force_is_said(model: Any, tmp_path: Path) -> None:

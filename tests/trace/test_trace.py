@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,6 +328,40 @@ def test_a_full_disk_keeps_every_finished_part(tmp_path: Path, monkeypatch: pyte
         writer.write(second, {"documents_read": 6})
         writer.finish({"tokens": 95})
     assert open_trace(tmp_path / "t.moe").verify() == []
+
+
+@pytest.mark.parametrize("room", [0, 20, 64, 72])
+def test_a_disk_that_fills_up_within_a_line_of_the_list_leaves_the_list_as_it_was(tmp_path: Path, room: int) -> None:
+    checksums.rewrite(tmp_path, {})
+    checksums.commit(tmp_path, "first", lambda file: file.write(b"1") and None)
+    before = (tmp_path / checksums.FILE_NAME).read_bytes()
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from moescope.trace import checksums\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + room}, resource.RLIM_INFINITY))\n"
+        f"checksums.commit(Path({str(tmp_path)!r}), 'second', lambda file: file.write(b'2') and None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "File too large" in ended.stderr
+    assert (tmp_path / checksums.FILE_NAME).read_bytes() == before
+    checksums.commit(tmp_path, "second", lambda file: file.write(b"2") and None)
+    assert list(checksums.read(tmp_path)) == ["first", "second"]
+
+
+def test_parts_that_a_killed_replacement_left_are_not_in_the_new_trace(tmp_path: Path) -> None:
+    first, second = parts()
+    header = Header(LAYERS, model={"name": "synthetic"})
+    with TraceWriter(tmp_path / "t.moe", header, VOCABULARY) as writer:
+        writer.write(first, {"documents_read": 4})
+        writer.write(second, {"documents_read": 6})
+        writer.finish({"tokens": 95})
+    for name in (checksums.FILE_NAME, "trace.json", "summary.json"):
+        (tmp_path / "t.moe" / name).unlink()  # what --force had removed when it was killed
+    with TraceWriter(tmp_path / "t.moe", header, VOCABULARY) as writer:
+        writer.write(first, {"documents_read": 4})
+        writer.finish({"tokens": 63})
+    assert open_trace(tmp_path / "t.moe").verify() == []
+    assert len(list((tmp_path / "t.moe" / "parts").iterdir())) == 1
 
 
 def _no_space(*_: object) -> None:

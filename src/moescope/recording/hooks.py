@@ -8,6 +8,7 @@ it ends.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -65,17 +66,17 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
     called, router = experts.called, experts.router
     if called is None and router is None:
         raise ValueError(f"{experts.name} says no module to listen to")
-    outputs: list[Any] = []
+    outputs = threading.local()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        output = outputs.pop() if outputs else None
+        output = outputs.__dict__.pop("last", None)
         tell(*check_call(experts, *_read(experts, args, kwargs, output)))
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if called is None:
             tell(*check_call(experts, *_read(experts, args, kwargs, output)))
         else:
-            outputs[:] = [output]
+            outputs.last = output
 
     handles = []
     if router is not None:
@@ -179,7 +180,8 @@ class RouterWatch:
 
     def _note(self, experts: Experts) -> Tell:
         def note(ids: Tensor, weights: Tensor) -> None:
-            self._calls.append((experts, ids, weights))
+            # Copied at once: a router may answer from a buffer that it fills again, or a model change its answer.
+            self._calls.append((experts, ids.clone(), weights.clone()))
             if experts.layer == self._stop_at:
                 raise _LastRouterSpoke
 

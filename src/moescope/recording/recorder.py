@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import transformers
 
 import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, ModelNotStreamable, TraceExists
+from moescope.errors import CorpusEmpty, ModelNotStreamable, TraceError, TraceExists
 from moescope.recording.attention import SkipMaskedBlocks
 from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
 from moescope.recording.hooks import RouterWatch
@@ -41,11 +41,11 @@ from moescope.recording.parts import check_finite, check_token_ids, unrouted
 from moescope.recording.progress import Meter, Progress
 from moescope.recording.routers import Router
 from moescope.recording.rows import FillRows
-from moescope.recording.spool import remove_work
+from moescope.recording.spool import has_work, remove_work, work_folder
 from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
-from moescope.trace.reader import SUMMARY
+from moescope.trace.reader import SUMMARY, read_header
 
 BATCH_TOKENS = 4096
 PART_TOKENS = 65_536
@@ -138,8 +138,7 @@ def record(
     if memory is not None and memory < 0:
         raise ValueError(f"memory of {memory} bytes is below 0")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
-        remove_work(out)
-        raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
+        _refuse_complete(out)
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     streamed: Streamed | None = None
@@ -224,6 +223,19 @@ def record(
             _record_parts(ready, watch, documents, writer, report)
         remove_work(out)  # of a streamed recording that was given up for this one
     return open_trace(out)
+
+
+def _refuse_complete(out: Path) -> NoReturn:
+    """Say that a trace is complete, and whether the work of another recording waits beside it."""
+    with suppress(TraceError):
+        remove_work(out, read_header(out))  # a kill came between the last file of this recording and the clearing away
+    if has_work(out):
+        raise TraceExists(
+            out,
+            f"holds a complete trace, which is kept; {work_folder(out).name} beside it holds another recording, begun",
+            "--force goes on with that one, and replaces the trace in the end",
+        )
+    raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
 
 
 def _record_parts(

@@ -58,7 +58,7 @@ class Batch:
     Attributes:
         domains: Domain of each row.
         block: The document they belong to; None if each is one.
-        provisional: Whether they are being generated, so that an error now leaves them incomplete.
+        generation: The call of ``generate`` that makes them, so that an error of it leaves them incomplete, or None.
         ended: Whether nothing can follow.
         fed: Tokens of each row that the model has read, padding included.
         steps: What each forward pass added.
@@ -67,7 +67,7 @@ class Batch:
 
     domains: Sequence[str]
     block: Block | None
-    provisional: bool = False
+    generation: object = None
     ended: bool = False
     fed: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -114,9 +114,9 @@ class Sequences:
         self.documents = self.tokens = 0
 
     def add(
-        self, step: Step, cache: Any, past: int, subject: str, open_batch: Callable[[int], Batch], provisional: bool
+        self, step: Step, cache: Any, past: int, subject: str, open_batch: Callable[[int], Batch], generation: object
     ) -> None:
-        """Add what a forward pass read.
+        """Add what a forward pass read; `settle` writes it once it is due.
 
         Args:
             step: It.
@@ -124,7 +124,7 @@ class Sequences:
             past: Tokens that the cache held before.
             subject: What errors call the model.
             open_batch: Makes a batch of some number of rows, for sequences that begin.
-            provisional: Whether the sequences are being generated.
+            generation: The call of ``generate`` that makes the sequences; None if none does.
         Raises:
             ModelUnsupported: The cache was rewound or rearranged, so that its rows are other sequences than before.
         """
@@ -148,10 +148,9 @@ class Sequences:
             )
         else:
             step.starts[:] = False
-        batch.provisional = provisional
+        batch.generation = generation
         batch.fed += num_tokens
         batch.steps.append(step)
-        self.settle()
 
     def _follow(self, batch: Batch, cache: Any) -> None:
         """End the batch with its cache; the callback may come at any moment and only leaves a mark."""
@@ -188,10 +187,10 @@ class Sequences:
         """Forget a document that an error left incomplete."""
         self._batches = [batch for batch in self._batches if batch.block is not block]
 
-    def end_provisional(self, *, whole: bool) -> None:
+    def end_generation(self, generation: object, *, whole: bool) -> None:
         """What was being generated is generated, or an error left it incomplete and it is forgotten."""
-        for batch in [each for each in self._batches if each.provisional]:
-            batch.provisional = False
+        for batch in [each for each in self._batches if each.generation is generation]:
+            batch.generation = None
             if not whole:
                 self._batches.remove(batch)
                 if batch.block is not None:
@@ -201,7 +200,7 @@ class Sequences:
     def finish(self, *, complete: bool) -> None:
         """Write what is left, and if `complete` declare the trace so."""
         for batch in self._batches:
-            batch.ended = batch.ended or not batch.provisional
+            batch.ended = batch.ended or batch.generation is None
         self.settle()
         if self._whole:
             self._write()
@@ -226,7 +225,7 @@ class Sequences:
         self._waiting += sum(lengths)
 
     def _write(self) -> None:
-        documents, self._whole = self._whole, []
+        documents = self._whole
         names = tuple(dict.fromkeys(each["domain"] for each in documents))
         lengths = [len(each["document"]) for each in documents]
         columns = ("document", "sequence", "position", "token_id", "phase")
@@ -239,8 +238,8 @@ class Sequences:
             **joined,
         )
         self._writer.write(part, {"documents": len(documents), "tokens": part.num_tokens})
+        self._whole, self._waiting = [], 0  # only now: after an error they are written with the next part
         self.tokens += part.num_tokens
-        self._waiting = 0
 
 
 def _joined(pieces: Sequence[dict[int, NDArray[Any]]], axis: int = 1) -> dict[int, NDArray[Any]]:

@@ -53,10 +53,31 @@ def has_work(out: Path) -> bool:
     return (work_folder(out) / PLAN).is_file()
 
 
-def remove_work(out: Path) -> None:
-    """Remove what a finished recording left, if a kill came between its last file and the clearing away."""
-    if has_work(out):
-        _clear(work_folder(out))
+def remove_work(out: Path, finished: Header | None = None) -> None:
+    """Remove what a streamed recording left, unless another process is at it.
+
+    Args:
+        out: The trace.
+        finished: Header of what is recorded there; the work of any other recording is kept. None keeps none.
+    """
+    path = work_folder(out)
+    if not (path.is_dir() and _is_ours(path)):
+        return
+    try:
+        lock = _lock(path)
+    except TraceBusy:
+        return
+    try:
+        if finished is not None and (path / PLAN).exists():
+            plan = Header.from_json(json.dumps(_read_plan(path)["header"]), path)
+            if without_top_k(plan).differences(without_top_k(finished)):
+                return
+        _clear(path)
+    except TraceDamaged:
+        return
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 class States:
@@ -233,7 +254,7 @@ class Spool:
             raise TraceExists(path, "exists and is not the work of a streamed recording", "move it away")
         with checksums.no_room(path):
             path.mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        self._lock = _lock(path)
         try:
             try:
                 self._begin(plan, tokens)
@@ -297,18 +318,27 @@ class Spool:
 
     def remove(self) -> None:
         """Remove the folder: the trace is complete."""
+        self.settle()
+        _clear(self.path)  # before the lock is let go of
         self.close()
-        _clear(self.path)
 
     def close(self) -> None:
-        """Let go of the folder; unfinished, it can be resumed."""
-        self._behind.shutdown()
+        """Let go of the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
+        interrupt = None
+        while True:
+            try:
+                self._behind.shutdown()
+                break
+            except KeyboardInterrupt as again:  # let go of now, the folder would change under whoever takes it
+                interrupt = again
         if self._states is not None:
             self._states.close()
             self._states = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if interrupt is not None:
+            raise interrupt
 
     def __enter__(self) -> Spool:
         return self
@@ -332,24 +362,10 @@ class Spool:
         if before is not None:
             (self.path / before.name).unlink(missing_ok=True)
 
-    def _acquire(self) -> None:
-        if fcntl is None:  # pragma: no cover
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TraceBusy(self.path, "another process is recording into this trace") from None
-
     def _differences(self, plan: Header, tokens: str) -> list[str]:
-        try:
-            found = json.loads((self.path / PLAN).read_bytes())
-        except FileNotFoundError:
+        if not (self.path / PLAN).exists():
             return []
-        except (OSError, ValueError) as error:
-            raise _damaged(self.path, f"{PLAN} cannot be read: {error}") from None
-        if not isinstance(found, dict) or not isinstance(found.get("header"), dict):
-            raise _damaged(self.path, f"{PLAN} is not the plan of a streamed recording")
+        found = _read_plan(self.path)
         differences = plan.differences(Header.from_json(json.dumps(found["header"]), self.path))
         if not differences and found.get("tokens") != tokens:
             differences = ["the tokens of the corpus"]
@@ -395,6 +411,33 @@ class Spool:
         if layer not in self._recorded:
             return []
         return [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a work folder; the lock lasts until the descriptor is closed.
+
+    Raises:
+        TraceBusy: Another process has it.
+    """
+    if fcntl is None:  # pragma: no cover
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TraceBusy(path, "another process is recording into this trace") from None
+    return descriptor
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / PLAN).read_bytes())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{PLAN} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("header"), dict):
+        raise _damaged(path, f"{PLAN} is not the plan of a streamed recording")
+    return found
 
 
 class _Memory:

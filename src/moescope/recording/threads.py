@@ -40,7 +40,7 @@ def read_ahead(
     """
     queue: SimpleQueue[Item | _End] = SimpleQueue()
     room = threading.Semaphore(1)
-    stopped = threading.Event()
+    stopped, ended = threading.Event(), threading.Event()
 
     def until_stopped() -> Iterator[Source]:
         for piece in source:
@@ -58,7 +58,9 @@ def read_ahead(
                 queue.put(item)
         except BaseException as error:
             end = _End(error)
-        queue.put(end)
+        finally:
+            queue.put(end)
+            ended.set()
 
     def taken() -> Iterator[Item]:
         while not isinstance(item := queue.get(), _End):
@@ -68,13 +70,15 @@ def read_ahead(
             raise item.error
 
     thread = threading.Thread(target=run, name="moescope reads ahead", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield taken()
     finally:
         stopped.set()
         room.release()
-        thread.join()
+        interrupt = _wait_for(ended) if thread.ident is not None else None
+    if interrupt is not None:
+        raise interrupt
 
 
 class WriteBehind(Generic[Item]):
@@ -88,6 +92,7 @@ class WriteBehind(Generic[Item]):
         self._write = write
         self._queue: Queue[Item | _End] = Queue(maxsize=1)
         self._error: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moescope writes behind", daemon=True)
 
     def put(self, item: Item) -> None:
@@ -100,21 +105,23 @@ class WriteBehind(Generic[Item]):
         self._queue.put(item)
 
     def __enter__(self) -> WriteBehind[Item]:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._queue.put(_End())
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Wait until everything handed over is written, also after an error or Ctrl-C: it is finished work."""
         interrupt = None
-        ended = False
-        while self._thread.is_alive():
+        while True:
             try:
-                if not ended:
-                    self._queue.put(_End())
-                    ended = True
-                self._thread.join()
-            except KeyboardInterrupt as again:  # a thread left alone would write what its owner has closed
+                self._queue.put(_End())
+                break
+            except KeyboardInterrupt as again:
                 interrupt = again
+        interrupt = _wait_for(self._ended) or interrupt  # a thread left alone would write what its owner has closed
         if kind is None:
             self._raise_error()
             if interrupt is not None:
@@ -125,10 +132,28 @@ class WriteBehind(Generic[Item]):
             raise self._error
 
     def _run(self) -> None:
-        while not isinstance(item := self._queue.get(), _End):
-            if self._error is None:
-                try:
-                    self._write(item)
-                except BaseException as error:
-                    self._error = error
-            del item  # its memory is free while the next is awaited
+        try:
+            while not isinstance(item := self._queue.get(), _End):
+                if self._error is None:
+                    try:
+                        self._write(item)
+                    except BaseException as error:
+                        self._error = error
+                del item  # its memory is free while the next is awaited
+        finally:
+            self._ended.set()
+
+
+def _wait_for(event: threading.Event) -> KeyboardInterrupt | None:
+    """Wait for it whatever Ctrl-C says, and return the last Ctrl-C there was.
+
+    `Thread.join` will not do: interrupted, it takes a thread that still runs for ended (Python 3.11 and 3.12, issue
+    45274 of CPython).
+    """
+    interrupt = None
+    while not event.is_set():
+        try:
+            event.wait()
+        except KeyboardInterrupt as again:
+            interrupt = again
+    return interrupt

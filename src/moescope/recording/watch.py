@@ -139,11 +139,11 @@ class Watch:
             )
         self._domains: str | Sequence[str] = domain
         self._block: Block | None = None
-        self._generation: _Generation | None = None
         self._paused = False
         self._seen = False
         self._passes = threading.local()
-        self._lock = threading.Lock()  # DataParallel runs its replicas in threads
+        self._generations = threading.local()
+        self._lock = threading.Lock()  # DataParallel runs its replicas in threads, and a server may generate in several
         self._undo = ExitStack()
         self._entered = False
 
@@ -173,7 +173,8 @@ class Watch:
         self._undo.close()
         self._passes = threading.local()
         if self._trace is not None:
-            self._trace.close(complete=kind is None)
+            with self._lock:
+                self._trace.close(complete=kind is None)
         if kind is None and not self._seen and not self._paused:
             if self._trace is not None:
                 raise self._nothing_seen()
@@ -201,7 +202,8 @@ class Watch:
         finally:
             self._block = None
             if self._trace is not None:
-                self._trace.end_block(block, whole=whole)
+                with self._lock:
+                    self._trace.end_block(block, whole=whole)
 
     @contextmanager
     def domain(self, domains: str | Sequence[str]) -> Iterator[None]:
@@ -374,10 +376,13 @@ class Watch:
                     f"{self.experts[place].name} was not called in a forward pass of {stack.name or self._name}",
                     f"an experts implementation or kernel may go around the module; {_BYPASSED}",
                 )
-        self._tally.commit(current.counts)
         if self._trace is not None:
             with self._lock:
                 self._trace.add(current, _cache_of(output, current.call.cache))
+        self._tally.commit(current.counts)
+        if self._trace is not None:
+            with self._lock:
+                self._trace.settle()
 
     # --------------------------------------------------------------------------------------------- odds and ends
 
@@ -387,15 +392,21 @@ class Watch:
         generation = _Generation.read(model, args, kwargs)
         if self._trace is not None and not self._paused:
             generation.check_can_be_followed()
-        before, self._generation = self._generation, generation
+        before, self._generations.now = self._generation, generation
         whole = False
         try:
             yield
             whole = True
         finally:
-            self._generation = before
+            self._generations.now = before
             if self._trace is not None:
-                self._trace.end_generation(whole=whole)
+                with self._lock:
+                    self._trace.end_generation(generation, whole=whole)
+
+    @property
+    def _generation(self) -> _Generation | None:
+        """The call of ``generate`` that runs in this thread."""
+        return getattr(self._generations, "now", None)
 
     def _new_batch(self, num_rows: int) -> Batch:
         """A batch of sequences that begin now, with the domains that hold now."""
@@ -526,6 +537,7 @@ class _TraceOutput:
         self._weights, self._part_tokens = weights, part_tokens
         self._writer: TraceWriter | None = None
         self._sequences: Sequences | None = None
+        self._interrupted = False
 
     def add(self, current: _Pass, cache: Any) -> None:
         """Record a forward pass."""
@@ -555,25 +567,43 @@ class _TraceOutput:
             step.expert_ids[each.layer] = ids.reshape(*call.shape, -1)
             if self._weights:
                 step.gate_weights[each.layer] = weights.reshape(*call.shape, -1)
-        provisional = self._watch._generation is not None
-        self._sequences.add(step, cache, past, call.subject, self._watch._new_batch, provisional)
+        self._sequences.add(step, cache, past, call.subject, self._watch._new_batch, self._watch._generation)
+
+    def settle(self) -> None:
+        """Write the parts that are full."""
+        if self._sequences is not None:
+            with self._intact():
+                self._sequences.settle()
 
     def end_block(self, block: Block, *, whole: bool) -> None:
         """A document has ended."""
         if self._sequences is not None:
-            (self._sequences.end_block if whole else self._sequences.drop_block)(block)
+            with self._intact():
+                (self._sequences.end_block if whole else self._sequences.drop_block)(block)
 
-    def end_generation(self, *, whole: bool) -> None:
+    def end_generation(self, generation: object, *, whole: bool) -> None:
         """A call of ``generate`` has ended."""
         if self._sequences is not None:
-            self._sequences.end_provisional(whole=whole)
+            with self._intact():
+                self._sequences.end_generation(generation, whole=whole)
 
     def close(self, *, complete: bool) -> None:
-        """Write what is whole; the trace is complete if the block ended without an error."""
+        """Write what is whole; the trace is complete if no error ended the block and no Ctrl-C came in between."""
         if self._writer is None or self._sequences is None:
             return
         with self._writer:
-            self._sequences.finish(complete=complete)
+            self._sequences.finish(complete=complete and not self._interrupted)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """After an error what is not written is kept, and written next; Ctrl-C may come between any two steps."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._interrupted = True
+            raise
 
     def _create(self, current: _Pass, top_k: Sequence[int]) -> TraceWriter:
         watch = self._watch
@@ -740,7 +770,8 @@ def _noticed_by_dynamo(module: nn.Module) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------- generate
 
-_GENERATING: weakref.WeakKeyDictionary[nn.Module, list[Watch]] = weakref.WeakKeyDictionary()
+_GENERATING: weakref.WeakKeyDictionary[nn.Module, tuple[list[Watch], Any]] = weakref.WeakKeyDictionary()
+"""For each watched model its watches, and a ``generate`` that the instance had of its own."""
 
 
 @contextmanager
@@ -750,7 +781,7 @@ def _generate_announced(model: nn.Module, watch: Watch) -> Iterator[None]:
     if original is None:
         yield
         return
-    watches = _GENERATING.setdefault(model, [])
+    watches, own = _GENERATING.setdefault(model, ([], model.__dict__.get("generate")))
     watches.append(watch)
     if len(watches) == 1:
 
@@ -768,3 +799,5 @@ def _generate_announced(model: nn.Module, watch: Watch) -> Iterator[None]:
         watches.remove(watch)
         if not watches:
             del model.__dict__["generate"], _GENERATING[model]
+            if own is not None:
+                model.__dict__["generate"] = own

@@ -82,17 +82,20 @@ def enlist(folder: Path, name: str, digest: str) -> None:
     Raises:
         DiskFull: There is no room for the line; it is not listed.
     """
-    path = folder / name
+    path, line = folder / name, memoryview(f"{digest}  {name}\n".encode())
+    temporary = path.with_name(path.name + TEMPORARY)
     with no_room(folder):
-        with (folder / FILE_NAME).open("ab") as sums:
-            length = sums.tell()
+        with (folder / FILE_NAME).open("ab", buffering=0) as sums:  # a buffer would be written once more at the end
+            length = os.fstat(sums.fileno()).st_size
             try:
-                sums.write(f"{digest}  {name}\n".encode())
-                _sync(sums)
-            except OSError:
-                os.truncate(folder / FILE_NAME, length)
+                while line:
+                    line = line[sums.write(line) or 0 :]
+                os.fsync(sums.fileno())
+                temporary.replace(path)
+            except BaseException:
+                if temporary.exists():
+                    os.truncate(folder / FILE_NAME, length)
                 raise
-        path.with_name(path.name + TEMPORARY).replace(path)
         _sync_folder(path.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -280,6 +281,11 @@ def open_parts(path: Path, found: Header, sums: Mapping[str, str]) -> tuple[Part
 def part_name(number: int) -> str:
     """Name of a part's file within the trace."""
     return f"{PARTS}/{number:06d}.parquet"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file in the folder of the parts has the name of one."""
+    return re.fullmatch(r"\d{6,}\.parquet", name) is not None
 
 
 def read_header(path: Path) -> Header:

@@ -15,7 +15,7 @@ from moescope.trace import checksums, header, part, vocabulary
 from moescope.trace.counts import Counts, check_counts
 from moescope.trace.header import Header
 from moescope.trace.part import Part
-from moescope.trace.reader import PARTS, SUMMARY, open_parts, part_name, read_header
+from moescope.trace.reader import PARTS, SUMMARY, is_part_name, open_parts, part_name, read_header
 from moescope.trace.vocabulary import Vocabulary
 
 try:
@@ -88,6 +88,9 @@ class TraceWriter:
             sums.popitem()  # it was listed, and the kill came before it was renamed
         for leftover in self.path.rglob(f"*{checksums.TEMPORARY}"):
             leftover.unlink()
+        for unlisted in (self.path / PARTS).iterdir():  # of a trace that --force was replacing when it was killed
+            if f"{PARTS}/{unlisted.name}" not in sums and is_part_name(unlisted.name):
+                unlisted.unlink()
         checksums.rewrite(self.path, sums)
         return [file.progress for file in open_parts(self.path, self.header, sums)]
 
