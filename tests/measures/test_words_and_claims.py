@@ -218,7 +218,7 @@ def test_the_test_of_several_domains_rejects_one_in_twenty_of_equal_ones() -> No
     assert 0.035 < rejected / 2000 < 0.065
 
 
-@pytest.mark.parametrize(("inner", "answer"), [(0.0, "yes"), (1.0, "no")])
+@pytest.mark.parametrize(("inner", "answer"), [(0.0, "yes"), (1.0, "not enough data"), (2.0, "no")])
 def test_the_first_and_the_last_layer_differ_most_only_if_they_do(inner: float, answer: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     layers = tuple(Layer(number, 8, 2) for number in range(5))

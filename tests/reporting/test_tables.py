@@ -43,11 +43,11 @@ any domain         12.5       12.5      12.5      46.4      46.4      46.4
 Mixtral-8x7B on the Pile as published, layers 0, 15, 31 of 32
 Gutenberg (PG-19)  13.9       26.1      26.3      49.5      63.1      52.2
 
-± half of a 95 % interval, clustered by document. Pairs never cross a sequence.
+± the larger side of a 95 % interval, clustered by document. Pairs never cross a sequence.
 """
 
 LATEX = r"""% Repeated consecutive assignments, %
-% ± half of a 95 % interval, clustered by document. Pairs never cross a sequence.
+% ± the larger side of a 95 % interval, clustered by document. Pairs never cross a sequence.
 % needs \usepackage{booktabs}
 \begin{tabular}{lrr}
 \toprule
@@ -79,7 +79,7 @@ layer 5: uniform 33.3
 2            0+3.0  <0.1±3.0
 3 (null)   5.0±3.0     0+3.0
 
-± half of a 95 % interval, clustered by document. The shares of a domain and layer sum to 100 %.
+± the larger side of a 95 % interval, clustered by document. The shares of a domain and layer sum to 100 %.
 """
 
 

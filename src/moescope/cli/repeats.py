@@ -16,9 +16,9 @@ from moescope.cli.options import format_option, shown_layers_option, trace_argum
 def command(trace: Path, layers: tuple[int, ...] | None, format: str) -> None:
     """Show how often consecutive tokens go to the same expert.
 
-    Table 5, and the data of Figure 10: in per cent, with half of a 95 % interval clustered by document; below, what the
-    popularity of the experts alone and uniform routing predict, and, for domains of the Pile, what the paper found for
-    Mixtral-8x7B.
+    Table 5, and the data of Figure 10: in per cent, with the larger side of a 95 % interval clustered by document;
+    below, what the popularity of the experts alone and uniform routing predict, and, for domains of the Pile, what the
+    paper found for Mixtral-8x7B.
 
     \b
     Example:

@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """Show how early a router settles on the experts it chooses in the end.
 
-    Each checkpoint is compared with the last one given, on the same tokens; in per cent, with half of a 95 % interval
-    clustered by document, and what the popularity of the experts alone would give.
+    Each checkpoint is compared with the last one given, on the same tokens; in per cent, with the larger side of a 95 %
+    interval clustered by document, and what the popularity of the experts alone would give.
 
     \b
     Example:

@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Show the share of the assignments each expert receives, by domain.
 
-    Figures 7 and 9 as a table: in per cent, with half of a 95 % interval clustered by document. CSV and JSON hold the
-    interval, the uniform share and the share of tokens, too.
+    Figures 7 and 9 as a table: in per cent, with the larger side of a 95 % interval clustered by document. CSV and JSON
+    hold the interval, the uniform share and the share of tokens, too.
 
     \b
     Example:

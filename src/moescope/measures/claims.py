@@ -37,6 +37,10 @@ SAME_EXPERT = 0.5
 """Chance that two tokens of a word agree from which the word has an expert: more often than not, as they do where one
 expert gets some 70 % of them. Among 128 experts, 3 % may be surely more than any two tokens show."""
 
+FEW_POINTS = 2.0
+"""Points of per cent below which an excess of repeats, or a difference of them, is next to nothing: the paper calls the
+first layer close to random, whose rates lie 1.1 to 2.4 points above it (Table 5, first choice)."""
+
 MATHEMATICS = "DM Mathematics"
 
 
@@ -185,8 +189,8 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
         layer = _top_layer(share)
         which = "the first choice" if explained.attrs["choice"] == "first" else "a choice"
         evidence += (
-            f" Knowing the domain saves at most {_percent(share.sel(layer=layer).item())} of the bits of {which} "
-            f"(layer {layer})."
+            f" Knowing the domain saves most at layer {layer}: {_percent(share.sel(layer=layer).item())} of the bits "
+            f"of {which}."
         )
 
     def decide(effects: Sequence[Effect]) -> Answer:
@@ -279,7 +283,7 @@ def _first_and_last(divergence: xr.Dataset) -> _Draft:
         f"{above[0]:.4f} at layer {layers[0]}, {middle:.4f} between, {above[-1]:.4f} at layer {layers[-1]}; largest at "
         f"layers {order[0]} and {order[1]}."
     )
-    return _Draft(name, statement, evidence, tuple(effects), _all_found)
+    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects, TOPIC_BITS))
 
 
 def _word(words: xr.Dataset, name: str) -> _Draft:
@@ -292,7 +296,7 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
         return _undecided(title, statement, f"{found}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
     likely = above & (row["same_low"].values > SAME_EXPERT)
-    layer = _top_layer(row["same"])
+    layer = _top_layer(row["same"] - row["same_null"])
     at = row.sel(layer=layer)
     evidence = (
         f"Two of its tokens from different documents have the same first choice surely more often than any two tokens "
@@ -330,7 +334,11 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
             )
 
     def decide(effects: Sequence[Effect]) -> Answer:
-        return "yes" if likely.mean() > 0.5 else "mixed" if above.any() else "no"
+        if likely.mean() > 0.5:
+            return "yes"
+        if above.any():
+            return "mixed"
+        return "no" if (row["same_high"].values < SAME_EXPERT).all() else "not enough data"
 
     return _Draft(title, statement, evidence, tuple(effects), decide, needs="most")
 
@@ -351,7 +359,9 @@ def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, ju
     kind = "first" if locality["rate"].sel(kind="first").notnull().any() else "any"
     of = locality.sel(pairs="all", kind=kind)
     if not np.isfinite(of["excess_low"].sel(domain=ALL_DOMAINS, null="uniform")).any():
-        return _undecided(name, statement, "Intervals need at least two documents.")
+        pairs = int(of["pairs_counted"].sel(domain=ALL_DOMAINS))
+        why = "Intervals need at least two documents." if pairs else "No sequence has two tokens."
+        return _undecided(name, statement, why)
     return judge(name, statement, of)
 
 
@@ -384,10 +394,17 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
 
     over_popularity = tuple(at for at, effect in enumerate(effects) if effect.null == NULLS["popularity"])
 
-    def decide(effects: Sequence[Effect]) -> Answer:
-        return "yes" if above.mean() > 0.9 else "mixed" if above.any() else "no"
+    return _Draft(
+        name, statement, evidence, tuple(effects), lambda _: _above(whole.sel(null="popularity")), over_popularity
+    )
 
-    return _Draft(name, statement, evidence, tuple(effects), decide, over_popularity)
+
+def _above(of: xr.Dataset) -> Answer:
+    """Whether the excess over a null is surely above nothing at most layers, or surely next to nothing at all."""
+    above, small = of["excess_low"].values > 0, 100 * of["excess_high"].values < FEW_POINTS
+    if above.any():
+        return "yes" if above.mean() > 0.9 else "mixed"
+    return "no" if small.all() else "not enough data"
 
 
 def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
@@ -409,10 +426,8 @@ def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         f"{int(below.sum())} of {len(above)} layers."
     )
 
-    def decide(effects: Sequence[Effect]) -> Answer:
-        return "yes" if above.mean() > 0.9 else "mixed" if above.any() else "no"
-
-    return _Draft(name, statement, evidence, tuple(_excess(whole, layer, "words") for layer in shown), decide)
+    effects = tuple(_excess(whole, layer, "words") for layer in shown)
+    return _Draft(name, statement, evidence, effects, lambda _: _above(of))
 
 
 def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
@@ -433,7 +448,9 @@ def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
         sentences.append(f"over {_in_words(null)}, {excess}")
     evidence = f"Points of repeats {'; '.join(sentences)}."
-    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2]), (0, 1))
+    return _Draft(
+        name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2], FEW_POINTS), (0, 1)
+    )
 
 
 def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
@@ -483,7 +500,9 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         effects.append(_differences(over_words, names, f"the same of what is over {_in_words('words')}").effect)
 
     def decide(effects: Sequence[Effect]) -> Answer:
-        return "yes" if different.mean() > 0.5 else "mixed" if different.any() else "no"
+        if different.any():
+            return "yes" if different.mean() > 0.5 else "mixed"
+        return "no" if (effects[0].high or FEW_POINTS) < FEW_POINTS else "not enough data"
 
     return _Draft(name, statement, evidence, tuple(effects), decide, (0,))
 
@@ -624,9 +643,12 @@ def _divergence_effect(divergence: xr.Dataset, domain: str, layer: int, p_value:
     )
 
 
-def _all_found(effects: Sequence[Effect]) -> Answer:
+def _all_found(effects: Sequence[Effect], small: float) -> Answer:
+    """Whether all effects are found, or none is and each is surely below a size that is next to nothing."""
     found = [effect.found for effect in effects]
-    return "yes" if all(found) else "mixed" if any(found) else "no"
+    if any(found):
+        return "yes" if all(found) else "mixed"
+    return "no" if all(effect.high is not None and effect.high < small for effect in effects) else "not enough data"
 
 
 def _simes(p_values: Numbers) -> float | None:

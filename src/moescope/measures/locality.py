@@ -214,7 +214,8 @@ def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[i
         sample.sequence_starts,
         words_GIS,
     )
-    words = words_GIS / len(drawn.left_RT) if len(drawn.left_RT) else np.full(words_GIS.shape, np.nan)
+    words_told = len(drawn.left_RT) and num_documents > 1  # stand-ins come from other documents
+    words = words_GIS / len(drawn.left_RT) if words_told else np.full(words_GIS.shape, np.nan)
     equal_G, in_document_G, in_domain_G = zeros(num_documents), zeros(num_documents), zeros(num_documents)
     kernels.count_equal_firsts(first_T, sample.starts, layer.num_ids, equal_G)
     kernels.count_sharing(mask_TW, drawn.in_document_RT, drawn.document_T, in_document_G)

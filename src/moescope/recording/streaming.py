@@ -432,7 +432,7 @@ def _estimate(streamed: Streamed, tokens: int, first: int, num_layers: int, spoo
         + layerwise.memory_bytes(None)
         + kept
         + BASE_BYTES,
-        spool_bytes=spool_bytes,
+        spool_bytes=kept,
         disk_bytes=2 * states + tokens * num_choices * 6,
         num_layers=num_layers,
         first_layer=first,

@@ -153,7 +153,7 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
         tuple(sections),
         groups=((_budget(cache), len(sizes)),),
         notes=(
-            "± half of a 95 % interval, clustered by document.",
+            "± the larger side of a 95 % interval, clustered by document.",
             *((_UNFITTED.format(", ".join(unfitted)),) if unfitted else ()),
             *((sentence,) if (sentence := cache_sentence(cache)) else ()),
         ),
@@ -242,7 +242,7 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
             f"An expert has {of['bytes_per_expert'] / 1e6:g} MB, the link {of['bandwidth'] / 1e9:g} GB/s and a latency "
             f"of {1e6 * of['latency']:g} µs a load; compute {1e3 * of['compute']:g} ms a token, overlap "
             f"{of['overlap']:g}.",
-            f"The link takes longer than compute {dominates}. ± half of a 95 % interval of the hit ratio.",
+            f"The link takes longer than compute {dominates}. ± the larger side of a 95 % interval of the hit ratio.",
         ),
         frame=speed_frame(speed),
     )

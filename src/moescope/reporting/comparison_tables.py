@@ -1,6 +1,7 @@
 """Tables of two traces and of checkpoints, and of consistency within segments; their values are the frames.
 
-Shares and agreements are in per cent, divergences in bits; ``±`` is half of a 95 % interval clustered by document.
+Shares and agreements are in per cent, divergences in bits; ``±`` is the larger side of a 95 % interval clustered by
+document.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             ("experts", 1),
         ),
         notes=(
-            "measured: chosen in both traces, of the choices of a token; ± half of a 95 % interval, by document. "
+            "measured: chosen in both traces, of the choices of a token; ± the larger side of a 95 % interval, "
+            "by document. "
             "popularity: the same if B were dealt to the tokens at random. kappa: from 0, popularity alone, to 1.",
             f"shares changed: experts whose share of the assignments differs between A and B (paired by document, "
             f"false discovery rate {percent(SIGNIFICANT, 0)} %).",
@@ -132,7 +134,7 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         ("A", "B", "B - A"),
         tuple(sections),
         notes=(
-            f"± half of a 95 % interval, paired by document; * not 0 (false discovery rate "
+            f"± the larger side of a 95 % interval, paired by document; * not 0 (false discovery rate "
             f"{percent(SIGNIFICANT, 0)} % over layers and experts).",
             *comparison.remarks,
         ),
@@ -164,7 +166,8 @@ def tokens_table(comparison: Comparison) -> Table:
         ("seen", "documents", "agreement", "at most"),
         (Section("", tuple(rows)),),
         notes=(
-            "agreement: chosen in both, of the choices in all layers compared; ± half of a 95 % interval, by document. "
+            "agreement: chosen in both, of the choices in all layers compared; ± the larger side of a 95 % "
+            "interval, by document. "
             "Ordered by its upper end, of ids seen at least 10 times in two documents or more.",
             *comparison.remarks,
         ),
@@ -253,7 +256,7 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
             Section("expected from the popularity of the experts alone", rows("popularity")),
             Section("kappa: from 0, popularity alone, to 1", rows("kappa")),
         ),
-        notes=(f"± half of a 95 % interval, by document; {tokens:,} tokens of {documents:,} documents.",),
+        notes=(f"± the larger side of a 95 % interval, by document; {tokens:,} tokens of {documents:,} documents.",),
         frame=_saturation_frame(saturation),
     )
 
@@ -288,7 +291,7 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
             "SRP: how well the best fixed set of experts serves a whole segment (F1). random order: the same if the "
             "tokens of each document were shuffled. uniform: if tokens drew their experts at random.",
             f"beyond: SRP less random order; * not 0 (false discovery rate {percent(SIGNIFICANT, 0)} %). size ratio: "
-            "experts in the fixed set over experts a token chooses. ± half of a 95 % interval, by document.",
+            "experts in the fixed set over experts a token chooses. ± the larger side of a 95 % interval, by document.",
         ),
         frame=_consistency_frame(consistency),
     )

@@ -53,7 +53,7 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
         tuple(sections),
         groups=(("", 2), ("bounds", 2), ("null", 2)),
         notes=(
-            f"± half of a 95 % interval, by document. * more than by chance (false discovery rate "
+            f"± the larger side of a 95 % interval, by document. * more than by chance (false discovery rate "
             f"{percent(SIGNIFICANT, 0)} %). Sources overlap: their bits do not add up.",
             *(explain_sentence(explained, layer) for layer in layers),
         ),
@@ -93,6 +93,8 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
     entropy = float(at["entropy"])
     if isnan(entropy):
         return f"Layer {layer}: nothing was chosen."
+    if entropy == 0:
+        return f"Layer {layer}: every token makes the same choice; there is nothing to explain."
     known = [str(source) for source in at["source"].values if not isnan(at["bits"].sel(source=source))]
     by_share = sorted(known, key=lambda source: -float(at["share"].sel(source=source)))
     real = {source for source in known if float(at["q_value"].sel(source=source)) < SIGNIFICANT}

@@ -49,7 +49,7 @@ def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         notes=(
             "popularity: two tokens of the domain. any order: two tokens of the document. same words: tokens with the "
             "same ids in other documents.",
-            f"± half of a 95 % interval, clustered by document. * not zero (false discovery rate "
+            f"± the larger side of a 95 % interval, clustered by document. * not zero (false discovery rate "
             f"{percent(SIGNIFICANT, 0)} %).",
             *(sentence for layer in layers if (sentence := locality_sentence(locality, layer))),
         ),
@@ -67,10 +67,11 @@ def locality_sentence(locality: xr.Dataset, layer: int) -> str:
     rate, uniform = float(at["rate"]), float(at["expected"].sel(null="uniform"))
     what = "the same first choice" if kind == "first" else "an expert in common"
     less = "less" if excess < 0 else "more"
+    interval = "" if isnan(low) else f" ({_points(low)} to {_points(high)})"
     return (
         f"Layer {layer}: {percent(rate)} % of neighbours have {what}; uniform routing gives {percent(uniform)} %, the "
         f"same words elsewhere {percent(float(at['expected'].sel(null='words')))} %: {percent(abs(excess))} points "
-        f"{less} than these words would anyway ({_points(low)} to {_points(high)})."
+        f"{less} than these words would anyway{interval}."
     )
 
 
@@ -104,7 +105,7 @@ def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         "tokens apart",
         tuple(f"layer {layer}" for layer in layers),
         tuple(sections),
-        notes=("any order: two tokens of the document. ± half of a 95 % interval, clustered by document.",),
+        notes=("any order: two tokens of the document. ± the larger side of a 95 % interval, clustered by document.",),
         frame=lags_frame(locality.sel(layer=list(layers))),
     )
 

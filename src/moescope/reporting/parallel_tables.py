@@ -57,7 +57,7 @@ def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         notes=(
             "Placements are fitted on one half of the documents and judged on the other; own fit: on those judged.",
             "one in 20: exceeded by one batch in twenty. any order: the same tokens without locality. "
-            "± half of a 95 % interval, clustered by document.",
+            "± the larger side of a 95 % interval, clustered by document.",
             *([_TOO_LARGE] if not parallel["batches"].all() else []),
         ),
         frame=parallel_frame(parallel),
@@ -133,7 +133,7 @@ def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         "tokens",
         tuple(f"layer {layer}" for layer in layers),
         tuple(sections),
-        notes=("± half of a 95 % interval, clustered by document. The place of a token counts from 0.",),
+        notes=("± the larger side of a 95 % interval, clustered by document. The place of a token counts from 0.",),
         frame=drops_frame(parallel),
     )
 
@@ -178,7 +178,7 @@ def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         (*(f"layer {layer}" for layer in layers), "mean of all"),
         tuple(sections),
         notes=(
-            "± half of a 95 % interval, clustered by document.",
+            "± the larger side of a 95 % interval, clustered by document.",
             *(["The trace does not say how large a hidden state is: --hidden-size gives bytes."] if unknown else []),
         ),
         frame=reach_frame(parallel),

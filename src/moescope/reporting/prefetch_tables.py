@@ -157,7 +157,7 @@ def _points(value: float, low: float, high: float) -> Cell:
 
 
 def _intervals(prefetch: xr.Dataset) -> str:
-    return f"± half of a 95 % interval, over {_plural(prefetch)}."
+    return f"± the larger side of a 95 % interval, over {_plural(prefetch)}."
 
 
 def _plural(prefetch: xr.Dataset) -> str:

@@ -1,7 +1,7 @@
 """Tables as people read them: cells of text in rows, sections and columns, built once and printed in any format.
 
-Shares are in per cent, divergences in bits; ``±`` is half of a 95 % interval clustered by document. The same values
-unrounded are the table's `frame`, which is what CSV and JSON hold.
+Shares are in per cent, divergences in bits; ``±`` is the larger side of a 95 % interval clustered by document. The same
+values unrounded are the table's `frame`, which is what CSV and JSON hold.
 """
 
 from __future__ import annotations
@@ -122,16 +122,15 @@ def shares_table(
     title = (
         "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
     )
-    total = "The shares of a domain and layer sum to 100 %."
-    if of == "tokens":
-        total = "Over the experts of a layer, a domain's sum to 100 % times the choices a token."
+    total = "The shares of a domain and layer sum to 100 %"
+    total += " times the choices of a token." if of == "tokens" and choice == "either" else "."
     return Table(
         "shares",
         f"{title}, {describe_choice(choice, top_k)}, %",
         "expert",
         tuple(map(visible, domains)),
         tuple(sections),
-        notes=(f"± half of a 95 % interval, clustered by document. {total}",),
+        notes=(f"± the larger side of a 95 % interval, clustered by document. {total}",),
         frame=frames.shares_frame(shares.sel(choice=[choice], layer=list(layers))),
     )
 
@@ -177,7 +176,7 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
             *(_published(domains, layers) if len(kinds) == 2 else []),
         ),
         groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
-        notes=("± half of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
+        notes=("± the larger side of a 95 % interval, clustered by document. Pairs never cross a sequence.",),
         frame=frames.repeats_frame(data),
     )
 
@@ -260,7 +259,7 @@ def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
             "any two tokens of the trace.",
             "within a word: all tokens of an occurrence that the tokenizer cut have the same first choice, against "
             "what their token ids do elsewhere.",
-            "± half of a 95 % interval, by document.",
+            "± the larger side of a 95 % interval, by document.",
         ),
         frame=frames.words_frame(data),
     )
@@ -364,7 +363,7 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> list[Table]:
                 "layer",
                 tuple(_WEIGHTS.values()),
                 (Section("", rows),),
-                notes=("± half of a 95 % interval, by document.",),
+                notes=("± the larger side of a 95 % interval, by document.",),
                 frame=tables[0].frame.query("what == 'gate weights'").dropna(axis=1, how="all"),
             )
         )
@@ -399,7 +398,7 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
         notes=(
             "95 %: the quantile over batches; by chance: the mean of batches of as many tokens drawn independently "
             "from the whole trace.",
-            f"± half of a 95 % interval of the mean, over batches. Full batches: {held}.",
+            f"± the larger side of a 95 % interval of the mean, over batches. Full batches: {held}.",
         ),
         frame=frames.balance_frame(data).query("what == 'loads within a batch'").dropna(axis=1, how="all"),
     )
@@ -450,7 +449,7 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
             f"Of the pairs that differ, the {MOST_LISTED} most and the {MOST_LISTED} least often together (false "
             f"discovery rate {percent(SIGNIFICANT, 0)} % over pairs and layers).",
             "popularity alone: sets of the same size in which nothing but the popularity of each expert counts.",
-            "± half of a 95 % interval, by document.",
+            "± the larger side of a 95 % interval, by document.",
         ),
         frame=frames.coactivation_frame(data),
     )
@@ -503,7 +502,8 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
             ("bias removed", "% of the entropy", "as counted", "Miller-Madow", "sampling alone", "transitions differ"),
             (Section("", tuple(information)),),
             notes=(
-                "sampling alone: what would be counted if the layers were independent. ± half of a 95 % interval, by "
+                "sampling alone: what would be counted if the layers were independent. ± the larger side of a "
+                "95 % interval, by "
                 "document.",
             ),
             frame=frames.transitions_frame(transitions, layers),

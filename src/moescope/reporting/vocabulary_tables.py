@@ -64,7 +64,7 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
             f"tokens. {sizes[0].upper()}{sizes[1:]}.",
             "rotated: the choices of each document rotated, so that they do not see the token; held out: the expert "
             "most frequent in other documents; popularity: the most popular expert's share of all tokens.",
-            f"± half of a 95 % interval, by document. * the choices see it (false discovery rate "
+            f"± the larger side of a 95 % interval, by document. * the choices see it (false discovery rate "
             f"{percent(SIGNIFICANT, 0)} %).{_sampled(vocabulary)}",
         ),
         frame=vocabulary_frame(data, pieces),
@@ -160,7 +160,8 @@ def expert_table(
         ("share", "went there", "of tokens", "in documents"),
         tuple(sections),
         notes=(
-            "± half of a 95 % interval, by document. * surely above the expert's popularity, all pairs of tokens and "
+            "± the larger side of a 95 % interval, by document. * surely above the expert's popularity, all "
+            "pairs of tokens and "
             "experts allowed for.",
         ),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
@@ -200,7 +201,7 @@ def token_experts_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: V
         ("tokens", *("expert", "share") * listed),
         tuple(sections),
         groups=(("", 1), *((_ordinal(at + 1), 2) for at in range(listed))),
-        notes=(f"± half of a 95 % interval, by document.{_sampled(vocabulary)}",),
+        notes=(f"± the larger side of a 95 % interval, by document.{_sampled(vocabulary)}",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'expert of a token'"),
     )
 
@@ -300,7 +301,7 @@ def syntax_tables(syntax: xr.Dataset, layers: Sequence[int]) -> list[Table]:
             tuple(sections),
             notes=(
                 "The expert whose share of the class exceeds that of the other tokens of the same documents by most. "
-                "± half of a 95 % interval, by document.",
+                "± the larger side of a 95 % interval, by document.",
             ),
             frame=frame,
         )
