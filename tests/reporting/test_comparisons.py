@@ -93,7 +93,7 @@ def test_the_table_of_agreement_tells_of_gate_weights_where_there_are_some(tmp_p
     part = make_part(np.random.default_rng(1), LAYERS[:1], [40] * 9, domains=DOMAINS, weights=True)
     trace = make_synthetic(tmp_path / "w.moe", [part], LAYERS[:1])
     table = tables.agreement_table(moescope.compare(trace, trace), [0])
-    assert table.columns[6:9] == ("on shared experts", "margin, same first", "margin, other first")
+    assert table.columns[6:9] == ("on B's experts", "margin, same first", "margin, other first")
     assert [cell.value for cell in table.sections[0].rows[0].cells[6:9:2]] == ["100", "–"]
     assert (table.frame["weight_kept_percent"] == 100).all()
 

@@ -59,7 +59,7 @@ def test_vocabulary_prints_the_layers_and_what_is_asked_for(run, mixtral, show, 
     }[show]
     found = run("vocabulary", mixtral.path, "--layers", "0,31", "--permutations", "9", "--format", format, *arguments)
     assert found.exit_code == 0, found.output
-    assert found.stderr.startswith("Warning: with 9 permutations no p-value is below 0.1")
+    assert found.stderr.startswith("warning: with 9 permutations no p-value is below 0.1")
     first = tables.vocabulary_table(result, layers, pieces)
     assert found.stdout == "\n".join(render(each, format) for each in (first, table))
 

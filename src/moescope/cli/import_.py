@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from moescope.cli.options import count, force_option, output_option, parse_integers
+from moescope.cli.options import force_option, output_option, parse_integers
+from moescope.reporting.numbers import count
 
 
 def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:

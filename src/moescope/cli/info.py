@@ -13,7 +13,8 @@ import click
 import numpy as np
 from rich.cells import cell_len
 
-from moescope.cli.options import count, trace_argument
+from moescope.cli.options import trace_argument
+from moescope.reporting.numbers import count
 
 if TYPE_CHECKING:
     from moescope.trace import Trace

@@ -77,13 +77,3 @@ def output_option(default: str | None, help: str) -> Callable[[Command], Command
         help=help,
         **given,
     )
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things in words.
-
-    Example:
-        >>> count(1, "part"), count(2150, "token")
-        ('1 part', '2,150 tokens')
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

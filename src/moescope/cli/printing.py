@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moescope.reporting.numbers import count
 from moescope.reporting.tables import Table
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def warn_of_few_permutations(permutations: int) -> None:
     smallest = 1 / (permutations + 1)
     if smallest >= SIGNIFICANT:
         click.echo(
-            f"Warning: with {permutations} permutations no p-value is below {smallest:.2g}, so nothing is told from "
-            f"chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
+            f"warning: with {count(permutations, 'permutation')} no p-value is below {smallest:.2g}, so nothing is "
+            f"told from chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
             err=True,
         )
 

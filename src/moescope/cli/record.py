@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from moescope.cli.options import count, parse_integers
+from moescope.cli.options import parse_integers
 from moescope.errors import TraceError
+from moescope.reporting.numbers import count
 from moescope.trace import open_trace
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import figures_option, format_option, layers_option
+from moescope.reporting.numbers import count
 
 
 def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -62,7 +63,9 @@ def command(
     if len(traces) < 2:
         raise click.BadParameter("give at least two traces, the last checkpoint last.", param_hint="'TRACE...'")
     if steps is not None and len(steps) != len(traces):
-        raise click.BadParameter(f"{len(steps)} steps for {len(traces)} traces.", param_hint="'--steps'")
+        raise click.BadParameter(
+            f"{count(len(steps), 'step')} for {count(len(traces), 'trace')}.", param_hint="'--steps'"
+        )
     result = saturation([open_trace(path) for path in traces], steps, layers)
     print_table(saturation_table(result, "first" if first else "set"), format)
     if figures is not None:

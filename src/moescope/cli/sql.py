@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 import click
 
-from moescope.cli.options import count, trace_argument
+from moescope.cli.options import trace_argument
+from moescope.reporting.numbers import count
 
 MOST_ROWS = 1000
 """Rows that are shown as text; CSV and JSON hold all."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import count, trace_argument
+from moescope.cli.options import trace_argument
 from moescope.errors import TraceDamaged
+from moescope.reporting.numbers import count
 
 
 @click.command()

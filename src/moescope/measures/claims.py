@@ -292,7 +292,7 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
     statement = f"{what} goes to the same expert wherever it stands."
     title = f"{what} has an expert"
     if not np.isfinite(row["same_low"]).any():
-        found = f"{int(row['occurrences'])} occurrences in {int(row['documents'])} documents"
+        found = f"{_count(row['occurrences'], 'occurrence')} in {_count(row['documents'], 'document')}"
         return _undecided(title, statement, f"{found}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
     likely = above & (row["same_low"].values > SAME_EXPERT)
@@ -301,7 +301,7 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
     evidence = (
         f"Two of its tokens from different documents have the same first choice surely more often than any two tokens "
         f"at {int(above.sum())} of {len(above)} layers, and in surely more than half of the cases at "
-        f"{int(likely.sum())} ({int(row['occurrences'])} occurrences, {int(row['documents'])} documents). "
+        f"{int(likely.sum())} ({_count(row['occurrences'], 'occurrence')}, {_count(row['documents'], 'document')}). "
         f"Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
         f"{_percent(at['same_high'].item())}) against {_percent(at['same_null'].item())}; "
         f"{_percent(at['top_share'].item())} "
@@ -649,6 +649,10 @@ def _all_found(effects: Sequence[Effect], small: float) -> Answer:
     if any(found):
         return "yes" if all(found) else "mixed"
     return "no" if all(effect.high is not None and effect.high < small for effect in effects) else "not enough data"
+
+
+def _count(number: xr.DataArray, noun: str) -> str:
+    return f"{int(number):,} {noun}{'s' * (int(number) != 1)}"
 
 
 def _simes(p_values: Numbers) -> float | None:

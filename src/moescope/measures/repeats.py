@@ -42,7 +42,7 @@ def repeats(tally: Tally) -> xr.Dataset:
         (`first_in_next`). The intervals and the marginal null are ours.
     """
     if tally.counts_only:
-        raise NotRecorded("repeats", "the trace holds counts, which do not tell what token follows what", COUNTS_HINT)
+        raise NotRecorded("the trace", "holds counts, which do not tell what token follows what", COUNTS_HINT)
     data = tally.data
     kinds = data["kind"].values.tolist()
     y, n = data["repeats"].values, data["pairs"].values[:, None, None]

@@ -125,7 +125,7 @@ def _judge(word: Occurrences, at: int, choices: TokenChoices, tally: Tally, laye
     nothing = float("nan")
     loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values.astype(float)
     marginal = loads / loads.sum()
-    same_null = float((loads * (loads - 1)).sum() / (loads.sum() * (loads.sum() - 1)))
+    same_null = float(statistics.ratio((loads * (loads - 1)).sum(), loads.sum() * (loads.sum() - 1)))
     choice = word.first_choice[at]
     made = choice >= 0
     if not made.any():

@@ -25,7 +25,7 @@ NEARLY_THE_SAME = 0.98
 """Agreement from which a table shows hundredths of a per cent."""
 
 _ABOUT_WEIGHTS = (
-    "on shared experts: part of the gate weight in A on experts that B chose, too. margin: (first - second) / (first + "
+    "on B's experts: part of the gate weight in A on experts that B chose, too. margin: (first - second) / (first + "
     "second) gate weight in A, where the first choice is the same in B and where it is another: near 0 is a tie."
 )
 _KINDS = {"set": "both chose, of the choices", "first": "the same first choice"}
@@ -82,7 +82,7 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         "",
         (
             *(name for _ in kinds for name in ("measured", "popularity", "kappa")),
-            *(() if weights is None else ("on shared experts", "margin, same first", "margin, other first")),
+            *(() if weights is None else ("on B's experts", "margin, same first", "margin, other first")),
             "shares changed",
         ),
         tuple(sections),
@@ -256,7 +256,10 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
             Section("expected from the popularity of the experts alone", rows("popularity")),
             Section("kappa: from 0, popularity alone, to 1", rows("kappa")),
         ),
-        notes=(f"± the larger side of a 95 % interval, by document; {tokens:,} tokens of {documents:,} documents.",),
+        notes=(
+            f"± the larger side of a 95 % interval, by document; {count(tokens, 'token')} of "
+            f"{count(documents, 'document')}.",
+        ),
         frame=_saturation_frame(saturation),
     )
 
@@ -279,7 +282,9 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
             for layer in layers
         ]
         rows.append(_consistency_row("all layers", at, "model_", float("nan")))
-        sections.append(Section(f"segments of {length} tokens ({int(at['documents'])} documents)", tuple(rows)))
+        sections.append(
+            Section(f"segments of {length} tokens ({count(int(at['documents']), 'document')})", tuple(rows))
+        )
     where = "all domains" if domain == consistency["domain"].values[0] else visible(domain)
     return Table(
         "consistency",

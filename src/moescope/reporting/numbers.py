@@ -59,14 +59,14 @@ def number(value: float, digits: int = 2) -> str:
     return _rounded(value, digits)
 
 
-def count(number: int) -> str:
-    """A whole number, thousands apart.
+def count(number: int, noun: str = "") -> str:
+    """A whole number, thousands apart, or so many things in words.
 
     Example:
-        >>> count(1234567)
-        '1,234,567'
+        >>> count(1234567), count(1, "part"), count(2150, "token")
+        ('1,234,567', '1 part', '2,150 tokens')
     """
-    return f"{number:,}"
+    return f"{number:,} {noun}{'s' * (number != 1)}" if noun else f"{number:,}"
 
 
 def _rounded(value: float, digits: int, whole: float | None = None) -> str:

@@ -206,7 +206,7 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         )
         information, null = (bits(float(at[name])) for name in ("information", "information_null"))
         title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
-        if str(at["leader"].values):
+        if str(at["leader"].values) and len(domains) > 2:
             how = "surely furthest" if bool(at["leads_surely"]) else "furthest, not surely,"
             title += f"; {how} from the others: {visible(str(at['leader'].values))}"
         sections.append(Section(title, rows))
@@ -384,7 +384,7 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
             cells += [_number_cell(at, "batch_imbalance", 2), worst, Cell(number(float(at["batch_null"]), 2))]
         rows.append(Row(str(layer), tuple(cells)))
     titles = tuple(
-        (f"{size} sequence{'s' * (size > 1)}, {count(round(float(data['batch_tokens'].sel(batch=size))))} tokens", 3)
+        (f"{count(size, 'sequence')}, {count(round(float(data['batch_tokens'].sel(batch=size))), 'token')}", 3)
         for size in sizes
     )
     held = ", ".join(f"{count(int(data['batches'].sel(batch=size)))} of {size}" for size in sizes)

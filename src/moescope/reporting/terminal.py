@@ -37,8 +37,12 @@ def document_lines(document: RoutedDocument, layers: Sequence[Layer], *, width: 
         colour: Use colours; otherwise print ids.
     """
     kept = len(document.token_ids)
-    tokens = f"{count(kept)} of its {count(document.num_tokens)}" if kept < document.num_tokens else count(kept)
-    yield Text(f"document {document.number}, {visible(document.domain)}, {tokens} tokens", "bold")
+    tokens = (
+        f"{count(kept)} of its {count(document.num_tokens, 'token')}"
+        if kept < document.num_tokens
+        else count(kept, "token")
+    )
+    yield Text(f"document {document.number}, {visible(document.domain)}, {tokens}", "bold")
     yield Text()
     if colour:
         across = max(1, min(len(layers), (width + len(GAP)) // (NARROWEST + len(GAP))))

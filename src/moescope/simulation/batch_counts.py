@@ -231,15 +231,17 @@ class BatchCounter:
         self.counts.merge(other.counts)
 
 
-def count_shuffled(setting: Setting, profile: Profile, rng: np.random.Generator) -> BatchCounts:
+def count_shuffled(
+    setting: Setting, profile: Profile, rng: np.random.Generator, wanted: NDArray[np.bool_]
+) -> BatchCounts:
     """The batches that the same tokens would form in any order: the tokens sampled of each fold, permuted again and
     again.
 
     Each keeps its choices at all layers. A permutation is cut into batches, its rest is left out; if it is shorter than
-    a batch, batches go on in the next one.
+    a batch, batches go on in the next one. Kinds of batches that are not `wanted` have none.
     """
     counts = BatchCounts.empty(setting, domains=1)
-    for s, kind in enumerate(setting.kinds):
+    for s, kind in ((s, kind) for s, kind in enumerate(setting.kinds) if wanted[s]):
         for fold in range(NUM_FOLDS):
             notes = profile.tokens.notes[fold, : profile.tokens.number(fold)]
             phase = notes % 3 - 1
@@ -253,10 +255,10 @@ def count_shuffled(setting: Setting, profile: Profile, rng: np.random.Generator)
     return counts
 
 
-def count_uniform(setting: Setting, seed: int) -> BatchCounts:
-    """Batches of tokens that choose uniformly, each layer on its own."""
+def count_uniform(setting: Setting, seed: int, wanted: NDArray[np.bool_]) -> BatchCounts:
+    """Batches of tokens that choose uniformly, each layer on its own; of the kinds `wanted`."""
     counts = BatchCounts.empty(setting, domains=1)
-    for s, kind in enumerate(setting.kinds):
+    for s, kind in ((s, kind) for s, kind in enumerate(setting.kinds) if wanted[s]):
         for fold in range(NUM_FOLDS):
             order = np.arange(_null_tokens(kind))
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
 from moescope.simulation.batch_counts import (
+    NULL_TOKENS,
     POSITION_BINS,
     BatchCounter,
     BatchCounts,
@@ -141,7 +142,9 @@ def parallel(
     )
     rng = np.random.default_rng(seed)
     null_setting = Setting(chosen, trace.domains, kinds, cluster, tuple(of[: len(names)] for of in judged), FACTORS)
-    shuffled, uniform = count_shuffled(null_setting, counted, rng), count_uniform(null_setting, seed)
+    # What no batch fills has a null only while that is cheap to draw.
+    wanted = (counter.counts.batches_S > 0) | (np.array([kind.tokens for kind in kinds]) <= NULL_TOKENS)
+    shuffled, uniform = count_shuffled(null_setting, counted, rng, wanted), count_uniform(null_setting, seed, wanted)
     variables = {
         **_loads(setting, names, counter.counts, shuffled, uniform),
         **_reached(setting, len(names), counter.counts, uniform, width),

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from moescope.trace.header import Header
 
 COUNT_COLUMNS = ("document", "domain", "layer", "expert", "count")
-COUNTS_HINT = "`moescope shares` answers from counts; what needs tokens, their order or their words cannot be answered"
+COUNTS_HINT = (
+    "`moescope shares`, `divergence`, `balance`, `claims` and `report` answer from counts; what needs tokens, their "
+    "order or their words cannot be answered"
+)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def draw_parallel(parallel: xr.Dataset) -> Figure:
             else:
                 axes.tick_params(labelleft=False)
         assert axes is not None
-        axes.set_ylim(bottom=1)
+        axes.set_ylim(1, None if axes.get_ylim()[1] > 1 else 2)  # without a full batch there is nothing to scale to
         drops = figure.add_subplot(grid[1, 0:19])
         _draw_drops(drops, parallel, kinds, colours)
         slowest = figure.add_subplot(grid[1, 30:45])
@@ -134,8 +134,8 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
                 label=name,
             )
     axes.axhline(0.1, color=INK, linewidth=0.7)
-    axes.set_yscale("log")
     axes.set_ylim(0.01, 100)
+    axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(factors[0] - 0.08, factors[-1] + 0.08)
     axes.set_xlabel("Capacity factor", labelpad=2)

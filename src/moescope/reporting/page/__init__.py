@@ -202,8 +202,8 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
     layers = trace.layers
     experts = sorted({layer.num_experts for layer in layers})
     top_k = sorted({layer.top_k for layer in layers})
-    of = "counted in {} documents or passes" if trace.header.counts_only else "of {} documents"
-    yield "Tokens", count(trace.num_tokens), of.format(count(trace.num_documents))
+    of = "counted in {} or passes" if trace.header.counts_only else "of {}"
+    yield "Tokens", count(trace.num_tokens), of.format(count(trace.num_documents, "document"))
     corpus = trace.header.corpus.get("name")
     yield "Domains", count(len(trace.domains)), f"in {visible(str(corpus))}" if corpus else ""
     yield "Layers with experts", count(len(layers)), f"{layers[0].layer} to {layers[-1].layer}"
@@ -264,8 +264,8 @@ def _fitting(results: Results) -> list[RoutedDocument]:
 def _embedded(results: Results, documents: Sequence[RoutedDocument]) -> str:
     """What of the trace the page holds, in words."""
     words = (
-        f"This page holds {count(len(documents))} of {count(results.trace.num_documents)} documents (up to their first "
-        "600 tokens), chosen for the words asked about"
+        f"This page holds {count(len(documents))} of {count(results.trace.num_documents, 'document')} (up to their "
+        "first 600 tokens), chosen for the words asked about"
     )
     if len(results.embedded_layers) < len(results.trace.layers):
         words += f", in {len(results.embedded_layers)} of {len(results.trace.layers)} layers"
