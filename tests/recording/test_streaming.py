@@ -136,7 +136,7 @@ def test_what_the_layers_hand_on_may_be_in_memory_or_on_disk(
         traces.append(
             record(mixtral, some_documents(), out, stream=True, memory=memory, announce=announced.append, **OPTIONS)
         )
-        assert announced[0].spool_bytes == spool_bytes
+        assert announced[0].spool_bytes == min(spool_bytes, announced[0].tokens * 32 * 4)
         totals.append(sum(read_back))
         read_back.clear()
     assert same_parts(traces[0], traces[1])
