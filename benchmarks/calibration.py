@@ -690,7 +690,8 @@ def at_end(name: str, kind: str, shape: str, row: Row) -> bool:
     """Whether what is planted lies at the end of its range: no information, no or full differences, perfect balance."""
     if any(word in name for word in ("above", "beyond", "lift", "kappa", "change")):
         return False
-    return min(abs(row.planted - end) for end in (0, 1, np.log2(SHAPES[shape][0]))) < ROUNDING
+    most = np.log2(SHAPES[shape][0]) if name == "explain, entropy" else 1  # of two experts in turn all of 1 bit is told
+    return min(abs(row.planted), abs(row.planted - most)) < ROUNDING
 
 
 def fails(row: Row) -> bool:

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import random
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -412,7 +415,7 @@ def test_work_that_is_to_replace_a_complete_trace_is_kept_by_a_call_without_forc
     with pytest.raises(Stop):
         record(mixtral, some_documents(), out, stream=True, force=True, progress=stopped_after(20), **other)
     for options in (OPTIONS, other):
-        with pytest.raises(TraceExists, match=r"s\.moe\.stream beside it holds another recording"):
+        with pytest.raises(TraceExists, match=r"s\.moe\.stream beside it holds unfinished work of another"):
             record(mixtral, some_documents(), out, stream=True, **options)
     announced: list[Estimate] = []
     again = record(mixtral, some_documents(), out, force=True, announce=announced.append, **other)
@@ -431,6 +434,37 @@ def test_work_that_another_process_is_at_is_left_alone(mixtral: Path, tmp_path: 
     (spool.work_folder(out) / spool.PLAN).unlink()  # a kill came while it was cleared away
     spool.remove_work(out)
     assert not spool.work_folder(out).exists()
+
+
+def test_the_folder_is_let_go_of_only_when_what_was_committed_is_on_disk_whatever_ctrl_c_says(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, begun, ended = spool.Spool._commit, threading.Event(), threading.Event()
+
+    def slowly(self: Any, *given: Any) -> None:
+        begun.set()
+        time.sleep(0.5)
+        commit(self, *given)
+        ended.set()
+
+    def interrupt_twice() -> None:
+        begun.wait(60)
+        for _ in range(2):
+            time.sleep(0.1)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    monkeypatch.setattr(spool.Spool, "_commit", slowly)
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt_twice).start()
+        with pytest.raises(KeyboardInterrupt):
+            record(mixtral, some_documents(), tmp_path / "s.moe", stream=True, **OPTIONS)
+    finally:
+        signal.signal(signal.SIGINT, own)
+    assert ended.is_set()
+    monkeypatch.undo()
+    os.close(spool._lock(spool.work_folder(tmp_path / "s.moe")) or 0)  # it can be taken
+    record(mixtral, some_documents(), tmp_path / "s.moe", stream=True, **OPTIONS)
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_first_layer(

@@ -232,7 +232,8 @@ def _refuse_complete(out: Path) -> NoReturn:
     if has_work(out):
         raise TraceExists(
             out,
-            f"holds a complete trace, which is kept; {work_folder(out).name} beside it holds another recording, begun",
+            "holds a complete trace, which is kept; "
+            f"{work_folder(out).name} beside it holds unfinished work of another",
             "--force goes on with that one, and replaces the trace in the end",
         )
     raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.errors import ModelNotStreamable, TraceBusy, TraceDamaged, TraceExists, TraceMismatch
+from moescope.recording.threads import despite_interrupts
 from moescope.trace import Header, checksums
 
 try:
@@ -294,7 +295,12 @@ class Spool:
             expert_ids: What it chose, shape (token, choice); None if it is not recorded.
             gate_weights: The weights, if they are recorded, of the same shape.
         """
-        self.settle()
+        try:
+            self.settle()
+        except BaseException:
+            if states is not None:
+                states.close()
+            raise
         before, self._states = self._states, states
         if before is not None:
             before.close()
@@ -304,8 +310,8 @@ class Spool:
     def settle(self) -> None:
         """Wait until everything that was committed is on disk."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            self._pending.result()
+            self._pending = None  # only now: after Ctrl-C `close` waits for it
 
     def choices(self, layer: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]:
         """What a layer chose and, if recorded, the gate weights, each of shape (token, choice), not yet read."""
@@ -324,13 +330,9 @@ class Spool:
 
     def close(self) -> None:
         """Let go of the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
-        interrupt = None
-        while True:
-            try:
-                self._behind.shutdown()
-                break
-            except KeyboardInterrupt as again:  # let go of now, the folder would change under whoever takes it
-                interrupt = again
+        # Let go of before, the folder would change under whoever takes it.
+        interrupt = despite_interrupts(lambda: wait([self._pending] if self._pending else []))
+        self._behind.shutdown(wait=False)
         if self._states is not None:
             self._states.close()
             self._states = None

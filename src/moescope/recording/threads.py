@@ -76,7 +76,7 @@ def read_ahead(
     finally:
         stopped.set()
         room.release()
-        interrupt = _wait_for(ended) if thread.ident is not None else None
+        interrupt = despite_interrupts(ended.wait) if thread.ident is not None else None
     if interrupt is not None:
         raise interrupt
 
@@ -114,14 +114,9 @@ class WriteBehind(Generic[Item]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Wait until everything handed over is written, also after an error or Ctrl-C: it is finished work."""
-        interrupt = None
-        while True:
-            try:
-                self._queue.put(_End())
-                break
-            except KeyboardInterrupt as again:
-                interrupt = again
-        interrupt = _wait_for(self._ended) or interrupt  # a thread left alone would write what its owner has closed
+        interrupt = despite_interrupts(lambda: self._queue.put(_End()))
+        # A thread left alone would write what its owner has closed.
+        interrupt = despite_interrupts(self._ended.wait) or interrupt
         if kind is None:
             self._raise_error()
             if interrupt is not None:
@@ -144,16 +139,16 @@ class WriteBehind(Generic[Item]):
             self._ended.set()
 
 
-def _wait_for(event: threading.Event) -> KeyboardInterrupt | None:
-    """Wait for it whatever Ctrl-C says, and return the last Ctrl-C there was.
+def despite_interrupts(wait: Callable[[], object]) -> KeyboardInterrupt | None:
+    """Call `wait` until it returns, whatever Ctrl-C says; return the last Ctrl-C there was.
 
-    `Thread.join` will not do: interrupted, it takes a thread that still runs for ended (Python 3.11 and 3.12, issue
-    45274 of CPython).
+    `Thread.join`, and what uses it, will not do: interrupted, it takes a thread that still runs for ended (Python 3.11
+    and 3.12, issue 45274 of CPython).
     """
     interrupt = None
-    while not event.is_set():
+    while True:
         try:
-            event.wait()
+            wait()
+            return interrupt
         except KeyboardInterrupt as again:
             interrupt = again
-    return interrupt
