@@ -165,6 +165,7 @@ def _draw_rows(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tupl
     axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.margins(x=0.12)
     axes.grid(axis="x")
     axes.set_xlabel("| any order" if name == "slowest" else "| uniform routing", labelpad=2, color=MUTED)
