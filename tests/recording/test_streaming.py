@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -385,14 +386,15 @@ def test_a_second_process_is_told_that_the_first_is_at_it(mixtral: Path, tmp_pat
 
 def test_what_is_not_ours_is_left_alone_before_any_layer_runs(mixtral: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.moe"
-    for path in (out / "thesis.tex", spool.work_folder(out) / "thesis.tex"):
-        path.parent.mkdir()
+    work = spool.work_folder(out)
+    for path in (out / "thesis.tex", out / "parts/000000.parquet", work / "thesis.tex", work / "states-of-america"):
+        path.parent.mkdir(parents=True)
         path.write_text("mine")
         with pytest.raises(TraceExists):
             record(mixtral, some_documents(), out, stream=True, force=True, progress=stopped_after(0), **OPTIONS)
         assert path.read_text() == "mine"
-        path.unlink()
-        path.parent.rmdir()
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def test_a_complete_trace_is_kept_and_its_leftover_work_cleared_away(mixtral: Path, tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ def _kill_at_call(n: int) -> None:
     os.fsync = counting(os.fsync)
     Path.replace = counting(Path.replace)
     Path.open = counting(Path.open)
+    Path.unlink = counting(Path.unlink)
 
 
 def test_a_full_disk_keeps_every_finished_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,20 +349,96 @@ def test_a_disk_that_fills_up_within_a_line_of_the_list_leaves_the_list_as_it_wa
     assert list(checksums.read(tmp_path)) == ["first", "second"]
 
 
-def test_parts_that_a_killed_replacement_left_are_not_in_the_new_trace(tmp_path: Path) -> None:
+def test_a_replacement_killed_at_any_file_is_done_again_by_the_same_call(tmp_path: Path) -> None:
     first, second = parts()
-    header = Header(LAYERS, model={"name": "synthetic"})
-    with TraceWriter(tmp_path / "t.moe", header, VOCABULARY) as writer:
-        writer.write(first, {"documents_read": 4})
-        writer.write(second, {"documents_read": 6})
-        writer.finish({"tokens": 95})
-    for name in (checksums.FILE_NAME, "trace.json", "summary.json"):
-        (tmp_path / "t.moe" / name).unlink()  # what --force had removed when it was killed
-    with TraceWriter(tmp_path / "t.moe", header, VOCABULARY) as writer:
-        writer.write(first, {"documents_read": 4})
+    for n in range(20):
+        path = make_trace(tmp_path / f"{n}.moe", [first, second], LAYERS).path
+        other = Header(LAYERS, model={"name": "another"})
+        child = os.fork()
+        if child == 0:
+            _kill_at_call(n)
+            with TraceWriter(path, other, VOCABULARY, force=True) as writer:
+                writer.write(first, {"documents_read": 4})
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        with TraceWriter(path, other, VOCABULARY, force=True) as writer:
+            if not writer.progress:
+                writer.write(first, {"documents_read": 4})
+            writer.finish({"tokens": 63})
+        assert (open_trace(path).verify(), open_trace(path).header.model["name"]) == ([], "another")
+        assert len(list((path / "parts").iterdir())) == 1
+        if os.WIFEXITED(status):
+            break
+    assert n > 12
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_parts_of_somebody_else_are_neither_deleted_nor_overwritten(tmp_path: Path) -> None:
+    for names in (
+        ("parts/000000.parquet", "parts/000007.parquet", "parts/movie.mkv.part"),
+        ("parts/movie.mkv.part",),
+        ("parts/movie.mkv",),
+        ("trace.json",),  # Chrome's, for one
+        ("trace.json", "parts/000000.parquet"),
+        ("summary.json",),
+    ):
+        folder = tmp_path / "-".join(names).replace("/", "-")
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text('{"traceEvents": []}')
+        before = contents(folder)
+        for force in (False, True):
+            with pytest.raises(errors.TraceExists, match="exists and is not a trace"):
+                TraceWriter(folder, Header(LAYERS), VOCABULARY, force=force)
+        assert contents(folder) == before
+
+
+def test_files_beside_the_parts_stay_when_a_trace_goes_on_or_is_replaced(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts()[:1], LAYERS, finish=False)
+    kept = {f"parts/{name}": b"frames" for name in ("movie.mkv", "movie.mkv.part")}
+    for name, content in kept.items():
+        (trace.path / name).write_bytes(content)
+    for header in (trace.header, Header(LAYERS, model={"name": "another"})):
+        TraceWriter(trace.path, header, VOCABULARY, force=True).close()
+        assert kept.items() <= contents(trace.path).items()
+
+
+@pytest.mark.parametrize("lost", ["", "a part", "garbled"])
+def test_an_unfinished_trace_whose_list_is_lost_keeps_its_parts_unless_forced(tmp_path: Path, lost: str) -> None:
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS, finish=False)
+    lines = (trace.path / checksums.FILE_NAME).read_text().splitlines(keepends=True)
+    (trace.path / checksums.FILE_NAME).unlink()
+    if lost:
+        (trace.path / checksums.FILE_NAME).write_text("".join(lines[:-1]) if lost == "a part" else "no\nlist\n")
+    before = contents(trace.path)
+    for header in (trace.header, Header(LAYERS, model={"name": "another"})):
+        with pytest.raises(errors.TraceDamaged, match="SHA256SUMS"):
+            TraceWriter(trace.path, header, VOCABULARY)
+        assert contents(trace.path) == before
+    with TraceWriter(trace.path, trace.header, VOCABULARY, force=True) as writer:
+        assert writer.progress == []
+        writer.write(parts()[0], {"documents_read": 4})
         writer.finish({"tokens": 63})
-    assert open_trace(tmp_path / "t.moe").verify() == []
-    assert len(list((tmp_path / "t.moe" / "parts").iterdir())) == 1
+    assert open_trace(trace.path).verify() == []
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_trace_is_never_written_through_a_link_into_another(tmp_path: Path, finish: bool) -> None:
+    other = make_trace(tmp_path / "other.moe", parts(), LAYERS)
+    before = contents(other.path)
+    trace = make_trace(tmp_path / "t.moe", parts(), LAYERS, finish=finish)
+    shutil.rmtree(trace.path / "parts")
+    (trace.path / "parts").symlink_to(other.path / "parts")
+    (tmp_path / "new.moe").mkdir()
+    (tmp_path / "new.moe" / "parts").symlink_to(other.path / "parts")
+    for path in (trace.path, tmp_path / "new.moe"):
+        for force in (False, True):
+            with pytest.raises(errors.TraceExists, match="not written through a link"):
+                TraceWriter(path, trace.header, VOCABULARY, force=force)
+    assert contents(other.path) == before
 
 
 def _no_space(*_: object) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -42,6 +43,7 @@ except ImportError:  # pragma: no cover - Windows has no advisory locks; there t
 
 PLAN = "plan.json"
 SUFFIX = ".stream"
+_FILE = re.compile(r"(choices|weights)-\d{6,}\.npy|states-\d{6,}")
 
 
 def work_folder(out: Path) -> Path:
@@ -489,10 +491,10 @@ def _write(file: BinaryIO, text: bytes) -> None:
 
 
 def _is_ours(path: Path) -> bool:
+    if path.is_symlink():
+        return False
     names = [child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()]
-    return all(
-        name in (PLAN, checksums.FILE_NAME) or name.split("-")[0] in ("choices", "weights", "states") for name in names
-    )
+    return all(name in (PLAN, checksums.FILE_NAME) or _FILE.fullmatch(name) for name in names)
 
 
 def _clear(path: Path, *, keep: bool = False) -> None:

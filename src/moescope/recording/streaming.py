@@ -251,7 +251,7 @@ def record_streamed(
     Raises:
         MoescopeError: The model, the corpus or the output is at fault.
     """
-    refuse_foreign(out)
+    refuse_foreign(out, force=force)
     if not force:
         _refuse_other_trace(out, plan)
     encode = streamed.model.tokenizer.encode

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from moescope.errors import TraceBusy, TraceExists, TraceMismatch
+from moescope.errors import TraceBusy, TraceDamaged, TraceExists, TraceMismatch, TraceNotFound
 from moescope.trace import checksums, header, part, vocabulary
 from moescope.trace.counts import Counts, check_counts
 from moescope.trace.header import Header
@@ -23,6 +22,9 @@ try:
 except ImportError:  # pragma: no cover - Windows has no advisory locks; there two writers are not told apart
     fcntl = None  # type: ignore[assignment]
 
+_NAMES = (checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, SUMMARY)
+_OTHER_OUTPUT = "choose another output"
+
 
 class TraceWriter:
     """Creates a trace, or goes on with an unfinished one whose header agrees.
@@ -31,10 +33,11 @@ class TraceWriter:
         path: Folder of the trace.
         header: What is recorded; that of a resumed trace must agree (`Header.differences`), and stays as it is.
         vocabulary: Text pieces of the tokenizer.
-        force: Replace a trace that is complete or has another header. Anything but a trace is never replaced.
+        force: Replace a trace that is complete, damaged or has another header. Anything but a trace is never replaced.
     Raises:
         TraceExists: The path holds a complete trace, or something else.
         TraceMismatch: The path holds an unfinished trace with another header; the differing fields are named.
+        TraceDamaged: The path holds a trace whose list does not have all of its files.
         TraceBusy: Another process is writing it.
         DiskFull: There is no room.
     """
@@ -43,7 +46,7 @@ class TraceWriter:
         self.path = Path(path)
         self.header = header
         self._lock: int | None = None
-        refuse_foreign(self.path)
+        refuse_foreign(self.path, force=force)
         with checksums.no_room(self.path):
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -67,15 +70,18 @@ class TraceWriter:
             raise TraceBusy(self.path, "another process is recording into this trace") from None
 
     def _can_resume(self) -> bool:
-        if (self.path / SUMMARY).exists():
+        if (self.path / SUMMARY).exists() or _unlisted(self.path, force=True):
             return False
         return not (self.path / header.FILE_NAME).exists() or not self.header.differences(read_header(self.path))
 
     def _clear(self) -> None:
-        (self.path / checksums.FILE_NAME).unlink(missing_ok=True)  # first: without its list nothing counts as a trace
-        for child in self.path.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        (self.path / PARTS).mkdir()
+        """Remove the files of a trace, and no other; killed at any of them, it can be done again."""
+        parts = sorted(child for child in (self.path / PARTS).iterdir() if is_part_name(child.name))
+        for part_file in reversed(parts):  # the last first: what is left is a beginning
+            part_file.unlink()
+        # The header last: it says that what is left without a list is of a trace.
+        for name in (SUMMARY, checksums.FILE_NAME, vocabulary.FILE_NAME, header.FILE_NAME):
+            (self.path / name).unlink(missing_ok=True)
 
     def _resume(self) -> list[dict[str, Any]]:
         """Drop what a kill left unfinished; return the progress notes of the finished parts."""
@@ -84,13 +90,13 @@ class TraceWriter:
         sums = checksums.read(self.path)
         if header.FILE_NAME in sums and (self.path / header.FILE_NAME).exists():
             refuse_other(self.path, self.header, read_header(self.path))
-        if sums and not (self.path / list(sums)[-1]).exists():
-            sums.popitem()  # it was listed, and the kill came before it was renamed
-        for leftover in self.path.rglob(f"*{checksums.TEMPORARY}"):
-            leftover.unlink()
-        for unlisted in (self.path / PARTS).iterdir():  # of a trace that --force was replacing when it was killed
-            if f"{PARTS}/{unlisted.name}" not in sums and is_part_name(unlisted.name):
-                unlisted.unlink()
+        while sums and not (self.path / list(sums)[-1]).exists():
+            sums.popitem()  # it was listed, and the kill came before it was renamed, or while files were removed
+        for folder in (self.path, self.path / PARTS):
+            for leftover in folder.glob(f"*{checksums.TEMPORARY}"):
+                name = leftover.name.removesuffix(checksums.TEMPORARY)
+                if name in _NAMES or is_part_name(name):
+                    leftover.unlink()
         checksums.rewrite(self.path, sums)
         return [file.progress for file in open_parts(self.path, self.header, sums)]
 
@@ -143,19 +149,54 @@ class TraceWriter:
         self.close()
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path, *, force: bool = False) -> None:
     """Refuse a path that holds anything but a trace, an empty folder or the beginnings of a trace.
 
+    Args:
+        path: Folder of a trace to be.
+        force: Whether a damaged trace does not matter, since it will be replaced.
     Raises:
         TraceExists: It does; it is never replaced.
+        TraceDamaged: It holds a trace whose list does not have all of its files, which are kept.
     """
-    if path.is_dir():
-        names = {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()}
-        if names <= {checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, PARTS, SUMMARY}:
-            return
-    elif not path.exists():
+    if not path.is_dir():
+        if path.exists():
+            raise TraceExists(path, "exists and is not a trace", _OTHER_OUTPUT)
         return
-    raise TraceExists(path, "exists and is not a trace", "choose another output")
+    names = {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()}
+    parts = path / PARTS
+    if not names <= {*_NAMES, PARTS}:
+        raise TraceExists(path, "exists and is not a trace", _OTHER_OUTPUT)
+    if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
+        raise TraceExists(parts, "is not a folder of its own; a trace is not written through a link", _OTHER_OUTPUT)
+    if not (unlisted := _unlisted(path, force=force)):
+        return
+    try:
+        read_header(path)
+    except (TraceNotFound, TraceDamaged):
+        problem = f"exists and is not a trace: it has {unlisted[0]}, but no header and list of a trace"
+        raise TraceExists(path, problem, _OTHER_OUTPUT) from None
+    if not force:
+        raise TraceDamaged(
+            path,
+            f"{unlisted[0]} has no line in {checksums.FILE_NAME}; it is kept",
+            "restore the list, choose another output, or --force to record it anew",
+        )
+
+
+def _unlisted(path: Path, *, force: bool) -> list[str]:
+    """Files that may be those of a trace and are not in its list; without a list, whatever lies among the parts."""
+    names = [name for name in (vocabulary.FILE_NAME, header.FILE_NAME, SUMMARY) if (path / name).exists()]
+    parts = sorted(child.name for child in (path / PARTS).iterdir()) if (path / PARTS).exists() else []
+    try:
+        listed = checksums.read(path)  # after the files were looked for: a line comes before its file
+    except TraceDamaged:
+        if not force:
+            raise
+        listed = {}
+    if (path / checksums.FILE_NAME).exists():
+        parts = [name for name in parts if is_part_name(name)]
+    return [name for name in [*names, *(f"{PARTS}/{name}" for name in parts)] if name not in listed]
 
 
 def refuse_other(path: Path, wanted: Header, found: Header) -> None:
