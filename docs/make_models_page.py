@@ -22,44 +22,44 @@ BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 HEAD = """# Supported models
 
 All {count} families of transformers {version} that route tokens to experts. The table is generated from the test that
-builds each of them small, records it, and compares every id and weight with a knock-out: an expert is silenced, and the
-tokens whose output changes are those it served (`tests/recording/test_families.py`). A family that a newer transformers
-adds fails that test until it is in the list. A model of your own needs a few lines:
-[add a router](../how-to/add-a-router.md). What a checkpoint brings as code of its own runs only with
-`--trust-remote-code`, and is read by the same rules.
+builds a small model of each, records it, and checks every id and weight by knock-out: an expert is silenced, and the
+tokens whose output changes must be those it served (`tests/recording/test_families.py`). A family added by a newer
+transformers fails that test until it is in the list. A model of your own needs a few lines: [add a
+router](../how-to/add-a-router.md). Code that a checkpoint brings along runs only with `--trust-remote-code`, and is
+read by the same rules.
 
-*Arguments of the experts*: the chosen ids and gate weights with which the experts module is called. Where another thing
-tells what ran, the table says which. Layers without routed experts are skipped and keep their index. Shared experts
-always run; they are counted in the header and never among the ids.
+*Arguments of the experts*: the chosen ids and gate weights with which the experts module is called. Where what ran is
+read elsewhere, the table says so. Layers without routed experts are skipped and keep their index. Shared experts always
+run; they are counted in the header and are never among the ids.
 """
 
 NOTES = """
 ## NLLB-MoE
 
-transformers 5.23 gives the experts of NLLB-MoE the router's mask where they expect ids. So the first choice of every
-token runs expert 1 and the second runs expert 0, whichever experts the router chose, and the hidden states that later
-layers read follow from that. moescope records what **ran**, as always, and warns when it loads such a model: the trace
-is true of this implementation, and says nothing of the model as it was trained. A version that dispatches otherwise is
-refused until its reading has been checked.
+transformers 5.23 passes the router's mask to the experts of NLLB-MoE, which expect ids. As a result, the first choice
+of every token runs expert 1 and the second runs expert 0, whichever experts the router chose, and the hidden states
+that later layers read are affected accordingly. moescope records what **ran**, as always, and warns when it loads such
+a model: the trace is correct for this implementation, and says nothing about the model as trained. A version that
+dispatches differently is refused until its reading has been checked.
 
 ## Encoder-decoders
 
-Layers are counted through: the encoder's first, the decoder's after them. The encoder reads the document and the
-decoder reads the same document, after its start token, which is not recorded; a token's row holds both. What the
-tokenizer puts behind a text (`</s>`) is not fed. An assignment over an expert's capacity is a null in the `L` column.
+Layers are numbered consecutively, the encoder's first and then the decoder's. The encoder reads the document and the
+decoder reads the same document, after its start token, which is not recorded; a token's row holds both. Tokens that the
+tokenizer puts after a text (`</s>`) are not fed. An assignment beyond an expert's capacity is a null in the `L` column.
 
-## Models of several towers
+## Models with several towers
 
-Only the tower that reads text is recorded. Routed blocks outside of it, which text never reaches, are listed in
-`trace.json` under `model.not_recorded`. What is recorded of Qwen3-Omni is the thinker's language model, of
-DiffusionGemma the encoder (its decoder denoises a random canvas), of ERNIE 4.5 VL the text experts. Gemma 4 and
-DiffusionGemma run a dense block beside the experts, which is not counted as a shared expert.
+Only the tower that processes text is recorded. Routed blocks outside of it, which text never reaches, are listed in
+`trace.json` under `model.not_recorded`. For Qwen3-Omni this is the thinker's language model, for DiffusionGemma the
+encoder (its decoder denoises a random canvas), for ERNIE 4.5 VL the text experts. Gemma 4 and DiffusionGemma run a
+dense block beside the experts, which is not counted as a shared expert.
 
 ## Sequences that run alone
 
-Where a token's choices depend on all that is in the batch (Doge mixes the router's logits of a batch; NLLB-MoE counts
+Where a token's choices depend on everything in the batch (Doge mixes the router's logits of a batch; NLLB-MoE computes
 its capacity over it), each window is a forward pass of its own, whatever `--batch-tokens` says. Switch counts capacity
-by sequence: windows of equal length go together, without padding.
+by sequence: windows of equal length share a batch, without padding.
 """
 
 
