@@ -1,6 +1,6 @@
-"""Every error that moescope raises about files, models and data: one tree, one stable code a class.
+"""Every error that moescope raises about files, models and data: one tree, with one stable code per class.
 
-A wrong argument from Python is a ``ValueError``; ``assert`` is for our own invariants. The docstring of a class is its
+A wrong argument from Python is a ``ValueError``; ``assert`` is for internal invariants. The docstring of a class is its
 entry in `docs/reference/errors.md`.
 """
 
@@ -14,7 +14,7 @@ class MoescopeError(Exception):
     """Base of all errors below; catch it to catch them all.
 
     Args:
-        subject: Which thing: a path, a layer, a document.
+        subject: What it concerns: a path, a layer, a document.
         problem: What is wrong with it: what was expected and what was found.
         hint: What to try next.
     """
@@ -43,7 +43,7 @@ class MissingExtra(MoescopeError):
 
 
 class DiskFull(MoescopeError):
-    """The disk is full. Finished parts are kept; the same command goes on once there is room."""
+    """The disk is full. Finished parts are kept; the same command resumes once there is free space."""
 
     code = "disk-full"
 
@@ -58,13 +58,13 @@ class CorpusError(MoescopeError):
 
 
 class CorpusNotFound(CorpusError):
-    """There is nothing at the path, or nothing there that a corpus reader knows."""
+    """There is nothing at the path, or nothing that a corpus reader recognises."""
 
     code = "corpus-not-found"
 
 
 class CorpusMalformed(CorpusError):
-    """A record of the corpus cannot be read; only raised with ``--strict``, otherwise it is counted and warned of."""
+    """A record of the corpus cannot be read. Raised only with ``--strict``; otherwise counted, with a warning."""
 
     code = "corpus-malformed"
 
@@ -109,13 +109,13 @@ class ModelNotMoE(ModelError):
 
 
 class ModelUnsupported(ModelError):
-    """The model is a mixture of experts whose routing moescope cannot read exactly; it refuses instead of guessing."""
+    """The model is a mixture of experts whose routing moescope cannot read exactly, so it is refused."""
 
     code = "model-unsupported"
 
 
 class ModelNotStreamable(ModelError):
-    """The model cannot be recorded layer by layer with the choices it makes as a whole; ``--no-stream`` loads it."""
+    """Recorded layer by layer, the model would not make the choices it makes as a whole; ``--no-stream`` loads it."""
 
     code = "model-not-streamable"
 
@@ -127,13 +127,13 @@ class TokenizerMissing(ModelError):
 
 
 class RouterSilent(ModelError):
-    """A layer with routed experts did not report one row a token in a forward pass, so the record would have holes."""
+    """A layer with routed experts did not report one row per token in a forward pass, so the trace would have gaps."""
 
     code = "router-silent"
 
 
 class RouterNotFinite(ModelError):
-    """A router produced NaN or infinite gate weights, so its choices mean nothing."""
+    """A router produced NaN or infinite gate weights, so its choices are meaningless."""
 
     code = "router-not-finite"
 
@@ -184,31 +184,31 @@ class TraceNewer(TraceError):
 
 
 class NoSuchLayer(TraceError):
-    """The layer asked for is not a layer with routed experts of this model or trace."""
+    """The requested layer is not among the layers with routed experts of this model or trace."""
 
     code = "no-such-layer"
 
 
 class NoSuchDocument(TraceError):
-    """The document asked for is not in the trace."""
+    """The requested document is not in the trace."""
 
     code = "no-such-document"
 
 
 class NoSuchDomain(TraceError):
-    """The domain asked for is not in the trace."""
+    """The requested domain is not in the trace."""
 
     code = "no-such-domain"
 
 
 class NotRecorded(TraceError):
-    """The trace lacks what the question needs (gate weights, tokens, sequences)."""
+    """The trace lacks what the request needs (gate weights, tokens, sequences)."""
 
     code = "not-recorded"
 
 
 class NotExportable(TraceError):
-    """The format asked for has no way to say what the trace holds."""
+    """The requested format cannot represent what the trace holds."""
 
     code = "not-exportable"
 
@@ -223,25 +223,25 @@ class ForeignTraceError(MoescopeError):
 
 
 class ImportNotFound(ForeignTraceError):
-    """There is nothing at the path, or nothing there that the format's program writes."""
+    """There is nothing at the path, or nothing that the format's program writes."""
 
     code = "import-not-found"
 
 
 class ImportMalformed(ForeignTraceError):
-    """A recording of another program cannot be right; it says where, what was expected and what was found."""
+    """A recording of another program is invalid; the message says where, what was expected and what was found."""
 
     code = "import-malformed"
 
 
 class ImportTooLarge(ForeignTraceError):
-    """A piece of a recording that must be held in memory at once (a line, a document, a tensor) is beyond the limit."""
+    """A piece of a recording that must be held in memory at once (a line, a document, a tensor) exceeds the limit."""
 
     code = "import-too-large"
 
 
 class ImportIncomplete(ForeignTraceError):
-    """The file does not say something that the trace needs; the hint names the option that does."""
+    """The file lacks something that the trace needs; the hint names the option that supplies it."""
 
     code = "import-incomplete"
 

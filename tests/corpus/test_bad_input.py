@@ -14,7 +14,7 @@ from moescope.errors import CorpusEmpty, CorpusError, CorpusField, CorpusMalform
 GOOD = b'{"text": "good", "meta": {"pile_set_name": "ArXiv"}}\n'
 EXPECTED = (
     "hint: a corpus is a file of JSON lines (.jsonl, also as .zst or .gz), Parquet (.parquet) or text (.txt), a folder "
-    "of such JSON lines or Parquet files, or a folder of text files with a subfolder a domain"
+    "of such JSON lines or Parquet files, or a folder of text files with one subfolder per domain"
 )
 BAD_LINES = {
     b'{"text": "x"': "not JSON (expecting ',' delimiter, character 13)",
@@ -24,8 +24,8 @@ BAD_LINES = {
     b'{"text": "x", "score": NaN}': "not JSON (a number that JSON lacks, such as NaN)",
     b'{"text": "x\xff"}': "not UTF-8 (byte 12)",
     b'{"text": "\xed\xa0\x80"}': "not UTF-8 (byte 11)",
-    rb'{"text": "\ud800"}': "half of a surrogate pair, which no text holds",
-    rb'{"text": "x \udc00\ud800 y"}': "half of a surrogate pair, which no text holds",
+    rb'{"text": "\ud800"}': "half of a surrogate pair, which text cannot contain",
+    rb'{"text": "x \udc00\ud800 y"}': "half of a surrogate pair, which text cannot contain",
     b'["text"]': "not an object but a list",
     b'"text"': "not an object but a string",
     b"7": "not an object but a number",
@@ -68,7 +68,7 @@ def test_a_malformed_line_is_told_with_its_number_and_counted(tmp_path, line, pr
         list(open_corpus(tmp_path / "val.jsonl", strict=True))
     assert raised.value.render() == (
         f"error[corpus-malformed]: val.jsonl, line 2: {problem}\n"
-        "hint: without strict reading this record is left out and counted"
+        "hint: without --strict this record is left out and counted"
     )
 
 
@@ -85,7 +85,7 @@ def test_every_problem_is_counted_in_each_pass_but_only_the_first_are_told_and_o
 @pytest.mark.parametrize(
     ("name", "compress", "reason"),
     [
-        ("val.jsonl.zst", zstandard.compress, "the zstd stream is cut short"),
+        ("val.jsonl.zst", zstandard.compress, "the zstd stream is truncated"),
         ("val.jsonl.gz", gzip.compress, "Compressed file ended before the end-of-stream marker was reached"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_compressed_file_that_is_cut_short_keeps_its_whole_lines(tmp_path, nam
     documents, warned = told(lambda: list(corpus))
     assert 20 < len(documents) < 60
     assert [document.text for document in documents] == [json.loads(line)["text"] for line in lines[: len(documents)]]
-    problem = f"{name}, line {len(documents) + 1}: the file breaks off here: {reason}"
+    problem = f"{name}, line {len(documents) + 1}: the file is damaged from here: {reason}"
     assert warned == [f"{problem}; left out"]
     with pytest.raises(CorpusMalformed) as raised:
         list(open_corpus(tmp_path / name, strict=True))
@@ -109,14 +109,14 @@ def test_every_cut_of_a_zstd_file_is_noticed(tmp_path):
     for length in range(4, len(whole)):
         (tmp_path / "val.jsonl").write_bytes(GOOD)
         (tmp_path / "cut.jsonl.zst").write_bytes(whole[:length])
-        with pytest.raises((CorpusEmpty, CorpusMalformed), match="the file breaks off here"):
+        with pytest.raises((CorpusEmpty, CorpusMalformed), match="the file is damaged from here"):
             list(open_corpus(tmp_path / "cut.jsonl.zst", strict=True))
 
 
 def test_damaged_compressed_data_is_told(tmp_path):
     (tmp_path / "val.jsonl.zst").write_bytes(zstandard.compress(GOOD) + b"garbage")
     corpus = open_corpus(tmp_path / "val.jsonl.zst")
-    with pytest.warns(UserWarning, match="line 2: the file breaks off here: zstd decompressor error"):
+    with pytest.warns(UserWarning, match="line 2: the file is damaged from here: zstd decompressor error"):
         assert len(list(corpus)) == 1
 
 
@@ -124,7 +124,7 @@ def test_a_broken_shard_does_not_stop_the_others(tmp_path):
     (tmp_path / "0.jsonl.zst").write_bytes(zstandard.compress(GOOD)[:-3])
     (tmp_path / "1.jsonl.zst").write_bytes(zstandard.compress(GOOD))
     corpus = open_corpus(tmp_path)
-    with pytest.warns(UserWarning, match=r"^0\.jsonl\.zst, line 1: the file breaks off here"):
+    with pytest.warns(UserWarning, match=r"^0\.jsonl\.zst, line 1: the file is damaged from here"):
         assert list(corpus) == [Document(1, "ArXiv", "good")]
 
 
@@ -195,7 +195,7 @@ def test_a_file_of_unknown_format(tmp_path, content):
     path = tmp_path / "data.bin"
     path.write_bytes(content)
     assert rendered(path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {path}: its format is not known (it starts with {content[:12]!r})\n{EXPECTED}"
+        f"error[corpus-not-found]: {path}: its format is unknown (it starts with {content[:12]!r})\n{EXPECTED}"
     )
 
 
@@ -203,7 +203,7 @@ def test_parquet_in_name_only(tmp_path):
     path = tmp_path / "c.parquet"
     path.write_bytes(b"words")
     assert rendered(path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {path}: its name says Parquet, its first bytes do not (expected PAR1)\n{EXPECTED}"
+        f"error[corpus-not-found]: {path}: its name says Parquet, but its first bytes do not (expected PAR1)\n{EXPECTED}"
     )
 
 
@@ -231,8 +231,8 @@ def test_a_folder_of_shards_and_folders(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(GOOD)
     (tmp_path / "train").mkdir()
     assert rendered(tmp_path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {tmp_path}: it holds both shards (val.jsonl) and folders (train), so what the "
-        "corpus is remains open\nhint: give one of the two"
+        f"error[corpus-not-found]: {tmp_path}: it holds both shards (val.jsonl) and folders (train), so the "
+        "corpus is ambiguous\nhint: give one of the two"
     )
 
 
@@ -240,7 +240,7 @@ def test_shards_one_folder_further_down_are_not_taken_for_text(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "00.jsonl.zst").write_bytes(zstandard.compress(GOOD))
     assert rendered(tmp_path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {tmp_path}: its shards lie in subfolders (train/00.jsonl.zst)\n"
+        f"error[corpus-not-found]: {tmp_path}: its shards are in subfolders (train/00.jsonl.zst)\n"
         "hint: give the folder that holds the shards"
     )
 

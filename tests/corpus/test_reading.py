@@ -101,7 +101,7 @@ def test_without_a_domain_there_is_one_named_after_the_file_and_a_warning(tmp_pa
     (tmp_path / "my.notes.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "x", "source": {"url": "y"}}])))
     message = (
         "my.notes.jsonl.gz: its first 1000 records have no field 'meta.pile_set_name', so all documents are in one "
-        "domain, 'my.notes'; --domain-field chooses another field (fields found: text, source.url)"
+        "domain, 'my.notes'; --domain-field selects another field (fields found: text, source.url)"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         corpus = open_corpus(tmp_path / "my.notes.jsonl.gz")

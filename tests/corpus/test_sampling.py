@@ -176,7 +176,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_an_error(tmp_path):
         write(tmp_path / "c.jsonl", [("A", "x")])
         return 1
 
-    with pytest.raises(CorpusError, match=r"c\.jsonl: it changed while it was read$"):
+    with pytest.raises(CorpusError, match=r"c\.jsonl: it changed while being read$"):
         sample(corpus, max_tokens_per_domain=2, num_tokens=count)
 
 

@@ -245,7 +245,7 @@ def test_a_missing_or_changed_file_is_named(tmp_path: Path, name: str) -> None:
 def test_a_stray_part_is_not_taken_for_one_of_the_trace(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
     shutil.copy(trace.path / "parts/000001.parquet", trace.path / "parts/000002.parquet")
-    assert [problem.problem for problem in trace.verify()] == ["parts/000002.parquet has no line in SHA256SUMS"]
+    assert [problem.problem for problem in trace.verify()] == ["parts/000002.parquet is not listed in SHA256SUMS"]
     assert len(open_trace(trace.path).parts) == 2
 
 

@@ -1,16 +1,16 @@
 """Documents with a domain, streamed from files.
 
-``open_corpus`` finds out what lies at a path and gives a ``Corpus``, which yields one ``Document`` a record, as often
-as asked, always in the same order; ``sample`` draws from it. Each rule has one place:
+``open_corpus`` determines what is at a path and returns a ``Corpus``, which yields one ``Document`` per record and can
+be iterated repeatedly in the same order; ``sample`` draws from it. Each rule has one place:
 
     layout                             which files a path means, and their format
-    json_lines, parquet, text_files    a file -> its records; a module a format
+    json_lines, parquet, text_files    a file -> its records; one module per format
     records                            what a record is, and how a field is found in it
     corpora                            a record -> a document, or one of the ``problems``
-    sampling                           which documents a quota chooses
+    sampling                           which documents a quota selects
 
-Text is never repaired: a record that is not exactly readable is left out, reported with its file and line, and counted.
-This room imports nothing of moescope but the errors.
+Text is never repaired: a record that cannot be read exactly is left out, reported with its file and line, and counted.
+This package imports nothing of moescope but the errors.
 """
 
 from moescope.corpus.corpora import Corpus, open_corpus

@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed as they stream by; zstd and gzip are known by their first bytes, not by name."""
+"""The bytes of a file, decompressed as a stream; zstd and gzip are recognised by their first bytes, not by name."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import BinaryIO
 
 import zstandard
 
-COMPRESSED_BYTES = 1 << 15  # read at a time; small, since all that a piece holds is decompressed at once
-PLAIN_BYTES = 1 << 18
-MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, the largest there is
+COMPRESSED_BYTES = 1 << 15  # read at a time; small, since each piece is decompressed at once
+PLAIN_BYTES = 1 << 18  # read at a time where a piece cannot grow
+MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, the largest that zstd supports
 
 
 class BrokenFile(Exception):
-    """The compressed data is damaged or cut short; what came before was good."""
+    """The compressed data is damaged or truncated; what came before is intact."""
 
 
 def chunks(
     path: Path, *, compressed_bytes: int = COMPRESSED_BYTES, max_window_bytes: int = MAX_WINDOW_BYTES
 ) -> Iterator[bytes]:
-    """Yield the plain bytes of a file, piece by piece.
+    """Yield the decompressed bytes of a file, piece by piece.
 
     Args:
         path: The file.
-        compressed_bytes: Read at a time of a zstd file; a hostile one grows 30,000-fold.
-        max_window_bytes: Memory that a zstd file may ask for.
+        compressed_bytes: Bytes of a zstd file read at a time; hostile data can expand 30,000-fold.
+        max_window_bytes: Largest window that a zstd file may request.
     Raises:
         BrokenFile: After the last piece that could be decompressed.
     """
@@ -47,7 +47,7 @@ def chunks(
 
 
 def _decompressed_zstd(file: BinaryIO, compressed_bytes: int, max_window_bytes: int) -> Iterator[bytes]:
-    """Decompress frame after frame; unlike zstandard's ``stream_reader``, notice when the last one is cut short."""
+    """Decompress frame after frame; unlike zstandard's ``stream_reader``, detect a truncated last frame."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)
     frame, rest = None, b""
     while data := rest or file.read(compressed_bytes):
@@ -58,4 +58,4 @@ def _decompressed_zstd(file: BinaryIO, compressed_bytes: int, max_window_bytes: 
         if frame.eof:
             frame = None
     if frame is not None:
-        raise EOFError("the zstd stream is cut short")
+        raise EOFError("the zstd stream is truncated")

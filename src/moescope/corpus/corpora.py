@@ -1,4 +1,4 @@
-"""A corpus: the documents of its files, streamed in order, and what a trace keeps to know it again."""
+"""A corpus: the documents of its files, streamed in order, and what a trace stores to identify it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from moescope.errors import CorpusEmpty, CorpusField
 TEXT_FIELD = "text"
 PILE_DOMAIN_FIELD = "meta.pile_set_name"
 PROBED = 1000
-"""Records looked at, at most, to learn whether a field exists."""
+"""Most records read to determine whether a field exists: it may be missing in some; so few take no time."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents from files; iterating streams them in the order of the corpus, again and again the same.
+    """Documents from files; iterating streams them in the order of the corpus, which never changes.
 
     Attributes:
-        path: Where the corpus is, as it was given.
+        path: The path of the corpus, as given.
         name: Name of its file or folder.
         format: ``pile`` (JSON lines with the Pile's fields), ``jsonl``, ``parquet``, ``folder`` or ``text``.
         text_field: Path of the field that holds the text; None if each file is a document.
-        domain_field: Path of the field that holds the domain; None if the file tells it.
+        domain_field: Path of the field that holds the domain; None if it follows from the file.
         files: The files, in order.
         problems: The records left out in the latest pass.
     """
@@ -47,13 +47,13 @@ class Corpus:
     problems: Problems = field(compare=False)
 
     def __iter__(self) -> Iterator[Document]:
-        """Stream the documents; a record that cannot be one goes to ``problems``.
+        """Stream the documents; a record that cannot be read as one is added to ``problems``.
 
         Raises:
             CorpusMalformed: At the first such record, if the corpus is read strictly.
         """
         self.problems.begin()
-        number = 0  # runs over all records of all files, also those that are left out
+        number = 0  # counts all records of all files, including those left out
         fields = tuple(name for name in (self.text_field, self.domain_field) if name)
         for file in self.files:
             for index, record in enumerate(_records(self.format, file, fields)):
@@ -69,7 +69,7 @@ class Corpus:
         """Digest of the data.
 
         Returns:
-            SHA-256 in hex: of a file, what ``sha256sum`` prints; of a folder, the digest of the lines
+            SHA-256 in hex: for a file, what ``sha256sum`` prints; for a folder, the digest of the lines
             ``<digest>  <name>`` that it prints for the files in order.
         """
         digests = []
@@ -82,7 +82,7 @@ class Corpus:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def description(self) -> dict[str, Any]:
-        """What identifies the corpus in a trace: JSON-able, and names without the paths that lead to them."""
+        """What identifies the corpus in a trace: JSON-able, with names but no paths."""
         return {
             "name": self.name,
             "format": self.format,
@@ -101,16 +101,16 @@ def open_corpus(
     domain_field: str | None = None,
     strict: bool = False,
 ) -> Corpus:
-    """Find out what a path holds; its first records decide which fields there are.
+    """Determine what a path holds; its first records determine which fields exist.
 
     Args:
         path: A file of JSON lines, Parquet or text, a folder of such shards, or a folder of text files.
-        text_field: Field that holds the text, dotted if nested; ``text`` unless given.
-        domain_field: Field that holds the domain; unless given the Pile's ``meta.pile_set_name``, and in a corpus
+        text_field: Field that holds the text, dotted if nested; ``text`` by default.
+        domain_field: Field that holds the domain; by default the Pile's ``meta.pile_set_name``, and in a corpus
             without it all documents are in one domain, named after the file.
-        strict: Raise at the first record that cannot be read, instead of counting it and going on.
+        strict: Raise at the first record that cannot be read, instead of counting and skipping it.
     Raises:
-        CorpusNotFound: Nothing there, or nothing that can be read.
+        CorpusNotFound: There is nothing, or nothing that can be read.
         CorpusField: No record has the field.
         CorpusEmpty: There is no record at all.
     """
@@ -126,15 +126,15 @@ def open_corpus(
     wanted = domain_field or PILE_DOMAIN_FIELD
     fields = _probe(path, layout, text_field, wanted)
     listed = f"fields found: {', '.join(fields)}"
-    lack = f"its first {PROBED} records have no field"
+    missing = f"its first {PROBED} records have no field"
     if text_field not in fields:
-        raise CorpusField(path, f"{lack} {text_field!r} for the text", f"--text-field; {listed}")
+        raise CorpusField(path, f"{missing} {text_field!r} for the text", f"--text-field; {listed}")
     if wanted not in fields and domain_field:
-        raise CorpusField(path, f"{lack} {wanted!r} for the domain", f"--domain-field; {listed}")
+        raise CorpusField(path, f"{missing} {wanted!r} for the domain", f"--domain-field; {listed}")
     if wanted not in fields:
-        only = f"so all documents are in one domain, {layout.files[0].domain!r}"
-        other = f"--domain-field chooses another field ({listed})"
-        warnings.warn(f"{layout.name}: {lack} {wanted!r}, {only}; {other}", stacklevel=2)
+        consequence = f"so all documents are in one domain, {layout.files[0].domain!r}"
+        remedy = f"--domain-field selects another field ({listed})"
+        warnings.warn(f"{layout.name}: {missing} {wanted!r}, {consequence}; {remedy}", stacklevel=2)
         return Corpus(path, layout.name, layout.format, text_field, None, layout.files, Problems(strict))
     is_pile = layout.format == "jsonl" and (text_field, wanted) == (TEXT_FIELD, PILE_DOMAIN_FIELD)
     format = "pile" if is_pile else layout.format
@@ -142,7 +142,7 @@ def open_corpus(
 
 
 def _probe(path: Path, layout: Layout, *wanted: str) -> list[str]:
-    """The fields of the first records, up to the one by which all that are wanted have been seen."""
+    """The fields of the first records, up to the record by which all wanted fields have been seen."""
     fields: dict[str, None] = {}
     first_problem, num_records = None, 0
     for file in layout.files:
@@ -164,7 +164,7 @@ def _probe(path: Path, layout: Layout, *wanted: str) -> list[str]:
 
 
 def _records(format: str, file: File, fields: tuple[str, ...] | None = None) -> Iterator[Record]:
-    """The records of one file, with at least the fields asked for."""
+    """The records of one file, with at least the requested fields."""
     if format == "parquet":
         return parquet.read(file.path, fields)
     if format in ("folder", "text"):
@@ -173,14 +173,14 @@ def _records(format: str, file: File, fields: tuple[str, ...] | None = None) -> 
 
 
 def _place(format: str, file: File, index: int) -> str:
-    """Where a record is, for people: counted from 1."""
+    """Where a record is, for messages: counted from 1."""
     if format in ("folder", "text"):
         return file.name
     return f"{file.name}, {'row' if format == 'parquet' else 'line'} {index + 1}"
 
 
 def _document(corpus: Corpus, file: File, number: int, record: Record) -> Document | Unreadable | None:
-    """The document of a record, or why it is none; None for a blank line."""
+    """The document of a record, or why it has none; None for a blank line."""
     if not isinstance(record, dict):
         return record
     text_field = corpus.text_field or TEXT_FIELD
@@ -193,6 +193,6 @@ def _document(corpus: Corpus, file: File, number: int, record: Record) -> Docume
     if isinstance(domain, int):  # a class label
         domain = str(domain)
     if not isinstance(domain, str) or not domain:
-        found = kind(domain) if domain != "" else "an empty string"
-        return Unreadable(f"field {corpus.domain_field!r} holds {found}, not the name of a domain")
+        held = kind(domain) if domain != "" else "an empty string"
+        return Unreadable(f"field {corpus.domain_field!r} holds {held}, not the name of a domain")
     return Document(number, domain, text)

@@ -1,4 +1,4 @@
-"""A document and the domain it carries: what every corpus yields."""
+"""A document with its domain: what every corpus yields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Document:
         number: Index of the record in the corpus, from 0; in JSON lines, the index of the line.
         domain: Label of the corpus, such as the Pile's ``pile_set_name``.
         text: The whole text.
-        max_tokens: Keep only this many tokens of it (the last document of a quota); None keeps all.
+        max_tokens: Keep only this many of its tokens (the last document of a quota); None keeps all.
     """
 
     number: int

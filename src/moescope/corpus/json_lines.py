@@ -1,4 +1,4 @@
-"""JSON lines, one object a line, as the Pile and most corpora are kept; plain, zstd or gzip."""
+"""JSON lines, one object per line, like the Pile and most corpora; plain, zstd or gzip."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ BOM = b"\xef\xbb\xbf"
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yield the record of each line; where a compressed file breaks off, an ``Unreadable`` is the last."""
+    """Yield the record of each line; where a compressed file is damaged, an ``Unreadable`` is the last."""
     try:
         for index, line in enumerate(_lines(path)):
             yield _decoded(line if index else line.removeprefix(BOM))
     except BrokenFile as error:
-        yield Unreadable(f"the file breaks off here: {error}")
+        yield Unreadable(f"the file is damaged from here: {error}")
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines without their newline; a line of any length is joined once."""
+    """Yield the lines without their newline; a line of any length is concatenated once."""
     pieces: list[bytes] = []
     for chunk in chunks(path):
         end, *starts = chunk.split(b"\n")
@@ -45,14 +45,14 @@ def _decoded(line: bytes) -> Record:
 
 
 def _why(line: bytes) -> str:
-    """Say what keeps a line from being JSON; Python's own parser tells more than the fast one, and accepts more."""
+    """Why a line is not JSON; Python's own parser gives more detail than the fast one, and accepts more."""
     try:
         line.decode()
         json.dumps(json.loads(line), ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start + 1})"
     except UnicodeEncodeError:
-        return "half of a surrogate pair, which no text holds"
+        return "half of a surrogate pair, which text cannot contain"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg[0].lower()}{error.msg[1:]}, character {error.pos + 1})"
     except RecursionError:

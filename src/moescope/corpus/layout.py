@@ -1,7 +1,7 @@
-"""What lies at a path: the files of a corpus and the format they share.
+"""What is at a path: the files of a corpus and their format.
 
-A file is known by its name, and by its first bytes if the name says nothing. A folder holds either shards, directly in
-it, or text files: then its subfolders are the domains.
+A file is identified by its name, or by its first bytes if the name does not suffice. A folder holds either shards,
+directly in it, or text files, whose subfolders are the domains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moescope.errors import CorpusEmpty, CorpusNotFound
 
 EXPECTED = (
     "a corpus is a file of JSON lines (.jsonl, also as .zst or .gz), Parquet (.parquet) or text (.txt), a folder of"
-    " such JSON lines or Parquet files, or a folder of text files with a subfolder a domain"
+    " such JSON lines or Parquet files, or a folder of text files with one subfolder per domain"
 )
 _NAMES = {
     "jsonl": re.compile(r"\.(jsonl|ndjson)(\.(zst|gz))?$|\.json\.(zst|gz)$", re.IGNORECASE),
@@ -32,9 +32,9 @@ class File:
     """One file of a corpus.
 
     Attributes:
-        path: Where it is.
-        name: Its name, within the folder if the corpus is one; for messages and provenance.
-        domain: The domain of its records if they carry none themselves.
+        path: Its path.
+        name: Its name, relative to the folder if the corpus is one; for messages and provenance.
+        domain: The domain of its records if they have none of their own.
     """
 
     path: Path
@@ -58,10 +58,10 @@ class Layout:
 
 
 def find_layout(path: Path) -> Layout:
-    """Say which files a path means and what they are.
+    """Determine which files a path stands for, and their format.
 
     Raises:
-        CorpusNotFound: Nothing there, or nothing known.
+        CorpusNotFound: There is nothing, or nothing recognised.
         CorpusEmpty: A folder without a file.
     """
     if path.is_dir():
@@ -75,7 +75,7 @@ def find_layout(path: Path) -> Layout:
 
 
 def readable(name: str) -> str:
-    """A file name as text that can be written: bytes that are not UTF-8 become U+FFFD."""
+    """A file name as valid text: bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode(errors="replace")
 
 
@@ -92,8 +92,8 @@ def _format(path: Path) -> str:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         return "jsonl"
     if format == "parquet":
-        raise CorpusNotFound(path, "its name says Parquet, its first bytes do not (expected PAR1)", EXPECTED)
-    raise CorpusNotFound(path, f"its format is not known (it starts with {start[:12]!r})", EXPECTED)
+        raise CorpusNotFound(path, "its name says Parquet, but its first bytes do not (expected PAR1)", EXPECTED)
+    raise CorpusNotFound(path, f"its format is unknown (it starts with {start[:12]!r})", EXPECTED)
 
 
 def _format_by_name(name: str) -> str | None:
@@ -101,13 +101,13 @@ def _format_by_name(name: str) -> str | None:
 
 
 def _stem(name: str) -> str:
-    """The name of a file without what tells its format."""
+    """The name of a file without the extension of its format."""
     ends = [match.start() for pattern in _NAMES.values() if (match := pattern.search(name))]
     return name[: ends[0]] if ends and ends[0] else Path(name).stem
 
 
 def _folder(path: Path) -> Layout:
-    """The shards or the text files of a folder; what is hidden is not there."""
+    """The shards or the text files of a folder; hidden entries are ignored."""
     name = readable(path.name if path.name not in ("", "..") else path.resolve().name)
     top = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     if (path / "trace.json").exists():
@@ -125,8 +125,8 @@ def _folder(path: Path) -> Layout:
     if not files:
         raise CorpusEmpty(path, "the folder holds no files", EXPECTED)
     if all(_format_by_name(file.name) in ("jsonl", "parquet") for file in files):
-        found = files[0].relative_to(path).as_posix()
-        raise CorpusNotFound(path, f"its shards lie in subfolders ({found})", "give the folder that holds the shards")
+        example = files[0].relative_to(path).as_posix()
+        raise CorpusNotFound(path, f"its shards are in subfolders ({example})", "give the folder that holds the shards")
     return Layout(name, "folder", tuple(_text_file(file.relative_to(path), path, name) for file in files))
 
 
@@ -138,7 +138,7 @@ def _shards(path: Path, name: str, shards: dict[Path, str | None], others: list[
         raise CorpusNotFound(path, "it holds both JSON lines and Parquet files", "give one of the files, or split them")
     if folders:
         first = next(iter(shards)).name
-        problem = f"it holds both shards ({first}) and folders ({folders[0]}), so what the corpus is remains open"
+        problem = f"it holds both shards ({first}) and folders ({folders[0]}), so the corpus is ambiguous"
         raise CorpusNotFound(path, problem, "give one of the two")
     if others:
         ignored = ", ".join(readable(entry.name) for entry in others[:3]) + (", …" if len(others) > 3 else "")
@@ -150,12 +150,12 @@ def _visible_files(entry: Path) -> list[Path]:
     """The file, or all files below the folder."""
     if entry.is_file():
         return [entry]
-    found: list[Path] = []
+    visible: list[Path] = []
     for folder, subfolders, files in os.walk(entry, onerror=_raise):
         subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
-        inside = (Path(folder, file) for file in files if not file.startswith("."))
-        found += [file for file in inside if file.is_file()]
-    return found
+        paths = (Path(folder, file) for file in files if not file.startswith("."))
+        visible += [path for path in paths if path.is_file()]
+    return visible
 
 
 def _text_file(relative: Path, root: Path, root_name: str) -> File:

@@ -1,4 +1,4 @@
-"""Parquet, a row a record; of a file with many columns only those asked for are read, and a page of each at a time."""
+"""Parquet, one record per row; only the requested columns are read, one page of each at a time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 
 from moescope.corpus.records import Record, Unreadable
 
-ROWS = 64  # decoded at a time; documents may be large
+ROWS = 64  # decoded at a time; few, because documents may be large
 BUFFER_BYTES = 1 << 20  # read at a time from a column; without it pyarrow reads all of the column's row group
 
 
 def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
-    """Yield the record of each row; where the file cannot be read on, an ``Unreadable`` is the last.
+    """Yield the record of each row; where the file cannot be read further, an ``Unreadable`` is the last.
 
     Args:
         path: A Parquet file.
-        fields: Columns to read, a dotted path for a part of a struct; None reads all.
+        fields: Columns to read, with a dotted path for a part of a struct; None reads all.
     """
     try:
         with (

@@ -1,4 +1,4 @@
-"""The records that could not be read: counted, the first few told of, or, if strict, the first one raised."""
+"""The records that could not be read: counted, the first few reported, or, if strict, the first one raised."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 from moescope.errors import CorpusMalformed
 
-TOLD = 5
-"""Problems told of one by one; the others are only counted."""
+REPORTED = 5
+"""Problems reported individually, enough to see their kind; the others are only counted."""
 
 
 @dataclass
 class Problems:
     """What could not be read in the latest pass over a corpus.
 
-    Each problem is warned of once, however often the corpus is read.
+    Each problem causes one warning, however often the corpus is read.
 
     Attributes:
         strict: Raise the first problem.
-        count: Records left out, in the whole corpus once a pass is through.
+        count: Records left out; of the whole corpus once a pass is complete.
         first: The first few, such as ``val.jsonl, line 3: field 'text' is missing``.
     """
 
@@ -34,7 +34,7 @@ class Problems:
         self.first.clear()
 
     def report(self, place: str, problem: str) -> None:
-        """Take note of a record that is left out.
+        """Register a record that is left out.
 
         Args:
             place: The file and the line in it.
@@ -43,16 +43,16 @@ class Problems:
             CorpusMalformed: The corpus is read strictly.
         """
         if self.strict:
-            raise CorpusMalformed(place, problem, "without strict reading this record is left out and counted")
+            raise CorpusMalformed(place, problem, "without --strict this record is left out and counted")
         self.count += 1
-        if self.count <= TOLD:
+        if self.count <= REPORTED:
             self.first.append(f"{place}: {problem}")
             self._warn(self.count, f"{self.first[-1]}; left out")
 
     def end(self) -> None:
-        """Sum up: the pass has reached the end of the corpus."""
-        if self.count > TOLD:
-            self._warn(self.count, f"{self.count - TOLD} more records could not be read; left out")
+        """Report the total: the pass has reached the end of the corpus."""
+        if self.count > REPORTED:
+            self._warn(self.count, f"{self.count - REPORTED} more records could not be read; left out")
 
     def _warn(self, number: int, message: str) -> None:
         if number > self._warned:

@@ -1,6 +1,6 @@
-"""A record as a reader finds it in a file, and the way to its fields.
+"""A record as read from a file, and access to its fields.
 
-A field is named as it stands in the record, or by a dotted path into it: ``meta.pile_set_name``.
+A field is named as in the record, or by a dotted path into it: ``meta.pile_set_name``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Unreadable(NamedTuple):
-    """Stands where a record should be.
+    """Takes the place of a record that cannot be read.
 
     Attributes:
         problem: Why it cannot be read.
@@ -20,10 +20,10 @@ class Unreadable(NamedTuple):
 
 
 Record = dict[str, Any] | Unreadable | None
-"""None stands for a blank line: it holds no record, yet it counts as a line."""
+"""None represents a blank line: it holds no record, but counts as a line."""
 
 MISSING = object()
-"""What ``find`` gives for a field that the record lacks; None is a value of its own."""
+"""What ``find`` returns for a field that the record lacks; None is a value in its own right."""
 
 _KINDS = {
     type(None): "null",
@@ -67,5 +67,5 @@ def names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def kind(value: object) -> str:
-    """What a value is, in the words of JSON: ``a number``, ``null``."""
+    """The type of a value, in the terms of JSON: ``a number``, ``null``."""
     return _KINDS.get(type(value), f"a value of type {type(value).__name__}")

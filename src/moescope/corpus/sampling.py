@@ -1,8 +1,8 @@
-"""A part of a corpus: in each domain the documents with the smallest hashes, up to a number of tokens or documents.
+"""A part of a corpus: in each domain the documents with the smallest hashes, up to a quota of tokens or documents.
 
-The hash of a document is made of the seed and its text alone, BLAKE2b of ``<seed>\\n<text>`` in UTF-8, 8 bytes. So the
-sample does not depend on the order of the corpus, and a document that is added or removed displaces only those at the
-end of its own domain. Equal texts have equal hashes and come together.
+The hash of a document depends on the seed and its text alone, BLAKE2b of ``<seed>\\n<text>`` in UTF-8, 8 bytes. The
+sample therefore does not depend on the order of the corpus, and a document that is added or removed displaces only
+those at the end of its own domain. Equal texts have equal hashes and are adjacent.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from moescope.corpus.problems import Problems
 from moescope.errors import CorpusEmpty, CorpusError
 
 BYTES_PER_TOKEN = 6
-"""First guess of how much text a quota of tokens needs; on the high side, as a guess too low costs another pass."""
+"""First guess of the text that a quota of tokens needs; on the high side, as too low a guess costs another pass."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Chosen documents, ordered by domain and hash; used like the corpus they come from.
+    """Selected documents, ordered by domain and hash; used like the corpus they come from.
 
     Attributes:
-        corpus: Where they come from.
+        corpus: The corpus they come from.
         documents: The documents; the last one of a domain may have ``max_tokens``.
         max_tokens_per_domain: The quota of tokens, or None.
         max_documents_per_domain: The quota of documents, or None.
-        seed: What the hashes begin with.
+        seed: The prefix of the hashed text.
     """
 
     corpus: Corpus
@@ -46,12 +46,12 @@ class Sample:
     seed: int
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents, again and again."""
+        """Iterate over the documents."""
         return iter(self.documents)
 
     @property
     def path(self) -> Path:
-        """Where the corpus is."""
+        """Path of the corpus."""
         return self.corpus.path
 
     @property
@@ -91,18 +91,18 @@ def sample(
     seed: int = 0,
     num_tokens: Callable[[str], int] | None = None,
 ) -> Sample:
-    """Draw from each domain, by hash, until a quota is full.
+    """Select documents of each domain, by hash, until a quota is reached.
 
-    The corpus is read twice, and once more each time the text held by then was too little. Memory: the first pass keeps
-    24 bytes a document (50 for a moment, while they are sorted); the second keeps the text of the candidates, in each
-    domain 6 bytes a token of the quota, or twice what the quota needs if that is more, and one document.
+    The corpus is read twice, and once more whenever the text held so far did not suffice. Memory: the first pass keeps
+    24 bytes per document (50 while they are sorted); the second keeps the text of the candidates, in each domain
+    6 bytes per token of the quota, or twice what the quota needs if that is more, and one document.
 
     Args:
         corpus: The corpus.
-        max_tokens_per_domain: Tokens of each domain; the last document is to be cut there (its ``max_tokens``).
+        max_tokens_per_domain: Tokens of each domain; the last document is cut there (its ``max_tokens``).
         max_documents_per_domain: Documents of each domain; those without text do not count and are left out.
         seed: Another seed draws another sample.
-        num_tokens: Counts the tokens of a text, for a quota of tokens; called once for each chosen document.
+        num_tokens: Counts the tokens of a text, for a quota of tokens; called once per selected document.
     Raises:
         ValueError: No quota, one below 1, or a quota of tokens without ``num_tokens``.
         CorpusEmpty: The corpus holds no document with text.
@@ -121,7 +121,7 @@ def sample(
     while missing := {number for draw in draws for number in draw.candidates()}:
         texts = {document.number: document.text for document in corpus if document.number in missing}
         if len(texts) < len(missing):
-            raise CorpusError(corpus.path, "it changed while it was read")
+            raise CorpusError(corpus.path, "it changed while being read")
         for draw in draws:
             draw.take(texts, num_tokens)
     documents = tuple(document for draw in draws for document in draw.documents)
@@ -141,7 +141,7 @@ class _Draw:
     tokens: int = 0  # of the documents, up to the quota
 
     def candidates(self) -> list[int]:
-        """The numbers of the documents that may fill the quota; none if it is full or there are no more."""
+        """The numbers of the documents that may fill the quota; none if it is full or no document is left."""
         taken = len(self.documents)
         stop = len(self.numbers) if self.max_documents is None else self.max_documents
         if self.max_tokens is not None:
@@ -165,7 +165,7 @@ class _Draw:
 
 
 def _hashed(corpus: Corpus, seed: int, max_tokens: int | None, max_documents: int | None) -> list[_Draw]:
-    """Read the corpus once, and line up the documents of each domain by hash; domains by name."""
+    """Read the corpus once, and order the documents of each domain by hash, the domains by name."""
     start = hashlib.blake2b(f"{seed}\n".encode(), digest_size=8)
     columns: defaultdict[str, tuple[array[int], array[int], array[int]]] = defaultdict(
         lambda: (array("Q"), array("Q"), array("Q"))

@@ -1,4 +1,4 @@
-"""Plain text, a file a document: its one record is ``{"text": ...}``."""
+"""Plain text, one document per file: its one record is ``{"text": ...}``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moescope.corpus.records import Record, Unreadable
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yield the text of the file as it stands, line ends and NULs included, but for a byte order mark."""
+    """Yield the text of the file unchanged, line ends and NULs included, except for a byte order mark."""
     try:
         yield {"text": path.read_bytes().decode().removeprefix("\ufeff")}
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
 """Exporting: a trace in the shapes that other programs read, and as tables for SQL.
 
-Rule of the room: it reads a trace, part by part, and changes nothing in it; it imports the trace and no other room.
-What a format cannot hold is refused, never bent to fit. `formats` knows the formats, `vllm`, `json_lines`,
-`oracle_general` and `hot_experts` write one each, `placements` those of placements of experts, `output` puts whole
-files in their place, `database` answers queries.
+Rule of the package: it reads a trace, part by part, and changes nothing in it; it imports the trace and nothing else.
+What a format cannot represent is refused, never approximated. `formats` lists the formats, `vllm`, `json_lines`,
+`oracle_general` and `hot_experts` write one each, `placements` writes placements of experts, `output` puts
+complete files in place, `database` answers queries.
 """
 
 from moescope.exporting.database import sql

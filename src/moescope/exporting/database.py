@@ -1,8 +1,8 @@
-"""A trace as SQL tables, queried by DuckDB where it lies: nothing is copied, and a query can touch nothing else.
+"""A trace as SQL tables, queried by DuckDB in place: nothing is copied, and a query has access to nothing else.
 
-Views: ``tokens`` (the parts as they are, a row a token), ``choices`` (the same long: a row a token, layer and rank) and
+Views: ``tokens`` (the parts as they are, one row per token), ``choices`` (in long form, per token, layer and rank) and
 ``vocabulary``. DuckDB gets them from pyarrow, which verifies each page's checksum; its own access to files, network and
-settings is off, so neither a query nor a path in a trace can reach out.
+settings is off, so neither a query nor a path in a trace can reach outside.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ SETTINGS = {
     "lock_configuration": "true",
 }
 
-
-ROWS_AT_A_TIME = 10_000
+ROWS_AT_A_TIME = 10_000  # Python tuples held at once, a few MB
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Answer:
 
     Attributes:
         names: Its columns.
-        batches: Its rows, some at a time.
+        batches: Its rows, in batches.
     """
 
     names: tuple[str, ...]
@@ -54,7 +53,7 @@ class Column:
 
     Attributes:
         view: Its view.
-        name: Its name; of columns that repeat for each layer and rank, the first and the last.
+        name: Its name; for columns that repeat for each layer and rank, the first and the last.
         type: Its SQL type.
         meaning: What it holds.
     """
@@ -72,9 +71,9 @@ def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
         trace: The trace, or its folder.
         query: One statement; with several, the result is that of the last.
     Raises:
-        ValueError: The query is at fault.
+        ValueError: The query is wrong.
         MissingExtra: The extra `sql` is not installed.
-        TraceError: The trace is not there or damaged.
+        TraceError: The trace is missing or damaged.
     """
     with _ask(trace, query) as result:
         frame: pd.DataFrame = result.df()
@@ -83,7 +82,7 @@ def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
 
 @contextmanager
 def answer(trace: Trace | str | Path, query: str) -> Iterator[Answer]:
-    """The result of a query, read while the block lasts; arguments and errors as of `sql`."""
+    """The result of a query, to be read within the block; arguments and errors as for `sql`."""
     with _ask(trace, query) as result:
         names = tuple(column[0] for column in result.description)
         yield Answer(names, iter(lambda: result.fetchmany(ROWS_AT_A_TIME), []))
@@ -91,7 +90,7 @@ def answer(trace: Trace | str | Path, query: str) -> Iterator[Answer]:
 
 @contextmanager
 def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
-    """DuckDB's result of a query; what goes wrong in the block is said as `sql` says it."""
+    """DuckDB's result of a query; errors within the block are raised as by `sql`."""
     duckdb = require("duckdb", extra="sql")
     opened = open_trace(trace) if isinstance(trace, str | Path) else trace
     connection = _connect(duckdb, opened)
@@ -108,7 +107,7 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
 
 
 def schema(trace: Trace | str | Path) -> list[Column]:
-    """The columns of the views, with a line of meaning each."""
+    """The columns of the views, with their meaning."""
     opened = open_trace(trace) if isinstance(trace, str | Path) else trace
     layers = opened.layers
     experts = [name for layer in layers for name in layer.expert_columns()]
@@ -161,7 +160,7 @@ _ID_TYPES = {1: "UTINYINT", 2: "USMALLINT"}
 
 
 def _connect(duckdb: Any, trace: Trace) -> Any:
-    """An empty database in memory that knows the views of a trace and nothing else."""
+    """An empty database in memory with the views of a trace and nothing else."""
     pieces = trace.vocabulary.pieces
     vocabulary = pa.table(
         {
@@ -178,7 +177,7 @@ def _connect(duckdb: Any, trace: Trace) -> Any:
 
 
 def _tokens(trace: Trace) -> ds.Dataset:
-    """The parts as one dataset of the columns that the header promises; every page's checksum is verified."""
+    """The parts as one dataset with the columns that the header declares; every page's checksum is verified."""
     numbers = [name for name, type, _ in _TOKEN_COLUMNS if type == "UINTEGER"]
     fields = [pa.field(name, pa.uint32() if name in numbers else pa.string()) for name, _, _ in _TOKEN_COLUMNS]
     for layer in trace.layers:
@@ -196,7 +195,7 @@ def _tokens(trace: Trace) -> ds.Dataset:
 
 
 def _choices(trace: Trace) -> str:
-    """The long view: a branch a layer, so that a query about one layer reads only its columns."""
+    """The long view: one branch per layer, so that a query about one layer reads only its columns."""
     keys = ", ".join(name for name, _, _ in _TOKEN_COLUMNS)
     branches = []
     for layer in trace.layers:

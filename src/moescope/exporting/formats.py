@@ -1,4 +1,4 @@
-"""A trace into another format: which formats there are, and the one way into each."""
+"""A trace in another format: the formats, and the one function that writes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS: dict[str, Callable[[Trace, tuple[Layer, ...], Path, str], None]] = {
     "oracle-general": oracle_general.write,
     "vllm": vllm.write,
 }
-"""By name, what writes the layers of a trace to a path, given the name under which it will be known."""
+"""By name, the function that writes the layers of a trace to a path, given the final name of the output."""
 
 
 def export(
@@ -27,25 +27,25 @@ def export(
     layers: Iterable[int] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a trace in a format of other programs; memory is that of one part.
+    """Write a trace in a format of other programs, with one part in memory.
 
     Args:
-        trace: The trace, or its folder; of an unfinished one, what is finished, with a warning.
+        trace: The trace, or its folder; of an unfinished one, its finished parts, with a warning.
         out: File or folder to write; it appears when it is complete.
-        format: ``vllm``: arrays of expert ids, shape (token, layer of the model, choice), one `.npy` a sequence in
-            the folder `out`, or all in one file if that ends in `.npz`. ``jsonl``: a file, a line a token and layer.
+        format: ``vllm``: arrays of expert ids, shape (token, layer of the model, choice), one `.npy` per sequence
+            in the folder `out`, or all in one file if that ends in `.npz`. ``jsonl``: a line per token and layer.
             ``oracle-general``: a file of requests for cache simulators, 24 bytes each. ``hot-experts``: a JSON file,
-            loads and the experts in order of heat.
+            loads, and the experts in order of load.
         layers: Layers to export, counted over the whole model; None for all recorded.
         force: Replace an earlier export.
     Returns:
         Path of what was written.
     Raises:
         ValueError: There is no such format.
-        OutputExists: There is something at `out`.
-        NotExportable: The format cannot hold what the trace holds.
-        TraceError: The trace is not there or damaged, or a layer was not recorded.
-        DiskFull: There is no room.
+        OutputExists: `out` exists.
+        NotExportable: The format cannot represent the trace.
+        TraceError: The trace is missing or damaged, or a layer was not recorded.
+        DiskFull: There is no space left.
     """
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
@@ -53,7 +53,7 @@ def export(
     opened = open_trace(trace) if isinstance(trace, str | Path) else trace
     chosen = opened.select_layers(layers)
     if not opened.complete:
-        warnings.warn(f"{opened.path} is unfinished: only what is recorded so far is exported", stacklevel=2)
+        warnings.warn(f"{opened.path} is unfinished: only what has been recorded so far is exported", stacklevel=2)
     with new_output(out, apart_from=opened.path, force=force) as beside:
         FORMATS[format](opened, chosen, beside, out.name)
     return out

@@ -1,10 +1,10 @@
-"""How hot the experts of a trace are, as JSON: what to keep in memory, or to place first.
+"""The loads of the experts of a trace, as JSON: what to keep in memory, or to place first.
 
     {"format": "moescope-hot-experts", "version": 1, "tokens": 1200, "layers": [{"layer": 0, "num_experts": 8,
      "top_k": 2, "load": [310, ...], "order": [5, 0, ...]}], "order": [[0, 5], [7, 2], ...], ...}
 
 ``load`` is in assignments, by expert. ``order`` lists the experts of a layer, or (layer, expert) of all of them by
-their share of the layer's load, the hottest first; of equals, the smaller number first.
+their share of the layer's load, the most loaded first; ties by the smaller number.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
             ids = part.expert_ids[layer.layer].ravel()
             ids = ids[(ids >= 0) & (ids < layer.num_experts)]
             loads[layer.layer] += np.bincount(ids, minlength=layer.num_experts)
-    coldness = {number: (-load / max(1, load.sum())).tolist() for number, load in loads.items()}
-    everywhere = sorted((cold, number, expert) for number, of in coldness.items() for expert, cold in enumerate(of))
+    shares = {number: (load / max(1, load.sum())).tolist() for number, load in loads.items()}
+    ranking = sorted((-value, number, expert) for number in shares for expert, value in enumerate(shares[number]))
     document = {
         "format": FORMAT,
         "version": 1,
@@ -46,7 +46,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
             }
             for layer in layers
         ],
-        "order": [[number, expert] for _, number, expert in everywhere],
+        "order": [[number, expert] for _, number, expert in ranking],
         "model": trace.header.model,
         "corpus": trace.header.corpus,
     }

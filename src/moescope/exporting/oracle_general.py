@@ -1,9 +1,9 @@
 """Requests for experts as oracleGeneral records, the binary traces that cache simulators such as libCacheSim read.
 
-One record of 24 bytes a request, little endian, packed: ``uint32`` time, ``uint64`` object, ``uint32`` size, ``int64``
+A record of 24 bytes per request, little endian, packed: ``uint32`` time, ``uint64`` object, ``uint32`` size, ``int64``
 next access. Requests are in the order of decoding: by token, layer, choice. The time is the number of the token, the
-object ``layer * 65536 + expert``, the size 1, and the next access the number of the request, from 0, that asks for the
-object again, -1 if none does. Dropped assignments and null experts ask for nothing. The format knows no groups: a
+object ``layer * 65536 + expert``, the size 1, and the next access the number of the next request, from 0, for the same
+object, -1 if there is none. Dropped assignments and null experts make no request. The format has no groups: a
 simulator may evict an expert for another of the same token.
 """
 
@@ -20,19 +20,19 @@ RECORD = np.dtype([("time", "<u4"), ("object", "<u8"), ("size", "<u4"), ("next",
 IDS_A_LAYER = 2**16
 NOT_AGAIN = -1
 
-ASSIGNMENTS_AT_A_TIME = 2**20
+ASSIGNMENTS_AT_A_TIME = 2**20  # 24 MB of records, and some arrays of 8 bytes each
 
 
 def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
-    """Write the layers of a trace to a file; memory is that of a part.
+    """Write the layers of a trace to a file, with one part in memory.
 
     Raises:
-        NotExportable: There are more tokens than the time can number.
+        NotExportable: There are more tokens than the time field can count.
     """
     if trace.num_tokens > 2**32:
-        raise NotExportable(trace.path, f"{trace.num_tokens:,} tokens do not fit a time of 32 bits", "export fewer")
-    offsets = np.cumsum([0, *(layer.num_experts for layer in layers)])
-    last = np.full(offsets[-1], NOT_AGAIN, np.int64)  # of each object, the request that asked for it last
+        raise NotExportable(trace.path, f"{trace.num_tokens:,} tokens do not fit in a time of 32 bits", "export fewer")
+    *offsets, num_objects = np.cumsum([0, *(layer.num_experts for layer in layers)])
+    last = np.full(num_objects, NOT_AGAIN, np.int64)  # the last request for each object
     tokens_at_a_time = max(1, ASSIGNMENTS_AT_A_TIME // sum(layer.top_k for layer in layers))
     done = token = 0
     with path.open("w+b") as file:
@@ -40,19 +40,17 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
             for start in range(0, part.num_tokens, tokens_at_a_time):
                 rows = slice(start, min(start + tokens_at_a_time, part.num_tokens))
                 ids = [part.expert_ids[layer.layer][rows].astype(np.int64) for layer in layers]
-                real = [(of >= 0) & (of < layer.num_experts) for of, layer in zip(ids, layers, strict=True)]
-                keep = np.concatenate(real, axis=1)
-                objects = np.concatenate([of + first for of, first in zip(ids, offsets[:-1], strict=True)], axis=1)
-                names = np.concatenate(
-                    [of + IDS_A_LAYER * layer.layer for of, layer in zip(ids, layers, strict=True)], axis=1
-                )
+                pairs = list(zip(ids, layers, strict=True))
+                keep = np.concatenate([(chosen >= 0) & (chosen < layer.num_experts) for chosen, layer in pairs], axis=1)
+                objects = np.concatenate([chosen + first for chosen, first in zip(ids, offsets, strict=True)], axis=1)
+                names = np.concatenate([chosen + IDS_A_LAYER * layer.layer for chosen, layer in pairs], axis=1)
                 times = np.broadcast_to(token + np.arange(len(keep))[:, None], keep.shape)
                 records = np.zeros(int(keep.sum()), RECORD)
                 records["time"], records["object"], records["size"] = times[keep], names[keep], 1
                 records["next"], firsts = _next_requests(objects[keep], done, last)
-                for request, again in firsts:
+                for request, next_request in firsts:
                     file.seek(request * RECORD.itemsize + RECORD.fields["next"][1])  # type: ignore[index]
-                    file.write(np.array(again, "<i8").tobytes())
+                    file.write(np.array(next_request, "<i8").tobytes())
                 file.seek(done * RECORD.itemsize)
                 file.write(records.tobytes())
                 done += len(records)
@@ -60,7 +58,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
 
 
 def _next_requests(objects: np.ndarray, done: int, last: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The next request of each, within these; and (earlier request, its next) of those that went on from before.
+    """The next request for the object of each, within these; and (earlier request, its next) for earlier objects.
 
     Args:
         objects: Object of each request.
@@ -74,9 +72,9 @@ def _next_requests(objects: np.ndarray, done: int, last: np.ndarray) -> tuple[np
     following[order[:-1][same]] = done + order[1:][same]
     begins, ends = np.append(True, ~same)[: len(order)], np.append(~same, True)[: len(order)]
     firsts = [
-        (int(last[n]), done + int(at))
-        for n, at in zip(ordered[begins], order[begins], strict=True)
-        if last[n] != NOT_AGAIN
+        (int(last[name]), done + int(request))
+        for name, request in zip(ordered[begins], order[begins], strict=True)
+        if last[name] != NOT_AGAIN
     ]
     last[ordered[ends]] = done + order[ends]
     return following, firsts

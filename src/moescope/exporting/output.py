@@ -1,4 +1,4 @@
-"""Output that is whole or not there: written beside its place and renamed; what was there before is kept."""
+"""Output that is complete or absent: written beside its place and renamed; what was there before is kept."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 from moescope.errors import DiskFull, OutputExists
 
 MARKER = "layout.json"
-"""The file by which a folder is known as an export of ours."""
+"""The file that identifies a folder as an export of moescope."""
 
 
 @contextmanager
 def new_output(out: Path, *, apart_from: Path, force: bool) -> Iterator[Path]:
-    """Put in place what the block writes, if it ends well.
+    """Put in place what the block writes, if it succeeds.
 
     Args:
-        out: File or folder to be.
+        out: File or folder to create.
         apart_from: Folder of a trace, which no output may touch.
         force: Replace a file, or a folder that is an earlier export.
     Yields:
-        A path beside `out` at which there is nothing yet, for a file or a folder.
+        A path beside `out` at which nothing exists yet, for a file or a folder.
     Raises:
-        OutputExists: There is something at `out` that is kept.
-        DiskFull: There is no room; nothing is left behind.
+        OutputExists: `out` exists and is kept.
+        DiskFull: There is no space left; nothing is left behind.
     """
     _check(out, apart_from, force=force)
-    with _no_room(out):
+    with _full_disk_reported(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
@@ -46,17 +46,17 @@ def new_output(out: Path, *, apart_from: Path, force: bool) -> Iterator[Path]:
 def _check(out: Path, apart_from: Path, *, force: bool) -> None:
     ours, theirs = out.resolve(), apart_from.resolve()
     if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-        raise OutputExists(out, f"is in the trace {apart_from} or holds it", "choose an output beside the trace")
+        raise OutputExists(out, f"is in the trace {apart_from} or contains it", "choose an output beside the trace")
     if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise OutputExists(out, "exists and is kept", "choose another output, or --force to replace it")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise OutputExists(out, "is a folder that is no export, so not even --force replaces it", "choose another")
+        raise OutputExists(out, "is a folder that is not an export, so not even --force replaces it", "choose another")
 
 
 @contextmanager
-def _no_room(out: Path) -> Iterator[None]:
+def _full_disk_reported(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

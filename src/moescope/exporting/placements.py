@@ -2,7 +2,7 @@
 
 Unit: the slot, counted over all devices, those of device 0 first. SGLang counts the layers of the whole model, so a
 layer without a placement (a dense one, or one that was not placed) gets the experts in their order, the redundant slots
-from expert 0 on, as SGLang itself does; EPLB's arrays hold the placed layers only, which `layers` names.
+starting from expert 0, as in SGLang itself; EPLB's arrays hold the placed layers only, which `layers` names.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def export_placement(
     """Write a placement for a server.
 
     Args:
-        placement: Of `moescope.placement`.
+        placement: Result of `moescope.placement`.
         out: File to write; it appears when it is complete.
-        trace: The trace it was fitted on: it says how many layers the model has, and for sglang-counts the loads.
+        trace: The trace it was fitted on: it gives the number of layers of the model and, for sglang-counts, the loads.
         format: ``sglang``: JSON with ``physical_to_logical_map``, shape (layer of the model, slot), for
             ``--init-expert-location``. ``sglang-counts``: JSON with ``logical_count`` instead, assignments by (layer of
-            the model, expert), from which SGLang makes its own placement; it takes one or the other. ``eplb``:
+            the model, expert), from which SGLang computes its own placement; it takes one or the other. ``eplb``:
             ``phy2log`` (layer, slot), ``log2phy`` (layer, expert, replica; -1 = none) and ``logcnt`` (layer, expert),
             as ``.npz``, or as JSON if `out` ends in ``.json``.
-        force: Replace what is there.
+        force: Replace an existing file.
     Returns:
         Path of what was written.
     Raises:
         ValueError: There is no such format, JSON is to be written to ``.npz``, or the placement has a layer that the
-            trace has not.
-        NotExportable: Layers differ in experts or slots, which these formats cannot say.
-        OutputExists: There is something at `out`.
-        DiskFull: There is no room.
+            trace lacks.
+        NotExportable: Layers differ in experts or slots, which these formats cannot represent.
+        OutputExists: `out` exists.
+        DiskFull: There is no space left.
     """
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
@@ -55,11 +55,11 @@ def export_placement(
         raise ValueError(f"{format} is JSON, and {out.name} would hold arrays; choose a name in .json, or eplb")
     chosen = trace.select_layers([layer.layer for layer in placement.layers])
     if chosen != placement.layers:
-        raise ValueError("the placement is of layers with other experts than those of the trace")
+        raise ValueError("the placement has layers with different experts than the trace")
     shapes = {(layer.num_experts, len(placement.experts[layer.layer])) for layer in chosen}
     if len(shapes) > 1:
-        found = " and ".join(f"{slots} slots of {experts} experts" for experts, slots in sorted(shapes))
-        raise NotExportable(trace.path, f"its layers differ: {found}", "--layers chooses layers with the same")
+        sizes = " and ".join(f"{slots} slots of {experts} experts" for experts, slots in sorted(shapes))
+        raise NotExportable(trace.path, f"its layers differ: {sizes}", "--layers selects layers of the same size")
     with new_output(out, apart_from=trace.path, force=force) as beside:
         if format == "eplb":
             _write_arrays(beside, _eplb(placement), as_json=out.suffix == ".json")

@@ -1,9 +1,9 @@
 """The arrays that vLLM returns as ``routed_experts``: expert ids, shape (token, layer of the model, choice).
 
-A folder of ``{document}_{sequence}.npy``, or one `.npz` with the same names. Unit: one array a sequence, a row a token;
-uint8 if no layer has more than 256 ids, else uint16. As in vLLM, a layer without routed experts, or not exported, reads
-as zeros, with nothing to tell it from expert 0; so beside the arrays ``layout.json`` says which layers are real, and
-``sequences.jsonl`` which array is what, with its token ids. vLLM leaves out the last token of a sequence, which it
+A folder of ``{document}_{sequence}.npy``, or one `.npz` with the same names. Unit: an array per sequence, with one row
+per token; uint8 if no layer has more than 256 ids, else uint16. As in vLLM, a layer that has no routed experts or was
+not exported is all zeros, like expert 0; beside the arrays, ``layout.json`` therefore names the layers exported, and
+``sequences.jsonl`` describes each array, with its token ids. vLLM leaves out the last token of a sequence, which it
 never runs; a trace holds it, and so do these arrays.
 """
 
@@ -26,13 +26,13 @@ from moescope.trace import Layer, Part, Trace
 FORMAT = "moescope-vllm-arrays"
 SEQUENCES = "sequences.jsonl"
 MOST_LAYERS = 10_000
-"""A header that claims more layers than this is not believed."""
+"""A header that claims more layers is not trusted: far beyond any model, and its arrays would fill the disk."""
 
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def write(trace: Trace, layers: tuple[Layer, ...], path: Path, name: str) -> None:
-    """Write the layers of a trace to a folder, or to one file if `name`, which it will bear, ends in ``.npz``.
+    """Write the layers of a trace to a folder, or to one file if `name`, its final name, ends in ``.npz``.
 
     Raises:
         NotExportable: The layers differ in top-k, or dropped an assignment.
@@ -127,27 +127,27 @@ def _array(
                 trace.path,
                 f"layer {layer.layer} dropped an assignment in document {rows.document[0]}; vLLM's layout has no value "
                 "for that",
-                "the format jsonl can hold it; --layers chooses others",
+                "the format jsonl can represent it; --layers selects other layers",
             )
         array[:, layer.layer] = ids
     return array
 
 
 def _top_k(trace: Trace, layers: tuple[Layer, ...]) -> int:
-    """The one number of choices; padding would invent experts, for the layout has no empty value."""
+    """The common top-k; padding would invent experts, because the layout has no empty value."""
     by_top_k = {layer.top_k: layer.layer for layer in reversed(layers)}
     if len(by_top_k) > 1:
-        found = ", ".join(f"{top_k} in layer {layer}" for top_k, layer in sorted(by_top_k.items()))
+        numbers = ", ".join(f"{top_k} in layer {layer}" for top_k, layer in sorted(by_top_k.items()))
         raise NotExportable(
             trace.path,
-            f"vLLM's layout has one number of choices for all layers, found {found}",
-            "--layers chooses layers with the same; the format jsonl can hold all",
+            f"vLLM's layout has one number of choices for all layers, found {numbers}",
+            "--layers selects layers with the same; the format jsonl can represent all",
         )
     return next(iter(by_top_k))
 
 
 def num_model_layers(trace: Trace) -> int:
-    """Layers of the model as its header says, if it can be; else up to the last recorded one."""
+    """Layers of the model according to its header if plausible, otherwise up to the last recorded one."""
     last = trace.layers[-1].layer + 1
     if last > MOST_LAYERS:
         raise NotExportable(trace.path, f"layer {last - 1} would make arrays of {last} layers")

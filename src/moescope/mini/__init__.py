@@ -1,7 +1,7 @@
-"""A small Mixture-of-Experts model and a sample corpus, shipped so that everything can be tried offline.
+"""A small Mixture-of-Experts model and a sample corpus, included so that everything can be tried offline.
 
 Both are data: a model folder that ``from_pretrained`` reads, and a compressed JSON-lines file in the Pile's format.
-What they are made of is said beside them, in ``model/README.md`` and ``corpus/SOURCES.md``.
+Their contents are documented beside them, in ``mini-mixtral/README.md`` and ``corpus/SOURCES.md``.
 """
 
 from pathlib import Path

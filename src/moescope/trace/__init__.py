@@ -1,9 +1,9 @@
 """The trace: a folder of Parquet files in which each row is a token.
 
-Rule of the room: the format and nothing else. It imports neither torch nor matplotlib, knows no model and no measure,
-and every file it writes is written once, checksummed and never changed again. `docs/reference/trace-format.md` is the
-format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the two
-doors.
+Rule of the package: the format and nothing else. It imports neither torch nor matplotlib and knows no model and no
+measure; each file is written once, checksummed and never changed again. `docs/reference/trace-format.md` is the
+format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the
+entry points.
 """
 
 from moescope.trace.counts import COUNTS_HINT, Counts

@@ -1,8 +1,8 @@
-"""`SHA256SUMS`: one line a file of the trace, in the format of `sha256sum -c`; the list of what the trace holds.
+"""`SHA256SUMS`: one line per file of the trace, in the format of `sha256sum -c`; it defines what the trace holds.
 
 A file is committed in this order: written under a temporary name, synced, its line appended here and synced, renamed.
-So a kill at any moment leaves either a line without its file (the file was not finished) or a torn last line, never a
-file without its line, and never half a file under its name.
+A kill at any moment therefore leaves either a line without its file (the file was not finished) or a truncated last
+line, never a file without its line, and never a partial file under its final name.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_./-]+)")
 
 
 def read(folder: Path) -> dict[str, str]:
-    """The checksum of each listed file by its name; a torn last line is left out.
+    """The checksum of each listed file by its name; a truncated last line is ignored.
 
     Raises:
-        TraceDamaged: A line is not a checksum and a name, or a name leads out of the trace.
+        TraceDamaged: A line is not a checksum and a name, or a name points outside the trace.
     """
     try:
         text = (folder / FILE_NAME).read_bytes().decode("ascii", "replace")
@@ -58,7 +58,7 @@ def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:
     """Write one file of the trace, atomically and listed here; return its checksum.
 
     Raises:
-        DiskFull: There is no room; nothing is listed and nothing is left behind.
+        DiskFull: There is no space left; nothing is listed and nothing is left behind.
     """
     path = folder / name
     temporary = path.with_name(path.name + TEMPORARY)
@@ -77,10 +77,10 @@ def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:
 
 
 def enlist(folder: Path, name: str, digest: str) -> None:
-    """List a file that is written and synced under its temporary name, and give it its own.
+    """List a file that is written and synced under its temporary name, then give it its final name.
 
     Raises:
-        DiskFull: There is no room for the line; it is not listed.
+        DiskFull: There is no space for the line; the file is not listed.
     """
     path, line = folder / name, memoryview(f"{digest}  {name}\n".encode())
     temporary = path.with_name(path.name + TEMPORARY)
@@ -107,7 +107,7 @@ def digest_file(path: Path) -> str:
 
 @contextmanager
 def no_room(folder: Path) -> Iterator[None]:
-    """Say `DiskFull` where the system says that there is no space."""
+    """Raise `DiskFull` where the system reports that no space is left."""
     try:
         yield
     except OSError as error:
@@ -115,7 +115,7 @@ def no_room(folder: Path) -> Iterator[None]:
             raise DiskFull(
                 folder,
                 "no space left on the disk; every finished part is kept",
-                "make room and run the same command again: it goes on where it stopped",
+                "free some space and run the same command again: it resumes where it stopped",
             ) from None
         raise
 

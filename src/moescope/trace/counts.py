@@ -1,7 +1,7 @@
-"""Counts without tokens: what a source that kept only loads can tell; the unit is the assignment.
+"""Counts without tokens, from a source that kept only loads; the unit is the assignment.
 
-A row is the number of assignments that one expert of one layer received in one document. A source without documents
-calls a document what it counted by: a forward pass, a file. Experts that received nothing have no row.
+A row is the number of assignments that one expert of one layer received in one document. For a source without
+documents, a document is the unit in which it counted: a forward pass, a file. Experts without assignments have no row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from moescope.trace.header import Header
 
 COUNT_COLUMNS = ("document", "domain", "layer", "expert", "count")
 COUNTS_HINT = (
-    "`moescope shares`, `divergence`, `balance`, `claims` and `report` answer from counts; what needs tokens, their "
-    "order or their words cannot be answered"
+    "`moescope shares`, `divergence`, `balance`, `claims` and `report` work on counts; what needs tokens, their "
+    "order or their words does not"
 )
 
 
@@ -25,7 +25,7 @@ class Counts:
     """Rows of a trace of counts; a document's rows are contiguous.
 
     Attributes:
-        document: What was counted by, from 0, shape (row,).
+        document: The unit of counting, from 0, shape (row,).
         domain: Code of the domain, an index into `domain_names`, shape (row,).
         domain_names: Labels of the domains.
         layer: Index in the whole model, shape (row,).
@@ -47,10 +47,10 @@ class Counts:
 
 
 def check_counts(counts: Counts, header: Header) -> None:
-    """Refuse counts that would make the trace lie.
+    """Refuse counts that contradict the header or the format.
 
     Raises:
-        ValueError: A layer or an expert does not exist, a number is not positive, or a row comes twice.
+        ValueError: A layer or an expert does not exist, a number is not positive, or a row occurs twice.
     """
     columns = (counts.document, counts.domain, counts.layer, counts.expert, counts.count)
     if not header.counts_only or not len(counts.document) or len({column.shape for column in columns}) != 1:
@@ -65,7 +65,7 @@ def check_counts(counts: Counts, header: Header) -> None:
     limits = np.zeros(max(num_ids) + 1, np.int64)
     limits[list(num_ids)] = list(num_ids.values())
     if counts.expert.min() < 0 or (counts.expert >= limits[counts.layer]).any():
-        raise ValueError("an expert id is not one of its layer's")
+        raise ValueError("an expert id is outside those of its layer")
     starts = counts.document_starts()[:-1]
     if len(np.unique(counts.document[starts])) != len(starts):
         raise ValueError("the rows of a document must be contiguous")

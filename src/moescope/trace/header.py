@@ -1,7 +1,7 @@
 """`trace.json`: what was recorded, from which model and corpus, and how; written once, before the first token.
 
 A recording may be resumed only by one whose header agrees, so everything that could change a choice is in it; names
-that a move to another machine changes may differ.
+that change when a recording moves to another machine may differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moescope.errors import TraceDamaged, TraceNewer, TraceNotFound
 
 FORMAT = "moescope-trace"
 FORMAT_VERSION = 2
-"""The latest; a trace is written in the earliest that can say what it holds, so that earlier readers read it."""
+"""The latest; a trace is written in the earliest version that can represent it, so that earlier readers can read it."""
 
 FILE_NAME = "trace.json"
 
@@ -27,15 +27,15 @@ class Layer:
     Attributes:
         layer: Index in the whole model, dense layers included.
         num_experts: Routed experts; their ids are 0 .. num_experts - 1.
-        top_k: Experts chosen a token.
+        top_k: Experts chosen per token.
         module: Path of the experts module in the model, for provenance.
         num_null_experts: Choices that run no expert (skip, zero-compute); their ids follow the routed ones.
         num_shared_experts: Experts that always run; never in the ids.
         ranked: Whether rank 0 is the choice with the largest gate weight; False if the source gave no order.
         drops: Whether capacity may drop assignments; otherwise every choice of every token has an expert id.
-        lookahead: Distances, ascending, from which this layer's choice was predicted: at distance 1 its router read
-            what the router of the layer recorded before it read.
-        num_predicted: Experts of such a prediction; 0 if there is none.
+        lookahead: Distances, ascending, at which this layer's choice was predicted: at distance 1 its router was run on
+            the input of the router of the preceding recorded layer.
+        num_predicted: Experts per prediction; 0 if there is none.
     """
 
     layer: int
@@ -55,9 +55,9 @@ class Layer:
         if not 1 <= self.top_k <= self.num_experts + self.num_null_experts:
             raise ValueError(f"layer {self.layer}: top_k {self.top_k} of {self.num_experts} experts is impossible")
         if self.num_ids > 2**16:
-            raise ValueError(f"layer {self.layer}: {self.num_ids} expert ids do not fit 16 bits")
-        if list(self.lookahead) != sorted({each for each in self.lookahead if each > 0}):
-            raise ValueError(f"layer {self.layer}: distances must be ascending and from 1, not {self.lookahead}")
+            raise ValueError(f"layer {self.layer}: {self.num_ids} expert ids do not fit in 16 bits")
+        if list(self.lookahead) != sorted({distance for distance in self.lookahead if distance > 0}):
+            raise ValueError(f"layer {self.layer}: distances must be ascending and at least 1, not {self.lookahead}")
         if not bool(self.lookahead) <= self.num_predicted <= self.num_ids * bool(self.lookahead):
             raise ValueError(f"layer {self.layer}: {self.num_predicted} predicted experts are impossible")
 
@@ -75,7 +75,7 @@ class Layer:
         return [f"W{self.layer}_{rank}" for rank in range(self.top_k)]
 
     def prediction_columns(self, distance: int) -> list[str]:
-        """Names of the columns of experts predicted from so far before, rank 0 first: ``P15_1_0``, ``P15_1_1`` …"""
+        """Names of the columns of experts predicted at a distance, rank 0 first: ``P15_1_0``, ``P15_1_1`` …"""
         return [f"P{self.layer}_{distance}_{rank}" for rank in range(self.num_predicted)]
 
 
@@ -90,8 +90,8 @@ class Header:
         tokenizer: Class, fingerprint and added tokens.
         corpus: Name, format, fingerprint, fields and sampling of the corpus.
         run: Window, batching, device, implementations and library versions.
-        token_ids: Whether vocabulary ids are known; some programs keep routing without them.
-        phases: Whether each token is told to be of a prompt (prefill) or generated (decode).
+        token_ids: Whether vocabulary ids are known; some programs store routing without them.
+        phases: Whether each token is marked as part of a prompt (prefill) or generated (decode).
         counts_only: Whether the source kept only how many assignments each expert received, and no token.
     """
 
@@ -111,13 +111,13 @@ class Header:
             raise ValueError(f"layers must be ascending, distinct and at least one, not {indices}")
         if self.counts_only and (self.weights or self.token_ids or self.phases):
             raise ValueError("a trace of counts has neither gate weights nor token ids nor phases")
-        for place, layer in enumerate(self.layers):
-            if layer.lookahead and (self.counts_only or layer.lookahead[-1] > place):
+        for index, layer in enumerate(self.layers):
+            if layer.lookahead and (self.counts_only or layer.lookahead[-1] > index):
                 raise ValueError(f"layer {layer.layer} has no recorded layer {layer.lookahead[-1]} before it")
 
     @property
     def lookahead(self) -> tuple[int, ...]:
-        """Distances from which choices were predicted, ascending; empty if that was not recorded."""
+        """Distances at which choices were predicted, ascending; empty if none were recorded."""
         return tuple(sorted({distance for layer in self.layers for distance in layer.lookahead}))
 
     def to_json(self) -> str:
@@ -130,7 +130,7 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> Header:
-        """Parse and validate ``trace.json``; `path` is only named in errors.
+        """Parse and validate ``trace.json``; `path` is used only in error messages.
 
         Raises:
             TraceNotFound: The file is not the header of a trace.
@@ -142,10 +142,10 @@ class Header:
         except ValueError as error:
             raise TraceDamaged(path, f"{FILE_NAME} is not valid JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise TraceNotFound(path, f"{FILE_NAME} does not say that it is a {FORMAT}")
+            raise TraceNotFound(path, f"{FILE_NAME} is not that of a {FORMAT}")
         version = document.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise TraceDamaged(path, f"{FILE_NAME} has version {version!r}, expected a whole number from 1")
+            raise TraceDamaged(path, f"{FILE_NAME} has version {version!r}, expected an integer of at least 1")
         if version > FORMAT_VERSION:
             raise TraceNewer(
                 path,
@@ -160,13 +160,13 @@ class Header:
             raise TraceDamaged(path, f"{FILE_NAME} is not a valid header: {error!r}") from None
 
     def differences(self, other: Header) -> list[str]:
-        """What speaks against going on with a trace that has the header `other`.
+        """Why a trace with the header `other` cannot be resumed by a recording with this one.
 
-        The folder that a model came from, the name of a corpus that says the domain of each document, and the Python
-        that ran may differ: fingerprints say whether it is the same model and corpus.
+        The folder of the model, the name of a corpus that states the domain of each document, and the version of
+        Python may differ: fingerprints identify model and corpus.
 
         Returns:
-            One ``field: this, other`` a difference; empty if there is none.
+            One ``field: this, other`` per difference; empty if there is none.
         """
         left, right = json.loads(self.to_json()), json.loads(other.to_json())
         ignored = [("run", "python")]
@@ -186,8 +186,8 @@ _JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict, "tu
 def _layer(values: dict[str, Any]) -> Layer:
     checked = _checked(Layer, values)
     distances = checked.get("lookahead", [])
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in distances):
-        raise TypeError(f"lookahead must be whole numbers, found {distances!r}")
+    if not all(isinstance(distance, int) and not isinstance(distance, bool) for distance in distances):
+        raise TypeError(f"lookahead must be integers, found {distances!r}")
     return Layer(**{**checked, "lookahead": tuple(distances)})
 
 
@@ -207,10 +207,10 @@ def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(name: str, left: Any, right: Any) -> list[str]:
     if isinstance(left, dict) and isinstance(right, dict):
-        found: list[str] = []
+        differences: list[str] = []
         for key in dict.fromkeys([*left, *right]):
-            found += _differences(f"{name}.{key}" if name else key, left.get(key), right.get(key))
-        return found
+            differences += _differences(f"{name}.{key}" if name else key, left.get(key), right.get(key))
+        return differences
     if left == right:
         return []
     if isinstance(left, list) and isinstance(right, list):

@@ -1,8 +1,8 @@
-"""A part of a trace: whole documents, one row a token, as arrays in memory and as one Parquet file.
+"""A part of a trace: whole documents, one row per token, as arrays in memory and as one Parquet file.
 
 The columns are ``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then
 ``L{layer}_{rank}`` (chosen expert; null = the assignment was dropped) and, if recorded, ``W{layer}_{rank}`` (gate
-weight as executed) and ``P{layer}_{distance}_{rank}`` (expert predicted from so many recorded layers before).
+weight as executed) and ``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ DROPPED = -1
 """The expert id, in memory, of an assignment that was dropped by capacity; a null in the file."""
 
 PHASES = ("prefill", "decode")
-"""Names of the codes of `Part.phase`: read with others as part of a prompt, or one by one as it was generated."""
+"""Names of the codes of `Part.phase`: processed as part of a prompt, or one at a time as generated."""
 
-ROW_GROUP_TOKENS = 131_072
+ROW_GROUP_TOKENS = 131_072  # twice the usual tokens of a part: only a part with a very long document has several
 _METADATA_KEY = b"moescope"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a trace, one a token; a document's rows are contiguous, in the order of its text.
+    """Rows of a trace, one per token; a document's rows are contiguous, in the order of its text.
 
     Attributes:
         document: Index of the record in the corpus, shape (token,).
@@ -43,11 +43,11 @@ class Part:
         domain_names: Labels of the domains.
         sequence: Window within the document, from 0, shape (token,).
         position: Place within the window, from 0, tokens added by the tokenizer not counted, shape (token,).
-        token_id: Vocabulary id, shape (token,); all zero if the header says that they are not known.
+        token_id: Vocabulary id, shape (token,); all zero if the header says that they are unknown.
         expert_ids: For each layer the chosen experts, rank 0 first, shape (token, choice); -1 = dropped.
         gate_weights: For each layer the gate weights, shape (token, choice), dimensionless; empty if not recorded.
-        phase: Code of the phase, an index into `PHASES`, shape (token,); None if the header says that it is not known.
-        predictions: For each layer and distance the experts predicted from so far before, rank 0 first, shape
+        phase: Code of the phase, an index into `PHASES`, shape (token,); None if the header says that it is unknown.
+        predictions: For each layer and distance the experts predicted at that distance, rank 0 first, shape
             (token, predicted); empty if not recorded, or not read.
     """
 
@@ -119,7 +119,7 @@ class Part:
 
 
 def token_columns(header: Header) -> list[str]:
-    """Names of the columns that say which token a row is."""
+    """Names of the columns that identify the token of a row."""
     known = ["token_id"] if header.token_ids else []
     return ["document", "domain", "sequence", "position", *known, *(["phase"] if header.phases else [])]
 
@@ -139,16 +139,16 @@ def prediction_columns(layers: Iterable[Layer]) -> list[str]:
 
 
 def check(part: Part, header: Header) -> None:
-    """Refuse a part that would make the trace lie.
+    """Refuse a part that contradicts the header or the format.
 
     Raises:
-        ValueError: A shape, an id or the order of the rows is not what the header and the format say.
+        ValueError: A shape, an id or the order of the rows differs from the header or violates the format.
     """
     num_tokens = part.num_tokens
     if num_tokens == 0:
         raise ValueError("a part holds at least one token")
     if header.counts_only or (part.phase is not None) != header.phases:
-        raise ValueError("tokens and their phases must be given exactly if the header says so")
+        raise ValueError("tokens and their phases must be given if and only if the header declares them")
     for name in token_columns(header):
         column = getattr(part, name)
         if column.shape != (num_tokens,) or (column < 0).any():
@@ -161,7 +161,7 @@ def check(part: Part, header: Header) -> None:
     if set(part.expert_ids) != {layer.layer for layer in header.layers}:
         raise ValueError(f"expert ids are given for layers {sorted(part.expert_ids)}, the header has others")
     if header.weights != bool(part.gate_weights):
-        raise ValueError("gate weights must be given exactly if the header says so")
+        raise ValueError("gate weights must be given if and only if the header declares them")
     for layer in header.layers:
         ids = part.expert_ids[layer.layer]
         if ids.shape != (num_tokens, layer.top_k):
@@ -189,12 +189,12 @@ def _check_order(part: Part) -> None:
         raise ValueError("the rows of a document must be contiguous")
     if part.sequence[documents[:-1]].any() or part.position[documents[:-1]].any():
         raise ValueError("a document starts with sequence 0, position 0")
-    # Rows that do not go on one position further are few; only they may change the sequence or the document.
-    leaps = np.flatnonzero(part.position[1:] != part.position[:-1] + 1) + 1
+    # Few rows do not advance by one position; only these may change the sequence or the document.
+    jumps = np.flatnonzero(part.position[1:] != part.position[:-1] + 1) + 1
     sequences = _run_starts(part.sequence)[1:-1]
-    inner = np.setdiff1d(leaps, documents, assume_unique=True)  # where a document goes on in its next sequence
+    inner = np.setdiff1d(jumps, documents, assume_unique=True)  # where a document continues in its next sequence
     if (
-        not np.isin(np.concatenate([sequences, documents[1:-1]]), leaps).all()
+        not np.isin(np.concatenate([sequences, documents[1:-1]]), jumps).all()
         or part.position[inner].any()
         or (part.sequence[inner] != part.sequence[inner - 1] + 1).any()
     ):
@@ -254,8 +254,8 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
         },
         compression={name: "zstd" if name in zstd else "none" for name in columns},
         compression_level=zstd,
-        dictionary_pagesize_limit=2**22,
-        data_page_size=2**20,
+        dictionary_pagesize_limit=2**22,  # beyond the 2**16 ids of uint16: ids never fall back to plain pages
+        data_page_size=2**20,  # pages end by rows, not by bytes; their size did not change the speed of reading
         max_rows_per_page=ROW_GROUP_TOKENS // 2,
         write_page_checksum=True,
         write_statistics=token_columns(header),
@@ -296,8 +296,8 @@ class PartFile:
 
     Attributes:
         path: The Parquet file.
-        num_tokens: Its rows; in a trace of counts those are no tokens.
-        progress: What the recorder noted when it finished the part.
+        num_tokens: Its rows; in a trace of counts these are not tokens.
+        progress: The recorder's progress when it finished the part.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -308,10 +308,10 @@ class PartFile:
             names = metadata.schema.names
             note = json.loads((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
         if names != (expected := column_names(header)):
-            odd = sorted(set(names) ^ set(expected)) or ["their order"]
-            raise TraceDamaged(path, f"the columns are not those of the header: {', '.join(odd[:5])}")
+            differing = sorted(set(names) ^ set(expected)) or ["their order"]
+            raise TraceDamaged(path, f"the columns are not those of the header: {', '.join(differing[:5])}")
         if not isinstance(note, dict) or not isinstance(note.get("progress"), dict):
-            raise TraceDamaged(path, "the note of its recorder is missing")
+            raise TraceDamaged(path, "the recorder's progress is missing")
         self.progress: dict[str, Any] = note["progress"]
         self.num_tokens: int = metadata.num_rows
 
@@ -322,12 +322,12 @@ class PartFile:
 
         Args:
             layers: Layers of the header.
-            weights: Read the gate weights, too.
+            weights: Also read the gate weights.
             tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
-            predictions: Read the predictions that these layers have, too.
+            predictions: Also read the predictions for these layers.
         Raises:
             NotRecorded: It is a part of a trace of counts.
-            TraceDamaged: A page fails its checksum, or a value cannot be right.
+            TraceDamaged: A page fails its checksum, or a value is invalid.
         """
         if self._header.counts_only:
             raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
@@ -368,7 +368,7 @@ class PartFile:
         """Read a part of a trace of counts.
 
         Raises:
-            TraceDamaged: A page fails its checksum, or a value cannot be right.
+            TraceDamaged: A page fails its checksum, or a value is invalid.
         """
         with self._damage():
             with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
@@ -385,7 +385,7 @@ class PartFile:
 
 
 class _Damage:
-    """Turns whatever a damaged file makes a reader raise into `TraceDamaged`."""
+    """Converts the errors that reading a damaged file raises into `TraceDamaged`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -426,7 +426,7 @@ def _phase(table: pa.Table) -> NDArray[np.integer[Any]]:
 
 
 def _ids(table: pa.Table, layer: Layer, names: Sequence[str]) -> NDArray[np.integer[Any]]:
-    """Ids of one layer, shape (token, rank), a rank contiguous in memory; signed only if some were dropped."""
+    """Ids of one layer, shape (token, rank), each rank contiguous in memory; signed only if some were dropped."""
     columns = [table[name] for name in names]
     dropped = any(column.null_count for column in columns)
     if dropped and names[0].startswith("P"):

@@ -1,4 +1,4 @@
-"""Reading a trace: by layer, by domain, by document, a part at a time; every page's checksum verified on the way."""
+"""Reading a trace: by layer, by domain, by document, a part at a time; verifying every page's checksum."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Trace:
 
     @property
     def complete(self) -> bool:
-        """Whether the recording came to its end."""
+        """Whether the recording was completed."""
         return self.summary is not None
 
     @property
@@ -54,7 +54,7 @@ class Trace:
 
     @property
     def num_tokens(self) -> int:
-        """Recorded tokens; in a trace of counts, the most assignments of a layer over its top-k."""
+        """Recorded tokens; in a trace of counts, the largest number of assignments of a layer over its top-k."""
         if self.header.counts_only:
             totals = {layer.layer: 0 for layer in self.layers}
             for counts in self.iter_counts():
@@ -65,7 +65,7 @@ class Trace:
 
     @cached_property
     def _contents(self) -> tuple[tuple[str, ...], _Column, _Column, _Column, _Column]:
-        """Domains in the order they appear; the documents; the part each is in; the place of its domain; its rows."""
+        """Domains in order of appearance; for each document its number, part, index of its domain and rows."""
         domains: dict[str, None] = {}
         documents = [np.zeros(0, np.int64)]
         owners = [np.zeros(0, np.int64)]
@@ -76,9 +76,9 @@ class Trace:
             lengths.append(np.diff(part.document_starts()))
             starts = part.document_starts()[:-1]
             domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
-            place = {name: at for at, name in enumerate(domains)}
-            places = np.array([place.get(name, -1) for name in part.domain_names], np.int64)
-            codes.append(places[part.domain[starts]])
+            code_of = {name: code for code, name in enumerate(domains)}
+            trace_codes = np.array([code_of.get(name, -1) for name in part.domain_names], np.int64)
+            codes.append(trace_codes[part.domain[starts]])
             documents.append(part.document[starts].astype(np.int64))
             owners.append(np.full(len(starts), index))
         numbers = np.concatenate(documents)
@@ -131,8 +131,8 @@ class Trace:
             return self.layers
         wanted = set(layers)
         if missing := sorted(wanted - {layer.layer for layer in self.layers}):
-            have = ", ".join(str(layer.layer) for layer in self.layers)
-            raise NoSuchLayer(self.path, f"layer {missing[0]} was not recorded; the trace has layers {have}")
+            recorded = ", ".join(str(layer.layer) for layer in self.layers)
+            raise NoSuchLayer(self.path, f"layer {missing[0]} was not recorded; the trace has layers {recorded}")
         return tuple(layer for layer in self.layers if layer.layer in wanted)
 
     def iter_parts(
@@ -143,19 +143,19 @@ class Trace:
         weights: bool = False,
         predictions: bool = False,
     ) -> Iterator[Part]:
-        """Read the trace part by part; memory is that of one part.
+        """Read the trace part by part, with one part in memory.
 
         Args:
             layers: Layers to read, or None for all.
             domains: Domains to read, or None for all.
-            weights: Read the gate weights, too.
-            predictions: Read the predictions that were recorded, too.
+            weights: Also read the gate weights.
+            predictions: Also read the recorded predictions.
         Yields:
             Parts whose domain codes index `domains` of the trace; none is empty.
         Raises:
             NoSuchLayer: A layer was not recorded.
             NoSuchDomain: A domain is not in the trace.
-            NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
+            NotRecorded: Gate weights are requested but were not recorded, or the trace holds counts only.
             TraceDamaged: A page fails its checksum.
         """
         self.need_tokens(weights=weights)
@@ -183,48 +183,48 @@ class Trace:
         Args:
             number: Index of the document in the corpus.
             layers: Layers to read, or None for all.
-            weights: Read the gate weights, too.
+            weights: Also read the gate weights.
         Raises:
             NoSuchDocument: The trace does not hold it.
-            NotRecorded: Gate weights are asked for and were not recorded, or the trace holds counts only.
+            NotRecorded: Gate weights are requested but were not recorded, or the trace holds counts only.
         """
         self.need_tokens(weights=weights)
         _, numbers, owners, _, _ = self._contents
-        place = np.flatnonzero(numbers == number)
-        if not len(place):
-            near = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
-            hint = f"documents near it: {', '.join(str(n) for n in sorted(near))}" if len(near) else None
+        matches = np.flatnonzero(numbers == number)
+        if not len(matches):
+            nearest = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
+            hint = f"nearest documents: {', '.join(map(str, sorted(nearest)))}" if len(nearest) else None
             raise NoSuchDocument(self.path, f"document {number} is not in the trace ({len(numbers)} are)", hint)
-        part = self.parts[owners[place[0]]].read(self.select_layers(layers), weights=weights)
+        part = self.parts[owners[matches[0]]].read(self.select_layers(layers), weights=weights)
         return self.with_trace_domains(part.rows(part.document == number))
 
     def with_trace_domains(self, part: Part) -> Part:
-        """The part with its domain codes counted over the whole trace."""
+        """The part with domain codes that index the domains of the whole trace."""
         if part.domain_names == self.domains:
             return part
-        place = {name: code for code, name in enumerate(self.domains)}
-        codes = np.array([place.get(name, -1) for name in part.domain_names], np.int32)
+        code_of = {name: code for code, name in enumerate(self.domains)}
+        codes = np.array([code_of.get(name, -1) for name in part.domain_names], np.int32)
         return replace(part, domain=codes[part.domain], domain_names=self.domains)
 
     def verify(self) -> list[TraceDamaged]:
         """Check every file against its checksum and every row against the format.
 
         Returns:
-            What is wrong, a problem an error; empty if the trace is sound.
+            One error per problem; empty if the trace is sound.
         """
         return verify(self.path)
 
     def need_text(self, layers: Iterable[int] | None = None) -> None:
-        """Refuse a trace from which a text with the first choice of each token cannot be had.
+        """Refuse a trace that does not give the text with the first choice of each token.
 
         Raises:
-            NotRecorded: It has no tokens or no token ids, or does not say which choice is the first.
+            NotRecorded: It has no tokens or no token ids, or does not state which choice is the first.
         """
         self.need_tokens()
         if not self.header.token_ids:
-            raise NotRecorded(self.path, "has no token ids, so its text is not known")
+            raise NotRecorded(self.path, "has no token ids, so its text is unknown")
         if not all(layer.ranked for layer in self.select_layers(layers)):
-            raise NotRecorded(self.path, "does not say which of a token's choices is the first")
+            raise NotRecorded(self.path, "does not state which of a token's choices is the first")
 
     def need_tokens(self, *, weights: bool = False) -> None:
         """Refuse a trace of counts and, if they are needed, one without gate weights.
@@ -251,10 +251,10 @@ def open_trace(path: Path | str) -> Trace:
     Raises:
         TraceNotFound: There is no trace at the path.
         TraceNewer: It was written in a later version of the format.
-        TraceDamaged: A file is missing or is not what the header says.
+        TraceDamaged: A file is missing or contradicts the header.
     """
     path = Path(path)
-    found = read_header(path)
+    trace_header = read_header(path)
     sums = checksums.read(path)
     summary = None
     if SUMMARY in sums and (path / SUMMARY).exists():
@@ -265,17 +265,17 @@ def open_trace(path: Path | str) -> Trace:
         if not isinstance(summary, dict):
             raise TraceDamaged(path, f"{SUMMARY} is not a JSON object")
     elif sums and not (path / list(sums)[-1]).exists():
-        sums.popitem()  # the part at which the recorder is, or was stopped
-    return Trace(path, found, open_parts(path, found, sums), summary)
+        sums.popitem()  # the part that is being written, or was when the recorder stopped
+    return Trace(path, trace_header, open_parts(path, trace_header, sums), summary)
 
 
-def open_parts(path: Path, found: Header, sums: Mapping[str, str]) -> tuple[PartFile, ...]:
-    """The listed parts of a trace in their order; a gap in their numbers is damage."""
+def open_parts(path: Path, trace_header: Header, sums: Mapping[str, str]) -> tuple[PartFile, ...]:
+    """The listed parts of a trace in order; a gap in their numbers means damage."""
     names = sorted(name for name in sums if name.startswith(f"{PARTS}/"))
     for number, name in enumerate(names):
         if name != part_name(number):
             raise TraceDamaged(path, f"{part_name(number)} is missing from {checksums.FILE_NAME}")
-    return tuple(PartFile(path / name, found) for name in names)
+    return tuple(PartFile(path / name, trace_header) for name in names)
 
 
 def part_name(number: int) -> str:
@@ -284,7 +284,7 @@ def part_name(number: int) -> str:
 
 
 def is_part_name(name: str) -> bool:
-    """Whether a file in the folder of the parts has the name of one."""
+    """Whether a file in the folder of parts has the name of a part."""
     return re.fullmatch(r"\d{6,}\.parquet", name) is not None
 
 
@@ -295,7 +295,7 @@ def read_header(path: Path) -> Header:
         text = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         what = "nothing there" if not path.exists() else f"no {header.FILE_NAME} in it"
-        raise TraceNotFound(path, f"is not a trace: {what}", "`moescope record` makes one") from None
+        raise TraceNotFound(path, f"is not a trace: {what}", "`moescope record` creates one") from None
     return Header.from_json(text, path)
 
 
@@ -309,7 +309,7 @@ def verify(path: Path) -> list[TraceDamaged]:
         return [error]
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {checksums.FILE_NAME}
     stray = sorted(name for name in present - set(sums) if not name.endswith(checksums.TEMPORARY))
-    problems += [TraceDamaged(path, f"{name} has no line in {checksums.FILE_NAME}") for name in stray]
+    problems += [TraceDamaged(path, f"{name} is not listed in {checksums.FILE_NAME}") for name in stray]
     for name, expected in sums.items():
         if name not in present:
             if complete or name != list(sums)[-1]:

@@ -1,7 +1,7 @@
 """`vocabulary.parquet`: the text piece of every token id, so that a trace can be read without its tokenizer.
 
-``token_id, text, bytes``: `bytes` are exact (a piece may be half a character); `text` is the same decoded, undecodable
-bytes as U+FFFD, for people and SQL.
+``token_id, text, bytes``: `bytes` are exact (a piece may be half a character); `text` is their decoded form for people
+and SQL, with undecodable bytes as U+FFFD.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Vocabulary:
         return cls(dict(enumerate(pieces)))
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes of an id; an unknown one reads ``<|id|>``."""
+        """The bytes of an id; ``<|id|>`` for an unknown one."""
         known = self.pieces.get(int(token_id))
         return f"<|{int(token_id)}|>".encode() if known is None else known
 
     def text(self, token_ids: ArrayLike) -> str:
-        """The joined text of some ids; bytes that are no UTF-8 read U+FFFD."""
+        """The concatenated text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece(token_id) for token_id in np.asarray(token_ids).tolist()).decode(errors="replace")
 
     @cached_property

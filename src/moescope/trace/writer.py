@@ -1,4 +1,4 @@
-"""Writing a trace: created or resumed, one whole part at a time, complete once its summary is written."""
+"""Writing a trace: created or resumed, one whole part at a time, and complete once its summary is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moescope.trace.vocabulary import Vocabulary
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows has no advisory locks; there two writers are not told apart
+except ImportError:  # pragma: no cover - Windows has no advisory locks; two writers are not detected there
     fcntl = None  # type: ignore[assignment]
 
 _NAMES = (checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, SUMMARY)
@@ -27,7 +27,7 @@ _OTHER_OUTPUT = "choose another output"
 
 
 class TraceWriter:
-    """Creates a trace, or goes on with an unfinished one whose header agrees.
+    """Creates a trace, or resumes an unfinished one whose header agrees.
 
     Args:
         path: Folder of the trace.
@@ -39,7 +39,7 @@ class TraceWriter:
         TraceMismatch: The path holds an unfinished trace with another header; the differing fields are named.
         TraceDamaged: The path holds a trace whose list does not have all of its files.
         TraceBusy: Another process is writing it.
-        DiskFull: There is no room.
+        DiskFull: There is no space left.
     """
 
     def __init__(self, path: Path | str, header: Header, vocabulary: Vocabulary, *, force: bool = False) -> None:
@@ -75,23 +75,23 @@ class TraceWriter:
         return not (self.path / header.FILE_NAME).exists() or not self.header.differences(read_header(self.path))
 
     def _clear(self) -> None:
-        """Remove the files of a trace, and no other; killed at any of them, it can be done again."""
+        """Remove the files of a trace, and no others; interrupted at any point, it can be repeated."""
         parts = sorted(child for child in (self.path / PARTS).iterdir() if is_part_name(child.name))
-        for part_file in reversed(parts):  # the last first: what is left is a beginning
+        for part_file in reversed(parts):  # the last first, so that what is left is a beginning
             part_file.unlink()
-        # The header last: it says that what is left without a list is of a trace.
+        # The header last: it identifies what is left without a list as a trace.
         for name in (SUMMARY, checksums.FILE_NAME, vocabulary.FILE_NAME, header.FILE_NAME):
             (self.path / name).unlink(missing_ok=True)
 
     def _resume(self) -> list[dict[str, Any]]:
-        """Drop what a kill left unfinished; return the progress notes of the finished parts."""
+        """Remove what an interruption left unfinished; return the progress of the finished parts."""
         if (self.path / SUMMARY).exists():
-            raise TraceExists(self.path, "holds a complete trace, which is kept", "--force records it anew")
+            raise TraceExists(self.path, "holds a complete trace, which is kept", "--force records it again")
         sums = checksums.read(self.path)
         if header.FILE_NAME in sums and (self.path / header.FILE_NAME).exists():
             refuse_other(self.path, self.header, read_header(self.path))
         while sums and not (self.path / list(sums)[-1]).exists():
-            sums.popitem()  # it was listed, and the kill came before it was renamed, or while files were removed
+            sums.popitem()  # listed, but killed before it was renamed, or while files were removed
         for folder in (self.path, self.path / PARTS):
             for leftover in folder.glob(f"*{checksums.TEMPORARY}"):
                 name = leftover.name.removesuffix(checksums.TEMPORARY)
@@ -101,7 +101,7 @@ class TraceWriter:
         return [file.progress for file in open_parts(self.path, self.header, sums)]
 
     def _create(self, pieces: Vocabulary) -> None:
-        """The files that come before the parts; ``trace.json`` last, for with it the folder is a trace."""
+        """Write the files that precede the parts; ``trace.json`` last, because it makes the folder a trace."""
         if header.FILE_NAME in checksums.read(self.path):
             return
         checksums.rewrite(self.path, {})
@@ -109,14 +109,14 @@ class TraceWriter:
         checksums.commit(self.path, header.FILE_NAME, _writer(self.header.to_json().encode()))
 
     def write(self, rows: Part | Counts, progress: Mapping[str, Any]) -> None:
-        """Write the next part; when this returns, no kill and no crash can lose it.
+        """Write the next part; once this returns, no kill or crash can lose it.
 
         Args:
             rows: Whole documents; counts if the header says so.
-            progress: JSON-able note from which the recorder goes on after this part.
+            progress: JSON-able state from which the recorder resumes after this part.
         Raises:
             ValueError: The part contradicts the header or the format.
-            DiskFull: There is no room; the parts before this one are kept.
+            DiskFull: There is no space left; the parts before this one are kept.
         """
         name = part_name(len(self.progress))
         if isinstance(rows, Counts):
@@ -137,7 +137,7 @@ class TraceWriter:
         checksums.commit(self.path, SUMMARY, _writer(text))
 
     def close(self) -> None:
-        """Let go of the trace; unfinished, it can be resumed."""
+        """Release the trace; an unfinished one can be resumed."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -145,19 +145,19 @@ class TraceWriter:
     def __enter__(self) -> TraceWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
 
 def refuse_foreign(path: Path, *, force: bool = False) -> None:
-    """Refuse a path that holds anything but a trace, an empty folder or the beginnings of a trace.
+    """Refuse a path that holds anything but a trace, an empty folder or the beginning of a trace.
 
     Args:
         path: Folder of a trace to be.
         force: Whether a damaged trace does not matter, since it will be replaced.
     Raises:
-        TraceExists: It does; it is never replaced.
-        TraceDamaged: It holds a trace whose list does not have all of its files, which are kept.
+        TraceExists: It holds something else, which is never replaced.
+        TraceDamaged: It holds a trace whose list lacks some of its files, which are kept.
     """
     if not path.is_dir():
         if path.exists():
@@ -174,22 +174,22 @@ def refuse_foreign(path: Path, *, force: bool = False) -> None:
     try:
         read_header(path)
     except (TraceNotFound, TraceDamaged):
-        problem = f"exists and is not a trace: it has {unlisted[0]}, but no header and list of a trace"
+        problem = f"exists and is not a trace: it has {unlisted[0]}, but neither header nor list of a trace"
         raise TraceExists(path, problem, _OTHER_OUTPUT) from None
     if not force:
         raise TraceDamaged(
             path,
-            f"{unlisted[0]} has no line in {checksums.FILE_NAME}; it is kept",
-            "restore the list, choose another output, or --force to record it anew",
+            f"{unlisted[0]} is not listed in {checksums.FILE_NAME}; it is kept",
+            "restore the list, choose another output, or --force to record it again",
         )
 
 
 def _unlisted(path: Path, *, force: bool) -> list[str]:
-    """Files that may be those of a trace and are not in its list; without a list, whatever lies among the parts."""
+    """Files that may belong to a trace but are not in its list; without a list, everything among the parts."""
     names = [name for name in (vocabulary.FILE_NAME, header.FILE_NAME, SUMMARY) if (path / name).exists()]
     parts = sorted(child.name for child in (path / PARTS).iterdir()) if (path / PARTS).exists() else []
     try:
-        listed = checksums.read(path)  # after the files were looked for: a line comes before its file
+        listed = checksums.read(path)  # read after the files are listed: a line precedes its file
     except TraceDamaged:
         if not force:
             raise
@@ -209,7 +209,7 @@ def refuse_other(path: Path, wanted: Header, found: Header) -> None:
         raise TraceMismatch(
             path,
             "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
-            "run the command it was started with, choose another output, or --force to record it anew",
+            "run the command it was started with, choose another output, or --force to record it again",
         )
 
 
