@@ -50,7 +50,7 @@ def warned(format: str, files: list[Path], out: Path, **options: object) -> list
         ({"experts": [0, -2]}, "expected a whole number from -1 to 65535, found '-2'"),
         ({"experts": [0, 10**30]}, "expected a whole number from -1 to 65535"),
         ({"experts": [0, 1.5]}, "expected a whole number"),
-        ({"experts": [0, 1, 2]}, "has 3 experts a token, expected 2"),
+        ({"experts": [0, 1, 2]}, "has 3 experts per token, expected 2"),
         ({"experts": []}, "has 0 experts, expected 1 to 1024"),
         ({"experts": "x"}, "has 0 experts"),
         ({"layer": -1}, "layer: expected a whole number from 0 to 65535, found '-1'"),
@@ -71,7 +71,7 @@ def test_a_row_that_cannot_be_right_is_refused_with_its_place(row: dict, problem
 
 
 def test_a_token_that_comes_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImportMalformed, match="token 0, layer 0: comes twice"):
+    with pytest.raises(ImportMalformed, match="token 0, layer 0: occurs twice"):
         moescope.import_trace("jsonl", [events(tmp_path / "a.jsonl", [{}, {}])], tmp_path / "o.moe")
 
 
@@ -98,7 +98,7 @@ def test_a_gap_in_the_tokens_begins_a_sequence(tmp_path: Path) -> None:
 def test_choices_out_of_the_order_of_their_weights_are_put_in_it(tmp_path: Path) -> None:
     rows = [{"weights": [0.2, 0.8]}, {"token_idx": 1, "weights": [0.9, 0.1]}]
     told = warned("jsonl", [events(tmp_path / "a.jsonl", rows)], tmp_path / "o.moe", num_experts=4)
-    assert "1 (token, layer) rows were put in order of gate weight" in told
+    assert "1 (token, layer) rows were sorted by gate weight" in told
     trace = moescope.open_trace(tmp_path / "o.moe")
     (part,) = trace.iter_parts(weights=True)
     assert part.expert_ids[0].tolist() == [[1, 0], [0, 1]]
@@ -115,7 +115,7 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logits", "words"), [([0.75, 0.25], "call logits what sums to 1"), ([-2.0, 3.0], "router logits were left out")]
+    ("logits", "words"), [([0.75, 0.25], "have logits that sum to 1"), ([-2.0, 3.0], "router logits were left out")]
 )
 def test_logits_are_never_taken_for_gate_weights(logits: list[float], words: str, tmp_path: Path) -> None:
     path = events(tmp_path / "a.jsonl", [{"router_logits": logits}])
@@ -186,7 +186,7 @@ def _written(path: Path, text: str) -> Path:
 def test_raw_bytes_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
     raw = tmp_path / "a.bin"
     raw.write_bytes(np.arange(23, dtype="<i4").tobytes())
-    with pytest.raises(ImportMalformed, match="no multiple of 4 bytes x 2 layers x 2 choices"):
+    with pytest.raises(ImportMalformed, match="not a multiple of 4 bytes x 2 layers x 2 choices"):
         moescope.import_trace("sglang-returned", [raw], tmp_path / "o.moe", top_k=2, num_layers=2)
 
 
@@ -204,7 +204,7 @@ def test_an_answer_has_a_row_less_than_tokens(tmp_path: Path) -> None:
         for m in warned("sglang-returned", [_answer(tmp_path / "a.json", ids, 4, 2)], tmp_path / "a.moe", **options)
     )
     more = warned("sglang-returned", [_answer(tmp_path / "b.json", ids, 3, 2)], tmp_path / "b.moe", **options)
-    assert "1 answers have a row for their last token, too" in more
+    assert "1 answers have a row for their last token as well" in more
     fewer = warned("sglang-returned", [_answer(tmp_path / "c.json", ids, 8, 2)], tmp_path / "c.moe", **options)
     assert "1 answers lack rows of their first tokens" in fewer
     (part,) = moescope.open_trace(tmp_path / "c.moe").iter_parts()
@@ -250,7 +250,7 @@ def test_a_top_1_layer_of_zeros_stays_and_is_told_of(tmp_path: Path) -> None:
 def test_counts_that_are_no_multiple_of_top_k_or_differ_between_layers_are_told_of(tmp_path: Path) -> None:
     path = _written(tmp_path / "a.csv", "layer_id,expert_id,count\n0,0,3\n0,1,4\n1,0,6\n")
     told = warned("sglang-csv", [path], tmp_path / "a.moe", top_k=2, num_experts=4)
-    assert any("no multiple of top-k 2" in message for message in told)
+    assert any("not a multiple of top-k 2" in message for message in told)
     assert any("layers count different numbers of assignments" in message for message in told)
 
 
@@ -259,7 +259,7 @@ def test_copies_of_a_pass_by_another_rank_are_left_out(tmp_path: Path) -> None:
     copy = tmp_path / "expert_distribution_recorder_1.5_1.pt"
     copy.write_bytes(made.files[0].read_bytes())
     told = warned("sglang", [tmp_path], tmp_path / "o.moe", num_experts=6)
-    assert any("copies, of another rank" in message for message in told)
+    assert any("copies, by another rank" in message for message in told)
     assert moescope.open_trace(tmp_path / "o.moe").num_tokens == 9
 
 
@@ -298,7 +298,7 @@ def test_a_pickle_that_would_run_something_does_not_run_and_is_named(
     with pytest.raises(ImportMalformed) as caught:
         moescope.import_trace("sglang", [path], tmp_path / "o.moe")
     assert not target.exists()
-    assert ("nothing of it was run" in caught.value.problem) if zipped else ("torch.save" in caught.value.problem)
+    assert ("nothing in it was run" in caught.value.problem) if zipped else ("torch.save" in caught.value.problem)
     pickle.loads(data)  # the payload is real
     assert target.exists()
 
@@ -328,7 +328,7 @@ def test_a_gguf_that_is_no_importance_matrix_or_counts_nothing_is_refused(tmp_pa
         moescope.import_trace("imatrix", [path], tmp_path / "o.moe")
     half = {"blk.0.ffn_up_exps.weight.counts": np.array([[1.5], [2.0]])}
     path.write_bytes(gguf_bytes({"general.type": "imatrix"}, half))
-    with pytest.raises(ImportMalformed, match="numbers that are no counts"):
+    with pytest.raises(ImportMalformed, match="numbers that are not counts"):
         moescope.import_trace("imatrix", [path], tmp_path / "o.moe")
 
 
@@ -372,10 +372,10 @@ def test_the_command_imports_and_tells_what_is_odd_on_stderr(tmp_path: Path) -> 
     assert "warning: the number of experts is not in the file and was taken to be 8" in result.stderr
     assert result.stderr.endswith("o.moe: 5 tokens of 2 documents in 2 domains, 2 layers\n")
     shown = CliRunner().invoke(main, ["info", str(out), "--format", "json"])
-    assert "--num-experts says it" in json.loads(shown.stdout)["summary"]["warnings"][0]
+    assert "--num-experts sets it" in json.loads(shown.stdout)["summary"]["warnings"][0]
     wrong = CliRunner().invoke(main, ["import", "nonsense", "x", "-o", str(out)])
     assert wrong.exit_code == 2
-    assert "is none of sglang, sglang-csv" in wrong.stderr
+    assert "there are sglang, sglang-csv" in wrong.stderr
     wrong = CliRunner().invoke(main, ["import", "jsonl", "x", "-o", str(out), "--field", "a=b"])
     assert wrong.exit_code == 2
     missing = CliRunner().invoke(main, ["import", "jsonl", str(tmp_path / "x"), "-o", str(tmp_path / "p.moe")])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.trace import Layer, Part, Trace
 
@@ -33,9 +34,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
                 file.writelines(_lines(part.rows(rows), positions[rows], layers))
 
 
-def _lines(
-    part: Part, positions: np.ndarray[tuple[int], np.dtype[np.int64]], layers: tuple[Layer, ...]
-) -> Iterator[str]:
+def _lines(part: Part, positions: NDArray[np.int64], layers: tuple[Layer, ...]) -> Iterator[str]:
     domains = [json.dumps(name) for name in part.domain_names]
     tokens = [
         f'{{"domain": {domains[domain]}, "document": {document}, "sequence": {sequence}, "token_idx": {position}, '

@@ -1,15 +1,14 @@
-"""Recordings of other programs, made into traces.
+"""Recordings of other programs, converted to traces.
 
-Rule of the room: a module a format, each a function ``read(paths, options, findings)`` that yields documents as the
-file has them; ``tokens`` and ``counts`` alone check them. Files are not trusted: nothing of them is executed,
-every length is bounded before it is used, what cannot be right is refused, what looks odd is imported and noted, and
-what a file does not say is asked for and never guessed in silence. This room imports the trace, the errors, and of the
-corpus its decompression.
+Rule of the package: one module per format, with a function ``read(paths, options, findings)`` that yields documents as
+in the file; only ``tokens`` and ``counts`` check them. Files are not trusted: nothing in them is executed, every length
+is bounded before it is used, invalid input is refused, unusual input is imported with a warning, and what a file lacks
+is asked for, never guessed silently. The package imports the trace, the errors, and the decompression of the corpus.
 
-    sglang, routed_experts, imatrix, bigmoeonedge …    a file -> its documents; a module a format
+    sglang, routed_experts, imatrix, bigmoeonedge …    a file -> its documents; one module per format
     documents, events                                  what a document is; rows in any order -> documents
     files, torch_file, gguf                            bounded reading; a pickle is never loaded
-    findings                                           what was odd; what the user says
+    findings                                           warnings; what the user supplies
     tokens, counts, assembly, writing                  documents -> a trace, with every check
 """
 

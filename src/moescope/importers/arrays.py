@@ -1,4 +1,4 @@
-"""Plain numpy arrays as a trace, for whoever has routing in memory."""
+"""Plain numpy arrays as a trace, for routing that is in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moescope.importers.documents import Model, RoutedDocument
+from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
@@ -39,16 +39,16 @@ def from_arrays(
         expert_ids: Chosen experts, ids from 0, -1 where no expert ran: shape (layer, token, choice), or for each layer
             an array of shape (token, choice).
         num_experts: Routed experts of a layer.
-        layers: Index of each layer in the whole model; from 0 if not given. Not with a mapping.
-        gate_weights: Factors that multiplied the experts' outputs, shaped like `expert_ids`; choices are put in their
-            order, the largest first.
+        layers: Index of each layer in the whole model; by default from 0. Not with a mapping.
+        gate_weights: Factors that multiplied the experts' outputs, shaped like `expert_ids`; choices are sorted by
+            them, the largest first.
         token_ids: Vocabulary ids, shape (token,).
-        documents: Which document a token is of, shape (token,); a document's tokens follow each other. One if not
-            given.
-        sequences: Which sequence a token is of, shape (token,); pairs of tokens never cross from one to the next.
-        domains: The label of all documents, or one a token.
+        documents: Document of each token, shape (token,); the tokens of a document are contiguous. By default, one
+            document.
+        sequences: Sequence of each token, shape (token,); pairs of tokens never cross sequences.
+        domains: The label of all documents, or one per token.
         phases: Whether a token was generated (1) or part of a prompt (0), shape (token,).
-        ranked: Whether choices stand in order of gate weight; not needed with gate weights.
+        ranked: Whether choices are in order of gate weight; not needed with gate weights.
         model: Name of the model.
         vocabulary: Text pieces of the token ids.
         force: Replace a finished trace.
@@ -62,7 +62,7 @@ def from_arrays(
     by_layer = _by_layer(expert_ids, layers, "iu")
     shapes = {layer: ids.shape for layer, ids in by_layer.items()}
     if not shapes or any(len(shape) != 2 for shape in shapes.values()):
-        raise ValueError(f"expert_ids must be (layer, token, choice), or (token, choice) a layer, found {shapes}")
+        raise ValueError(f"expert_ids must be (layer, token, choice), or (token, choice) per layer, found {shapes}")
     num_tokens = next(iter(shapes.values()))[0]
     if any(shape[0] != num_tokens for shape in shapes.values()) or not num_tokens:
         raise ValueError(f"all layers must have the same tokens, at least one, found {shapes}")
@@ -87,31 +87,31 @@ def from_arrays(
     if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
         raise ValueError("phases must be 0 (prompt) or 1 (generated)")
 
-    def read() -> Generator[RoutedDocument, None, None]:
+    def read() -> Generator[TokenDocument, None, None]:
         numbers = columns["documents"]
         ends = np.append(_changes(numbers), num_tokens) if numbers is not None else np.array([num_tokens])
         starts = np.append(0, ends[:-1])
         if numbers is not None and len(np.unique(numbers[starts])) != len(starts):
-            raise ValueError("the tokens of a document must follow each other")
+            raise ValueError("the tokens of a document must be contiguous")
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            here = slice(start, end)
+            rows = slice(start, end)
             domain = domains if isinstance(domains, str) else str(labels[start]) if labels else ""
-            if labels is not None and any(label != labels[start] for label in labels[here]):
+            if labels is not None and any(label != labels[start] for label in labels[rows]):
                 raise ValueError(f"a document has one domain; tokens {start} to {end - 1} have several")
-            began = None
+            sequence_starts = None
             if (sequence := columns["sequences"]) is not None:
-                began = np.append(True, np.diff(sequence[here]) != 0)
-            chosen, phase = columns["token_ids"], columns["phases"]
-            yield RoutedDocument(
+                sequence_starts = np.append(True, np.diff(sequence[rows]) != 0)
+            ids_of_tokens, phase = columns["token_ids"], columns["phases"]
+            yield TokenDocument(
                 f"arrays, tokens {start} to {end - 1}",
                 domain,
-                {layer: ids[here] for layer, ids in by_layer.items()},
-                {layer: array[here] for layer, array in weights.items()},
-                None if chosen is None else chosen[here],
-                began,
-                None if phase is None else phase[here].astype(np.uint8),
+                {layer: ids[rows] for layer, ids in by_layer.items()},
+                {layer: array[rows] for layer, array in weights.items()},
+                None if ids_of_tokens is None else ids_of_tokens[rows],
+                sequence_starts,
+                None if phase is None else phase[rows].astype(np.uint8),
                 ranked=ranked,
-                model=Model(model, num_experts),
+                model=ModelFacts(model, num_experts),
             )
 
     corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}
@@ -125,17 +125,17 @@ def _by_layer(
     if isinstance(values, Mapping):
         if layers is not None:
             raise ValueError("layers are the keys of a mapping already")
-        found = {int(layer): np.asarray(array) for layer, array in sorted(values.items())}
+        arrays = {int(layer): np.asarray(array) for layer, array in sorted(values.items())}
     else:
         array = np.asarray(values)
         indices = range(len(array)) if layers is None else layers
         if len(indices) != len(array):
             raise ValueError(f"layers must be {len(array)} indices, found {len(indices)}")
-        found = dict(zip(map(int, indices), array, strict=True))
-    for layer, array in found.items():
+        arrays = dict(zip(map(int, indices), array, strict=True))
+    for layer, array in arrays.items():
         if array.dtype.kind not in kinds:
             raise ValueError(f"layer {layer} holds {array.dtype}, expected numbers of kind {kinds!r}")
-    return found
+    return arrays
 
 
 def _changes(values: NDArray[Any]) -> NDArray[np.int64]:

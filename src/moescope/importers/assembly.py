@@ -1,7 +1,7 @@
-"""What documents of tokens and of counts have in common on their way to a trace: one model, domains, layers, parts.
+"""What documents of tokens and of counts have in common when they become a trace: one model, domains, layers, parts.
 
-A trace's header comes before its parts and is known only after the last document, so parts wait in a folder beside the
-trace; one part waits in memory.
+A trace's header precedes its parts but is known only after the last document, so parts are kept in a folder beside the
+trace, one of them in memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
-from moescope.importers.documents import NO_MODEL, Model
+from moescope.importers.documents import NO_MODEL, ModelFacts
 from moescope.importers.findings import Findings, Options
 
-MAX_LAYERS = 1024
-MAX_DOMAINS = 1 << 16
+MAX_LAYERS = 1024  # several times those of the deepest models; every layer has columns in every part
+MAX_DOMAINS = 1 << 16  # more labels than that are document names, each of which would be held in memory
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass
-class Spool:
-    """Bundles of arrays, kept in order; all but the first on disk."""
+class ArraySpool:
+    """Bundles of arrays, in order; all but the first on disk."""
 
     folder: Path
     length: int = 0
     _first: Arrays = field(default_factory=dict)
 
     def put(self, arrays: Arrays) -> None:
-        """Keep the next bundle."""
+        """Store the next bundle."""
         if self.length == 0:
             self._first = arrays
         else:
@@ -52,7 +52,7 @@ class Spool:
 
 @dataclass
 class Assembly:
-    """What both kinds of documents need: the model they agree on, and their domains."""
+    """What both kinds of documents need: the model they share, and their domains."""
 
     folder: Path
     options: Options
@@ -60,37 +60,37 @@ class Assembly:
     num_documents: int = 0
     pieces: dict[int, bytes] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
-    model: Model = NO_MODEL
+    model: ModelFacts = NO_MODEL
     domains: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.spool = Spool(self.folder)
+        self.spool = ArraySpool(self.folder)
         given = self.options
-        self.model = Model(given.model or "", given.num_experts, given.top_k, given.num_layers)
+        self.model = ModelFacts(given.model or "", given.num_experts, given.top_k, given.num_layers)
 
-    def learn(self, model: Model, place: str) -> None:
-        """Add what a document says of the model to what is known; a contradiction is refused."""
+    def learn(self, model: ModelFacts, place: str) -> None:
+        """Merge what a document states about the model into what is known; a contradiction is refused."""
         if model is self.model or model == NO_MODEL:
             return
         known = self.model
         merged = {}
-        for name, words in (
+        for name, description in (
             ("num_experts", "experts"),
-            ("top_k", "experts a token"),
+            ("top_k", "experts per token"),
             ("num_layers", "layers"),
             ("num_moe_layers", "layers with routed experts"),
         ):
-            here, before = getattr(model, name), getattr(known, name)
-            if here is not None and before is not None and here != before:
-                raise ImportMalformed(place, f"says {here} {words}; an option or an earlier file says {before}")
-            merged[name] = before if here is None else here
+            value, earlier = getattr(model, name), getattr(known, name)
+            if value is not None and earlier is not None and value != earlier:
+                raise ImportMalformed(place, f"says {value} {description}; an option or an earlier file says {earlier}")
+            merged[name] = earlier if value is None else value
         if model.name and known.name and model.name != known.name and not self.options.model:
             raise ImportMalformed(
                 place,
-                f"is of model {model.name[:80]!r}, an earlier file of {known.name[:80]!r}",
-                "import them one by one",
+                f"is from model {model.name[:80]!r}, an earlier file from {known.name[:80]!r}",
+                "import them separately",
             )
-        self.model = Model(known.name or model.name[:1000], **merged)
+        self.model = ModelFacts(known.name or model.name[:1000], **merged)
 
     def code_of(self, domain: str, place: str) -> int:
         """Code of a domain, an index into `domains`."""
@@ -98,7 +98,7 @@ class Assembly:
             raise ImportMalformed(place, f"its domain is {len(domain)} characters long, expected a label")
         code = self.domains.setdefault(domain, len(self.domains))
         if code >= MAX_DOMAINS:
-            raise ImportTooLarge(place, f"is in domain number {code + 1}", "is the right field taken for the domain?")
+            raise ImportTooLarge(place, f"is in domain number {code + 1}", "is the domain read from the right field?")
         return code
 
     def takes(self, layer: int, place: str) -> bool:
@@ -109,16 +109,16 @@ class Assembly:
             raise ImportMalformed(place, f"has layer {layer}, but the model has {self.model.num_layers} layers")
         if self.options.layers is None or layer in self.options.layers:
             return True
-        self.findings.warn("layers that --layers does not name were left out")
+        self.findings.warn("layers not named by --layers were left out")
         return False
 
     def count_experts(self, largest: int) -> int:
-        """Experts of a layer: as is known, else as many as the ids need, which is told."""
+        """Experts of a layer: the known number, or else the number that the ids require, with a warning."""
         if self.model.num_experts is not None:
             return self.model.num_experts
         self.findings.warn(
-            f"the number of experts is not in the file and was taken to be {largest + 1}, the largest id and one; "
-            "--num-experts says it"
+            f"the number of experts is not in the file and was taken to be {largest + 1}, the largest id plus one; "
+            "--num-experts sets it"
         )
         return largest + 1
 
@@ -145,16 +145,16 @@ class Assembly:
 
 
 def spans(numbers: list[int]) -> str:
-    """Numbers in words.
+    """Numbers as text, runs abbreviated.
 
     Example:
         >>> spans([0, 1, 2, 5])
         '0-2, 5'
     """
-    spans: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            spans.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

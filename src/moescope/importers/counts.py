@@ -1,4 +1,4 @@
-"""Documents of counts on their way to a trace, with the checks that counts allow. Unit: an assignment."""
+"""Documents of counts assembled to a trace, with the checks that counts allow. Unit: an assignment."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers.assembly import MAX_LAYERS, Assembly, spans
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Counts, Header, Layer
 
 PART_ROWS = 1 << 19
-"""Rows of a part."""
-MAX_COUNT = 1 << 46
+"""Rows of a part: 21 MB of five int64 columns while it is assembled."""
+MAX_COUNT = 1 << 46  # so that the int64 sum over 2**16 experts cannot overflow
 MAX_TOTAL = 1 << 53
-"""Assignments of a layer, beyond which their sums are not exact."""
+"""Assignments of a layer, beyond which float64 sums are not exact."""
 
 
 @dataclass
@@ -33,11 +33,11 @@ class AssignmentCounts(Assembly):
     _indivisible: int = 0
     _unequal: int = 0
 
-    def add(self, document: RoutedDocument | CountedDocument) -> None:
+    def add(self, document: TokenDocument | CountedDocument) -> None:
         """Take the next document."""
         place = document.place
         if not isinstance(document, CountedDocument):
-            raise ImportMalformed(place, "holds tokens, and what came before holds counts", "import them one by one")
+            raise ImportMalformed(place, "holds tokens, but earlier documents hold counts", "import them separately")
         self.learn(document.model, place)
         rows, totals = [], {}
         code = self.code_of(document.domain, place)
@@ -46,7 +46,7 @@ class AssignmentCounts(Assembly):
                 continue
             where = f"{place}, layer {layer}"
             if counts.ndim != 1 or not 1 <= len(counts) <= 2**16:
-                raise ImportMalformed(where, f"has counts of shape {counts.shape}, expected one an expert")
+                raise ImportMalformed(where, f"has counts of shape {counts.shape}, expected one per expert")
             if counts.min() < 0 or counts.max() >= MAX_COUNT:
                 raise ImportMalformed(where, f"counts {counts.min()} to {counts.max()}, expected 0 to 2**46 - 1")
             experts = np.flatnonzero(counts)
@@ -70,7 +70,7 @@ class AssignmentCounts(Assembly):
             raise ImportMalformed(place, f"has {len(self._totals)} layers, expected at most {MAX_LAYERS}")
         counted = [total for total in totals.values() if total]
         if not counted:
-            self.findings.count("documents or passes count nothing and were left out (an unfilled buffer is zero)")
+            self.findings.count("documents or passes contain no counts and were left out (an unfilled buffer is zero)")
             return
         top_k = self.model.top_k
         self._indivisible += bool(top_k and any(total % top_k for total in counted))
@@ -87,36 +87,36 @@ class AssignmentCounts(Assembly):
         self._rows, self._waiting = [], 0
 
     def finish(self, name: str) -> Header:
-        """Close the last part; the header, now that everything is known."""
+        """Close the last part and return the header, now that everything is known."""
         if self._rows:
             self._flush()
         dense = sorted(layer for layer, total in self._totals.items() if total == 0)
         kept = sorted(set(self._totals) - set(dense))
         if dense and kept:
-            self.findings.warn(f"layers {spans(dense)} count nothing and were left out as dense")
+            self.findings.warn(f"layers {spans(dense)} have no counts and were left out as dense")
         self.check_layers(kept, name)
         if self.model.top_k is None:
-            raise ImportIncomplete(name, "does not say how many experts a token has", "--top-k K says it")
+            raise ImportIncomplete(name, "does not state the number of experts per token", "give it with --top-k K")
         if self._indivisible:
             self.findings.warn(
-                f"in {self._indivisible:,} documents or passes the assignments of a layer are no multiple of top-k "
-                f"{self.model.top_k}; is it the right top-k, and are the counts exact and of all ranks?"
+                f"in {self._indivisible:,} documents or passes the assignments of a layer are not a multiple of top-k "
+                f"{self.model.top_k}; is top-k right, and are the counts exact and from all ranks?"
             )
         if self._unequal:
             self.findings.warn(
                 f"in {self._unequal:,} documents or passes layers count different numbers of assignments"
             )
-        found = max(self._largest + 1, *self._lengths.values()) if self._lengths else 0
-        num_experts = self.model.num_experts or found or self.count_experts(self._largest)
+        counted_experts = max(self._largest + 1, *self._lengths.values()) if self._lengths else 0
+        num_experts = self.model.num_experts or counted_experts or self.count_experts(self._largest)
         if self.model.top_k > num_experts:
-            raise ImportMalformed(name, f"has {self.model.top_k} experts a token, of {num_experts}")
+            raise ImportMalformed(name, f"has {self.model.top_k} experts per token, of {num_experts}")
         layers = tuple(
             Layer(layer, self._lengths.get(layer, num_experts), self.model.top_k, ranked=False) for layer in kept
         )
         return Header(layers, model=self.described(), token_ids=False, counts_only=True)
 
     def parts(self, header: Header) -> Iterator[tuple[Counts, dict[str, Any]]]:
-        """The parts that were put aside."""
+        """The stored parts."""
         names = tuple(self.domains)
         for arrays in self.spool:
             document, layer, expert, count, domain = arrays["rows"]

@@ -1,4 +1,4 @@
-"""What every importer makes of its files: documents with their routing, or with counts; plain arrays, nothing checked.
+"""What every importer reads from its files: documents with their routing, or with counts, as unchecked arrays.
 
 Unit: a token, or an assignment where only counts are known. `assembly` checks the documents and writes the trace.
 """
@@ -18,13 +18,13 @@ Ids = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a file says of the model; None and the empty name are what it does not say.
+class ModelFacts:
+    """What a file states about the model; None and the empty name stand for what it does not state.
 
     Attributes:
         name: Its name.
         num_experts: Routed experts of a layer.
-        top_k: Experts chosen a token.
+        top_k: Experts chosen per token.
         num_layers: Layers, dense ones included.
         num_moe_layers: Layers with routed experts.
     """
@@ -36,25 +36,25 @@ class Model:
     num_moe_layers: int | None = None
 
 
-NO_MODEL = Model()
+NO_MODEL = ModelFacts()
 
 
 @dataclass(frozen=True)
-class RoutedDocument:
+class TokenDocument:
     """The routing of one document, in the order of its text.
 
     Attributes:
-        place: File, and where in it, for messages.
+        place: File and position in it, for messages.
         domain: Its label.
         expert_ids: For each layer the chosen experts, shape (token, choice); -1 = no expert ran.
         gate_weights: For each layer the gate weights, shape (token, choice); empty if unknown.
         token_ids: Vocabulary ids, shape (token,), or None.
         starts: Whether a token begins a new sequence, shape (token,); None if the document is one sequence.
         phase: Codes of `moescope.trace.PHASES`, shape (token,), or None.
-        ranked: Whether choices stand in order of gate weight.
+        ranked: Whether choices are in order of gate weight.
         zero_is_dense: Whether the program writes rows of zeros where no router ran.
-        model: What the file says of the model.
-        pieces: Text pieces of token ids, as far as the file tells them.
+        model: What the file states about the model.
+        pieces: Text pieces of token ids, as far as the file has them.
     """
 
     place: str
@@ -66,7 +66,7 @@ class RoutedDocument:
     phase: Ids | None = None
     ranked: bool = False
     zero_is_dense: bool = False
-    model: Model = NO_MODEL
+    model: ModelFacts = NO_MODEL
     pieces: Mapping[int, bytes] = field(default_factory=dict)
 
 
@@ -75,17 +75,17 @@ class CountedDocument:
     """The assignments that each expert received in one document, forward pass or file.
 
     Attributes:
-        place: File, and where in it, for messages.
+        place: File and position in it, for messages.
         domain: Its label.
         counts: For each layer the assignments of each expert, shape (expert,).
-        model: What the file says of the model.
-        complete: Whether the experts are all there are; otherwise only those that received something are known.
+        model: What the file states about the model.
+        complete: Whether all experts are listed; otherwise only those with assignments are.
     """
 
     place: str
     domain: str
     counts: Mapping[int, Ids]
-    model: Model = NO_MODEL
+    model: ModelFacts = NO_MODEL
     complete: bool = True
 
 
@@ -93,10 +93,10 @@ def integers(values: Any, place: str, what: str, *, ndim: int) -> Ids:
     """Nested lists as an array of whole numbers.
 
     Raises:
-        ImportMalformed: The lists are ragged, of another depth, or hold something else than numbers of 64 bits.
+        ImportMalformed: The lists are ragged, of the wrong depth, or hold anything but 64-bit integers.
     """
     if ndim == 1 and isinstance(values, list | tuple) and not all(type(value) is int for value in values):
-        raise ImportMalformed(place, f"{what} holds something else than whole numbers")
+        raise ImportMalformed(place, f"{what} holds values other than whole numbers")
     try:
         array = np.array(values)
     except (ValueError, OverflowError, TypeError):
@@ -104,8 +104,8 @@ def integers(values: Any, place: str, what: str, *, ndim: int) -> Ids:
     if array.size == 0 and isinstance(values, list | tuple):
         return np.zeros((0,) * ndim, np.int64)
     if array.dtype.kind not in "iu" or array.ndim != ndim:
-        found = f"{array.ndim} dimensions of {array.dtype}" if array.dtype.kind in "iuf" else "something else"
-        raise ImportMalformed(place, f"{what}: expected whole numbers in {ndim} dimensions, found {found}")
+        kind = f"{array.ndim} dimensions of {array.dtype}" if array.dtype.kind in "iuf" else "something else"
+        raise ImportMalformed(place, f"{what}: expected whole numbers in {ndim} dimensions, found {kind}")
     if array.dtype == np.uint64:
         if array.max(initial=0) >= 2**63:
             raise ImportMalformed(place, f"{what} holds {array.max()}, which is beyond 64 bits")

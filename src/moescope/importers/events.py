@@ -1,7 +1,7 @@
-"""Routing that comes one event a row, in any order: gathered to documents, with bounded memory.
+"""Routing as one event per row, in any order: gathered into documents, with bounded memory.
 
-An event is one assignment: a document's token chose an expert in a layer. Events wait on disk beside the trace once
-they are many, and come back a bucket of documents at a time.
+An event is one assignment: a document's token chose an expert in a layer. Many events are stored in a
+temporary folder, and read back one bucket of documents at a time.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
-from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
+from moescope.importers.documents import NO_MODEL, ModelFacts, TokenDocument
 from moescope.importers.findings import Findings
 
-MAX_DOCUMENTS = 1 << 20
+MAX_DOCUMENTS = 1 << 20  # each has a key, a label and a place in memory
 MAX_DOCUMENT_EVENTS = 1 << 24
-"""Assignments of one document, which must be held in memory."""
+"""Assignments of one document, which must be held in memory: 550 MB at 33 bytes each."""
 BUCKET_EVENTS = 1 << 22
-"""Assignments that are sorted at a time."""
+"""Assignments that are sorted at a time: 138 MB, and as much again while they are."""
 
 EVENT = np.dtype(
     [
@@ -38,15 +38,15 @@ EVENT = np.dtype(
     ]
 )
 UNKNOWN = -1
-"""In `token_id` and `phase`: the file does not say it."""
+"""In `token_id` and `phase`: not in the file."""
 
 Event = tuple[int, int, int, int, int, float, int, int]
-"""The fields of `EVENT` in their order; a weight that is unknown is NaN."""
+"""The fields of `EVENT` in order; an unknown weight is NaN."""
 
 
 @dataclass
-class Documents:
-    """The documents that events are of, by the keys of the file."""
+class DocumentNumbers:
+    """The documents that events belong to, numbered by the keys of the file."""
 
     places: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
@@ -54,14 +54,16 @@ class Documents:
 
     def number(self, key: tuple[object, ...], domain: str, place: str) -> int:
         """The number of a document, from 0 in order of appearance."""
-        found = self._numbers.get(key)
-        if found is None:
-            found = self._numbers[key] = len(self._numbers)
-            if found >= MAX_DOCUMENTS:
-                raise ImportTooLarge(place, f"begins document number {found + 1:,}", "is the right field taken for it?")
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._numbers)
+            if number >= MAX_DOCUMENTS:
+                raise ImportTooLarge(
+                    place, f"begins document number {number + 1:,}", "is it read from the right field?"
+                )
             self.places.append(place)
             self.domains.append(domain)
-        return found
+        return number
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,23 @@ class Meaning:
     """What holds for all events of a file.
 
     Attributes:
-        weights: Whether gate weights are there.
+        weights: Whether there are gate weights.
         ranked: Whether slots are in order of gate weight.
-        model: What the file says of the model.
+        model: What the file states about the model.
     """
 
     weights: bool
     ranked: bool
-    model: Model = NO_MODEL
+    model: ModelFacts = NO_MODEL
 
 
 def gather(
-    batches: Iterable[NDArray[Any]], documents: Documents, meaning: Meaning, findings: Findings
-) -> Generator[RoutedDocument, None, None]:
-    """Turn batches of events, dtype `EVENT`, into documents, in order of appearance.
+    batches: Iterable[NDArray[Any]], documents: DocumentNumbers, meaning: Meaning, findings: Findings
+) -> Generator[TokenDocument, None, None]:
+    """Convert batches of events, dtype `EVENT`, to documents, in order of appearance.
 
     Raises:
-        ImportMalformed: A token's choice of a layer comes twice.
+        ImportMalformed: A token's choice in a layer occurs twice.
         ImportTooLarge: A document has more assignments than can be held in memory.
     """
     with tempfile.TemporaryDirectory(prefix="moescope-events-") as folder:
@@ -112,12 +114,12 @@ def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
 
 
 def _array(events: list[Event]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # a weight beyond float32 is infinite, and told of as such
+    with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite and is reported as such
         return np.array(events, EVENT)
 
 
 class _EventSpool:
-    """Events in the order they came, in memory up to a bucket and on disk beyond."""
+    """Events in order of arrival, in memory up to a bucket and on disk beyond."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -138,14 +140,14 @@ class _EventSpool:
             self._memory = []
             self._length = 0
 
-    def buckets(self, documents: Documents) -> Iterator[NDArray[Any]]:
+    def buckets(self, documents: DocumentNumbers) -> Iterator[NDArray[Any]]:
         """Events of whole documents, sorted by document, token, layer and slot."""
         largest = int(self._sizes.argmax())
         if self._sizes[largest] > MAX_DOCUMENT_EVENTS:
             raise ImportTooLarge(
                 documents.places[largest],
                 f"begins a document of {self._sizes[largest]:,} assignments, expected at most {MAX_DOCUMENT_EVENTS:,}",
-                "is there a field that says where a document ends?",
+                "is there a field that separates documents?",
             )
         if not self._file.exists():
             if self._memory:
@@ -157,10 +159,10 @@ class _EventSpool:
         bucket_of = np.cumsum(self._sizes) // BUCKET_EVENTS
         with self._file.open("rb") as file:
             while len(events := np.frombuffer(file.read(EVENT.itemsize << 20), EVENT)):
-                wanted = bucket_of[events["document"]]
-                order = np.argsort(wanted, kind="stable")
-                for part in np.split(order, np.flatnonzero(np.diff(wanted[order])) + 1):
-                    self._spill(self._folder / f"bucket{wanted[part[0]]}", events[part])
+                buckets = bucket_of[events["document"]]
+                order = np.argsort(buckets, kind="stable")
+                for part in np.split(order, np.flatnonzero(np.diff(buckets[order])) + 1):
+                    self._spill(self._folder / f"bucket{buckets[part[0]]}", events[part])
         self._file.unlink()
         for bucket in range(int(bucket_of[-1]) + 1):
             path = self._folder / f"bucket{bucket}"
@@ -178,16 +180,16 @@ def _sorted(events: NDArray[Any]) -> NDArray[Any]:
     return events[np.lexsort((events["slot"], events["layer"], events["token"], events["document"]))]
 
 
-def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, findings: Findings) -> RoutedDocument:
-    """The routing of one document, its events sorted; tokens that do not follow each other begin a sequence."""
+def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, findings: Findings) -> TokenDocument:
+    """The routing of one document from its sorted events; a gap in the token numbers begins a sequence."""
     token, layer, slot = events["token"], events["layer"], events["slot"]
     twice = (token[1:] == token[:-1]) & (layer[1:] == layer[:-1]) & (slot[1:] == slot[:-1])
     if twice.any():
-        at = int(np.flatnonzero(twice)[0])
+        first_twice = int(np.flatnonzero(twice)[0])
         raise ImportMalformed(
-            f"{place}, token {token[at]}, layer {layer[at]}",
-            "comes twice in one document",
-            "does the file hold several recordings, or is there a field that tells documents apart?",
+            f"{place}, token {token[first_twice]}, layer {layer[first_twice]}",
+            "occurs twice in one document",
+            "does the file hold several recordings, or is there a field that separates documents?",
         )
     new_token = np.append(True, token[1:] != token[:-1])
     row = np.cumsum(new_token) - 1
@@ -197,37 +199,36 @@ def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, f
         findings.count("gaps in the numbers of tokens begin a new sequence", int(starts[1:].sum()))
     ids, weights = {}, {}
     layers = np.unique(layer).tolist()
-    if len(layers) * len(tokens) > 1 << 26:
+    if len(layers) * len(tokens) > 1 << 26:  # 256 MB of int32, before any choice
         raise ImportTooLarge(place, f"begins a document of {len(tokens):,} tokens and {len(layers)} layers")
     for index in layers:
-        mine = layer == index
-        rows, slots = row[mine], slot[mine]
+        of_layer = layer == index
+        rows, slots = row[of_layer], slot[of_layer]
         first = np.append(True, rows[1:] != rows[:-1])
         rank = np.arange(len(rows)) - np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
         if (slots != rank).any():
-            findings.count("assignments stand in slots that do not count from 0", int((slots != rank).sum()))
+            findings.count("assignments are in slots that are not numbered from 0", int((slots != rank).sum()))
         width = int(rank.max()) + 1
         if len(tokens) * width > 1 << 26:
             raise ImportTooLarge(place, f"begins a document with a token of {width} choices in layer {index}")
         ids[index] = np.full((len(tokens), width), -1, np.int32)
-        ids[index][rows, rank] = events["expert"][mine]
+        ids[index][rows, rank] = events["expert"][of_layer]
         if meaning.weights:
             weights[index] = np.zeros((len(tokens), width), np.float32)
-            weights[index][rows, rank] = events["weight"][mine]
-    known = events["token_id"][new_token]
-    same = events["token_id"] == known[row]
-    if not same.all():
-        at = int(np.flatnonzero(~same)[0])
-        raise ImportMalformed(
-            f"{place}, token {token[at]}", f"has token ids {known[row[at]]} and {events['token_id'][at]}, expected one"
-        )
+            weights[index][rows, rank] = events["weight"][of_layer]
+    token_ids = events["token_id"][new_token]
+    differs = events["token_id"] != token_ids[row]
+    if differs.any():
+        event = int(np.flatnonzero(differs)[0])
+        both = f"{token_ids[row[event]]} and {events['token_id'][event]}"
+        raise ImportMalformed(f"{place}, token {token[event]}", f"has token ids {both}, expected one")
     phase = events["phase"][new_token]
-    return RoutedDocument(
+    return TokenDocument(
         place,
         domain,
         ids,
         weights,
-        known if (known != UNKNOWN).all() else None,
+        token_ids if (token_ids != UNKNOWN).all() else None,
         starts,
         phase.astype(np.uint8) if (phase != UNKNOWN).all() else None,
         ranked=meaning.ranked,

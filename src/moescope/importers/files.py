@@ -1,6 +1,6 @@
-"""Reading what somebody else wrote: bounded, never trusted, every fault named by file and place.
+"""Reading files of other programs: bounded, never trusted, every fault reported with file and place.
 
-Limits keep the memory of an import below 2 GB whatever the file says of itself.
+Limits keep the memory of an import below 2 GB, whatever a file claims (peaks are in `docs/decisions/log.md`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from moescope.corpus.compression import BrokenFile, chunks
 from moescope.errors import ImportMalformed, ImportNotFound, ImportTooLarge
 
 MAX_LINE_BYTES = 1 << 25
-"""Longest line or file of JSON."""
+"""Longest line or file of JSON; 12 million short values fill it."""
 
 MAX_RESPONSE_BYTES = 1 << 28
-"""Longest line or file of JSON most of which is one string."""
+"""Longest line or file of JSON that is mostly one string; decoded and copied it takes 1.5 GB."""
 
 MAX_VALUES = 12_000_000
-"""Most values of JSON that are decoded together; each takes up to 64 bytes."""
+"""Most values of JSON decoded together; each takes up to 64 bytes, 770 MB in total."""
 
-MAX_WINDOW_BYTES = 1 << 27
-COMPRESSED_BYTES = 1 << 11
+MAX_WINDOW_BYTES = 1 << 27  # the largest that zstd itself decompresses by default
+COMPRESSED_BYTES = 1 << 11  # expands to 60 MB at most
 BOM = b"\xef\xbb\xbf"
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|=](?:[iu][1248]|f[248]|b1))', 'fortran_order': (True|False), "
@@ -40,26 +40,26 @@ T = TypeVar("T")
 
 
 def find(paths: Sequence[Path], pattern: str | None = None) -> list[Path]:
-    """The files meant, in order; a folder means those in it that match the pattern, if its format is one of folders.
+    """The files, in order; a folder stands for the files in it that match the pattern, if its format allows folders.
 
     Raises:
         ImportNotFound: Nothing is there.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.glob(pattern)) if pattern else []
-            if not inside:
-                what = f"holds no {pattern}" if pattern else "is a folder, expected a file"
-                raise ImportNotFound(path, what)
-            found += inside
+            matching = sorted(path.glob(pattern)) if pattern else []
+            if not matching:
+                problem = f"holds no {pattern}" if pattern else "is a folder, expected a file"
+                raise ImportNotFound(path, problem)
+            files += matching
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             raise ImportNotFound(path, "there is no such file" if not path.exists() else "is not a file")
-    if not found:
+    if not files:
         raise ImportNotFound("import", "no file was given")
-    return found
+    return files
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -72,7 +72,7 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 def stem(path: Path) -> str:
-    """Name of a file without its endings, as the label of what it holds."""
+    """Name of a file without its extensions, as the label of its contents."""
     name = path.name.split(".")[0] or path.name
     return name.encode(errors="replace").decode()
 
@@ -81,7 +81,7 @@ def plain(path: Path) -> Iterator[bytes]:
     """The bytes of a file, decompressed, piece by piece.
 
     Raises:
-        ImportMalformed: It breaks off, or asks for too much memory.
+        ImportMalformed: It is truncated, or requests too much memory.
     """
     try:
         yield from chunks(path, compressed_bytes=COMPRESSED_BYTES, max_window_bytes=MAX_WINDOW_BYTES)
@@ -99,7 +99,7 @@ def whole(path: Path, max_bytes: int = MAX_LINE_BYTES) -> bytes:
     for piece in plain(path):
         size += len(piece)
         if size > max_bytes:
-            raise ImportTooLarge(path, f"holds more than {max_bytes:,} bytes, expected fewer in one piece")
+            raise ImportTooLarge(path, f"holds more than {max_bytes:,} bytes, expected fewer at once")
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -131,14 +131,14 @@ def _check_length(path: Path, number: int, size: int, max_bytes: int) -> None:
 
 
 def decode(text: bytes, kind: type[T], place: object) -> T:
-    """JSON of a known shape.
+    """Decode JSON of a known type.
 
     Raises:
-        ImportMalformed: It is not JSON, or has another shape.
+        ImportMalformed: It is not JSON, or has another type.
         ImportTooLarge: It holds more values than the limit.
     """
-    if len(text) > MAX_VALUES and (found := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
-        raise ImportTooLarge(place, f"holds some {found:,} values together, expected at most {MAX_VALUES:,}")
+    if len(text) > MAX_VALUES and (values := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise ImportTooLarge(place, f"holds some {values:,} values at once, expected at most {MAX_VALUES:,}")
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -146,17 +146,17 @@ def decode(text: bytes, kind: type[T], place: object) -> T:
 
 
 def objects(path: Path, kind: type[T], max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[str, T]]:
-    """Place and value of each object of a file of JSON: one object, a list of them, or one or a list a line.
+    """Place and value of each object of a JSON file: one object, a list, or an object or list per line.
 
     Raises:
-        ImportMalformed: It is not JSON, or an object has another shape.
+        ImportMalformed: It is not JSON, or an object has another type.
         ImportTooLarge: A line, or a file of one object, is longer than the limit.
     """
     first = next(lines(path, max_bytes), None)
     if first is None:
         raise ImportMalformed(path, "is empty")
     pieces = lines(path, max_bytes)
-    if not _is_json(first[1]):  # one value over many lines
+    if not _is_json(first[1]):  # one value on several lines
         pieces = iter([(str(path), whole(path, max_bytes).removeprefix(BOM))])
     for place, text in pieces:
         if text.lstrip()[:1] == b"[":
@@ -181,7 +181,7 @@ def rows(path: Path, *, comments: list[str] | None = None) -> Iterator[tuple[str
     Raises:
         ImportMalformed: A line is not UTF-8 or not CSV.
     """
-    for place, line in lines(path, 1 << 20):
+    for place, line in lines(path, 1 << 20):  # a row of numbers is far shorter; longer is no CSV
         try:
             text = line.decode().rstrip("\r")
         except UnicodeDecodeError as error:
@@ -217,7 +217,7 @@ def number(text: Any, place: str, what: str, *, low: int = 0, high: int = 2**32 
 
 
 def real(text: Any, place: str, what: str) -> float:
-    """A number; NaN and infinity are numbers here.
+    """A number, possibly NaN or infinity.
 
     Raises:
         ImportMalformed: It is something else.
@@ -234,13 +234,13 @@ def npy(data: bytes, place: str) -> NDArray[Any]:
     """The array of numbers of a ``.npy`` file; its header is not evaluated, and its size checked against the bytes.
 
     Raises:
-        ImportMalformed: It is something else, or not whole.
+        ImportMalformed: It is something else, or incomplete.
     """
     start, size = (10, data[8:10]) if data[6:7] == b"\x01" else (12, data[8:12])
     header = data[start : start + int.from_bytes(size, "little")]
     match = _NPY_HEADER.fullmatch(header)
     if not data.startswith(b"\x93NUMPY") or data[6:7] not in (b"\x01", b"\x02") or match is None:
-        raise ImportMalformed(place, f"is no .npy file of numbers: its header reads {header[:80]!r}")
+        raise ImportMalformed(place, f"is not a .npy file of numbers: its header is {header[:80]!r}")
     dtype = np.dtype(match[1].decode())
     shape = tuple(int(n) for n in match[3].decode().replace(",", " ").split())
     length = dtype.itemsize

@@ -1,4 +1,4 @@
-"""What was odd about a recording: imported, said on stderr, and kept in the trace for whoever reads it later."""
+"""What was unusual in a recording: imported, reported on stderr, and stored in the trace for later readers."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from dataclasses import dataclass, field
 
 from moescope.errors import ImportIncomplete
 
-TOLD = 50
-"""Findings told one by one; a file that has more has one cause, and is told so."""
+REPORTED = 50
+"""Warnings reported individually; more than this have a common cause, and are only counted."""
 
 
 @dataclass
 class Findings:
-    """Warnings, each once, in the order found."""
+    """Warnings, each once, in order of occurrence."""
 
     _messages: dict[str, None] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
-    _untold: int = 0
+    _omitted: int = 0
 
     def warn(self, message: str) -> None:
-        """Take note of something odd; the same words again change nothing."""
+        """Add a warning; repeating it has no effect."""
         if message in self._messages:
             return
-        if len(self._messages) >= TOLD:
-            self._untold += 1
+        if len(self._messages) >= REPORTED:
+            self._omitted += 1
             return
         self._messages[message] = None
 
     def count(self, what: str, number: int = 1) -> None:
-        """Add to a number that is told once, at the end, as ``number what``."""
+        """Add to a number that is reported once, at the end, as ``number what``."""
         if number:
             self._counts[what] = self._counts.get(what, 0) + number
 
     def messages(self) -> list[str]:
-        """All of it, for the summary of the trace."""
-        more = [f"{self._untold:,} more warnings like these"] if self._untold else []
+        """All warnings, for the summary of the trace."""
+        more = [f"{self._omitted:,} more warnings like these"] if self._omitted else []
         return [*self._messages, *more, *(f"{number:,} {what}" for what, number in self._counts.items())]
 
-    def tell(self) -> None:
-        """Warn of all of it."""
+    def emit(self) -> None:
+        """Issue all warnings."""
         for message in self.messages():
             warnings.warn(message, stacklevel=3)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says that a file does not.
+    """What the user supplies because the file lacks it.
 
     Attributes:
         num_experts: Routed experts of a layer.
-        top_k: Experts chosen a token.
+        top_k: Experts chosen per token.
         num_layers: Layers of the model, dense ones included.
         layers: Layers with routed experts, counted over the whole model.
         domain: Label of all documents.
         model: Name of the model.
-        ranked: Whether choices stand in order of gate weight although no weights say so.
-        fields: Columns by the name of what they hold, for files with named columns.
+        ranked: Whether choices are in order of gate weight although there are no weights.
+        fields: Names of columns by what they hold, for files with named columns.
     """
 
     num_experts: int | None = None
@@ -73,20 +73,20 @@ class Options:
         """The ``top_k`` given.
 
         Raises:
-            ImportIncomplete: It was not.
+            ImportIncomplete: It was not given.
         """
         if self.top_k is None:
-            raise ImportIncomplete(place, "does not say how many experts a token has", "--top-k K says it")
+            raise ImportIncomplete(place, "does not state the number of experts per token", "give it with --top-k K")
         return self.top_k
 
     def need_num_layers(self, place: object) -> int:
         """The ``num_layers`` given.
 
         Raises:
-            ImportIncomplete: It was not.
+            ImportIncomplete: It was not given.
         """
         if self.num_layers is None:
             raise ImportIncomplete(
-                place, "does not say how many layers the model has", "--num-layers N says it, dense layers included"
+                place, "does not state the number of layers", "give it with --num-layers N, dense layers included"
             )
         return self.num_layers

@@ -1,4 +1,4 @@
-"""The formats by name, and the one door to all of them."""
+"""The formats by name, and the one function that imports them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moescope
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.importers.files import find, fingerprint
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
 
-Reader = Callable[[Sequence[Path], Options, Findings], Generator[RoutedDocument | CountedDocument, None, None]]
+Reader = Callable[[Sequence[Path], Options, Findings], Generator[TokenDocument | CountedDocument, None, None]]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Format:
         source: The program that writes it.
         files: What its files are.
         gives: ``tokens``, ``counts``, or both.
-        document: What a document of the trace is.
-        reader: Module and function that read it.
-        folder: What is read of a folder; empty if a folder cannot be given.
+        document: What a document of the trace corresponds to.
+        reader: Module and function that reads it.
+        folder: Pattern of the files read from a folder; empty if a folder cannot be given.
     """
 
     source: str
@@ -38,7 +38,7 @@ class Format:
     folder: str = ""
 
     def read(self) -> Reader:
-        """The function that reads it, imported now."""
+        """The function that reads it, imported on demand."""
         module, _, name = self.reader.partition(":")
         reader: Reader = getattr(importlib.import_module(f"moescope.importers.{module}"), name)
         return reader
@@ -129,31 +129,31 @@ def import_trace(
     vocabulary: Vocabulary | None = None,
     force: bool = False,
 ) -> Trace:
-    """Make a trace of what another program recorded.
+    """Convert a recording of another program to a trace.
 
     Args:
         format: One of `FORMATS`.
-        files: Files, or folders where the format is one of folders.
+        files: Files, or folders where the format allows them.
         out: Folder of the trace to write.
-        num_experts: Routed experts of a layer, where the files do not say it.
-        top_k: Experts chosen a token, where the files do not say it.
+        num_experts: Routed experts of a layer, if the files do not state it.
+        top_k: Experts chosen per token, if the files do not state it.
         num_layers: Layers of the model, dense ones included.
         layers: Layers with routed experts, counted over the whole model.
-        domain: Label of all documents; else what the files say, else the name of each file.
+        domain: Label of all documents; by default what the files state, else the name of each file.
         model: Name of the model.
-        ranked: Whether choices stand in order of gate weight although the files have no weights.
+        ranked: Whether choices are in order of gate weight although the files have no weights.
         fields: Names of columns by what they hold (`named.NAMES`), for jsonl, csv and parquet.
         vocabulary: Text pieces of the token ids.
         force: Replace a finished trace.
     Returns:
-        The finished trace; what looked odd is in its summary, under ``warnings``.
+        The finished trace; its summary holds the warnings, under ``warnings``.
     Raises:
         ValueError: The format is unknown, or a number is below 1.
-        ForeignTraceError: A file is missing, cannot be right, or does not say enough.
+        ForeignTraceError: A file is missing, invalid or incomplete.
         TraceExists: There is a finished trace already.
     """
     if format not in FORMATS:
-        raise ValueError(f"format {format!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     for name, value in (("num_experts", num_experts), ("top_k", top_k), ("num_layers", num_layers)):
         if value is not None and not 1 <= value <= 2**16:
             raise ValueError(f"{name} is {value}, expected 1 to 65536")
@@ -161,16 +161,16 @@ def import_trace(
         raise ValueError(f"layers must be ascending, distinct and at least one, found {list(layers)[:20]}")
     chosen = FORMATS[format]
     paths = [Path(file) for file in files]
-    found = find(paths, chosen.folder or None)
+    inputs = find(paths, chosen.folder or None)
     options = Options(
         num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {}
     )
     findings = Findings()
     given = {name: value for name, value in vars(options).items() if value and name not in ("domain", "model")}
     corpus = {
-        "name": paths[0].name if len(paths) == 1 else f"{len(found)} files",
+        "name": paths[0].name if len(paths) == 1 else f"{len(inputs)} files",
         "format": format,
-        "fingerprint": fingerprint(found),
+        "fingerprint": fingerprint(inputs),
     }
     run = {"importer": format, "source": chosen.source, "moescope": moescope.__version__, **given}
     documents = chosen.read()(paths, options, findings)

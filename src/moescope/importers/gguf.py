@@ -12,27 +12,27 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
 
-MAX_ENTRIES = 1 << 16
+MAX_ENTRIES = 1 << 16  # a matrix has some ten tensors per layer
 MAX_STRING_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 26
 """All strings together."""
 MAX_LENGTH = 1 << 20
-"""Numbers of a tensor that is read."""
+"""Numbers of a tensor that is read; counts have one per expert."""
 MAX_KEPT_ITEMS = 1024
-"""Longest array of metadata that is kept; longer ones are skipped."""
+"""Longest array of metadata that is kept; longer ones, such as vocabularies, are skipped."""
 F32 = 0
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """A tensor of the file.
 
     Attributes:
         shape: Its shape, the fastest dimension last.
         kind: Code of its type; 0 is F32.
-        offset: Where its numbers begin in the file.
+        offset: Position of its numbers in the file.
     """
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Gguf:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GgufTensor]
 
     def f32(self, name: str) -> NDArray[np.float32]:
         """The numbers of an F32 tensor.
@@ -75,7 +75,7 @@ def read(path: Path) -> Gguf:
     """Read the head of a GGUF file.
 
     Raises:
-        ImportMalformed: It is something else, or breaks off.
+        ImportMalformed: It is something else, or truncated.
     """
     with path.open("rb") as file:
         head = _Head(file, path)
@@ -88,30 +88,31 @@ def read(path: Path) -> Gguf:
             raise ImportMalformed(path, f"is GGUF version {version}, expected 2 or 3")
         num_tensors, num_values = head.scalar(10), head.scalar(10)
         if num_tensors > MAX_ENTRIES or num_values > MAX_ENTRIES:
-            raise ImportMalformed(path, f"says it has {num_tensors} tensors and {num_values} values")
+            raise ImportMalformed(path, f"claims {num_tensors} tensors and {num_values} values")
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
             key = head.string()
             metadata[key] = head.value(head.scalar(4))
-        found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        described: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(num_tensors):
             name, dims = head.string(), head.scalar(4)
-            if dims > 4 or name in found:
+            if dims > 4 or name in described:
                 raise ImportMalformed(path, f"has a tensor {name[:80]!r} of {dims} dimensions, or twice")
             shape = tuple(head.scalar(10) for _ in range(dims))[::-1]
-            if any(n >= 2**32 for n in shape):
+            if any(size >= 2**32 for size in shape):
                 raise ImportMalformed(path, f"has a tensor {name[:80]!r} of shape {shape}")
-            found[name] = (shape, head.scalar(4), head.scalar(10))
+            described[name] = (shape, head.scalar(4), head.scalar(10))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ImportMalformed(path, f"has alignment {alignment!r}")
         base = -(-file.tell() // alignment) * alignment
-    return Gguf(path, metadata, {n: Tensor(shape, kind, base + at) for n, (shape, kind, at) in found.items()})
+    tensors = {name: GgufTensor(shape, kind, base + offset) for name, (shape, kind, offset) in described.items()}
+    return Gguf(path, metadata, tensors)
 
 
 @dataclass
 class _Head:
-    """Values one after the other; a length is checked before anything of that length is read."""
+    """Reads value after value; a length is checked before anything of that length is read."""
 
     file: BinaryIO
     path: Path
@@ -120,7 +121,7 @@ class _Head:
     def take(self, size: int) -> bytes:
         data = self.file.read(size)
         if len(data) != size:
-            raise ImportMalformed(self.path, f"breaks off at byte {self.file.tell()}")
+            raise ImportMalformed(self.path, f"is truncated at byte {self.file.tell()}")
         return data
 
     def scalar(self, kind: int) -> Any:
@@ -133,7 +134,7 @@ class _Head:
             raise ImportMalformed(self.path, f"has a string of {length} bytes at byte {self.file.tell()}")
         self.text_bytes += length
         if self.text_bytes > MAX_TEXT_BYTES:
-            raise ImportTooLarge(self.path, f"describes itself in more than {MAX_TEXT_BYTES:,} bytes")
+            raise ImportTooLarge(self.path, f"has more than {MAX_TEXT_BYTES:,} bytes of strings")
         return self.take(length).decode(errors="replace")
 
     def value(self, kind: int) -> Any:

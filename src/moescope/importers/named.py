@@ -1,7 +1,7 @@
-"""Tables with named columns, as many loggers write them: JSON lines, CSV or Parquet; a row is a token in a layer.
+"""Tables with named columns, as many loggers write them: JSON lines, CSV or Parquet; one row per token and layer.
 
-A row holds a token's experts of a layer as a list, or, in long form, one expert. Names are looked up among those that
-loggers use (`NAMES`), or given. A document is told by its domain and its own field; without one, by its file.
+A row holds a token's experts of a layer as a list or, in long form, a single expert. Names are looked up among those
+that loggers use (`NAMES`), or given. A document is identified by domain and document field, or else by its file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 
 from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers import parquet_probe
-from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
-from moescope.importers.events import UNKNOWN, Documents, Event, Meaning, batches, gather
+from moescope.importers.documents import NO_MODEL, ModelFacts, TokenDocument
+from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
 from moescope.importers.files import decode, find, lines, number, real, rows, stem
 from moescope.importers.findings import Findings, Options
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    what: tuple(names.split())
-    for what, names in {
+    content: tuple(names.split())
+    for content, names in {
         "experts": "experts selected_experts expert_ids topk_experts topk_ids top_experts expert_indices",
         "expert": "expert expert_id expert_idx",
         "weights": "weights gating_probs gate_weights routing_weights topk_weights selected_probs scores probs",
@@ -43,43 +43,43 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "phase": "phase is_decode",
     }.items()
 }
-"""Names of a field in files, the preferred first."""
+"""Names of a field in files, in order of preference."""
 
 PHASE_WORDS = {"prefill": 0, "prompt": 0, "decode": 1, "generation": 1, "0": 0, "1": 1, "false": 0, "true": 1}
-MAX_EVENT_BYTES = 1 << 20
+MAX_EVENT_BYTES = 1 << 20  # a row has the choices of one token in one layer, and perhaps its logits
 MAX_CHOICES = 1024
 BATCH_ROWS = 1 << 12
 MAX_PARQUET_BYTES = 3 << 29
-"""Memory in which a file of Parquet must be decodable."""
+"""Memory in which a Parquet file must be decodable: 1.6 GB, of the 2 GB of an import."""
 
 _NUMBER = re.compile(r"[-+0-9.eE]+|nan|NaN|inf")
 
 Row = Mapping[str, Any]
 
 
-def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
-    """Documents of JSON lines, an object a row.
+def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
+    """Documents of JSON lines, one object per row.
 
     Raises:
-        ForeignTraceError: A row is no row of routing.
+        ForeignTraceError: A row is not a row of routing.
     """
     yield from _read(find(paths), _json_rows, options, findings)
 
 
-def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
-    """Documents of CSV with a header; a list in a cell is numbers with anything between them.
+def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
+    """Documents of CSV with a header; a list in a cell is numbers with any separators.
 
     Raises:
-        ForeignTraceError: A row is no row of routing.
+        ForeignTraceError: A row is not a row of routing.
     """
     yield from _read(find(paths), _csv_rows, options, findings)
 
 
-def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """Documents of Parquet files, their row groups read one at a time.
 
     Raises:
-        ForeignTraceError: A row is no row of routing.
+        ForeignTraceError: A row is not a row of routing.
     """
     given = options.fields.values()
     yield from _read(find(paths, "*.parquet"), lambda path: parquet_rows(path, given), options, findings)
@@ -95,7 +95,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     place, header = next(table, (str(path), []))
     names = [name.strip() for name in header]
     if len(set(names)) != len(names) or not names:
-        raise ImportMalformed(place, "is no header: a column comes twice, or there is none")
+        raise ImportMalformed(place, "is not a header: a column occurs twice, or there is none")
     for place, cells in table:
         if len(cells) != len(names):
             raise ImportMalformed(place, f"has {len(cells)} cells, expected {len(names)}")
@@ -103,21 +103,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def parquet_rows(path: Path, wanted: Iterable[str] = ()) -> Iterator[tuple[str, Row]]:
-    """Place and values of each row of a Parquet file, of the columns that importers know or that are wanted."""
+    """Place and values of each row of a Parquet file, for the columns that importers know or that are wanted."""
     known = sorted({name for names in NAMES.values() for name in names} | set(wanted))
     command = [sys.executable, "-P", parquet_probe.__file__, str(path), str(MAX_PARQUET_BYTES), str(BATCH_ROWS), *known]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode:
-        why = " ".join(done.stderr.decode(errors="replace").split())[-300:] or f"the decoder ended by {done.returncode}"
-        raise ImportMalformed(path, f"cannot be decoded as Parquet within {MAX_PARQUET_BYTES:,} bytes: {why}")
+    probe = subprocess.run(command, capture_output=True, check=False)
+    if probe.returncode:
+        message = " ".join(probe.stderr.decode(errors="replace").split())[-300:]
+        reason = message or f"the decoder ended with {probe.returncode}"
+        raise ImportMalformed(path, f"cannot be decoded as Parquet within {MAX_PARQUET_BYTES:,} bytes: {reason}")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             columns = [name for name in file.schema_arrow.names if name in known]
-            at = 0
+            index = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
-                    yield f"{path}, row {at}", row
-                    at += 1
+                    yield f"{path}, row {index}", row
+                    index += 1
     except (OSError, ValueError, KeyError, TypeError, OverflowError, pa.ArrowException) as error:
         raise ImportMalformed(path, f"cannot be read as Parquet: {str(error)[:200]}") from None
 
@@ -127,8 +128,8 @@ def _read(
     read_rows: Callable[[Path], Iterator[tuple[str, Row]]],
     options: Options,
     findings: Findings,
-) -> Generator[RoutedDocument, None, None]:
-    """One table after the other; documents do not reach across files."""
+) -> Generator[TokenDocument, None, None]:
+    """One table after the other; documents do not span files."""
     for path in paths:
         table = read_rows(path)
         first = next(table, None)
@@ -139,14 +140,14 @@ def _read(
 
 
 def chain(first: tuple[str, Row], rest: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-    """The first row again before the rest."""
+    """The first row, then the rest."""
     yield first
     yield from rest
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; the empty name if none does."""
+    """Name of the column for each content; empty if there is none."""
 
     experts: str = ""
     expert: str = ""
@@ -163,42 +164,40 @@ class Columns:
 
 
 def find_columns(place: str, row: Row, options: Options, findings: Findings) -> Columns:
-    """Look the columns up by the names that are used for them.
+    """Find the columns by their known names.
 
     Raises:
         ImportIncomplete: No column holds the experts, the layer or the token.
     """
-    found: dict[str, str] = {}
-    for what, names in NAMES.items():
-        here = [name for name in names if name in row]
-        if what in options.fields:
-            given = options.fields[what]
+    columns: dict[str, str] = {}
+    for content, names in NAMES.items():
+        present = [name for name in names if name in row]
+        if content in options.fields:
+            given = options.fields[content]
             if given not in row:
-                raise ImportIncomplete(place, f"has no column {given!r} for {what}", f"it has {', '.join(row)[:200]}")
-            here = [given]
-        if here:
-            found[what] = here[0]
-        if len(here) > 1:
-            findings.warn(f"{what} was read from {here[0]!r}; also there: {', '.join(map(repr, here[1:]))}")
-    if "experts" in found and not isinstance(row[found["experts"]], list | str):
-        found.setdefault("expert", found["experts"])  # long form under the name of a list
-        del found["experts"]
-    for what in ("expert", "layer", "token"):
-        if what not in found and not (what == "expert" and "experts" in found):
+                raise ImportIncomplete(
+                    place, f"has no column {given!r} for {content}", f"it has {', '.join(row)[:200]}"
+                )
+            present = [given]
+        if present:
+            columns[content] = present[0]
+        if len(present) > 1:
+            findings.warn(f"{content} was read from {present[0]!r}; also present: {', '.join(map(repr, present[1:]))}")
+    if "experts" in columns and not isinstance(row[columns["experts"]], list | str):
+        columns.setdefault("expert", columns["experts"])  # long form under the name of a list
+        del columns["experts"]
+    for content in ("expert", "layer", "token"):
+        if content not in columns and not (content == "expert" and "experts" in columns):
             raise ImportIncomplete(
                 place,
-                f"has no column for {what}: none of {', '.join(NAMES[what])}",
-                f"--field {what}=NAME says it; the columns are {', '.join(row)[:200]}",
+                f"has no column for {content}: none of {', '.join(NAMES[content])}",
+                f"give it with --field {content}=NAME; the columns are {', '.join(row)[:200]}",
             )
-    if "experts" in found:
-        found.pop("expert", None)
-        found.pop("weight", None)
-        found.pop("slot", None)
-    else:
-        found.pop("weights", None)
-    if "document" not in found:
-        findings.warn("no column tells documents apart: each file was taken to be one; --field document=NAME says it")
-    return Columns(**found)
+    for content in ("expert", "weight", "slot") if "experts" in columns else ("weights",):
+        columns.pop(content, None)
+    if "document" not in columns:
+        findings.warn("no column separates documents: each file was taken to be one; --field document=NAME names it")
+    return Columns(**columns)
 
 
 def read_events(
@@ -208,11 +207,11 @@ def read_events(
     options: Options,
     findings: Findings,
     *,
-    model: Model = NO_MODEL,
+    model: ModelFacts = NO_MODEL,
     ranked: bool = False,
-) -> Generator[RoutedDocument, None, None]:
-    """Gather the rows of a table to documents."""
-    documents = Documents()
+) -> Generator[TokenDocument, None, None]:
+    """Gather the rows of a table into documents."""
+    documents = DocumentNumbers()
     weights = bool(columns.weights or columns.weight)
     events = _events(path, table, columns, documents, options, findings)
     yield from gather(batches(events), documents, Meaning(weights, ranked, model), findings)
@@ -222,7 +221,7 @@ def _events(
     path: Path,
     table: Iterable[tuple[str, Row]],
     columns: Columns,
-    documents: Documents,
+    documents: DocumentNumbers,
     options: Options,
     findings: Findings,
 ) -> Iterator[Event]:
@@ -259,7 +258,7 @@ def _events(
             continue
         if columns.slot:
             slot = number(row.get(columns.slot), place, columns.slot, high=MAX_CHOICES)
-        else:  # rows of a token in a layer follow each other
+        else:  # rows of a token in a layer are adjacent
             cell = (document, token, layer)
             slot = unslotted.get(cell, -1) + 1
             if slot >= MAX_CHOICES:
@@ -277,7 +276,7 @@ def _label(value: Any, place: str) -> str:
     if type(value) is str and len(value) <= 1000:
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float) or len(str(value)) > 1000:
-        raise ImportMalformed(place, f"has {str(value)[:40]!r} where a document or domain is named")
+        raise ImportMalformed(place, f"has {str(value)[:40]!r} as the name of a document or domain")
     return str(value)
 
 
@@ -289,7 +288,7 @@ def _phase(value: Any, place: str) -> int:
 
 
 def _list(value: Any, place: str, what: str) -> Sequence[Any]:
-    """A list, or the numbers in a cell of text."""
+    """A list, or the numbers in a text cell."""
     if isinstance(value, list):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -300,9 +299,9 @@ def _list(value: Any, place: str, what: str) -> Sequence[Any]:
 
 
 def _check_logits(value: Any, place: str, findings: Findings) -> None:
-    """Values called logits that are not below 0 and sum to 1 are probabilities."""
+    """Values called logits that are non-negative and sum to 1 are probabilities."""
     numbers = [real(item, place, "logits") for item in _list(value, place, "logits")]
     if len(numbers) > 1 and min(numbers) >= 0 and abs(sum(numbers) - 1) < 1e-3:
-        findings.count("rows call logits what sums to 1 and is probabilities; they were left out")
+        findings.count("rows have logits that sum to 1, which are probabilities; they were left out")
     else:
         findings.warn("router logits were left out: a trace holds gate weights as executed")

@@ -1,7 +1,7 @@
-"""Decode a Parquet file and keep nothing of it, within a limit of memory: run as a program.
+"""Decode a Parquet file within a memory limit and discard the result: run as a program.
 
-Arrow's decoder ends the whole process on some damaged files, and a file of a few kilobytes can describe gigabytes. So a
-foreign file is decoded here first, in a process of its own; what kills this one is never given to the importer.
+Arrow's decoder crashes the whole process on some damaged files, and a few kilobytes can expand to gigabytes. Foreign
+files are therefore decoded here first, in a process of their own; a file that kills it never reaches the importer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def probe(path: str, max_bytes: int, columns: list[str], batch_rows: int) -> Non
         wanted = [name for name in file.schema_arrow.names if name in columns]
         for batch in file.iter_batches(batch_rows, columns=wanted, use_threads=False):
             batch.validate(full=True)
-            if batch.nbytes > max_bytes // 16:  # as Python objects it takes some nine times as much
+            if batch.nbytes > max_bytes // 16:  # Python objects take some nine times as much
                 raise MemoryError(f"{batch.num_rows} rows take {batch.nbytes} bytes")
 
 

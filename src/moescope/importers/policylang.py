@@ -1,7 +1,7 @@
-"""Traces of moe-policylang: a header line, then ``p, t, l, e, s`` a line; or Parquet with the same columns.
+"""Traces of moe-policylang: a header line, then ``p, t, l, e, s`` per line; or Parquet with the same columns.
 
 ``p`` is the prompt (a document), ``t`` the token, ``l`` the layer, ``e`` the chosen experts, ``s`` their scores, which
-may be missing or null; an older recorder has no ``p``, and a trace is one document.
+may be missing or null. Older versions write no ``p``; then a trace is one document.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from moescope.errors import ImportIncomplete, ImportMalformed
-from moescope.importers.documents import Model, RoutedDocument
+from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.files import decode, find, lines
 from moescope.importers.findings import Findings, Options
 from moescope.importers.named import MAX_EVENT_BYTES, Columns, Row, chain, parquet_rows, read_events
@@ -35,11 +35,11 @@ class _Header(msgspec.Struct):
     num_entries: int | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
-    """One document a prompt.
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
+    """One document per prompt.
 
     Raises:
-        ForeignTraceError: A file is something else, or has another number of entries than its header says.
+        ForeignTraceError: A file is something else, or has a different number of entries than its header states.
     """
     for path in find(paths):
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             place, line = next(lines(path, MAX_EVENT_BYTES), (str(path), b""))
             header = decode(line, _Header, place)
             if header == _Header():
-                raise ImportMalformed(place, "is no header with model_name, num_layers, num_experts and top_k")
+                raise ImportMalformed(place, "is not a header with model_name, num_layers, num_experts and top_k")
             table = _entries(path, header)
         first = next(table, None)
         if first is None:
@@ -65,31 +65,29 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             layer=_needed("l", first),
             document=_name("p", first[1]),
         )
-        model = Model(header.model_name, header.num_experts, header.top_k, header.num_layers)
+        model = ModelFacts(header.model_name, header.num_experts, header.top_k, header.num_layers)
         if scores is not None:
-            findings.warn(
-                "the scores are as the recorder calls them; whether they are gate weights as executed is not said"
-            )
+            findings.warn("scores were taken as gate weights; the file does not state whether they are those executed")
         yield from read_events(path, chain(first, table), columns, options, findings, model=model)
 
 
-def _name(what: str, row: Row) -> str:
-    return next((name for name in _LONG[what] if name in row), "")
+def _name(key: str, row: Row) -> str:
+    return next((name for name in _LONG[key] if name in row), "")
 
 
-def _needed(what: str, first: tuple[str, Row]) -> str:
-    name = _name(what, first[1])
+def _needed(key: str, first: tuple[str, Row]) -> str:
+    name = _name(key, first[1])
     if not name:
-        raise ImportIncomplete(first[0], f"has no field {what!r}", f"it has {', '.join(first[1])[:200]}")
+        raise ImportIncomplete(first[0], f"has no field {key!r}", f"it has {', '.join(first[1])[:200]}")
     return name
 
 
 def _entries(path: Path, header: _Header) -> Iterator[tuple[str, dict[str, Any]]]:
-    found = 0
+    entries = 0
     table = lines(path, MAX_EVENT_BYTES)
     next(table)
     for place, line in table:
         yield place, decode(line, dict[str, Any], place)
-        found += 1
-    if header.num_entries is not None and header.num_entries != found:
-        raise ImportMalformed(path, f"has {found} entries, its header says {header.num_entries}", "is it whole?")
+        entries += 1
+    if header.num_entries is not None and header.num_entries != entries:
+        raise ImportMalformed(path, f"has {entries} entries, its header says {header.num_entries}", "is it truncated?")

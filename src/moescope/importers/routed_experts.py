@@ -1,8 +1,8 @@
 """Routed experts that SGLang and vLLM return with an answer: raw, base64, ``.npy``, or the JSON of their HTTP servers.
 
-A document is an answer, one sequence: its prompt, then what was generated. The last generated token was never read by
-the model, so there is a row less than tokens. Neither program says where a layer is dense: it reads as zeros (vLLM up
-to 0.21 also leaves dense layers out, and marks tokens of cached prefixes by -1).
+A document is an answer, one sequence: its prompt, then what was generated. The last generated token was never an
+input of the model, so there is one row less than tokens. Neither program marks dense layers: they are zeros (vLLM up to
+0.21 instead omits dense layers, and marks tokens of cached prefixes with -1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, Model, RoutedDocument, integers
+from moescope.importers.documents import Ids, ModelFacts, TokenDocument, integers
 from moescope.importers.files import MAX_RESPONSE_BYTES, find, npy, objects, stem, whole
 from moescope.importers.findings import Findings, Options
 
@@ -53,7 +53,7 @@ class _Extension(msgspec.Struct):
     routed_experts: Routes = None
 
 
-class _Choice(msgspec.Struct):
+class _AnswerChoice(msgspec.Struct):
     routed_experts: Routes = None
     meta_info: _MetaInfo | None = None
     token_ids: list[TokenId] | None = None
@@ -61,9 +61,9 @@ class _Choice(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
-    """The fields read of an answer of either server; all others are skipped."""
+    """The fields read from an answer of either server; all others are skipped."""
 
-    choices: list[_Choice] = []
+    choices: list[_AnswerChoice] = []
     meta_info: _MetaInfo | None = None
     sglext: _Extension | None = None
     usage: _Usage | None = None
@@ -75,11 +75,11 @@ class _Response(msgspec.Struct):
     output_ids: list[TokenId] | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
-    """One document an answer.
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
+    """One document per answer.
 
     Raises:
-        ForeignTraceError: A file is none of these, or its array cannot be right.
+        ForeignTraceError: A file is none of these, or its array is invalid.
     """
     for path in find(paths):
         domain = options.domain or stem(path)
@@ -99,12 +99,12 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
 
 def _answers(
     place: str, response: _Response, domain: str, options: Options, findings: Findings
-) -> Generator[RoutedDocument, None, None]:
-    """The documents of one response, a choice each."""
-    found = 0
+) -> Generator[TokenDocument, None, None]:
+    """The documents of one response, one per choice."""
+    documents = 0
     name = response.model or ""
     usage = response.usage or _Usage()
-    choices = response.choices or [_Choice()]
+    choices = response.choices or [_AnswerChoice()]
     for index, choice in enumerate(choices):
         where = f"{place}, choice {index}" if len(choices) > 1 else place
         meta = choice.meta_info or response.meta_info or _MetaInfo()
@@ -117,19 +117,19 @@ def _answers(
         if response.prompt_routed_experts is not None:
             first = _routes(response.prompt_routed_experts, where, options)
             if ids is not None and ids.size and ids.shape[1:] != first.shape[1:]:
-                raise ImportMalformed(where, f"routes its prompt as {first.shape}, what it generated as {ids.shape}")
+                raise ImportMalformed(where, f"has routes {first.shape} for its prompt, {ids.shape} for the rest")
             if num_prompt is not None and len(first) != num_prompt:
                 raise ImportMalformed(where, f"has {len(first)} rows for a prompt of {num_prompt} tokens")
             num_prompt = len(first)
             ids = first if ids is None or not ids.size else np.concatenate([first, ids])
         if ids is None:
             continue
-        found += 1
+        documents += 1
         tokens = None if prompt is None or output is None else np.array([*prompt, *output], np.int64)
         completion = len(output) if output is not None else meta.completion_tokens or usage.completion_tokens
         total = None if num_prompt is None or completion is None else num_prompt + completion
         yield _document(where, domain, ids, options, tokens, num_prompt, total, name, findings)
-    if not found:
+    if not documents:
         raise ImportMalformed(place, "has no routed_experts", "was the server started to return routed experts?")
 
 
@@ -161,7 +161,7 @@ def _decoded(text: str, place: str) -> bytes:
 
 
 def _array(data: bytes, place: str, options: Options) -> Ids:
-    """Bytes as an array (row, layer, choice): a ``.npy``, or int32 whose shape only the user knows."""
+    """Bytes as an array (row, layer, choice): a ``.npy``, or int32 with a shape that the user gives."""
     if data.startswith(b"\x93NUMPY"):
         array: NDArray[Any] = npy(data, place)
         if array.dtype.kind not in "iu":
@@ -174,7 +174,7 @@ def _array(data: bytes, place: str, options: Options) -> Ids:
         if len(data) % (4 * top_k * num_layers):
             raise ImportMalformed(
                 place,
-                f"has {len(data)} bytes, no multiple of 4 bytes x {num_layers} layers x {top_k} choices",
+                f"has {len(data)} bytes, not a multiple of 4 bytes x {num_layers} layers x {top_k} choices",
                 "are --num-layers and --top-k those of the model?",
             )
         array = np.frombuffer(data, "<i4").reshape(-1, num_layers, top_k)
@@ -200,13 +200,13 @@ def _document(
     num_tokens: int | None = None,
     model: str = "",
     findings: Findings | None = None,
-) -> RoutedDocument:
-    """One answer; rows are counted back from the last token that was read."""
+) -> TokenDocument:
+    """One answer; rows are counted back from the last token that was an input."""
     rows, num_layers, top_k = ids.shape
     if options.layers is not None and options.num_layers is None and num_layers != len(options.layers):
         raise ImportMalformed(place, f"has {num_layers} layers, --layers names {len(options.layers)}")
-    if num_layers > 1024 or top_k > 1024:
-        raise ImportMalformed(place, f"has the shape {ids.shape}, expected (token, layer, choice)")
+    if num_layers > 1024 or top_k > 1024:  # far beyond any model: its dimensions are in another order
+        raise ImportMalformed(place, f"has shape {ids.shape}, expected (token, layer, choice)")
     indices: Sequence[int] = range(num_layers)
     if options.layers is not None:
         if num_layers == len(options.layers):
@@ -218,33 +218,33 @@ def _document(
             )
     elif options.num_layers not in (None, num_layers):
         raise ImportMalformed(
-            place, f"has {num_layers} layers, expected {options.num_layers}", "--layers says which of them are routed"
+            place, f"has {num_layers} layers, expected {options.num_layers}", "give the routed layers with --layers"
         )
-    phase, chosen = None, None
+    phase, known_ids = None, None
     if num_tokens is not None:
         if rows > num_tokens:
             raise ImportMalformed(place, f"has {rows} rows for {num_tokens} tokens, expected {num_tokens - 1}")
         first = max(0, num_tokens - 1 - rows)
         if findings is not None and rows != num_tokens - 1:
             findings.count(
-                "answers have a row for their last token, too"
+                "answers have a row for their last token as well"
                 if rows == num_tokens
                 else "answers lack rows of their first tokens"
             )
         if token_ids is not None and len(token_ids) == num_tokens:
-            chosen = token_ids[first : first + rows]
+            known_ids = token_ids[first : first + rows]
         if num_prompt is not None:
             phase = (np.arange(first, first + rows) >= num_prompt).astype(np.uint8)
     wanted = set(options.layers) if options.layers is not None else set(indices)
-    expert_ids = {layer: ids[:, at] for at, layer in enumerate(indices) if layer in wanted}
-    return RoutedDocument(
+    expert_ids = {layer: ids[:, index] for index, layer in enumerate(indices) if layer in wanted}
+    return TokenDocument(
         place,
         domain,
         expert_ids,
         {},
-        chosen,
+        known_ids,
         None,
         phase,
         zero_is_dense=options.layers is None,
-        model=Model(model, num_layers=options.num_layers),
+        model=ModelFacts(model, num_layers=options.num_layers),
     )

@@ -1,6 +1,6 @@
-"""Documents of tokens on their way to a trace: every check that routing allows is made here, once, for all formats.
+"""Documents of tokens assembled to a trace: all checks of routing are made here, once, for all formats.
 
-Unit: a token. What cannot be right is refused; what looks odd is imported and noted.
+Unit: a token. Invalid input is refused; unusual input is imported with a warning.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly, spans
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
 
-PART_TOKENS = 65_536
+PART_TOKENS = 65_536  # as in a recording
 PART_CELLS = 1 << 24
-"""Assignments after which a part is closed although it has fewer tokens."""
+"""Assignments after which a part is closed although it has fewer tokens: 32 MB of int16."""
 MAX_DOCUMENT_CELLS = 1 << 26
-"""Assignments of one document, which must be held in memory."""
+"""Assignments of one document, which must be held in memory: 256 MB of int32, as much of weights."""
 MAX_DOCUMENT_TOKENS = 1 << 22
-MAX_PIECES = 1 << 21
+MAX_PIECES = 1 << 21  # several times the largest vocabularies
 REPEATED_ROWS = 1000
-"""Identical tokens in a row that look like a warm-up."""
+"""Identical tokens in a row that suggest a warm-up: text does not route so many alike."""
 
 
 @dataclass
 class _LayerFacts:
-    """What was seen of a layer so far.
+    """What is known of a layer so far.
 
     Attributes:
         largest: Largest id; -1 if there is none.
-        zero_rows: Tokens of which every id is zero, which is no routing.
-        width: Slots used: the last that holds an expert of any token, and one.
+        zero_rows: Tokens whose ids are all zero, which is not routing.
+        width: Slots used: one more than the last that holds an expert of any token.
         filled: Tokens by the number of their experts, shape (number,).
     """
 
@@ -46,16 +46,16 @@ class _LayerFacts:
 
     def add(self, chosen: NDArray[np.int64]) -> None:
         """Count tokens by how many experts each has."""
-        found = np.bincount(chosen, minlength=len(self.filled))
-        found[: len(self.filled)] += self.filled
-        self.filled = found
+        filled = np.bincount(chosen, minlength=len(self.filled))
+        filled[: len(self.filled)] += self.filled
+        self.filled = filled
 
 
 @dataclass
 class Tokens(Assembly):
     """Documents of tokens."""
 
-    _waiting: list[RoutedDocument] = field(default_factory=list)
+    _waiting: list[TokenDocument] = field(default_factory=list)
     _tokens: int = 0
     _widths: dict[int, int] = field(default_factory=dict)
     _largest_part: int = 0
@@ -75,11 +75,11 @@ class Tokens(Assembly):
     _repeated_place: str = ""
     _last: dict[int, NDArray[Any]] = field(default_factory=dict)
 
-    def add(self, document: RoutedDocument | CountedDocument) -> None:
+    def add(self, document: TokenDocument | CountedDocument) -> None:
         """Take the next document."""
         place = document.place
-        if not isinstance(document, RoutedDocument):
-            raise ImportMalformed(place, "holds counts, and what came before holds tokens", "import them one by one")
+        if not isinstance(document, TokenDocument):
+            raise ImportMalformed(place, "holds counts, but earlier documents hold tokens", "import them separately")
         self.learn(document.model, place)
         wanted = {layer: ids for layer, ids in document.expert_ids.items() if self.takes(layer, place)}
         if len(wanted) < len(document.expert_ids):
@@ -93,7 +93,7 @@ class Tokens(Assembly):
         for layer, shape in shapes.items():
             if len(shape) != 2 or shape[0] != num_tokens or not 1 <= shape[1] <= 4096:
                 raise ImportMalformed(
-                    f"{place}, layer {layer}", f"ids have the shape {shape}, expected ({num_tokens}, choices)"
+                    f"{place}, layer {layer}", f"ids have shape {shape}, expected ({num_tokens}, choices)"
                 )
         cells = num_tokens * sum(width for _, width in shapes.values())
         if cells > MAX_DOCUMENT_CELLS or num_tokens > MAX_DOCUMENT_TOKENS:
@@ -124,7 +124,7 @@ class Tokens(Assembly):
             self._flush()
 
     def _flush(self) -> None:
-        """Join the waiting documents to one part, check it and put it aside."""
+        """Join the waiting documents to one part, check and store it."""
         documents, self._waiting = self._waiting, []
         lengths = np.array([next(iter(d.expert_ids.values())).shape[0] for d in documents])
         ends = np.cumsum(lengths)
@@ -190,7 +190,7 @@ class Tokens(Assembly):
     def _joined(
         self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places
     ) -> NDArray[Any]:
-        """Ids of one layer, shape (token, choice); -1 where a document says nothing. Ids beyond bounds are refused."""
+        """Ids of one layer, shape (token, choice); -1 where a document lacks it. Ids out of bounds are refused."""
         width = max(block.shape[1] for block in blocks if block is not None)
         highest = (self.model.num_experts or 2**16) - 1
         ids = np.full((int(lengths.sum()), width), -1, np.int16 if highest < 2**15 else np.int32)
@@ -201,17 +201,17 @@ class Tokens(Assembly):
                 continue
             if block.min() < -1 or block.max() > highest:
                 row = int(np.flatnonzero((block < -1).any(axis=1) | (block > highest).any(axis=1))[0])
-                bad = next(int(i) for i in block[row] if not -1 <= i <= highest)
+                wrong_id = next(int(expert) for expert in block[row] if not -1 <= expert <= highest)
                 raise ImportMalformed(
                     f"{places.at(end - length + row)}, layer {layer}",
-                    f"has expert id {bad}, expected 0 to {highest}",
-                    "is the number of experts right, and are shared experts counted among the ids?",
+                    f"has expert id {wrong_id}, expected 0 to {highest}",
+                    "is the number of experts right, and do the ids include shared experts?",
                 )
             ids[end - length : end, : block.shape[1]] = block
         return ids
 
     def _check_ids(self, layer: int, ids: NDArray[Any], places: _Places, zero_is_dense: bool) -> NDArray[np.bool_]:
-        """Refuse an expert chosen twice; return which rows are nothing but zeros, and were no routing."""
+        """Refuse an expert chosen twice; return which rows are all zeros and therefore not routing."""
         facts = self._layers[layer]
         zero = np.zeros(len(ids), bool)
         used = np.flatnonzero((ids >= 0).any(axis=0))
@@ -219,7 +219,7 @@ class Tokens(Assembly):
         if self.model.top_k is not None and width > self.model.top_k:
             raise ImportMalformed(
                 f"{places.at(int(np.flatnonzero(ids[:, width - 1] >= 0)[0]))}, layer {layer}",
-                f"has {width} experts a token, expected {self.model.top_k}",
+                f"has {width} experts per token, expected {self.model.top_k}",
             )
         if ids.shape[1] > 1 and width:
             ordered = np.sort(ids[:, :width], axis=1)
@@ -242,7 +242,7 @@ class Tokens(Assembly):
         return zero
 
     def _order_by_weight(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
-        """Put choices in order of gate weight, the largest first, where they are not."""
+        """Sort choices by gate weight, the largest first, where they are not sorted."""
         for layer in layers:
             weights, ids = arrays[f"W{layer}"], arrays[f"L{layer}"]
             if not np.isfinite(weights).all():
@@ -260,7 +260,7 @@ class Tokens(Assembly):
                 order = np.argsort(-weights[rows], axis=1, kind="stable")
                 weights[rows] = np.take_along_axis(weights[rows], order, axis=1)
                 ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
-                self.findings.count("(token, layer) rows were put in order of gate weight", len(rows))
+                self.findings.count("(token, layer) rows were sorted by gate weight", len(rows))
 
     def _find_repeats(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
         """Count tokens that are routed exactly like the one before them, in long runs."""
@@ -277,9 +277,9 @@ class Tokens(Assembly):
             return
         self._end_run(int(breaks[0]))
         runs = np.diff(np.append(breaks, len(same)))
-        for at in np.flatnonzero(runs[:-1] >= REPEATED_ROWS):
-            self._run, self._run_place = 0, places.at(int(breaks[at]))
-            self._end_run(int(runs[at]))
+        for run in np.flatnonzero(runs[:-1] >= REPEATED_ROWS):
+            self._run, self._run_place = 0, places.at(int(breaks[run]))
+            self._end_run(int(runs[run]))
         self._run, self._run_place = int(runs[-1]), places.at(int(breaks[-1]))
 
     def _end_run(self, more: int = 0) -> None:
@@ -289,7 +289,7 @@ class Tokens(Assembly):
         self._run = 0
 
     def finish(self, name: str) -> Header:
-        """Close the last part; the header, now that everything is known."""
+        """Close the last part and return the header, now that everything is known."""
         if self._waiting:
             self._flush()
         if not self._rows:
@@ -307,7 +307,7 @@ class Tokens(Assembly):
         if self._any_token_ids and not self._token_ids:
             self.findings.warn("token ids were left out: not every document has them")
         if self._any_phases and not self._phases:
-            self.findings.warn("phases were left out: not every document tells prefill and decode apart")
+            self.findings.warn("phases were left out: not every document distinguishes prefill and decode")
         num_experts = self.count_experts(max(self._layers[layer].largest for layer in kept))
         ranked = self._weights or self._ranked or self.options.ranked
         if not ranked:
@@ -319,13 +319,13 @@ class Tokens(Assembly):
             facts = self._layers[index]
             top_k = self.model.top_k or facts.width
             if top_k > num_experts:
-                raise ImportMalformed(f"{name}, layer {index}", f"has {top_k} experts a token, of {num_experts}")
+                raise ImportMalformed(f"{name}, layer {index}", f"has {top_k} experts per token, of {num_experts}")
             missing = self._rows - (int(facts.filled[top_k]) if top_k < len(facts.filled) else 0)
             if missing:
-                none = self._rows - int(facts.filled[1:].sum())
+                without = self._rows - int(facts.filled[1:].sum())
                 self.findings.warn(
                     f"layer {index}: {missing:,} of {self._rows:,} tokens have fewer than {top_k} experts"
-                    + (f", {none:,} of them none" if none else "")
+                    + (f", {without:,} of them none" if without else "")
                     + "; what is missing is recorded as assignments that ran no expert"
                 )
             if facts.largest == 0 and num_experts > 1:
@@ -348,18 +348,17 @@ class Tokens(Assembly):
         )
 
     def _routed_layers(self, name: str) -> list[int]:
-        """Layers that have routing; those of nothing but padding or zeros are left out, and told of."""
-        silent = sorted(layer for layer, facts in self._layers.items() if facts.largest < 0)
-        dense = [layer for layer in silent if self._layers[layer].zero_rows]
-        empty = [layer for layer in silent if not self._layers[layer].zero_rows]
+        """Layers that have routing; those of padding or zeros only are left out, with a warning."""
+        unrouted = sorted(layer for layer, facts in self._layers.items() if facts.largest < 0)
+        dense = [layer for layer in unrouted if self._layers[layer].zero_rows]
+        empty = [layer for layer in unrouted if not self._layers[layer].zero_rows]
         if empty:
             self.findings.warn(f"layers {spans(empty)} hold padding only and were left out as dense")
         if dense:
             self.findings.warn(
-                f"layers {spans(dense)} are zero everywhere, which is how these programs write "
-                "dense layers, and were left out"
+                f"layers {spans(dense)} are zero everywhere, as these programs write dense layers, and were left out"
             )
-        kept = sorted(set(self._layers) - set(silent))
+        kept = sorted(set(self._layers) - set(unrouted))
         for layer in kept:
             extra = self._layers[layer].zero_rows - self._zero_everywhere
             if extra > 0:
@@ -374,7 +373,7 @@ class Tokens(Assembly):
         return kept
 
     def parts(self, header: Header) -> Iterator[tuple[Part, dict[str, Any]]]:
-        """The parts that were put aside, as the header says."""
+        """The stored parts, in the form that the header declares."""
         names = tuple(self.domains)
         for arrays in self.spool:
             starts, document = arrays["starts"], arrays["document"]
@@ -404,7 +403,7 @@ class Tokens(Assembly):
 
 @dataclass(frozen=True)
 class _Places:
-    """Which document a row of a part is of."""
+    """The document of each row of a part."""
 
     names: list[str]
     ends: NDArray[np.int64]
@@ -415,7 +414,7 @@ class _Places:
 
 
 def _of_width(values: NDArray[Any] | None, rows: int, width: int, fill: int) -> NDArray[Any]:
-    """A layer's columns, cut or filled to `width`."""
+    """A layer's columns, truncated or padded to `width`."""
     if values is None:
         return np.full((rows, width), fill, np.int32 if fill else np.float32)
     if values.shape[1] >= width:

@@ -1,9 +1,9 @@
-"""A file of ``torch.save``, read without torch and without unpickling: plain values and dense tensors, nothing else.
+"""A file of ``torch.save``, read without torch and without unpickling: plain values and dense tensors only.
 
 Such a file is a zip: ``data.pkl`` describes the values, ``data/0`` and so on hold the numbers. The description is a
-pickle, a program for a stack machine that may call any function of Python. We interpret the few instructions that
+pickle, a program for a stack machine that can call any Python function. We interpret the few instructions that
 ``torch.save`` needs for dictionaries, lists, numbers, strings and tensors ourselves; any other instruction, and any
-global but the handful below, ends in an error. So nothing of the file is ever called, and torch is not needed.
+global but the few below, is an error. Nothing in the file is ever called, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from moescope.errors import ImportMalformed, ImportTooLarge
 
 MAX_DESCRIPTION_BYTES = 1 << 26
-MAX_STEPS = 1 << 23
-MAX_CONTAINERS = 1 << 20
+MAX_STEPS = 1 << 23  # as many strings take 256 MB
+MAX_CONTAINERS = 1 << 20  # an empty one takes 64 bytes, which one byte of description can create
 MAX_MEMBERS = 1 << 20
-MAX_DIRECTORY_BYTES = 1 << 25
+MAX_DIRECTORY_BYTES = 1 << 25  # Python's zipfile holds the list in memory, several times this size
 MAX_TENSOR_BYTES = 1 << 28
 
 _STORAGES = {
@@ -43,7 +43,7 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TorchTensor:
     """A tensor whose numbers are still in the file.
 
     Attributes:
@@ -87,7 +87,7 @@ class TorchFile:
     Args:
         path: The file.
     Attributes:
-        value: What was saved; tensors as `Tensor`.
+        value: What was saved; tensors as `TorchTensor`.
     Raises:
         ImportMalformed: It is something else, is damaged, or holds more than plain values and tensors.
         ImportTooLarge: Its description is beyond the limits.
@@ -102,14 +102,14 @@ class TorchFile:
             self._archive = zipfile.ZipFile(path)
             members = self._archive.infolist()
             if len(members) > MAX_MEMBERS:
-                raise ImportTooLarge(path, f"holds {len(members):,} pieces, expected at most {MAX_MEMBERS:,}")
+                raise ImportTooLarge(path, f"holds {len(members):,} members, expected at most {MAX_MEMBERS:,}")
             descriptions = [m for m in members if m.filename.endswith("/data.pkl")]
             if len(descriptions) != 1:
                 raise ImportMalformed(path, f"is a zip with {len(descriptions)} data.pkl, expected one of torch.save")
             self._root = descriptions[0].filename.removesuffix("data.pkl")
             self._sizes = {m.filename: m.file_size for m in members}
             if descriptions[0].file_size > MAX_DESCRIPTION_BYTES:
-                raise ImportTooLarge(path, f"describes itself in more than {MAX_DESCRIPTION_BYTES:,} bytes")
+                raise ImportTooLarge(path, f"has a description of more than {MAX_DESCRIPTION_BYTES:,} bytes")
             order = f"{self._root}byteorder"
             if order in self._sizes and self._read(order, 0, 16) != b"little":
                 raise ImportMalformed(path, "holds big-endian numbers, expected little-endian")
@@ -117,7 +117,7 @@ class TorchFile:
         except zipfile.BadZipFile as error:
             raise ImportMalformed(
                 path,
-                f"is not a file of torch.save, or not whole ({error})",
+                f"is not a file of torch.save, or incomplete ({error})",
                 "files from before PyTorch 1.6 and other pickles are not read: save them again with a current torch",
             ) from None
         except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError) as error:
@@ -129,7 +129,7 @@ class TorchFile:
             file.seek(start)
             return file.read(stop - start)
 
-    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TorchTensor:
         """A tensor of the file, checked to be dense and within its storage."""
         expected, length = [], 1
         for size in reversed(shape):
@@ -143,7 +143,7 @@ class TorchFile:
                 f"has a tensor of shape {shape}, strides {strides}, offset {offset} in a storage of {size} bytes; "
                 "expected dense rows within it",
             )
-        return Tensor(shape, storage.dtype, storage.member, offset, self)
+        return TorchTensor(shape, storage.dtype, storage.member, offset, self)
 
     def storage(self, dtype: np.dtype[Any], key: str, length: int) -> _Storage:
         """A storage of the file, by its key."""
@@ -152,7 +152,7 @@ class TorchFile:
             raise ImportMalformed(self.path, f"lacks the {length} numbers of storage {key[:20]}")
         return _Storage(dtype, member, length)
 
-    def numbers(self, tensor: Tensor, start: int, stop: int | None) -> NDArray[Any]:
+    def numbers(self, tensor: TorchTensor, start: int, stop: int | None) -> NDArray[Any]:
         """Numbers of a tensor, read now."""
         row = int(np.prod(tensor.shape[1:], dtype=np.int64)) if tensor.shape else 1
         rows = (stop or 0) - start if tensor.shape else 1
@@ -167,27 +167,27 @@ class TorchFile:
         except zipfile.BadZipFile as error:
             raise ImportMalformed(self.path, f"is damaged: {error}") from None
         if len(data) != size:
-            raise ImportMalformed(self.path, f"breaks off: {len(data)} bytes of a tensor of {size}")
+            raise ImportMalformed(self.path, f"is truncated: {len(data)} bytes of a tensor of {size}")
         shape = (rows, *tensor.shape[1:]) if tensor.shape else ()
         return np.frombuffer(data, tensor.dtype).reshape(shape)
 
 
 def _check_directory(path: Path) -> None:
-    """Refuse a zip whose list of pieces is too long, before anything reads it."""
+    """Refuse a zip whose list of members is too long, before anything reads it."""
     with path.open("rb") as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - (1 << 16) - 128))
         tail = file.read()
-    at, long = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
-    size = int.from_bytes(tail[at + 12 : at + 16], "little") if at >= 0 else 0
-    if long >= 0:
-        size = max(size if size != 2**32 - 1 else 0, int.from_bytes(tail[long + 40 : long + 48], "little"))
+    record, zip64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")  # the ends of the two kinds of list
+    size = int.from_bytes(tail[record + 12 : record + 16], "little") if record >= 0 else 0
+    if zip64 >= 0:
+        size = max(size if size != 2**32 - 1 else 0, int.from_bytes(tail[zip64 + 40 : zip64 + 48], "little"))
     if MAX_DIRECTORY_BYTES < size < 2**32 - 1:
-        raise ImportTooLarge(path, f"lists its pieces in {size:,} bytes, expected at most {MAX_DIRECTORY_BYTES:,}")
+        raise ImportTooLarge(path, f"lists its members in {size:,} bytes, expected at most {MAX_DIRECTORY_BYTES:,}")
 
 
 def _interpret(text: bytes, file: TorchFile) -> Any:
-    """What a description says, by the instructions of `_STEPS`."""
+    """The value of a description, interpreted by `_VALUES`, `_CONSTANTS`, `_CONTAINERS` and `_STEPS`."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     containers = 0
@@ -195,7 +195,7 @@ def _interpret(text: bytes, file: TorchFile) -> Any:
         argument: Any
         for step, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(text))):
             if step > MAX_STEPS:
-                raise ImportTooLarge(file.path, f"describes itself in more than {MAX_STEPS:,} steps")
+                raise ImportTooLarge(file.path, f"has a description of more than {MAX_STEPS:,} steps")
             name = opcode.name
             if name == "STOP":
                 return stack.pop()
@@ -237,23 +237,23 @@ def _interpret(text: bytes, file: TorchFile) -> Any:
     except _Refused as error:
         raise ImportMalformed(
             file.path,
-            f"{error}, which plain values and tensors do not need; nothing of it was run",
-            "a recording of SGLang has no such thing: do not load this file with pickle or torch either",
+            f"{error}, which plain values and tensors do not need; nothing in it was run",
+            "no recording of SGLang contains this: do not load this file with pickle or torch either",
         ) from None
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, UnicodeDecodeError) as error:
         raise ImportMalformed(file.path, f"its description is damaged: {str(error)[:200]}") from None
-    raise ImportMalformed(file.path, "its description breaks off")
+    raise ImportMalformed(file.path, "its description is truncated")
 
 
 class _Refused(Exception):
-    """An instruction that could run something."""
+    """An instruction that could run code."""
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
-    for at in range(len(stack) - 1, -1, -1):
-        if stack[at] is _MARK:
-            items = stack[at + 1 :]
-            del stack[at:]
+    for index in range(len(stack) - 1, -1, -1):
+        if stack[index] is _MARK:
+            items = stack[index + 1 :]
+            del stack[index:]
             return items
     raise ValueError("a mark is missing")
 
@@ -339,14 +339,14 @@ def _persistent(value: Any, file: TorchFile) -> _Storage:
 
 
 def _call(function: Any, arguments: Any, file: TorchFile) -> Any:
-    """The few things that ``torch.save`` calls, none of which is called here."""
+    """The result of the few calls that ``torch.save`` needs, without calling anything."""
     name = function.name if isinstance(function, _Global) else str(function)[:80]
     if name == "collections OrderedDict" and arguments == ():
         return {}
     if name == "torch._utils _rebuild_tensor_v2" and isinstance(arguments, tuple) and len(arguments) >= 4:
         storage, offset, shape, strides = arguments[:4]
-        whole = all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *strides))
-        if isinstance(storage, _Storage) and len(shape) == len(strides) <= 8 and whole:
+        valid = all(type(number) is int and 0 <= number < 2**40 for number in (offset, *shape, *strides))
+        if isinstance(storage, _Storage) and len(shape) == len(strides) <= 8 and valid:
             return file.tensor(storage, offset, shape, strides)
-        raise ValueError("a tensor is described wrongly")
+        raise ValueError("the description of a tensor is invalid")
     raise _Refused(f"calls {name[:80]}")

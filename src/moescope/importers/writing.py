@@ -1,4 +1,4 @@
-"""Documents in, a trace out."""
+"""Write documents as a trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from moescope.errors import ImportMalformed, TraceExists
 from moescope.importers.counts import AssignmentCounts
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.tokens import Tokens
 from moescope.trace import Counts, Part, Trace, TraceWriter, Vocabulary, open_trace
@@ -20,7 +20,7 @@ from moescope.trace.reader import SUMMARY
 
 def write(
     out: Path,
-    documents: Generator[RoutedDocument | CountedDocument, None, None],
+    documents: Generator[TokenDocument | CountedDocument, None, None],
     options: Options,
     findings: Findings,
     *,
@@ -34,8 +34,8 @@ def write(
     Args:
         out: Folder of the trace.
         documents: All of one kind; read once, one at a time.
-        options: What the user says of the model.
-        findings: Where to note what is odd; told at the end, and kept in the trace.
+        options: What the user states about the model.
+        findings: Collects warnings, which are issued at the end and stored in the trace.
         corpus: Provenance of the text.
         run: Provenance of the recording.
         vocabulary: Text pieces of the token ids, if known.
@@ -43,9 +43,9 @@ def write(
     Returns:
         The finished trace.
     Raises:
-        ForeignTraceError: The documents cannot be right.
+        ForeignTraceError: The documents are invalid.
     """
-    if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after everything is read
+    if not force and (out / SUMMARY).exists():  # TraceWriter raises this too, but only after everything is read
         raise TraceExists(out, "holds a complete trace, which is kept", "--force replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -55,20 +55,20 @@ def write(
         assembly: Tokens | AssignmentCounts | None = None
         for document in documents:
             if assembly is None:
-                kind = Tokens if isinstance(document, RoutedDocument) else AssignmentCounts
+                kind = Tokens if isinstance(document, TokenDocument) else AssignmentCounts
                 assembly = kind(Path(folder), options, findings)
             assembly.add(document)
         if assembly is None:
-            raise ImportMalformed(corpus["name"], "holds no routing at all")
+            raise ImportMalformed(corpus["name"], "holds no routing")
         header = assembly.finish(str(corpus["name"]))
         header = replace(header, corpus=dict(corpus), run=dict(run))
         pieces = vocabulary or Vocabulary(assembly.pieces if header.token_ids else {})
         totals = {"documents": assembly.num_documents, **assembly.totals}
         with TraceWriter(out, header, pieces, force=force) as writer:
             parts: Iterator[tuple[Part | Counts, dict[str, Any]]] = assembly.parts(header)
-            for index, (rows, note) in enumerate(parts):
-                if index >= len(writer.progress):  # an interrupted import was here before
-                    writer.write(rows, note)
+            for index, (rows, progress) in enumerate(parts):
+                if index >= len(writer.progress):  # an interrupted import wrote the others
+                    writer.write(rows, progress)
             writer.finish(totals | {"warnings": findings.messages()})
-    findings.tell()
+    findings.emit()
     return open_trace(out)
