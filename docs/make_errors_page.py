@@ -11,7 +11,7 @@ PAGE = Path(__file__).parent / "reference" / "errors.md"
 
 
 def page() -> str:
-    """The text of the page: a heading a code, with what it means."""
+    """The text of the page: one heading per code, with its meaning."""
     classes = [
         value
         for value in vars(errors).values()

@@ -64,7 +64,7 @@ by sequence: windows of equal length share a batch, without padding.
 
 
 def readme() -> str:
-    """The text of the README with its table of families as the page has them, a row a way of reading."""
+    """The text of the README with its table of families, one row per way of reading."""
     rows: dict[str, list[str]] = {}
     for line in page().splitlines():
         if match := re.fullmatch(r"\| (\w+) \| (`.*`)? \| (.*) \| .*\|", line):
@@ -76,7 +76,7 @@ def readme() -> str:
 
 
 def page() -> str:
-    """The text of the page: a row a family."""
+    """The text of the page: one row per family."""
     sys.path.insert(0, str(ROOT))
     try:
         from tests.recording.families import FAMILIES, NOT_ROUTED, installed_families
@@ -114,7 +114,7 @@ def _row(folder: str, family: str) -> str:
     if last.drops:
         notes.append("drops by capacity")
     if last.batching == "alone":
-        notes.append("one window a batch")
+        notes.append("one window per batch")
     if any("attention" in name for name in left_out):
         notes.append('the attention with `block="attention"`')
     elif left_out:
