@@ -203,7 +203,8 @@ def test_parquet_in_name_only(tmp_path):
     path = tmp_path / "c.parquet"
     path.write_bytes(b"words")
     assert rendered(path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {path}: its name says Parquet, but its first bytes do not (expected PAR1)\n{EXPECTED}"
+        f"error[corpus-not-found]: {path}: its name says Parquet, but its first bytes do not (expected PAR1)\n"
+        f"{EXPECTED}"
     )
 
 
