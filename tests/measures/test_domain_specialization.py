@@ -17,7 +17,8 @@ from moescope.cli import main
 from moescope.measures import divergence, shares
 from moescope.reporting import figures
 from moescope.reporting.formats import render
-from moescope.reporting.tables import divergence_table, domain_pairs_table, shares_table
+from moescope.reporting.subjects.divergence import divergence_table, domain_pairs_table
+from moescope.reporting.subjects.shares import shares_table
 from moescope.tallying import tally
 from moescope.trace import Counts, Header, Layer, TraceWriter, Vocabulary, open_trace
 
@@ -130,7 +131,7 @@ def test_the_command_prints_both_tables_and_the_figure_draws_each_pair(tmp_path:
     assert result.stdout == "\n".join(render(table, "text") for table in tables)
     rows = CliRunner().invoke(main, ["divergence", str(trace.path), "--format", "csv"]).stdout
     assert len(list(csv.DictReader(io.StringIO(rows)))) == 3 + 3
-    mesh = figures.draw_domain_pairs(found, [0]).axes[0].collections[0].get_array()
+    mesh = figures.divergence.draw_domain_pairs(found, [0]).axes[0].collections[0].get_array()
     expected = np.where(np.eye(3, dtype=bool), np.nan, found["jsd"].values[..., 0])
     np.testing.assert_allclose(np.ma.filled(mesh, np.nan).reshape(3, 3), expected)
 

@@ -18,7 +18,9 @@ from moescope.cli import main
 from moescope.reporting import figures
 from moescope.reporting.figures.joint import order_of_pairs, order_of_rows
 from moescope.reporting.formats import render
-from moescope.reporting.tables import balance_tables, coactivation_table, transitions_tables
+from moescope.reporting.subjects.balance import balance_tables
+from moescope.reporting.subjects.coactivation import coactivation_table
+from moescope.reporting.subjects.transitions import transitions_tables
 from moescope.trace import Layer
 
 
@@ -49,9 +51,9 @@ def mesh_of(axes) -> np.ndarray:
 @pytest.mark.parametrize(
     ("command", "tables_of"),
     [
-        ("balance", lambda trace: balance_tables(moescope.balance(trace, [0, 31]), [0, 31])),
+        ("balance", lambda trace: list(balance_tables(moescope.balance(trace, [0, 31]), [0, 31]))),
         ("coactivation", lambda trace: [coactivation_table(moescope.coactivation(trace, [0, 31]), [0, 31])]),
-        ("transitions", lambda trace: transitions_tables(moescope.transitions(trace, [0, 31]))),
+        ("transitions", lambda trace: list(transitions_tables(moescope.transitions(trace, [0, 31])))),
     ],
 )
 def test_a_command_prints_its_tables_and_as_csv_and_json_everything(run, mixtral, command, tables_of) -> None:
@@ -66,7 +68,7 @@ def test_a_command_prints_its_tables_and_as_csv_and_json_everything(run, mixtral
 
 
 def test_the_frame_of_balance_holds_each_value_once(balance, mixtral) -> None:
-    frame = balance_tables(balance, [0, 31])[0].frame
+    frame = next(balance_tables(balance, [0, 31])).frame
     loads = frame[(frame["what"] == "loads") & (frame["layer"] == 31)].set_index("domain")
     assert loads.index.tolist() == ["(all)", *mixtral.domains]
     np.testing.assert_allclose(loads["gini"], balance["gini"].sel(layer=31))
@@ -93,7 +95,7 @@ def test_the_frames_of_pairs_hold_every_pair_once(coactivation, transitions) -> 
     assert rows.loc[(7, 2, 6), "lift"] == at["lift"]
     assert rows.loc[(7, 2, 6), "other_given_expert"] == at["conditional"]
     assert rows.loc[(7, 2, 6), "expert_given_other"] == coactivation["conditional"].sel(layer=7, expert=6, other=2)
-    frame = transitions_tables(transitions)[0].frame
+    frame = next(transitions_tables(transitions)).frame
     moves = frame[frame["what"] == "transition"].set_index(["layer", "expert", "next"])
     assert len(moves) == 5 * 64
     assert moves.loc[(31, 4, 1), "probability"] == transitions["probability"].sel(layer=31, expert=4, next=1)
@@ -103,7 +105,7 @@ def test_the_frames_of_pairs_hold_every_pair_once(coactivation, transitions) -> 
 
 
 def test_the_figure_of_balance_draws_the_trace_the_batches_and_their_null(balance, mixtral) -> None:
-    left, right = figures.draw_balance(balance).axes
+    left, right = figures.balance.draw_balance(balance).axes
     drawn = {str(line.get_label()): line.get_ydata() for line in left.lines}
     np.testing.assert_allclose(drawn["the whole trace"], balance["imbalance"].isel(domain=0))
     np.testing.assert_allclose(drawn["16 sequences"], balance["batch_imbalance"].sel(batch=16))
@@ -111,17 +113,17 @@ def test_the_figure_of_balance_draws_the_trace_the_batches_and_their_null(balanc
     assert "256 sequences" not in drawn  # the trace has 32
     np.testing.assert_allclose(right.lines[0].get_ydata(), balance["weight"].isel(domain=0).sel(statistic="first"))
     without = balance.drop_vars([name for name in balance if str(name).startswith("weight")])
-    right = figures.draw_balance(without).axes[1]
+    right = figures.balance.draw_balance(without).axes[1]
     np.testing.assert_allclose(right.lines[0].get_ydata(), balance["entropy"].isel(domain=0))
 
 
 def test_the_maps_draw_the_logarithm_of_each_lift_in_natural_order_for_few_experts(coactivation, transitions) -> None:
-    figure = figures.draw_coactivation(coactivation, [7])
+    figure = figures.joint.draw_coactivation(coactivation, [7])
     at = coactivation.sel(layer=7)
     known = np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)
     expected = np.clip(np.log2(known), -2, 2)
     np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(8, 8), expected)
-    figure = figures.draw_transitions(transitions, [31])
+    figure = figures.joint.draw_transitions(transitions, [31])
     at = transitions.sel(layer=31)
     with np.errstate(divide="ignore"):
         expected = np.clip(np.log2(np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)), -2, 2)
@@ -132,7 +134,7 @@ def test_the_maps_draw_the_logarithm_of_each_lift_in_natural_order_for_few_exper
 
 def test_many_experts_stand_in_an_order_that_puts_a_planted_group_together(wide) -> None:
     found = moescope.coactivation(wide, [0])
-    axes = figures.draw_coactivation(found).axes[0]
+    axes = figures.joint.draw_coactivation(found).axes[0]
     assert mesh_of(axes).size == 128 * 128
     lift = np.ones((60, 60))
     group = np.array([3, 17, 30, 44, 59])
@@ -159,14 +161,14 @@ def test_a_map_of_transitions_shows_the_experts_it_can_tell_of_and_says_how_many
     known = np.isfinite(found["p_value"].values[0])
     rows, columns, number = int(known.any(axis=1).sum()), int(known.any(axis=0).sum()), int(known.sum())
     assert number < 100
-    axes = figures.draw_transitions(found).axes[0]
+    axes = figures.joint.draw_transitions(found).axes[0]
     drawn = mesh_of(axes).reshape(rows, columns)
     assert int(np.isfinite(drawn).sum()) == number
     assert [label.get_text() for label in axes.get_yticklabels()] != [str(row) for row in range(rows)]
     assert {int(label.get_text()) for label in axes.get_yticklabels()} == set(np.flatnonzero(known.any(axis=1)))
     assert f"{number} of 1,600 have enough tokens" in [text.get_text() for text in axes.texts]
     assert axes.get_ylabel() == f"{rows} of 40 experts, layer 0"
-    notes = " ".join(transitions_tables(found)[1].notes)
+    notes = " ".join(list(transitions_tables(found))[1].notes)
     assert f"{1600 - number:,} of these 1,600 transitions are not tested" in notes
 
 
@@ -174,17 +176,17 @@ def test_more_paths_than_tokens_are_not_counted_and_batches_are(transitions, bal
     few = transitions.copy(deep=True)
     number = int(few["path_tokens"])
     few["effective"][:] = [number + 1.0, float(number), 17.2]
-    column = [row.cells[2].value for row in transitions_tables(few)[-1].sections[0].rows]
+    column = [row.cells[2].value for row in list(transitions_tables(few))[-1].sections[0].rows]
     assert column == [f">{number:,}", f"{number:,}", "17"]
-    batches = next(table for table in balance_tables(balance, [0]) if table.name == "batches")
+    batches = next(table for table in list(balance_tables(balance, [0])) if table.name == "batches")
     held = ", ".join(f"{int(balance['batches'].sel(batch=size))} of {size}" for size in (1, 16))
     assert f"Full batches: {held}." in batches.notes[-1]
 
 
 def test_figures_of_the_same_results_are_the_same_bytes(coactivation, balance, tmp_path: Path) -> None:
-    for draw, data in ((figures.draw_coactivation, coactivation), (figures.draw_balance, balance)):
+    for draw, data in ((figures.joint.draw_coactivation, coactivation), (figures.balance.draw_balance, balance)):
         for name in ("a", "b"):
-            figures.save(draw(data), tmp_path, name)
+            figures.style.save(draw(data), tmp_path, name)
         assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 

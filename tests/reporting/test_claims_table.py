@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.measures.claims import Claim, Effect
-from moescope.reporting.claims_table import claims_frame, claims_table
 from moescope.reporting.formats import render, styled
+from moescope.reporting.subjects.claims import claims_frame, claims_table
 
 CLAIMS = [
     Claim(

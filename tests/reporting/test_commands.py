@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 import moescope
 from moescope.cli import main
-from moescope.reporting.claims_table import claims_table
 from moescope.reporting.formats import render
-from moescope.reporting.results import answer_claims
-from moescope.reporting.tables import repeats_table, shares_table, words_table
+from moescope.reporting.subjects.claims import answer_claims, claims_table
+from moescope.reporting.subjects.repeats import repeats_table
+from moescope.reporting.subjects.shares import shares_table
+from moescope.reporting.subjects.words import words_table
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 
 
@@ -145,7 +146,9 @@ def test_claims_of_a_word_of_spaces_are_refused(run, mixtral):
 def test_demo_uses_a_finished_trace_and_prints_the_claims(run, mixtral, tmp_path, monkeypatch):
     def write(results, folder):
         (folder / "index.html").write_text("page")
-        (folder / "report.json").write_text(json.dumps({"claims": [asdict(claim) for claim in results.claims]}))
+        (folder / "report.json").write_text(
+            json.dumps({"claims": [asdict(claim) for claim in results.found["claims"]]})
+        )
 
     monkeypatch.setattr("moescope.reporting.writer._write", write)
     shutil.copytree(mixtral.path, tmp_path / "demo" / "sample.moe")

@@ -16,9 +16,18 @@ from synthetic import make_trace as make_synthetic
 
 import moescope
 from moescope.cli import main
-from moescope.reporting import comparison_tables as tables
 from moescope.reporting import figures
 from moescope.reporting.formats import FORMATS, render
+from moescope.reporting.subjects.compare import (
+    MOST_TOKENS,
+    agreement_table,
+    changes_table,
+    distances_table,
+    kappa_text,
+    tokens_table,
+)
+from moescope.reporting.subjects.consistency import consistency_table
+from moescope.reporting.subjects.saturation import saturation_table
 from moescope.trace import Layer, Trace
 
 LAYERS = tuple(Layer(layer, 8, 2) for layer in (0, 3, 7, 15, 31))
@@ -74,7 +83,7 @@ def cells(table) -> list[list[str]]:
 
 
 def test_the_table_of_agreement_shows_all_domains_by_layer_and_the_domains_of_some(comparison):
-    table = tables.agreement_table(comparison, [0, 31])
+    table = agreement_table(comparison, [0, 31])
     assert [section.title for section in table.sections] == ["all domains", "layer 0", "layer 31"]
     assert [row.label for row in table.sections[0].rows] == [f"layer {layer.layer}" for layer in LAYERS]
     assert [row.label for row in table.sections[1].rows] == ["ArXiv", "50%_off & <b>␛", "Github"]
@@ -92,19 +101,19 @@ def test_the_table_of_agreement_shows_all_domains_by_layer_and_the_domains_of_so
 def test_the_table_of_agreement_tells_of_gate_weights_where_there_are_some(tmp_path):
     part = make_part(np.random.default_rng(1), LAYERS[:1], [40] * 9, domains=DOMAINS, weights=True)
     trace = make_synthetic(tmp_path / "w.moe", [part], LAYERS[:1])
-    table = tables.agreement_table(moescope.compare(trace, trace), [0])
+    table = agreement_table(moescope.compare(trace, trace), [0])
     assert table.columns[6:9] == ("on B's experts", "margin, same first", "margin, other first")
     assert [cell.value for cell in table.sections[0].rows[0].cells[6:9:2]] == ["100", "–"]
     assert (table.frame["weight_kept_percent"] == 100).all()
 
 
 def test_a_kappa_of_one_is_printed_only_if_it_is_one():
-    printed = [tables._kappa(value, 3) for value in (1.0, 0.9998, 0.5, -0.02, float("nan"))]
+    printed = [kappa_text(value, 3) for value in (1.0, 0.9998, 0.5, -0.02, float("nan"))]
     assert printed == ["1.000", ">0.999", "0.500", "−0.020", "–"]
 
 
 def test_the_table_of_changes_holds_every_expert_and_its_frame_every_domain(comparison):
-    table = tables.changes_table(comparison, [7])
+    table = changes_table(comparison, [7])
     assert [row.label for row in table.sections[0].rows] == [str(expert) for expert in range(8)]
     at = comparison.changes.isel(domain=0).sel(layer=7, expert=2)
     row = table.sections[0].rows[2]
@@ -115,16 +124,16 @@ def test_the_table_of_changes_holds_every_expert_and_its_frame_every_domain(comp
 
 
 def test_the_table_of_tokens_has_the_lowest_first_and_its_frame_all(comparison):
-    table = tables.tokens_table(comparison)
+    table = tokens_table(comparison)
     assert table.sections[0].rows[0].label == f"{int(comparison.tokens['token_id'][0])} " + str(
         comparison.tokens["text"].values[0]
     )
-    assert len(table.sections[0].rows) == tables.MOST_TOKENS
-    assert len(table.frame) == comparison.tokens.sizes["token_id"] > tables.MOST_TOKENS
+    assert len(table.sections[0].rows) == MOST_TOKENS
+    assert len(table.frame) == comparison.tokens.sizes["token_id"] > MOST_TOKENS
 
 
 def test_the_table_of_saturation_has_a_row_a_checkpoint(saturation):
-    table = tables.saturation_table(saturation)
+    table = saturation_table(saturation)
     assert [row.label for row in table.sections[0].rows] == ["10", "100", "1000"]
     at = saturation.isel(domain=0).sel(kind="set", layer=31)
     assert [row.cells[-1].value for row in table.sections[0].rows] == [
@@ -137,7 +146,7 @@ def test_the_table_of_saturation_has_a_row_a_checkpoint(saturation):
 
 
 def test_the_table_of_consistency_has_a_section_a_length_and_all_layers_last(consistency):
-    table = tables.consistency_table(consistency, [0, 31], "Github")
+    table = consistency_table(consistency, [0, 31], "Github")
     assert [section.title for section in table.sections] == [
         "segments of 4 tokens (5 documents)",
         "segments of 16 tokens (5 documents)",
@@ -155,12 +164,12 @@ def test_every_table_is_written_in_every_format(comparison, saturation, consiste
         traces[0], make_synthetic(tmp_path / "o.moe", [make_part(np.random.default_rng(9), LAYERS, [40] * 9)], LAYERS)
     )
     for table in (
-        tables.agreement_table(comparison, [0]),
-        tables.changes_table(comparison, [0]),
-        tables.tokens_table(comparison),
-        tables.saturation_table(saturation, "first"),
-        tables.consistency_table(consistency, [0]),
-        tables.distances_table(apart, [0, 31]),
+        agreement_table(comparison, [0]),
+        changes_table(comparison, [0]),
+        tokens_table(comparison),
+        saturation_table(saturation, "first"),
+        consistency_table(consistency, [0]),
+        distances_table(apart, [0, 31]),
     ):
         written = render(table, format)
         if format in ("text", "latex"):  # data keep names as they are
@@ -172,7 +181,7 @@ def test_every_table_is_written_in_every_format(comparison, saturation, consiste
 
 
 def test_the_figure_of_agreement_draws_every_domain_and_all_together(comparison):
-    figure = figures.draw_agreement(comparison.agreement)
+    figure = figures.agreement.draw_agreement(comparison.agreement)
     assert [axes.get_title("left") for axes in figure.axes] == ["First or second choice", "First choice"]
     for axes, kind in zip(figure.axes, ("set", "first"), strict=True):
         lines = {line.get_label(): line.get_ydata() for line in axes.lines}
@@ -185,7 +194,7 @@ def test_the_figure_of_agreement_draws_every_domain_and_all_together(comparison)
 
 def test_traces_that_are_nearly_the_same_are_drawn_near_the_top(traces):
     found = moescope.compare(traces[3], traces[3])
-    figure = figures.draw_agreement(found.agreement.assign(low=found.agreement["low"] * 0 + 0.99))
+    figure = figures.agreement.draw_agreement(found.agreement.assign(low=found.agreement["low"] * 0 + 0.99))
     assert figure.axes[0].get_ylim() == (98, 100)
     assert "popularity" not in str([text.get_text() for text in figure.legends[0].get_texts()])
 
@@ -193,7 +202,7 @@ def test_traces_that_are_nearly_the_same_are_drawn_near_the_top(traces):
 @pytest.mark.parametrize("name", ["traces", "wide"])
 def test_the_figure_of_saturation_draws_a_line_a_layer(request, name):
     found = moescope.saturation(request.getfixturevalue(name), [10, 100, 1000, 5000])
-    figure = figures.draw_saturation(found)
+    figure = figures.saturation.draw_saturation(found)
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert list(lines) == [f"layer {layer}" for layer in found["layer"].values]
     last = found["layer"].values[-1]
@@ -216,7 +225,7 @@ def test_names_of_lines_that_end_together_are_moved_apart():
 
 
 def test_the_figure_of_consistency_has_a_panel_a_length(consistency):
-    figure = figures.draw_consistency(consistency)
+    figure = figures.consistency.draw_consistency(consistency)
     assert [axes.get_title("left") for axes in figure.axes] == ["4 tokens", "16 tokens"]
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     at = consistency.isel(domain=0).sel(length=16)
@@ -227,7 +236,7 @@ def test_the_figure_of_consistency_has_a_panel_a_length(consistency):
 def test_compare_prints_the_table_of_agreement_and_draws_it(run, traces, comparison, tmp_path):
     result = run("compare", traces[2].path, traces[3].path, "--figures", tmp_path / "figures")
     assert result.exit_code == 0, result.output
-    assert result.stdout == render(tables.agreement_table(comparison, [0, 7, 31]), "text")
+    assert result.stdout == render(agreement_table(comparison, [0, 7, 31]), "text")
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
         f"agreement.{ending}" for ending in ("pdf", "png", "svg")
     ]
@@ -237,7 +246,7 @@ def test_compare_prints_the_table_of_agreement_and_draws_it(run, traces, compari
 def test_compare_shows_what_is_asked_for(run, traces, show):
     result = run("compare", traces[2].path, traces[3].path, "--show", show, "--layers", "7", "--format", "csv")
     found = moescope.compare(traces[2], traces[3], [7])
-    expected = tables.changes_table(found, [7]) if show == "changes" else tables.tokens_table(found)
+    expected = changes_table(found, [7]) if show == "changes" else tokens_table(found)
     assert result.stdout == render(expected, "csv")
 
 
@@ -259,7 +268,7 @@ def test_compare_refuses_layers_that_are_not_alike(run, traces, wide):
 def test_saturation_prints_its_table_and_steps_must_fit(run, traces, saturation):
     paths = [trace.path for trace in traces]
     result = run("saturation", *paths, "--steps", "10,100,1000,5000", "--first")
-    assert result.stdout == render(tables.saturation_table(saturation, "first"), "text")
+    assert result.stdout == render(saturation_table(saturation, "first"), "text")
     for steps in ("1,2", "4,3,2,1", "a,b,c,d", "1,2,3,nan"):
         wrong = run("saturation", *paths, "--steps", steps)
         assert wrong.exit_code == 2
@@ -270,7 +279,7 @@ def test_saturation_prints_its_table_and_steps_must_fit(run, traces, saturation)
 def test_consistency_prints_its_table(run, traces):
     result = run("consistency", traces[3].path, "--layers", "0,31", "--domain", "Github")
     found = moescope.consistency(traces[3])
-    assert result.stdout == render(tables.consistency_table(found, [0, 31], "Github"), "text")
+    assert result.stdout == render(consistency_table(found, [0, 31], "Github"), "text")
     unknown = run("consistency", traces[3].path, "--domain", "Law")
     assert unknown.exit_code == 1
     assert "error[no-such-domain]" in unknown.stderr

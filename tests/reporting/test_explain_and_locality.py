@@ -12,9 +12,9 @@ from synthetic import make_counts, make_part, make_trace
 import moescope
 from moescope.cli import main
 from moescope.reporting import figures
-from moescope.reporting.explain_tables import explain_frame, explain_sentence, explain_table
 from moescope.reporting.formats import FORMATS, render
-from moescope.reporting.locality_tables import (
+from moescope.reporting.subjects.explain import explain_frame, explain_sentence, explain_table
+from moescope.reporting.subjects.locality import (
     lags_frame,
     lags_table,
     locality_frame,
@@ -99,7 +99,7 @@ def test_the_sentences_say_what_is_significant_and_only_that(explained, locality
 
 
 def test_the_bars_are_the_bits_and_the_ticks_what_permuted_routing_gives(explained):
-    figure = figures.draw_explained(explained, [0, 31])
+    figure = figures.explain.draw_explained(explained, [0, 31])
     for axes, layer in zip(figure.axes, [0, 31], strict=True):
         for patch in axes.patches:
             if patch.get_label() != "bounds":
@@ -111,17 +111,17 @@ def test_the_bars_are_the_bits_and_the_ticks_what_permuted_routing_gives(explain
 
 
 def test_the_lines_are_the_excess_and_the_rates(explained, locality):
-    figure = figures.draw_excess(locality)
+    figure = figures.locality.draw_excess(locality)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     at = locality["excess"].sel(domain="(all)", pairs="all", kind="first")
     assert lines["same words elsewhere"] == pytest.approx(100 * at.sel(null="words").values)
     assert lines["document in any order"] == pytest.approx(100 * at.sel(null="document").values)
-    figure = figures.draw_lags(locality, [0, 31])
+    figure = figures.locality.draw_lags(locality, [0, 31])
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     assert lines["layer 31"] == pytest.approx(
         100 * locality["lag_rate"].sel(domain="(all)", kind="any", layer=31).values, nan_ok=True
     )
-    figure = figures.draw_explained_by_layer(explained)
+    figure = figures.explain.draw_explained_by_layer(explained)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert lines["token"] == pytest.approx(100 * explained["share"].sel(source="token").values)
 
@@ -130,13 +130,13 @@ def test_many_experts_one_layer_and_what_a_trace_lacks_can_be_drawn(wide, tmp_pa
     explained, locality = moescope.explain(wide, [11], permutations=3), moescope.locality(wide, [11])
     for number, figure in enumerate(
         [
-            figures.draw_explained(explained, [11]),
-            figures.draw_explained_by_layer(explained),
-            figures.draw_excess(locality),
-            figures.draw_lags(locality.assign(excess=locality["excess"] * np.nan), [11], "Code"),
+            figures.explain.draw_explained(explained, [11]),
+            figures.explain.draw_explained_by_layer(explained),
+            figures.locality.draw_excess(locality),
+            figures.locality.draw_lags(locality.assign(excess=locality["excess"] * np.nan), [11], "Code"),
         ]
     ):
-        figures.save(figure, tmp_path, str(number))
+        figures.style.save(figure, tmp_path, str(number))
         assert (tmp_path / f"{number}.png").stat().st_size > 5000
 
 

@@ -58,7 +58,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def test_figure_7_draws_every_share_as_the_height_of_a_bar(shares):
-    figure = figures.draw_shares(shares, [0, 31])
+    figure = figures.shares.draw_shares(shares, [0, 31])
     assert [axes.get_title("left") for axes in figure.axes] == ["Layer 0", "Layer 31"]
     for axes, layer in zip(figure.axes, [0, 31], strict=True):
         drawn = bars(axes)
@@ -73,7 +73,7 @@ def test_figure_7_draws_every_share_as_the_height_of_a_bar(shares):
 
 
 def test_figure_7_draws_every_interval(shares):
-    axes = figures.draw_shares(shares, [7], "first").axes[0]
+    axes = figures.shares.draw_shares(shares, [7], "first").axes[0]
     intervals = next(patch for patch in axes.patches if patch.get_label() == INTERVALS)
     ends = intervals.get_path().vertices.reshape(-1, 2, 2)
     at = shares.sel(layer=7, choice="first").transpose("domain", "expert", ...)
@@ -82,7 +82,7 @@ def test_figure_7_draws_every_interval(shares):
 
 
 def test_figure_9_has_a_row_a_choice_and_a_column_a_layer(shares):
-    figure = figures.draw_choices(shares, [0, 7, 31])
+    figure = figures.shares.draw_choices(shares, [0, 7, 31])
     assert len(figure.axes) == 9
     for at, (choice, layer) in enumerate((c, n) for c in ("either", "first", "second") for n in (0, 7, 31)):
         drawn = bars(figure.axes[at])["Github"][:, 3]
@@ -90,11 +90,11 @@ def test_figure_9_has_a_row_a_choice_and_a_column_a_layer(shares):
 
 
 def test_a_top_1_model_has_one_row_in_figure_9(tiny_shares):
-    assert len(figures.draw_choices(tiny_shares, [5]).axes) == 1
+    assert len(figures.shares.draw_choices(tiny_shares, [5]).axes) == 1
 
 
 def test_many_experts_are_a_map_of_ratios_with_dead_ones_in_black(wide_shares):
-    figure = figures.draw_shares(wide_shares, [0, 23])
+    figure = figures.shares.draw_shares(wide_shares, [0, 23])
     mesh = figure.axes[0].collections[0]
     share = wide_shares["share"].sel(layer=0, choice="either").transpose("domain", "expert").values
     order = np.argsort(-share.mean(axis=0), kind="stable")
@@ -110,7 +110,7 @@ def test_many_experts_are_a_map_of_ratios_with_dead_ones_in_black(wide_shares):
 
 
 def test_figure_10_draws_every_rate_and_both_baselines(repeats):
-    figure = figures.draw_repeats(repeats)
+    figure = figures.repeats.draw_repeats(repeats)
     assert [axes.get_title("left") for axes in figure.axes] == ["First choice", "First or second choice"]
     for axes, kind in zip(figure.axes, ["first", "any"], strict=True):
         at = repeats.sel(kind=kind)
@@ -129,14 +129,14 @@ def test_figure_10_draws_every_rate_and_both_baselines(repeats):
 
 
 def test_figure_10_of_a_single_layer_and_of_missing_values_is_drawn(tiny_repeats):
-    figure = figures.draw_repeats(tiny_repeats.sel(layer=[0]))
+    figure = figures.repeats.draw_repeats(tiny_repeats.sel(layer=[0]))
     assert len(figure.axes) == 2
-    figures.draw_repeats(tiny_repeats)
+    figures.repeats.draw_repeats(tiny_repeats)
 
 
 def test_the_divergence_map_shows_values_and_dots_what_sampling_does_not_explain(tally):
     divergence = moescope.divergence(tally)
-    figure = figures.draw_divergence(divergence)
+    figure = figures.divergence.draw_divergence(divergence)
     axes = figure.axes[0]
     assert np.allclose(np.asarray(axes.collections[0].get_array()), divergence["jsd_rest"].values)
     dots = sum("•" in text.get_text() for text in axes.texts)
@@ -146,7 +146,7 @@ def test_the_divergence_map_shows_values_and_dots_what_sampling_does_not_explain
 def test_figure_8_puts_each_token_on_the_colour_of_its_first_choice(mixtral):
     document = sample_documents(mixtral, layers=[0, 31], per_domain=1)[2].tokens(slice(8))
     layers = mixtral.select_layers([0, 31])
-    figure = figures.draw_tokens([document], layers)
+    figure = figures.tokens.draw_tokens([document], layers)
     for axes, layer in zip(figure.axes[:2], layers, strict=True):
         drawn = {}
         for patch in axes.patches:
@@ -163,20 +163,20 @@ def test_figure_8_puts_each_token_on_the_colour_of_its_first_choice(mixtral):
 
 def test_domains_may_be_called_anything(repeats, shares, tmp_path):
     names = ["$\\frac{x$", "_hidden", "a" * 90, "中文", "\x1b[31m", "", "100 %", "\\LaTeX{"]
-    figure = figures.draw_repeats(repeats.assign_coords(domain=names))
+    figure = figures.repeats.draw_repeats(repeats.assign_coords(domain=names))
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[:2] == names[:2]
     assert legend[2] == "a" * 23 + "…"
     assert legend[4] == "␛[31m"
-    figures.save(figure, tmp_path, "named")
+    figures.style.save(figure, tmp_path, "named")
     assert ">$\\frac{x$</text>" in (tmp_path / "named.svg").read_text("utf-8")
-    figures.draw_shares(shares.assign_coords(domain=names), [0])
+    figures.shares.draw_shares(shares.assign_coords(domain=names), [0])
 
 
 def test_figures_are_written_as_png_svg_and_pdf_with_the_same_bytes_every_time(repeats, tmp_path):
     for run in ("one", "two"):
         (tmp_path / run).mkdir()
-        figures.save(figures.draw_repeats(repeats), tmp_path / run, "figure")
+        figures.style.save(figures.repeats.draw_repeats(repeats), tmp_path / run, "figure")
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         one, two = ((tmp_path / run / f"figure.{ending}").read_bytes() for run in ("one", "two"))
         assert one.startswith(start)
@@ -186,7 +186,7 @@ def test_figures_are_written_as_png_svg_and_pdf_with_the_same_bytes_every_time(r
 
 
 def test_text_in_svg_and_pdf_stays_text(repeats, tmp_path):
-    figures.save(figures.draw_repeats(repeats), tmp_path, "figure")
+    figures.style.save(figures.repeats.draw_repeats(repeats), tmp_path, "figure")
     assert "DM Mathematics</text>" in (tmp_path / "figure.svg").read_text()
     assert b"/Type3" not in (tmp_path / "figure.pdf").read_bytes()
 
@@ -195,12 +195,12 @@ def test_drawing_leaves_matplotlib_as_it_was(repeats):
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    figures.draw_repeats(repeats)
+    figures.repeats.draw_repeats(repeats)
     assert dict(mpl.rcParams) == before
 
 
 def test_an_inline_figure_has_no_style_no_foreign_id_and_all_its_text(shares, tmp_path):
-    figures.save(figures.draw_shares(shares, [0]), tmp_path, "figure")
+    figures.style.save(figures.shares.draw_shares(shares, [0]), tmp_path, "figure")
     svg = (tmp_path / "figure.svg").read_text()
     inline = inline_svg(svg, "fig7", 'says <b> & "c"')
     assert "style" not in inline
@@ -216,4 +216,6 @@ def test_an_inline_figure_has_no_style_no_foreign_id_and_all_its_text(shares, tm
 
 def test_a_missing_null_leaves_out_the_band(repeats):
     without = repeats.assign(marginal=xr.full_like(repeats["marginal"], np.nan))
-    assert not [c for c in figures.draw_repeats(without).axes[0].collections if "popularity" in str(c.get_label())]
+    assert not [
+        c for c in figures.repeats.draw_repeats(without).axes[0].collections if "popularity" in str(c.get_label())
+    ]

@@ -14,11 +14,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moescope.reporting.claims_table import claims_table
 from moescope.reporting.formats import csv
+from moescope.reporting.layers import shown_layers
 from moescope.reporting.page import _embedded, _fitting, _packed_ids, _packed_weights, _routing, render_page
-from moescope.reporting.page.contents import CHAPTERS, contents
-from moescope.reporting.results import MOST_EMBEDDED_CHOICES, embedded_layers, gather, shown_layers
+from moescope.reporting.page.contents import Contents, contents
+from moescope.reporting.results import gather
+from moescope.reporting.subjects.claims import claims_table
+from moescope.reporting.subjects.tokens import MOST_EMBEDDED_CHOICES, embedded_layers
 from moescope.reporting.writer import report
 from moescope.trace import Layer
 
@@ -227,7 +229,7 @@ def test_a_page_holds_a_bounded_number_of_tokens_and_says_so(mixtral, monkeypatc
     results = gather(mixtral)
     monkeypatch.setattr("moescope.reporting.page.MOST_TEXT_BYTES", 30_000)
     documents = _fitting(results)
-    assert 0 < len(documents) < len(results.documents)
+    assert 0 < len(documents) < len(results.found["tokens"])
     assert len(json.dumps(_routing(results, documents))) < 40_000
     assert f"{len(documents)} of 32 documents" in _embedded(results, documents)
 
@@ -258,8 +260,8 @@ def test_gate_weights_keep_two_decimals_whatever_their_scale():
 
 def test_a_page_without_figures_holds_the_claims_and_the_methods_alone(mixtral):
     results = gather(mixtral)
-    table = claims_table(results.claims)
-    page = render_page(results, [], [table], {"tables/claims": csv(table)}, {})
+    table = claims_table(results.found["claims"])
+    page = render_page(results, Contents([], {"claims": table}, {}), {"tables/claims": csv(table)}, {})
     assert re.findall(r'<section id="([a-z]+)"', page) == ["claims", "methods"]
     assert "<figure" not in page
 
@@ -329,8 +331,12 @@ def test_each_claim_shows_an_effect_and_unfolds_to_all_of_them(written):
     assert section.count('<th scope="row">') == sum(len(of) for of in effects if len(of) > 1)
 
 
-def test_what_the_page_can_hold_is_drawn_or_awaited():
-    figures = {block.figure for chapter in CHAPTERS for section in chapter.sections for block in section.blocks} - {""}
-    everything = contents(figures, ())
-    assert [chapter.name for chapter in everything] == [chapter.name for chapter in CHAPTERS]
-    assert contents((), {"words"}) == ()
+def test_a_section_without_a_figure_and_a_chapter_without_a_section_are_left_out(mixtral):
+    results = gather(mixtral)
+    everything = contents(results)
+    assert [chapter.name for chapter in everything.chapters] == [
+        "published", "explanation", "structure", "domains", "worth",
+    ]  # fmt: skip
+    words = {name: found if name == "words" else None for name, found in results.found.items()}
+    only = contents(replace(results, found=words))
+    assert (list(only.tables), only.figures, only.chapters) == (["words"], [], {})

@@ -17,7 +17,7 @@ import moescope
 from moescope.cli import main
 from moescope.reporting import figures
 from moescope.reporting.formats import render
-from moescope.reporting.parallel_tables import parallel_tables
+from moescope.reporting.subjects.parallel import parallel_tables
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(2, 8, 2), Layer(5, 8, 2))
@@ -56,7 +56,7 @@ def run():
 
 
 def test_the_command_prints_its_tables_and_as_csv_and_json_everything(run, trace: Trace, result: xr.Dataset) -> None:
-    tables = parallel_tables(result, [0, 5])
+    tables = list(parallel_tables(result, [0, 5]))
     shown = run("parallel", trace.path, *OPTIONS, "--layers", "0,5")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == "\n".join(render(table, "text") for table in tables)
@@ -73,7 +73,7 @@ def test_the_command_prints_its_tables_and_as_csv_and_json_everything(run, trace
 
 
 def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> None:
-    devices, drops, reach, foreign, places = parallel_tables(result, [2])
+    devices, drops, reach, foreign, places = list(parallel_tables(result, [2]))
     at = result.sel(placement="eplb", batch="prefill 40")
     row = next(row for row in devices.sections[1].rows if row.label == "eplb")
     expected = [at["over_subscription"].sel(layer=2), at["slowest"], at["slowest_quantile"][-1], at["slowest_own"]]
@@ -100,7 +100,7 @@ def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> No
 
 
 def test_the_figure_draws_what_its_data_hold(result: xr.Dataset, tmp_path: Path) -> None:
-    figure = figures.draw_parallel(result)
+    figure = figures.parallel.draw_parallel(result)
     upper, (drops, slowest, reached) = figure.axes[:3], figure.axes[3:]
     for axes, batch in zip(upper, result["batch"].values, strict=True):
         at = result.sel(batch=batch, placement="linear")
@@ -114,7 +114,7 @@ def test_the_figure_draws_what_its_data_hold(result: xr.Dataset, tmp_path: Path)
     np.testing.assert_array_equal(points.get_xdata(), result["slowest"].sel(batch="prefill 20").values)
     points = next(line for line in reached.lines if line.get_label() == "prefill 20")
     np.testing.assert_array_equal(points.get_xdata(), result["devices_reached"].mean("layer").isel(batch=0).values)
-    figures.save(figure, tmp_path, "parallel")
+    figures.style.save(figure, tmp_path, "parallel")
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg", ".pdf"}
 
 

@@ -11,17 +11,16 @@ import pytest
 from rich.text import Text
 
 import moescope
-from moescope.reporting import frames
 from moescope.reporting.formats import FORMATS, render, styled
+from moescope.reporting.subjects.divergence import divergence_table
+from moescope.reporting.subjects.repeats import repeats_table
+from moescope.reporting.subjects.shares import shares_frame, shares_table
+from moescope.reporting.subjects.words import words_table
 from moescope.reporting.tables import (
     Cell,
     Row,
     Section,
     Table,
-    divergence_table,
-    repeats_table,
-    shares_table,
-    words_table,
 )
 
 REPEATS = """\
@@ -140,7 +139,7 @@ def test_json_is_valid_and_null_where_a_value_is_missing(tiny_repeats):
 
 def test_the_shares_of_the_frame_are_those_of_the_measure(mixtral):
     shares = moescope.shares(moescope.tally(mixtral))
-    frame = frames.shares_frame(shares)
+    frame = shares_frame(shares)
     assert len(frame) == shares["share"].size
     row = frame[(frame.domain == "Github") & (frame.layer == 7) & (frame.choice == "second") & (frame.expert == 3)]
     assert row.share_percent.item() == pytest.approx(
@@ -151,7 +150,7 @@ def test_the_shares_of_the_frame_are_those_of_the_measure(mixtral):
 
 
 def test_what_a_layer_lacks_has_no_row(tiny_shares):
-    frame = frames.shares_frame(tiny_shares.assign_coords(num_ids=("layer", [2])))
+    frame = shares_frame(tiny_shares.assign_coords(num_ids=("layer", [2])))
     assert set(frame.expert) == {0, 1}
 
 

@@ -16,8 +16,9 @@ from synthetic import make_trace as make_synthetic
 import moescope
 from moescope.cli import main
 from moescope.reporting import figures
-from moescope.reporting import vocabulary_tables as tables
 from moescope.reporting.formats import FORMATS, render
+from moescope.reporting.subjects import vocabulary as tables
+from moescope.reporting.subjects.syntax import word_class_experts_table, word_classes_table
 from moescope.trace import Layer, Trace, Vocabulary
 
 
@@ -92,7 +93,8 @@ def test_csv_and_json_of_vocabulary_hold_layers_experts_and_tokens_once(run, mix
 
 
 def test_syntax_prints_its_tables_and_the_frame_a_row_a_class_and_layer(run, mixtral, syntax) -> None:
-    expected = tables.syntax_tables(moescope.syntax(mixtral, [0, 31]), [0, 31])
+    result = moescope.syntax(mixtral, [0, 31])
+    expected = [word_classes_table(result, [0, 31]), word_class_experts_table(result, [0, 31])]
     for format in ("text", "latex"):
         found = run("syntax", mixtral.path, "--layers", "0,31", "--format", format)
         assert (found.exit_code, found.stderr) == (0, "")
@@ -137,7 +139,7 @@ def test_bytes_that_are_no_text_look_different_and_long_tokens_are_cut(mixtral) 
 
 
 def test_the_figure_of_vocabulary_draws_values_null_and_experts_in_order(vocabulary, wide) -> None:
-    figure = figures.draw_vocabulary(vocabulary)
+    figure = figures.vocabulary.draw_vocabulary(vocabulary)
     for column, by in enumerate(("input", "next")):
         at = vocabulary.sel(by=by)
         lines = {str(line.get_label()): line.get_ydata() for line in figure.axes[column].lines}
@@ -149,13 +151,13 @@ def test_the_figure_of_vocabulary_draws_values_null_and_experts_in_order(vocabul
         numbers = [text.get_text() for text in figure.axes[2 + column].texts]
         best = np.nanargmax(value, axis=0)
         assert numbers[: len(best)] == [str(expert) for expert in best]
-    figure = figures.draw_vocabulary(moescope.vocabulary(wide, permutations=1, min_count=2))
+    figure = figures.vocabulary.draw_vocabulary(moescope.vocabulary(wide, permutations=1, min_count=2))
     assert mesh_of(figure.axes[2]).size == 128 * 3
     assert not figure.axes[2].texts
 
 
 def test_the_map_of_word_classes_draws_each_divergence_and_leaves_out_classes_without_a_token(syntax) -> None:
-    figure = figures.draw_word_classes(syntax)
+    figure = figures.word_classes.draw_word_classes(syntax)
     kept = syntax.sel(word_class=syntax["tokens"].values > 0)
     assert 3 < kept.sizes["word_class"] <= 8
     expected = kept["jsd"].transpose("word_class", "layer").values
@@ -166,9 +168,12 @@ def test_the_map_of_word_classes_draws_each_divergence_and_leaves_out_classes_wi
 
 
 def test_figures_are_written_and_the_same_bytes_every_time(run, mixtral, vocabulary, syntax, tmp_path: Path) -> None:
-    for draw, data in ((figures.draw_vocabulary, vocabulary), (figures.draw_word_classes, syntax)):
+    for draw, data in (
+        (figures.vocabulary.draw_vocabulary, vocabulary),
+        (figures.word_classes.draw_word_classes, syntax),
+    ):
         for name in ("a", "b"):
-            figures.save(draw(data), tmp_path, name)
+            figures.style.save(draw(data), tmp_path, name)
         assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert run("vocabulary", mixtral.path, "--permutations", "1", "--figures", tmp_path / "f").exit_code == 0
     assert run("syntax", mixtral.path, "--figures", tmp_path / "f").exit_code == 0

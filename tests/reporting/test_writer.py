@@ -11,7 +11,7 @@ import moescope
 from moescope.errors import NoSuchLayer, OutputExists, TraceNotFound
 from moescope.reporting import writer
 from moescope.reporting.page import MOST_DATA_BYTES
-from moescope.reporting.results import answer_claims
+from moescope.reporting.subjects.claims import answer_claims
 from moescope.reporting.writer import check_output, report
 
 FIGURES = (

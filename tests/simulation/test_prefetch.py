@@ -20,7 +20,7 @@ import moescope
 from moescope.cli import main
 from moescope.errors import NoSuchLayer, NotRecorded
 from moescope.reporting import figures
-from moescope.reporting.prefetch_tables import prefetch_frame, prefetch_tables
+from moescope.reporting.subjects.prefetch import prefetch_frame, prefetch_tables
 from moescope.simulation import prefetch
 from moescope.simulation.prefetch import _Units
 from moescope.trace import Layer, Part, Trace
@@ -343,7 +343,7 @@ def test_what_was_not_recorded_is_said_with_how_to_record_it(looked: Trace, tmp_
     with pytest.raises(NotRecorded, match="over 3 layers were not recorded; those over 1, 2 are"):
         prefetch(looked, predictors=["lookahead"], distances=[1, 3])
     assert "lookahead" not in prefetch(plain)["kind"].values
-    assert "--lookahead 1,2,10" in prefetch_tables(prefetch(plain), [0])[0].notes[-1]
+    assert "--lookahead 1,2,10" in next(prefetch_tables(prefetch(plain), [0])).notes[-1]
     with pytest.raises(NoSuchLayer, match="no layer lies 4 layers before another: the trace has 4"):
         prefetch(looked, distances=[4])
     with pytest.raises(NotRecorded, match="which tokens were generated"):
@@ -360,7 +360,7 @@ def test_a_single_layer_has_popularity_and_the_token_before(tmp_path: Path) -> N
     trace = make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(0), layers, [9, 9])], layers)
     result = prefetch(trace)
     assert result["predictor"].values.tolist() == ["previous", "domain", "popularity"]
-    figures.draw_prefetch(result)
+    figures.prefetch.draw_prefetch(result)
 
 
 def test_a_trace_of_one_document_is_cut_into_stretches_and_says_so(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_trace_of_one_document_is_cut_into_stretches_and_says_so(tmp_path: Pat
         assert result.attrs["unit"] == "stretch of the only document"
         assert result["needed"].values.tolist() == [length] * 2
     assert result["low"].sel(predictor="popularity", loaded=2).notnull().all()
-    assert "stretches of the only document" in prefetch_tables(result, [0])[0].notes[0]
+    assert "stretches of the only document" in next(prefetch_tables(result, [0])).notes[0]
 
 
 def test_the_command_prints_tables_data_and_a_figure(looked: Trace, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_figure_shows_every_predictor_against_chance(num_experts: int, tmp_pat
     layers = tuple(Layer(layer, num_experts, 2) for layer in range(5))
     trace = make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(0), layers, [40] * 6)], layers)
     result = prefetch(trace, distances=[1, 2])
-    figure = figures.draw_prefetch(result)
+    figure = figures.prefetch.draw_prefetch(result)
     left, right = figure.axes
     assert len(left.lines) == len(result["predictor"]) + 2  # chance, and k
     assert left.get_xscale() == ("linear" if num_experts == 8 else "log")

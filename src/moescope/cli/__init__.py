@@ -1,8 +1,9 @@
-"""The command line: a module a command, which parses, calls the library and prints.
+"""The command line: parses, calls the library and prints.
 
-``cli/<name>.py`` holds one ``command``; ``COMMANDS`` below names it with its line of help, and it is imported only when
-it is run, so ``moescope --help`` is quick and needs no extra. stdout is data; all else goes to stderr. Exit codes: 0
-done, 1 the data or the run is at fault, 2 the command line is, 130 interrupted.
+The commands of subjects are made by ``cli/subjects.py`` from what their modules in ``reporting/subjects/`` say; of the
+others ``cli/<name>.py`` holds one ``command`` each. `COMMANDS` names them all with their line of help, and they are
+imported only when they are run, so ``moescope --help`` is quick and needs no extra. stdout is data; all else goes to
+stderr. Exit codes: 0 done, 1 the data or the run is at fault, 2 the command line is, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,29 +20,13 @@ import click
 
 import moescope
 from moescope.errors import DiskFull, MoescopeError
+from moescope.reporting.subjects import SUBJECTS
 
 COMMANDS = {
     "record": "Run a model over a corpus and record its routing.",
     "import": "Make a trace of what another program recorded.",
     "info": "Show what a trace holds.",
-    "shares": "Show the share of the assignments each expert receives, by domain.",
-    "repeats": "Show how often consecutive tokens go to the same expert.",
-    "locality": "Show how much more often neighbours repeat an expert than their words would anyway.",
-    "explain": "Show how many bits of the choice domain, token, neighbours and place explain.",
-    "words": "Show whether the tokens of a word go to the same expert.",
-    "vocabulary": "Show how surely each token goes to one expert, and which tokens each expert gets.",
-    "syntax": "Show whether indentation, punctuation, digits and the like have experts of their own.",
-    "divergence": "Show how differently the domains use the experts.",
-    "consistency": "Show how well one set of experts would serve consecutive tokens.",
-    "compare": "Show how far two traces send the same tokens to the same experts.",
-    "saturation": "Show how early a router settles on the experts it chooses in the end.",
-    "balance": "Show how evenly the experts are loaded.",
-    "coactivation": "Show which experts are chosen for the same token.",
-    "transitions": "Show how the choice of experts goes on from layer to layer.",
-    "cache": "Show what caches of experts would hit.",
-    "claims": "Show which claims of section 5 hold for this model, and by how much.",
-    "parallel": "Show what the routing costs on devices that share the experts.",
-    "prefetch": "Show which experts could be loaded before a token needs them.",
+    **{name: line for name, line in SUBJECTS.items() if line},
     "text": "Show a document with its tokens coloured by expert.",
     "report": "Write everything as one offline HTML page, with figures and tables.",
     "verify": "Check every byte of a trace.",
@@ -61,6 +46,10 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name in SUBJECTS:
+            from moescope.cli.subjects import command_of
+
+            return command_of(cmd_name)
         module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
         command: click.Command = importlib.import_module(f"moescope.cli.{module}").command
         return command

@@ -8,41 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
+from moescope.reporting.options import layers_option as layers_option
+from moescope.reporting.options import parse_integers as parse_integers
+from moescope.reporting.options import parse_words as parse_words
+from moescope.reporting.options import shown_layers_option as shown_layers_option
+from moescope.reporting.options import trace_argument as trace_argument
+
 Command = TypeVar("Command", bound=Callable[..., object])
-
-
-def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Read ``0,15,31``: whole numbers from 0, sorted, each once; None stays None. For ``callback=`` of an option."""
-    if value is None:
-        return None
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise click.BadParameter(f"expected numbers with commas between them, such as 0,15,31; found {value!r}.")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-trace_argument = click.argument("trace", type=click.Path(path_type=Path))
-"""``TRACE``: the folder ``moescope record`` wrote. Whether it is one is for ``open_trace`` to say."""
-
-layers_option = click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers, such as 0,15,31, counted over the whole model.  [default: all]",
-)
-"""``--layers 0,15,31`` -> ``layers``: a tuple of int, or None for all."""
-
-shown_layers_option = click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers to show, such as 0,15,31.  [default: the first, the middle and the last recorded]",
-)
-"""The same for commands that show a few layers; None for three of them."""
 
 format_option = click.option(
     "--format",
@@ -56,11 +28,6 @@ format_option = click.option(
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 """``--force`` -> ``force``."""
-
-figures_option = click.option(
-    "--figures", type=click.Path(path_type=Path), metavar="FOLDER", help="Also draw it there, as PNG, SVG and PDF."
-)
-"""``--figures FOLDER`` -> ``figures``: a folder, or None."""
 
 
 def output_option(default: str | None, help: str) -> Callable[[Command], Command]:

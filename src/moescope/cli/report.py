@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, output_option, shown_layers_option, trace_argument
+from moescope.cli.options import force_option, output_option, parse_words, shown_layers_option, trace_argument
 
 
 @click.command()
@@ -14,7 +14,12 @@ from moescope.cli.options import force_option, output_option, shown_layers_optio
 @output_option("report", "Folder to write; an earlier report there is replaced.")
 @shown_layers_option
 @click.option(
-    "--word", "words", multiple=True, metavar="WORD", help="Word to look for instead of the paper's; repeatable."
+    "--word",
+    "words",
+    multiple=True,
+    callback=parse_words,
+    metavar="WORD",
+    help="Word to look for instead of the paper's; repeatable.",
 )
 @force_option
 def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tuple[str, ...], force: bool) -> None:
@@ -28,6 +33,4 @@ def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tu
     """
     from moescope.reporting import report
 
-    if not all(word.strip() for word in words):
-        raise click.BadParameter("a word must hold something besides spaces.", param_hint="'--word'")
     click.echo(report(trace, output, layers=layers, words=words or None, force=force))

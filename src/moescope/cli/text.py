@@ -34,7 +34,7 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
     from rich.console import Console
 
     from moescope.reporting.documents import read_document
-    from moescope.reporting.results import shown_layers
+    from moescope.reporting.layers import shown_layers
     from moescope.reporting.terminal import print_document
     from moescope.trace import open_trace
 

@@ -1,8 +1,10 @@
 """Results in; terminal tables, CSV and LaTeX, figures and one HTML page out.
 
-Rule of the room: it never counts. What it shows comes from `measures`, labelled, or, for coloured text, from a trace as
-it is; what it prints is rounded here and nowhere else. `tables` and `figures` say what is shown, `formats`, `terminal`
-and `page` how; `writer` puts everything into a folder. Text from models and corpora passes `visible` on its way out.
+Rule of the folder: it never counts. What it shows comes from `measures` and `simulation`, labelled, or, for coloured
+text, from a trace as it is; what it prints is rounded here and nowhere else. All that is said of one measure is its
+module in ``subjects/``; the modules beside it hold what subjects share: what a subject is (`subject`), tables and cells,
+frames, how numbers and words print. ``figures/`` alone imports matplotlib, ``page/`` alone jinja2; `formats` and
+`terminal` print, `writer` puts a report into a folder. Text from models and corpora passes `visible` on its way out.
 """
 
 from moescope.reporting.writer import report

@@ -5,7 +5,7 @@ A dead expert and a rare one are different findings, so ``0`` and ``100`` per ce
 
 from __future__ import annotations
 
-from math import isnan
+from math import inf, isnan
 
 MISSING = "–"
 
@@ -67,6 +67,48 @@ def count(number: int, noun: str = "") -> str:
         ('1,234,567', '1 part', '2,150 tokens')
     """
     return f"{number:,} {noun}{'s' * (number != 1)}" if noun else f"{number:,}"
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number of so many digits, whatever it is.
+
+    Example:
+        >>> plain(-0.123), plain(0.0004, 3), plain(float("nan"))
+        ('−0.12', '0.000', '–')
+    """
+    return MISSING if isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """The same with a sign in any case, for a difference.
+
+    Example:
+        >>> signed(0.5, 1), signed(-0.5, 1)
+        ('+0.5', '−0.5')
+    """
+    return MISSING if isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def points(difference: float) -> str:
+    """A difference of shares, in points, with its sign unless it rounds to zero.
+
+    Example:
+        >>> points(0.123), points(-0.0501), points(0.0004)
+        ('+12.3', '−5.0', '0.0')
+    """
+    text = f"{100 * abs(difference):.1f}"
+    return text if text == "0.0" else f"{'+' if difference > 0 else '−'}{text}"
+
+
+def plus_minus(value: float, low: float, high: float) -> str:
+    """The larger half of an interval around a plain number; empty where it is not known, or has no width.
+
+    Example:
+        >>> plus_minus(1.5, 1.25, 1.6), plus_minus(1.0, 1.0, 1.0), plus_minus(1.0, float("nan"), float("nan"))
+        ('±0.25', '', '')
+    """
+    half = max(value - low, high - value)
+    return "" if isnan(half) or half in (0, inf) else f"±{number(half)}"
 
 
 def _rounded(value: float, digits: int, whole: float | None = None) -> str:

@@ -1,265 +1,34 @@
-"""Everything a report shows, gathered from a trace: the measures, the claims, and some documents to look at."""
+"""Everything a report shows, measured from one pass over a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-import xarray as xr
-
-from moescope.errors import NoSuchDocument
-from moescope.measures import (
-    Claim,
-    balance,
-    claims,
-    coactivation,
-    consistency,
-    divergence,
-    explain,
-    locality,
-    repeats,
-    shares,
-    syntax,
-    transitions,
-    vocabulary,
-    words,
-)
-from moescope.measures.claims import first_middle_last
-from moescope.reporting.documents import RoutedDocument, sample_documents
-from moescope.simulation import cache, parallel, prefetch
-from moescope.tallying import DocumentSample, count_everything, tally
-from moescope.tallying import sample_documents as keep_documents
-from moescope.tallying.segments import Segments
-from moescope.tallying.word_classes import ClassCounts
-from moescope.trace import Layer, Trace
-
-WORDS = ("self", "Question")
-"""The words that section 5 of the paper speaks of; indentation is the third."""
-
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.subject import SAMPLE_BYTES, WORDS, Results
+from moescope.reporting.subjects import SUBJECTS, load
+from moescope.tallying import count_everything
+from moescope.trace import Trace
 
 SEGMENT_LENGTHS = (16,)
 """Tokens of the segments counted for consistency; each length costs as much as the tally."""
 
-SAMPLE_BYTES = 2**27
-"""Memory of the documents kept: 1.7 million tokens of 32 layers x 2 choices, which two processors explain in 20 s."""
 
-CACHE_POLICIES = ("lru", "aged-lfu", "hot", "belady")
-"""Cache policies of a report: what is used, the best simple one, what needs no cache at all, and the optimum."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a report is made of. Where the trace cannot tell, a result is None; all are of all recorded layers.
-
-    Attributes:
-        trace: The trace.
-        layers: Layers that tables and figures with a panel a layer show.
-        words_asked: Words of the claims about words, without indentation.
-        shares: Of `moescope.shares`.
-        repeats: Of `moescope.repeats`; None for a trace of counts, as is all else that needs tokens.
-        divergence: Of `moescope.divergence`.
-        words: Of `moescope.words`; None where the trace lacks token ids, or the order of the choices.
-        explained: Of `moescope.explain`, of a sample of documents.
-        locality: Of `moescope.locality`, of the same documents.
-        vocabulary: Of `moescope.vocabulary`, of the same documents; None, too, if no id is frequent enough.
-        syntax: Of `moescope.syntax`; None, too, if no word class stands beside other tokens.
-        consistency: Of `moescope.consistency`; None, too, if no document is long enough.
-        balance: Of `moescope.balance`.
-        coactivation: Of `moescope.coactivation`; None, too, if no layer has two choices.
-        transitions: Of `moescope.transitions`; None, too, if there is one layer.
-        cache: Of `moescope.cache`, of `CACHE_POLICIES`; None, too, if every token takes all experts.
-        prefetch: Of `moescope.prefetch`.
-        parallel: Of `moescope.parallel`, on `shared_by` devices; None, too, if so few experts cannot be shared.
-        claims: Of `moescope.claims`.
-        documents: A sample of documents with the choices of `embedded_layers`; none where `words` is None.
-        embedded_layers: Layers the documents hold.
-    """
-
-    trace: Trace
-    layers: tuple[int, ...]
-    words_asked: tuple[str, ...]
-    shares: xr.Dataset
-    repeats: xr.Dataset | None
-    divergence: xr.Dataset
-    words: xr.Dataset | None
-    explained: xr.Dataset | None
-    locality: xr.Dataset | None
-    vocabulary: xr.Dataset | None
-    syntax: xr.Dataset | None
-    consistency: xr.Dataset | None
-    balance: xr.Dataset
-    coactivation: xr.Dataset | None
-    transitions: xr.Dataset | None
-    cache: xr.Dataset | None
-    prefetch: xr.Dataset | None
-    parallel: xr.Dataset | None
-    claims: list[Claim]
-    documents: list[RoutedDocument]
-    embedded_layers: tuple[Layer, ...]
-
-    @property
-    def warnings(self) -> list[str]:
-        """What an importer found odd in the trace's source."""
-        found = (self.trace.summary or {}).get("warnings", [])
-        return [str(warning) for warning in found] if isinstance(found, list) else []
-
-    @property
-    def paired_layers(self) -> tuple[int, ...]:
-        """Layers whose pairs of experts are shown."""
-        return () if self.coactivation is None else _among(self.layers, self.coactivation["layer"].values.tolist())
-
-    @property
-    def later_layers(self) -> tuple[int, ...]:
-        """Layers for which the transitions from the layer before are shown."""
-        return () if self.transitions is None else _among(self.layers, self.transitions["layer"].values.tolist())
-
-
-def _among(shown: Sequence[int], known: Sequence[int]) -> tuple[int, ...]:
-    """The shown layers that are known; if that leaves some out, the first, the middle and the last known."""
-    kept = tuple(layer for layer in shown if layer in known)
-    return kept if len(kept) >= min(len(shown), len(known)) else first_middle_last(known)
-
-
-def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Sequence[str] = WORDS) -> Results:
-    """Measure a trace for a report: one pass for all counters, the words, and some documents to look at.
+def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[str] = WORDS) -> Results:
+    """Measure a trace for a report: one pass for all counters, then each subject in turn.
 
     Args:
         trace: The trace.
         layers: Layers to show where each has a panel; None for the first, the middle and the last recorded.
-        words_asked: Words whose experts are asked for; indentation is always asked for.
+        words: Words whose experts are asked for; indentation is always asked for.
     Raises:
         NoSuchLayer: A layer was not recorded.
         TraceDamaged: A page fails its checksum.
     """
     shown = shown_layers(trace, layers)
     counted = count_everything(trace, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
-    counts = counted.tally
-    has_text = counts.ranked and trace.header.token_ids
-    of_divergence = divergence(counts)
-    of_words = words(trace, list(words_asked), indentation=True, tally=counts) if has_text else None
-    explained, of_locality = _from_documents(counted.documents)
-    embedded = embedded_layers(trace, shown)
-    return Results(
-        trace=trace,
-        layers=shown,
-        words_asked=tuple(words_asked),
-        shares=shares(counts),
-        repeats=None if counts.counts_only else repeats(counts),
-        divergence=of_divergence,
-        words=of_words,
-        explained=explained,
-        locality=of_locality,
-        vocabulary=_vocabulary(counted.documents) if has_text else None,
-        syntax=_syntax(counted.classes),
-        consistency=_consistency(trace, counted.segments),
-        balance=balance(counted.balance),
-        coactivation=None if counted.coactivation is None else coactivation(counted.coactivation),
-        transitions=None if counted.transitions is None else transitions(counted.transitions),
-        cache=_cache(trace),
-        prefetch=None if counts.counts_only else prefetch(trace),
-        parallel=_parallel(trace),
-        claims=claims(of_divergence, of_words, of_locality, explained),
-        documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
-        if has_text
-        else [],
-        embedded_layers=embedded,
-    )
-
-
-def answer_claims(trace: Trace, words_asked: Sequence[str] = WORDS) -> list[Claim]:
-    """The claims of section 5, answered for a trace as in its report.
-
-    Args:
-        trace: The trace.
-        words_asked: Words whose experts are asked for; indentation is always asked for.
-    Raises:
-        NoSuchDocument: Nothing has been recorded yet.
-        TraceDamaged: A page fails its checksum.
-    """
-    shown_layers(trace)
-    counted = tally(trace)
-    has_text = counted.ranked and trace.header.token_ids
-    of_words = words(trace, list(words_asked), indentation=True, tally=counted) if has_text else None
-    kept = None if counted.counts_only else keep_documents(trace, max_bytes=SAMPLE_BYTES)
-    explained, of_locality = _from_documents(kept)
-    return claims(divergence(counted), of_words, of_locality, explained)
-
-
-def _from_documents(kept: DocumentSample | None) -> tuple[xr.Dataset | None, xr.Dataset | None]:
-    """What explains the choice, and locality."""
-    if kept is None:
-        return None, None
-    choice = "first" if all(layer.ranked for layer in kept.layers) else "either"
-    return explain(kept, choice=choice), locality(kept)
-
-
-def _consistency(trace: Trace, segments: Segments | None) -> xr.Dataset | None:
-    if segments is None:
-        return None
-    found = consistency(trace, segments=segments)
-    return found if found["srp"].notnull().any() else None
-
-
-def _vocabulary(kept: DocumentSample | None) -> xr.Dataset | None:
-    if kept is None:
-        return None
-    found = vocabulary(kept, top=5)
-    return found if found["specialization"].notnull().any() else None
-
-
-def _syntax(counts: ClassCounts | None) -> xr.Dataset | None:
-    if counts is None:
-        return None
-    found = syntax(counts)
-    return found if found["jsd"].notnull().any() else None
-
-
-def _cache(trace: Trace) -> xr.Dataset | None:
-    if trace.header.counts_only or all(layer.top_k >= layer.num_experts for layer in trace.layers):
-        return None
-    return cache(trace, policies=CACHE_POLICIES if trace.num_documents > 1 else ("lru", "aged-lfu", "belady"))
-
-
-def _parallel(trace: Trace) -> xr.Dataset | None:
-    devices = shared_by(trace.layers)
-    if trace.header.counts_only or devices is None:
-        return None
-    if trace.num_documents > 1:
-        return parallel(trace, devices=devices)
-    return parallel(trace, devices=devices, placements=("linear", "random"))  # the others are fitted on documents
-
-
-def shared_by(layers: Iterable[Layer]) -> int | None:
-    """Devices among which a report shares the experts: 8, 4 or 2, as many as leave two experts each in every layer."""
-    numbers = [layer.num_experts for layer in layers]
-    fitting = [n for n in (8, 4, 2) if all(number % n == 0 and number >= 2 * n for number in numbers)]
-    return fitting[0] if fitting else None
-
-
-def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int, ...]:
-    """The layers asked for, or else the first, the middle and the last recorded one, as in the paper.
-
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        NoSuchDocument: Nothing has been recorded yet.
-    """
-    if not trace.num_tokens:
-        raise NoSuchDocument(trace.path, "the trace holds no document yet", "`moescope record` goes on with it")
-    recorded = tuple(layer.layer for layer in trace.select_layers(layers))
-    return recorded if layers is not None else first_middle_last(recorded)
-
-
-MOST_EMBEDDED_CHOICES = 128
-"""Choices a token that the page can hold."""
-
-
-def embedded_layers(trace: Trace, shown: Iterable[int]) -> tuple[Layer, ...]:
-    """Layers that the page lets a reader choose from: all, or as many as it can hold, evenly, the shown ones first."""
-    by_number = {layer.layer: layer for layer in trace.layers}
-    kept = list(dict.fromkeys(shown))
-    others = [number for number in by_number if number not in kept]
-    room = MOST_EMBEDDED_CHOICES - sum(by_number[number].top_k for number in kept)
-    fitting = max(0, room // max(layer.top_k for layer in trace.layers))
-    if fitting < len(others):
-        others = [others[at * len(others) // fitting] for at in range(fitting)]
-    return tuple(by_number[number] for number in sorted([*kept, *others]))
+    results = Results(trace, shown, tuple(words), {})
+    for name in SUBJECTS:
+        measure = load(name).measure
+        results.found[name] = None if measure is None else measure(counted, results)
+    return results

@@ -10,18 +10,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from moescope.errors import OutputExists, require
 
 if TYPE_CHECKING:
-    import xarray as xr
-
-    from moescope.reporting.page import PageFigure
-    from moescope.reporting.results import Results
-    from moescope.reporting.tables import Table
+    from moescope.reporting.subject import Results
     from moescope.trace import Trace
 
 PAGE = "index.html"
@@ -54,7 +50,8 @@ def report(
     """
     require("matplotlib", extra="report")
     require("jinja2", extra="report")
-    from moescope.reporting.results import WORDS, gather
+    from moescope.reporting.results import gather
+    from moescope.reporting.subject import WORDS
     from moescope.trace import open_trace
 
     out = Path(out)
@@ -134,27 +131,34 @@ def _replace(beside: Path, out: Path, *, force: bool) -> None:
 
 
 def _write(results: Results, folder: Path) -> None:
-    from moescope.reporting import frames
+    from moescope.reporting import figures, frames
     from moescope.reporting.formats import csv, latex
-    from moescope.reporting.page import render_page
+    from moescope.reporting.inline_svg import inline_svg
+    from moescope.reporting.page import DRAWN_BY_PAGE, render_page
+    from moescope.reporting.page.contents import contents
 
     for name in ("figures", "tables"):
         (folder / name).mkdir()
-    tables = _tables(results)
-    figures = _figures(results, folder / "figures")
-    csvs = {f"tables/{table.name}": csv(table) for table in tables}
-    csvs |= {f"figures/{figure.file}": frames.csv(figure.frame) for figure in figures}
+    shown = contents(results)
+    csvs, svgs = {}, {}
+    for table in shown.tables.values():
+        csvs[f"tables/{table.name}"] = csv(table)
+        _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
+    for figure in shown.figures:
+        csvs[f"figures/{figure.file}"] = frames.csv(figure.frame)
+        figures.style.save(figure.draw(), folder / "figures", figure.file)
+        if figure.name != DRAWN_BY_PAGE:
+            svg = (folder / "figures" / f"{figure.file}.svg").read_text("utf-8")
+            svgs[figure.name] = inline_svg(svg, figure.name, f"{figure.label}: {figure.title}")
     for path, text in csvs.items():
         _write_text(folder / f"{path}.csv", text)
-    for table in tables:
-        _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
-    _write_text(folder / PAGE, render_page(results, figures, tables, csvs, _sentences(results)))
+    _write_text(folder / PAGE, render_page(results, shown, csvs, svgs))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     marker = {
         "format": FORMAT,
         "version": 1,
         "trace": results.trace.path.name,
-        "claims": [asdict(claim) for claim in results.claims],
+        "claims": [asdict(claim) for claim in results.found["claims"]],
         "files": files,
     }
     _write_text(folder / MARKER, json.dumps(marker, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -162,117 +166,3 @@ def _write(results: Results, folder: Path) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _tables(results: Results) -> list[Table]:
-    """Every table that the trace can tell, in the order of the page."""
-    from moescope.reporting import tables
-    from moescope.reporting.cache_tables import cache_tables
-    from moescope.reporting.captions import FEWEST_DOMAINS_IN_PAIRS
-    from moescope.reporting.claims_table import claims_table
-    from moescope.reporting.comparison_tables import consistency_table
-    from moescope.reporting.explain_tables import explain_table
-    from moescope.reporting.locality_tables import lags_table, locality_table, runs_table
-    from moescope.reporting.parallel_tables import parallel_tables
-    from moescope.reporting.prefetch_tables import prefetch_tables
-    from moescope.reporting.vocabulary_tables import expert_tokens_table, syntax_tables, vocabulary_table
-
-    layers = results.layers
-    found = [claims_table(results.claims), tables.shares_table(results.shares, layers)]
-    if results.shares.sizes["domain"] > 1:
-        found.append(tables.divergence_table(results.divergence, layers))
-    if results.words is not None:
-        found.append(tables.words_table(results.words, layers))
-    if results.repeats is not None:
-        found.append(tables.repeats_table(results.repeats, layers))
-    if results.explained is not None:
-        found.append(explain_table(results.explained, layers))
-    if results.locality is not None:
-        found += [locality_table(results.locality, layers), lags_table(results.locality, layers)]
-        if results.locality["runs"].notnull().any():
-            found.append(runs_table(results.locality, layers))
-    if results.consistency is not None:
-        found.append(consistency_table(results.consistency, layers))
-    if results.vocabulary is not None:
-        pieces = results.trace.vocabulary
-        found.append(vocabulary_table(results.vocabulary, layers, pieces))
-        found.append(expert_tokens_table(results.vocabulary, layers, pieces))
-    if results.syntax is not None:
-        found += syntax_tables(results.syntax, layers)
-    found += tables.balance_tables(results.balance, layers)
-    if results.coactivation is not None:
-        found.append(tables.coactivation_table(results.coactivation.sel(layer=list(results.paired_layers)), layers))
-    if results.transitions is not None:
-        found += tables.transitions_tables(results.transitions, results.later_layers)
-    if results.shares.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
-        found.append(tables.domain_pairs_table(results.divergence, layers))
-    if results.cache is not None:
-        found += cache_tables(results.cache)
-    if results.prefetch is not None:
-        found += prefetch_tables(results.prefetch, layers)
-    if results.parallel is not None:
-        found += parallel_tables(results.parallel, layers)
-    return found
-
-
-def _sentences(results: Results) -> dict[str, list[str]]:
-    """What bits and locality say of a layer, in a sentence each: of all layers if they are few, else of those shown."""
-    from moescope.reporting.explain_tables import explain_sentence
-    from moescope.reporting.locality_tables import locality_sentence
-
-    recorded = [layer.layer for layer in results.trace.layers]
-    layers = recorded if len(recorded) <= MOST_SENTENCES else results.layers
-    found = {}
-    if results.explained is not None:
-        found["bits"] = [explain_sentence(results.explained, layer) for layer in layers]
-    if results.locality is not None:
-        found["locality"] = [said for layer in layers if (said := locality_sentence(results.locality, layer))]
-    return {name: said for name, said in found.items() if said}
-
-
-MOST_SENTENCES = 12
-
-
-def _figures(results: Results, folder: Path) -> list[PageFigure]:
-    """Draw, save and describe every figure."""
-    from moescope.reporting import figures
-    from moescope.reporting.captions import page_figures
-    from moescope.reporting.documents import example_documents
-    from moescope.reporting.inline_svg import inline_svg
-
-    layers = results.layers
-    shown = results.trace.select_layers(layers[:3])
-    examples = example_documents(results.documents, results.words_asked)
-
-    def known(result: xr.Dataset | None) -> xr.Dataset:
-        return cast("xr.Dataset", result)  # a figure is described only if there is something to draw
-
-    drawings = {
-        "shares": lambda: figures.draw_shares(results.shares, layers),
-        "choices": lambda: figures.draw_choices(results.shares, layers),
-        "divergence": lambda: figures.draw_divergence(results.divergence),
-        "repeats": lambda: figures.draw_repeats(known(results.repeats)),
-        "tokens": lambda: figures.draw_tokens(examples, shown, results.words_asked),
-        "explained": lambda: figures.draw_explained(known(results.explained), layers),
-        "depth": lambda: figures.draw_explained_by_layer(known(results.explained)),
-        "nulls": lambda: figures.draw_excess(known(results.locality)),
-        "distance": lambda: figures.draw_lags(known(results.locality), layers),
-        "consistency": lambda: figures.draw_consistency(known(results.consistency)),
-        "balance": lambda: figures.draw_balance(results.balance),
-        "coactivation": lambda: figures.draw_coactivation(known(results.coactivation), results.paired_layers),
-        "transitions": lambda: figures.draw_transitions(known(results.transitions), results.later_layers),
-        "pairs": lambda: figures.draw_domain_pairs(results.divergence, layers),
-        "vocabulary": lambda: figures.draw_vocabulary(known(results.vocabulary)),
-        "classes": lambda: figures.draw_word_classes(known(results.syntax)),
-        "cache": lambda: figures.draw_cache(known(results.cache)),
-        "prefetch": lambda: figures.draw_prefetch(known(results.prefetch)),
-        "parallel": lambda: figures.draw_parallel(known(results.parallel)),
-    }
-    found = []
-    for described in page_figures(results, examples):
-        figures.save(drawings[described.name](), folder, described.file)
-        if described.name != "tokens":  # the page draws that one itself
-            svg = (folder / f"{described.file}.svg").read_text("utf-8")
-            described = replace(described, svg=inline_svg(svg, described.name, f"{described.label}: {described.title}"))
-        found.append(described)
-    return found

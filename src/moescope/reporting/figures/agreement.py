@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
-from moescope.reporting.tables import describe_any
+from moescope.reporting.wording import describe_any
 
 MOST_LAYERS_WITH_MARKERS = 16
 NEARLY_THE_SAME = 90.0

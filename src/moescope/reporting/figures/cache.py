@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from moescope.reporting.cache_tables import POLICY_NAMES, played_policies, quarter
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.subjects.cache import POLICY_NAMES, played_policies, quarter
 
 MOST_SIZES_WITH_MARKERS = 16
 _LOOK = {

@@ -15,7 +15,7 @@ from moescope.measures.locality import ALL_DOMAINS
 from moescope.reporting.colours import INK
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
-from moescope.reporting.tables import describe_any
+from moescope.reporting.wording import describe_any
 
 NULL_NAMES = {
     "uniform": "uniform routing",

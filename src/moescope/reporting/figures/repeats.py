@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, Mark
-from moescope.reporting.tables import describe_any
+from moescope.reporting.wording import describe_any
 
 MOST_LAYERS_WITH_MARKERS = 16
 

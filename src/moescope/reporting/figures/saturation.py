@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
-from moescope.reporting.tables import describe_any
+from moescope.reporting.wording import describe_any
 
 MOST_LAYERS_BY_NAME = 8
 """Up to here each line carries its layer's number; beyond, the colour does."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moescope.reporting.colours import INK, MUTED, PAPER
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, Mark
-from moescope.reporting.tables import describe_choice
+from moescope.reporting.wording import capital, describe_choice
 
 MOST_EXPERTS_AS_BARS = 16
 MOST_BARS = 210
@@ -70,7 +70,7 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
     choices = [names[0]] if top_k == 1 else [names[0], names[1], names[top_k]]
     with style.style():
         if not as_bars(data):
-            titles = {choice: _capital(describe_choice(choice, top_k)) for choice in choices}
+            titles = {choice: capital(describe_choice(choice, top_k)) for choice in choices}
             return _draw_maps(
                 [
                     (f"Layer {layer}: {titles[choice].lower()}", data.sel(layer=layer, choice=choice))
@@ -89,7 +89,7 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
         for row, choice in zip(panels, choices, strict=True):
             for axes, layer in zip(row, layers, strict=True):
                 _draw_bars(axes, data.sel(layer=layer, choice=choice), marks, highest)
-            row[0].set_ylabel(_capital(describe_choice(choice, top_k)).replace(" or ", " or\n"), labelpad=4)
+            row[0].set_ylabel(capital(describe_choice(choice, top_k)).replace(" or ", " or\n"), labelpad=4)
         for axes, layer in zip(panels[0], layers, strict=True):
             style.panel_title(axes, f"Layer {layer}")
         for axes in panels[-1]:
@@ -199,7 +199,3 @@ def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any
     for spine in axes.spines.values():
         spine.set_visible(False)
     return mesh
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -11,28 +11,26 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from typing import Any
 
 import jinja2
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 import moescope
-from moescope.measures import Claim
+from moescope.measures.claims import Claim
 from moescope.reporting.colours import NO_EXPERT_DARK, NO_EXPERT_LIGHT, expert_colours
 from moescope.reporting.documents import RoutedDocument, example_documents
 from moescope.reporting.layout import LINE_BREAK, PART_OF_CHARACTER
 from moescope.reporting.numbers import MISSING, count
-from moescope.reporting.page.contents import contents
-from moescope.reporting.results import Results
+from moescope.reporting.page.contents import Contents
+from moescope.reporting.subject import Results
+from moescope.reporting.subjects.tokens import embedded_layers
 from moescope.reporting.tables import Row, Table
 from moescope.reporting.visible import visible
-from moescope.reporting.worth import recommendations
 from moescope.tallying import choice_labels
 from moescope.trace import Layer
 
@@ -46,60 +44,25 @@ MOST_DATA_BYTES = 200_000
 _SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|[0-9a-f]{40}|)", re.IGNORECASE)
 """Names of folders in which a model may lie, but that do not name it."""
 
-_SECTIONS = {"Cache size": "caches", "Prefetch": "prefetch", "Placement": "devices"}
-"""Sections of the page that open with a recommendation."""
+DRAWN_BY_PAGE = "tokens"
+"""The figure that the page draws itself, from the documents it holds."""
 
 
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure with the words around it.
-
-    Attributes:
-        name: Its id in the page.
-        file: Name of its files, without ending.
-        label: What the paper calls it, or we do.
-        title: What it shows.
-        caption: What is drawn, with unit and null.
-        how: How to read it.
-        cannot: What it cannot tell.
-        frame: Its CSV twin.
-        svg: The element; empty if the page draws it otherwise.
-    """
-
-    name: str
-    file: str
-    label: str
-    title: str
-    caption: str
-    how: str
-    cannot: str
-    frame: pd.DataFrame
-    svg: str = ""
-
-
-def render_page(
-    results: Results,
-    figures: Sequence[PageFigure],
-    tables: Sequence[Table],
-    csvs: Mapping[str, str],
-    sentences: Mapping[str, Sequence[str]],
-) -> str:
+def render_page(results: Results, shown: Contents, csvs: Mapping[str, str], svgs: Mapping[str, str]) -> str:
     """The text of ``index.html``.
 
     Args:
         results: What the report is of.
-        figures: Named as in `contents`; those that the trace can tell, shares at least.
-        tables: Named as in `contents`, and the claims.
+        shown: Its figures and tables, in their places.
         csvs: The CSV of each by its path in the report, without ending.
-        sentences: For a section of the page, what its results say in plain words.
+        svgs: The element of each figure by name, but of the one that the page draws itself.
     """
     folder = resources.files(__package__)
     css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["tied"] = _tied
     documents = _fitting(results)
     shapes = sorted({layer.top_k for layer in results.trace.layers})
-    by_name = {figure.name: _Shown(figure) for figure in figures}
-    table_of = {table.name: table for table in tables}
     return environment.from_string(template).render(
         css=Markup(css),
         css_hash=_hash(css),
@@ -110,17 +73,13 @@ def render_page(
         complete=results.trace.complete,
         facts=list(_facts(results)),
         lacks=list(_lacks(results)),
-        warnings=[_tied(visible(warning)) for warning in results.warnings],
+        warnings=[_tied(visible(warning)) for warning in _warnings(results)],
         provenance=list(_provenance(results)),
-        claims=list(_claims(results.claims, table_of["claims"])),
-        chapters=contents(by_name, table_of),
-        figures=by_name,
-        tables=table_of,
-        sentences={name: list(map(_tied, said)) for name, said in sentences.items()},
-        recommended={
-            _SECTIONS[made.subject]: (_tied(made.advice), _tied(made.evidence))
-            for made in recommendations(results.cache, results.prefetch, results.parallel)
-        },
+        claims=list(_claims(results.found["claims"], shown.tables["claims"])),
+        claims_table=shown.tables["claims"],
+        chapters=shown.chapters,
+        svgs={name: Markup(svg) for name, svg in svgs.items()},
+        drawn_by_page=DRAWN_BY_PAGE,
         sampled=_sampled(results),
         top_k=" or ".join(map(str, shapes)),
         embedded=_embedded(results, documents),
@@ -148,21 +107,14 @@ def _claims(claims: Sequence[Claim], table: Table) -> Iterator[dict[str, Any]]:
 
 def _sampled(results: Results) -> str:
     """Of which documents the bits and the locality are; empty if of all."""
-    if results.explained is None or results.explained.attrs["sampled_fraction"] >= 1:
+    explained = results.found["explain"]
+    if explained is None or explained.attrs["sampled_fraction"] >= 1:
         return ""
-    documents, tokens = (count(int(results.explained.attrs[name])) for name in ("documents", "tokens"))
+    documents, tokens = (count(int(explained.attrs[name])) for name in ("documents", "tokens"))
     return (
         f"Bits explained, locality and vocabulary go over the same tokens several times, and so are of {documents} "
         f"documents with {tokens} tokens, drawn at random; all else is of the whole trace."
     )
-
-
-class _Shown:
-    """A figure for the template: its SVG is markup, its words keep numbers and units together."""
-
-    def __init__(self, figure: PageFigure) -> None:
-        tied = {name: _tied(getattr(figure, name)) for name in ("title", "caption", "how", "cannot")}
-        self.__dict__.update(vars(figure), **tied, svg=Markup(figure.svg))
 
 
 def _tied(text: str) -> str:
@@ -210,13 +162,20 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
     yield "Experts a layer", " or ".join(map(str, experts)), f"{' or '.join(map(str, top_k))} chosen a token"
 
 
+def _warnings(results: Results) -> list[str]:
+    """What an importer found odd in the trace's source."""
+    found = (results.trace.summary or {}).get("warnings", [])
+    return [str(warning) for warning in found] if isinstance(found, list) else []
+
+
 def _lacks(results: Results) -> Iterator[str]:
     """What the trace cannot tell, and so what the page leaves out."""
-    if results.repeats is None:
+    repeats = results.found["repeats"]
+    if repeats is None:
         yield "The trace holds counts of assignments and no tokens: what follows is what counts can tell."
     elif not results.trace.header.token_ids:
         yield "The trace has no token ids: nothing can be said of words, and no text can be shown."
-    if results.repeats is not None and "first" not in results.repeats["kind"].values:
+    if repeats is not None and "first" not in repeats["kind"].values:
         yield "The trace does not say which choice of a token is the first: all choices are taken together."
 
 
@@ -244,13 +203,11 @@ def _fitting(results: Results) -> list[RoutedDocument]:
     """The documents that fit into the page, a document of every domain before the second of any; by domain again."""
     turns: dict[str, int] = {}
     order = []
-    for document in results.documents:
+    for document in results.found["tokens"] or []:
         turns[document.domain] = turns.get(document.domain, 0) + 1
         order.append((turns[document.domain], document))
-    a_token = 8 + sum(
-        layer.top_k * (_id_bytes(layer) + bool(results.trace.header.weights)) * 4 / 3
-        for layer in results.embedded_layers
-    )
+    layers = embedded_layers(results.trace, results.layers)
+    a_token = 8 + sum(layer.top_k * (_id_bytes(layer) + bool(results.trace.header.weights)) * 4 / 3 for layer in layers)
     room = MOST_TEXT_BYTES / a_token
     kept = []
     for _, document in sorted(order, key=lambda turn: turn[0]):
@@ -267,14 +224,16 @@ def _embedded(results: Results, documents: Sequence[RoutedDocument]) -> str:
         f"This page holds {count(len(documents))} of {count(results.trace.num_documents, 'document')} (up to their "
         "first 600 tokens), chosen for the words asked about"
     )
-    if len(results.embedded_layers) < len(results.trace.layers):
-        words += f", in {len(results.embedded_layers)} of {len(results.trace.layers)} layers"
+    layers = len(embedded_layers(results.trace, results.layers))
+    if layers < len(results.trace.layers):
+        words += f", in {layers} of {len(results.trace.layers)} layers"
     return f"{words}; the command “moescope text” shows any other."
 
 
 def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str, Any]:
     """What the page's script draws from: texts once each, ids and weights as base64 of bytes."""
     places: dict[str, int] = {}
+    layers = embedded_layers(results.trace, results.layers)
     shown = [
         {
             "number": document.number,
@@ -283,9 +242,7 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
             "total": document.num_tokens,
             "ids": document.token_ids.tolist(),
             "tokens": [places.setdefault(_displayed(text), len(places)) for text in document.texts],
-            "experts": {
-                layer.layer: _packed_ids(document.expert_ids[layer.layer], layer) for layer in results.embedded_layers
-            },
+            "experts": {layer.layer: _packed_ids(document.expert_ids[layer.layer], layer) for layer in layers},
             **(
                 {"weights": {number: _packed_weights(w) for number, w in document.gate_weights.items()}}
                 if document.gate_weights
@@ -295,7 +252,7 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
         for document in documents
     ]
     most = max((layer.top_k for layer in results.trace.layers), default=1)
-    first = example_documents(documents, results.words_asked, 1)
+    first = example_documents(documents, results.words, 1)
     return {
         "layers": [
             {
@@ -304,15 +261,15 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
                 "top_k": layer.top_k,
                 "wide": _id_bytes(layer) == 2,
             }
-            for layer in results.embedded_layers
+            for layer in layers
         ],
-        "shown": [layer for layer in results.layers if layer in {e.layer for e in results.embedded_layers}][:3],
+        "shown": [layer for layer in results.layers if layer in {e.layer for e in layers}][:3],
         "start": first[0].number if first else None,
         "choices": [f"{choice} choice" for choice in choice_labels(most)[1:]],
         "weights": bool(results.trace.header.weights),
         "palettes": {
             number: list(zip(expert_colours(number), expert_colours(number, dark=True), strict=True))
-            for number in {layer.num_experts for layer in results.embedded_layers}
+            for number in {layer.num_experts for layer in layers}
         },
         "no_expert": [NO_EXPERT_LIGHT, NO_EXPERT_DARK],
         "texts": list(places),

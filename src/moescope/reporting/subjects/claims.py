@@ -1,25 +1,85 @@
-"""The claims as a table and as a data frame: a section a claim, a row an effect."""
+"""The claims of section 5, with the effect, interval, null and significance behind each answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from math import isnan
 
+import click
 import pandas as pd
 
-from moescope.measures.claims import Claim, Effect
+from moescope.measures.claims import Claim, Effect, claims
+from moescope.measures.divergence import divergence
+from moescope.measures.locality import locality
+from moescope.measures.words import words as words_of
+from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import MISSING, bits, percent
+from moescope.reporting.options import parse_words, trace_argument
+from moescope.reporting.subject import SAMPLE_BYTES, WORDS, Results, Subject
+from moescope.reporting.subjects.explain import explain_sample
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
+from moescope.tallying import Everything, sample_documents, tally
+from moescope.trace import Trace
+
+
+def measure(counted: Everything, results: Results) -> list[Claim]:
+    """From what the subjects before it found."""
+    found = results.found
+    return claims(found["divergence"], found["words"], found["locality"], found["explain"])
+
+
+def blocks(found: list[Claim], results: Results) -> Iterator[Table]:
+    """The page opens with the claims, and shows them in its own way."""
+    yield claims_table(found)
+
+
+@trace_argument
+@click.option(
+    "--word",
+    "words",
+    multiple=True,
+    callback=parse_words,
+    metavar="WORD",
+    help="Word to ask for instead of the paper's; repeatable.",
+)
+def command(trace: Trace, words: tuple[str, ...]) -> Iterator[Table]:
+    """Show which claims of section 5 hold for this model, and by how much.
+
+    Each is answered yes, no, mixed or not enough data; below it the numbers the answer rests on: effect, 95 % interval
+    by document, what it is compared with, and the p-value corrected for all of them.
+
+    \b
+    Example:
+      moescope claims pile.moe
+      moescope claims pile.moe --word return --format csv
+    """
+    yield claims_table(answer_claims(trace, words or WORDS))
+
+
+def answer_claims(trace: Trace, words_asked: Sequence[str] = WORDS) -> list[Claim]:
+    """The claims of section 5, answered for a trace as in its report.
+
+    Args:
+        trace: The trace.
+        words_asked: Words whose experts are asked for; indentation is always asked for.
+    Raises:
+        NoSuchDocument: Nothing has been recorded yet.
+        TraceDamaged: A page fails its checksum.
+    """
+    shown_layers(trace)
+    counted = tally(trace)
+    has_text = counted.ranked and trace.header.token_ids
+    of_words = words_of(trace, list(words_asked), indentation=True, tally=counted) if has_text else None
+    kept = None if counted.counts_only else sample_documents(trace, max_bytes=SAMPLE_BYTES)
+    explained = None if kept is None else explain_sample(kept)
+    of_locality = None if kept is None else locality(kept)
+    return claims(divergence(counted), of_words, of_locality, explained)
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
-    """What each answer rests on: effect, interval, null and corrected significance.
-
-    Args:
-        claims: Of `moescope.claims`.
-    """
+    """What each answer rests on: effect, interval, null and corrected significance."""
     return Table(
         "claims",
         "The claims of section 5, and the effects each answer rests on",
@@ -85,3 +145,6 @@ def _q(value: float | None) -> str:
     if value is None:
         return MISSING
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+subject = Subject(measure=measure, blocks=blocks, command=command)

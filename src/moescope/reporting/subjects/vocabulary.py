@@ -1,4 +1,4 @@
-"""Vocabulary specialization and word classes as tables and data frames.
+"""How surely tokens go to one expert, the tokens of an expert and the experts of a token.
 
 Token text is what a corpus made up: it passes `visible` before it stands anywhere. Bytes that are no text read
 ``\\xe2``, so that different pieces look different.
@@ -6,17 +6,36 @@ Token text is what a corpus made up: it passes `visible` before it stands anywhe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
+from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from moescope.reporting.numbers import MISSING, bits, count, percent, spread
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, describe_choice
+from moescope.measures.vocabulary import vocabulary
+from moescope.reporting import figures as drawn
+from moescope.reporting.cells import BY_DOCUMENT, mark, percent_cell, share_cell
+from moescope.reporting.chapters import VOCABULARY
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.numbers import MISSING, count, percent, spread
+from moescope.reporting.options import (
+    figures_option,
+    parse_integers,
+    permutations_option,
+    shown_layers_option,
+    trace_argument,
+    warn_of_few_permutations,
+)
+from moescope.reporting.progress import layer_progress
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
-from moescope.trace import Vocabulary
+from moescope.reporting.wording import capital, choice_of, expert_name
+from moescope.tallying import Everything
+from moescope.trace import Trace, Vocabulary
 
 LONGEST_TOKEN = 14
 """Characters of a token that a table shows."""
@@ -24,48 +43,174 @@ LONGEST_TOKEN = 14
 EXPERTS_LISTED = 4
 """Experts that a table lists for a token."""
 
+BRIEF_TOP = 5
+"""Tokens an expert in the table of all experts; of a few experts there is room for more."""
+
 _BY = {"input": "by the token", "next": "by the next token"}
 
 
-def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary) -> Table:
-    """Specialization by layer; the frame holds everything there is.
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """Of the documents that bits are explained of, if an id is frequent enough."""
+    if counted.documents is None or not results.has_text:
+        return None
+    found = vocabulary(counted.documents, top=BRIEF_TOP)
+    return found if found["specialization"].notnull().any() else None
 
-    Args:
-        vocabulary: Of `moescope.vocabulary`.
-        layers: Layers to show.
-        pieces: Of the trace.
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+    """Specialization by layer and expert, then the tokens of each expert."""
+    pieces = results.trace.vocabulary
+    yield PageFigure(
+        name="vocabulary",
+        file="vocabulary",
+        draw=lambda: drawn.vocabulary.draw_vocabulary(found),
+        label="Vocabulary",
+        title="How surely a token goes to one expert",
+        caption=(
+            "Share of an id's tokens that chose its most frequent expert, mean over ids of at least "
+            f"{int(found.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
+            "the same choices rotated within each document. Dotted: the most popular expert. Below: experts from the "
+            "most to the least specialized."
+        ),
+        how=(
+            "Far above the dashed line the layer goes by the token; near 100 % it looks words up. Where the right "
+            "panel is the higher, the layer is about what comes next."
+        ),
+        cannot=(
+            "Each id counts once, so rare ids weigh most. It does not say whether the token itself decides, or the "
+            "words that usually stand before it."
+        ),
+        frame=vocabulary_frame(found, pieces),
+    )
+    yield PageTable(vocabulary_table(found, results.layers, pieces), folded="The same as a table")
+    yield PageTable(expert_tokens_table(found, results.layers, pieces), folded="The tokens of each expert")
+
+
+@trace_argument
+@shown_layers_option
+@click.option(
+    "--by",
+    type=click.Choice(["input", "next"]),
+    default="input",
+    show_default=True,
+    help="List by the token itself, or by the token after it.",
+)
+@click.option(
+    "--choice",
+    type=click.Choice(["first", "either"]),
+    default="first",
+    show_default=True,
+    help="The first choice of a token, or all of its choices.",
+)
+@click.option(
+    "--min-count",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Tokens that an id must have to be counted.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(0, 1000),
+    metavar="N",
+    help=f"Tokens listed for each expert.  [default: {BRIEF_TOP}, of chosen experts 10]",
+)
+@click.option(
+    "--expert", "experts", callback=parse_integers, metavar="LIST", help="List the tokens of these experts in full."
+)
+@click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    metavar="TEXT",
+    help="Show the experts of a token, with and without a space in front; repeatable.",
+)
+@permutations_option
+@figures_option
+def command(
+    trace: Trace,
+    layers: tuple[int, ...] | None,
+    by: str,
+    choice: str,
+    min_count: int,
+    top: int | None,
+    experts: tuple[int, ...] | None,
+    tokens: tuple[str, ...],
+    permutations: int,
+    figures: Path | None,
+) -> Iterator[Table | Drawing]:
+    """Show how surely each token goes to one expert, and which tokens each expert gets.
+
+    Vocabulary specialization (OLMoE, equation 8): of the tokens with an id, the share that chose the id's most frequent
+    expert; by the token's own id and by that of the next token. (A trace does not hold the ids that the model
+    predicts.) Beside it the same of choices that do not see the token. Then the tokens of each expert or, if they are
+    asked for, of some experts, and the experts of some tokens. CSV and JSON hold all of it in one table.
+
+    \b
+    Example:
+      moescope vocabulary pile.moe --layers 0,15,31 --expert 3 --token self
     """
+    trace.need_tokens()
+    shown = shown_layers(trace, layers)
+    most = max(layer.num_ids for layer in trace.select_layers(shown))
+    if experts and experts[-1] >= most:
+        raise click.BadParameter(
+            f"there is no expert {experts[-1]}; the largest is {most - 1}.", param_hint="'--expert'"
+        )
+    listed = top if top is not None else 10 if experts else BRIEF_TOP
+    warn_of_few_permutations(permutations)
+    with layer_progress("looking at tokens") as progress:
+        found = vocabulary(
+            trace,
+            shown if figures is None else None,
+            choice=choice,
+            min_count=min_count,
+            top=listed,
+            tokens=_token_ids(trace.vocabulary.pieces, tokens),
+            permutations=permutations,
+            progress=progress,
+        )
+    pieces = trace.vocabulary
+    yield vocabulary_table(found, shown, pieces)
+    if experts:
+        yield expert_table(found, shown, pieces, experts, by, listed)
+    elif listed and not tokens:
+        yield expert_tokens_table(found, shown, pieces, by, listed)
+    if tokens:
+        yield token_experts_table(found, shown, pieces, by)
+    yield Drawing(file="vocabulary", draw=lambda: drawn.vocabulary.draw_vocabulary(found))
+
+
+def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary) -> Table:
+    """Specialization by layer; the frame holds everything there is."""
     data = vocabulary.sel(layer=list(layers))
     rows = []
     for layer in layers:
         cells: list[Cell] = []
         for by in _BY:
             at = data.sel(layer=layer, by=by)
-            value, low, high = (float(at[name]) for name in ("specialization", "low", "high"))
-            mark = "*" if float(at["q_value"]) < SIGNIFICANT else ""
-            cells.append(Cell(percent(value), spread(value, low, high), mark))
-            cells += [Cell(percent(float(at[name]))) for name in ("null", "held_out")]
-        popular = float(data["popularity"].sel(layer=layer, by="input"))
-        rows.append(Row(str(layer), (*cells, Cell(percent(popular)))))
-    minimum = int(vocabulary.attrs["min_count"])
+            cells.append(share_cell(at, "specialization")._replace(mark=mark(at["q_value"])))
+            cells += [percent_cell(at, name) for name in ("null", "held_out")]
+        cells.append(percent_cell(data.sel(layer=layer, by="input"), "popularity"))
+        rows.append(Row(str(layer), tuple(cells)))
     sizes = "; ".join(
         f"{words}: {count(int(data['ids'].sel(by=by)))} ids, {count(int(data['id_tokens'].sel(by=by)))} tokens"
         for by, words in _BY.items()
     )
     return Table(
         "vocabulary",
-        f"Vocabulary specialization, {_choice(vocabulary)}, %",
+        f"Vocabulary specialization, {choice_of(vocabulary)}, %",
         "layer",
         (*("measured", "rotated", "held out") * 2, "popularity"),
         (Section("", tuple(rows)),),
         groups=((_BY["input"], 3), (_BY["next"], 3), ("", 1)),
         notes=(
-            f"Share of an id's tokens that chose its most frequent expert, mean over the ids of at least {minimum} "
-            f"tokens. {sizes[0].upper()}{sizes[1:]}.",
+            "Share of an id's tokens that chose its most frequent expert, mean over the ids of at least "
+            f"{int(vocabulary.attrs['min_count'])} tokens. {capital(sizes)}.",
             "rotated: the choices of each document rotated, so that they do not see the token; held out: the expert "
             "most frequent in other documents; popularity: the most popular expert's share of all tokens.",
-            f"± the larger side of a 95 % interval, by document. * the choices see it (false discovery rate "
-            f"{percent(SIGNIFICANT, 0)} %).{_sampled(vocabulary)}",
+            f"{BY_DOCUMENT} * the choices see it (false discovery rate {percent(SIGNIFICANT, 0)} %)."
+            f"{_sampled(vocabulary)}",
         ),
         frame=vocabulary_frame(data, pieces),
     )
@@ -91,19 +236,19 @@ def expert_tokens_table(
         rows = []
         for expert in range(int(of_layer["num_ids"])):
             at = of_layer.sel(expert=expert)
-            value, low, high = (float(at[f"expert_{name}"]) for name in ("specialization", "low", "high"))
             cells = [
                 Cell(count(int(at["expert_ids"]))),
-                Cell(percent(value), spread(value, low, high)),
-                Cell(percent(float(at["expert_null"]))),
+                share_cell(at, "expert_specialization", "expert_low", "expert_high"),
+                percent_cell(at, "expert_null"),
+                *(_token_cell(at, place, pieces) for place in range(top)),
             ]
-            rows.append(Row(_name(expert, of_layer), (*cells, *(_token_cell(at, p, pieces) for p in range(top)))))
+            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), tuple(cells)))
         sections.append(Section(f"layer {layer}", tuple(rows)))
     return Table(
         "expert_tokens",
-        f"Tokens of each expert {_BY[by]}, {_choice(vocabulary)}: share of the token that the expert gets, %",
+        f"Tokens of each expert {_BY[by]}, {choice_of(vocabulary)}: share of the token that the expert gets, %",
         "expert",
-        ("ids", "mean", "rotated", *(_ordinal(at + 1) for at in range(top))),
+        ("ids", "mean", "rotated", *(_ordinal(place + 1) for place in range(top))),
         tuple(sections),
         notes=(
             "ids: those whose most frequent expert it is; mean: their specialization; rotated: the same of choices "
@@ -145,25 +290,20 @@ def expert_table(
                 one = at.isel(place=place)
                 if int(one["top_token"]) < 0:
                     break
-                value, low, high = (float(one[f"top_{name}"]) for name in ("share", "low", "high"))
-                mark = "*" if float(one["top_q_value"]) < SIGNIFICANT else ""
                 sizes = (Cell(count(int(one[f"top_{name}"]))) for name in ("count", "tokens", "documents"))
-                cells = (Cell(percent(value), spread(value, low, high), mark), *sizes)
-                rows.append(Row(_quoted(pieces, int(one["top_token"])), cells))
+                share = share_cell(one, "top_share", "top_low", "top_high")._replace(mark=mark(one["top_q_value"]))
+                rows.append(Row(_quoted(pieces, int(one["top_token"])), (share, *sizes)))
             popular = percent(float(at["expert_popularity"]))
-            title = f"layer {layer}, expert {_name(expert, of_layer)}: {count(int(at['expert_ids']))} ids"
+            name = expert_name(expert, int(of_layer["num_experts"]))
+            title = f"layer {layer}, expert {name}: {count(int(at['expert_ids']))} ids"
             sections.append(Section(f"{title}, {popular} % of all tokens", tuple(rows)))
     return Table(
         "expert_tokens",
-        f"Tokens of an expert {_BY[by]}, {_choice(vocabulary)}: share of the token that the expert gets, %",
+        f"Tokens of an expert {_BY[by]}, {choice_of(vocabulary)}: share of the token that the expert gets, %",
         "token",
         ("share", "went there", "of tokens", "in documents"),
         tuple(sections),
-        notes=(
-            "± the larger side of a 95 % interval, by document. * surely above the expert's popularity, all "
-            "pairs of tokens and "
-            "experts allowed for.",
-        ),
+        notes=(f"{BY_DOCUMENT} * surely above the expert's popularity, all pairs of tokens and experts allowed for.",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
     )
 
@@ -196,12 +336,12 @@ def token_experts_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: V
         sections.append(Section(f"layer {layer}", tuple(rows)))
     return Table(
         "token_experts",
-        f"Experts of a token {_BY[by]}, {_choice(vocabulary)}, % of its tokens",
+        f"Experts of a token {_BY[by]}, {choice_of(vocabulary)}, % of its tokens",
         "token",
         ("tokens", *("expert", "share") * listed),
         tuple(sections),
-        groups=(("", 1), *((_ordinal(at + 1), 2) for at in range(listed))),
-        notes=(f"± the larger side of a 95 % interval, by document.{_sampled(vocabulary)}",),
+        groups=(("", 1), *((_ordinal(place + 1), 2) for place in range(listed))),
+        notes=(f"{BY_DOCUMENT}{_sampled(vocabulary)}",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'expert of a token'"),
     )
 
@@ -244,96 +384,12 @@ def vocabulary_frame(vocabulary: xr.Dataset, pieces: Vocabulary) -> pd.DataFrame
     return frame
 
 
-def syntax_tables(syntax: xr.Dataset, layers: Sequence[int]) -> list[Table]:
-    """Divergence of each word class, a row a class and a column a layer; then the expert that stands out.
-
-    Args:
-        syntax: Of `moescope.syntax`.
-        layers: Layers to show.
-    """
-    data = syntax.sel(layer=list(layers))
-    classes = data["word_class"].values.tolist()
-
-    def rows(name: str) -> tuple[Row, ...]:
-        return tuple(
-            Row(of, tuple(_class_cell(data.sel(word_class=of, layer=layer), name) for layer in layers))
-            for of in classes
-        )
-
-    frame = syntax_frame(data)
-    tables = [
-        Table(
-            "word_classes",
-            f"Jensen-Shannon divergence of word classes from other tokens of their documents, {_choice(syntax)}, bits",
-            "class",
-            tuple(f"layer {layer}" for layer in layers),
-            (
-                Section("measured", rows("jsd")),
-                Section("expected from sampling documents alone", rows("jsd_null")),
-                Section("95 % interval of the true divergence", rows("interval")),
-                Section("against all other tokens, whatever their documents", rows("jsd_all")),
-            ),
-            notes=(f"* differs (false discovery rate {percent(SIGNIFICANT, 0)} % over classes and layers).",),
-            frame=frame,
-        )
-    ]
-    sections = []
-    for layer in layers:
-        of_layer = []
-        for of in classes:
-            at = data.sel(word_class=of, layer=layer)
-            sizes = [Cell(count(int(at[name]))) for name in ("tokens", "documents")]
-            value, low, high = (float(at[f"top_{name}"]) for name in ("share", "low", "high"))
-            top = float(at["top_expert"])
-            cells = (
-                Cell(MISSING if isnan(top) else str(int(top))),
-                Cell(percent(value), spread(value, low, high)),
-                Cell(percent(float(at["top_share_others"]))),
-            )
-            of_layer.append(Row(of, (*sizes, *cells)))
-        sections.append(Section(f"layer {layer}", tuple(of_layer)))
-    tables.append(
-        Table(
-            "word_class_experts",
-            f"The expert that stands out in each word class, {_choice(syntax)}, %",
-            "class",
-            ("tokens", "documents", "expert", "of the class", "of the others"),
-            tuple(sections),
-            notes=(
-                "The expert whose share of the class exceeds that of the other tokens of the same documents by most. "
-                "± the larger side of a 95 % interval, by document.",
-            ),
-            frame=frame,
-        )
-    )
-    return tables
-
-
-def syntax_frame(syntax: xr.Dataset) -> pd.DataFrame:
-    """A row a (word class, layer)."""
-    names = {f"jsd{end}": f"jsd{end}_bits" for end in ("", "_low", "_high", "_null", "_all")}
-    shares = {f"top_{name}": f"top_{name}_percent" for name in ("share", "low", "high", "share_others")}
-    kept = syntax[["tokens", "documents", *names, "p_value", "q_value", "top_expert", *shares]]
-    frame = kept.drop_vars(["num_experts", "num_ids", "top_k"]).to_dataframe(["word_class", "layer"]).reset_index()
-    frame = frame.rename(columns={**names, **shares})
-    frame["top_expert"] = frame["top_expert"].astype("Int64")
-    frame[list(shares.values())] *= 100
-    return frame
-
-
-def _class_cell(at: xr.Dataset, name: str) -> Cell:
-    if name == "interval":
-        low, high = float(at["jsd_low"]), float(at["jsd_high"])
-        return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
-    return Cell(bits(float(at[name])), mark="*" if name == "jsd" and float(at["q_value"]) < SIGNIFICANT else "")
-
-
 def _token_cell(at: xr.Dataset, place: int, pieces: Vocabulary) -> Cell:
     one = at.isel(place=place)
     if int(one["top_token"]) < 0:
         return Cell("")
-    mark = "*" if float(one["top_q_value"]) < SIGNIFICANT else ""
-    return Cell(_quoted(pieces, int(one["top_token"])), f" {percent(float(one['top_share']), 0)}", mark)
+    share = f" {percent(float(one['top_share']), 0)}"
+    return Cell(_quoted(pieces, int(one["top_token"])), share, mark(one["top_q_value"]))
 
 
 def _quoted(pieces: Vocabulary, token_id: int) -> str:
@@ -344,14 +400,6 @@ def _text(pieces: Vocabulary, token_id: int) -> str:
     return pieces.piece(token_id).decode(errors="backslashreplace")
 
 
-def _name(expert: int, of_layer: xr.Dataset) -> str:
-    return str(expert) if expert < int(of_layer["num_experts"]) else f"{expert} (null)"
-
-
-def _choice(data: xr.Dataset) -> str:
-    return describe_choice(str(data.attrs["choice"]), int(data["top_k"].values.max()))
-
-
 def _sampled(vocabulary: xr.Dataset) -> str:
     fraction = float(vocabulary.attrs["sampled_fraction"])
     return "" if fraction >= 1 else f" Of a sample of {percent(fraction)} % of the documents."
@@ -359,3 +407,18 @@ def _sampled(vocabulary: xr.Dataset) -> str:
 
 def _ordinal(place: int) -> str:
     return {1: "1st", 2: "2nd", 3: "3rd"}.get(place, f"{place}th")
+
+
+def _token_ids(pieces: dict[int, bytes], texts: tuple[str, ...]) -> list[int]:
+    """Ids of the pieces that are one of the texts, or one of them after a space."""
+    ids: list[int] = []
+    for text in texts:
+        wanted = {text.encode(), f" {text}".encode()}
+        here = [token_id for token_id, piece in pieces.items() if piece in wanted]
+        if not here:
+            raise click.BadParameter(f"{text!r} is not one token of the trace's vocabulary.", param_hint="'--token'")
+        ids += here
+    return ids
+
+
+subject = Subject(measure=measure, blocks=blocks, section=VOCABULARY, command=command)

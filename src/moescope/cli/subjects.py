@@ -1,0 +1,68 @@
+"""The commands of subjects: they open traces, print tables and save figures; what these are, the subject says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moescope.cli.options import format_option
+from moescope.cli.printing import print_table
+from moescope.errors import require
+from moescope.reporting.subject import Drawing
+from moescope.reporting.subjects import load
+from moescope.trace import Trace, open_trace
+
+
+def command_of(name: str) -> click.Command:
+    """The command of a subject.
+
+    Args:
+        name: One of ``moescope.reporting.subjects.SUBJECTS`` with a line of help.
+    """
+    show = load(name).command
+    assert show is not None
+    return format_option(click.command(name)(_run(show)))
+
+
+def _run(show: Callable[..., Any]) -> Callable[..., None]:
+    @wraps(show)
+    def run(format: str, **arguments: Any) -> None:
+        folder: Path | None = arguments.get("figures")
+        for param in click.get_current_context().command.params:
+            if isinstance(param, click.Argument):
+                arguments[str(param.name)] = _opened(arguments[str(param.name)])
+        printed = 0
+        for shown in show(**arguments):
+            if isinstance(shown, Drawing):
+                _save(shown, folder)
+            elif not printed or format in ("text", "latex"):  # the first table's values are all there are
+                if printed:
+                    click.echo()
+                print_table(shown, format)
+                printed += 1
+
+    vars(run)["__click_params__"] = list(vars(show)["__click_params__"])  # a copy, which click turns round
+    return run
+
+
+def _opened(paths: Path | tuple[Path, ...]) -> Trace | tuple[Trace, ...]:
+    return open_trace(paths) if isinstance(paths, Path) else tuple(map(open_trace, paths))
+
+
+def _save(drawing: Drawing, folder: Path | None) -> None:
+    """Draw as PNG, SVG and PDF, if a folder is given; it is made.
+
+    Raises:
+        MissingExtra: The extra `report` is not installed.
+    """
+    if folder is None:
+        return
+    require("matplotlib", extra="report")
+    from moescope.reporting.figures.style import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save(drawing.draw(), folder, drawing.file)

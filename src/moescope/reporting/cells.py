@@ -1,0 +1,56 @@
+"""Cells made of a result: a value, the larger side of its interval, and a mark where it differs from its null."""
+
+from __future__ import annotations
+
+from math import isnan
+
+import xarray as xr
+
+from moescope.reporting.numbers import MISSING, bits, number, percent, points, spread
+from moescope.reporting.tables import SIGNIFICANT, Cell
+
+BY_DOCUMENT = "± the larger side of a 95 % interval, by document."
+CLUSTERED = "± the larger side of a 95 % interval, clustered by document."
+
+
+def values(at: xr.Dataset, *names: str) -> list[float]:
+    """Variables of one place of a result, as numbers."""
+    return [float(at[name]) for name in names]
+
+
+def mark(q_value: xr.DataArray | float) -> str:
+    """``*`` where a test found something."""
+    return "*" if float(q_value) < SIGNIFICANT else ""
+
+
+def share_cell(at: xr.Dataset, name: str, low: str = "low", high: str = "high", digits: int = 1) -> Cell:
+    """A share in per cent, with its interval."""
+    value, lower, upper = values(at, name, low, high)
+    return Cell(percent(value, digits), spread(value, lower, upper, digits))
+
+
+def percent_cell(at: xr.Dataset, name: str) -> Cell:
+    """A share in per cent, without an interval."""
+    return Cell(percent(float(at[name])))
+
+
+def number_cell(at: xr.Dataset, name: str, digits: int, low: str = "", high: str = "") -> Cell:
+    """A plain number, with its interval if it is known."""
+    value, *ends = values(at, name, low or f"{name}_low", high or f"{name}_high")
+    known = not any(map(isnan, ends))
+    return Cell(number(value, digits), f"±{number(max(value - ends[0], ends[1] - value), digits)}" if known else "")
+
+
+def points_cell(at: xr.Dataset, name: str, q_value: float = float("nan")) -> Cell:
+    """A difference of shares in points, with its interval and a mark where it is not zero."""
+    value, low, high = values(at, name, f"{name}_low", f"{name}_high")
+    if isnan(value):
+        return Cell(MISSING)
+    half = max(value - low, high - value)
+    return Cell(points(value), "" if isnan(half) else f"±{100 * half:.1f}", mark(q_value))
+
+
+def bits_range_cell(at: xr.Dataset, name: str) -> Cell:
+    """The interval of an amount of information."""
+    low, high = values(at, f"{name}_low", f"{name}_high")
+    return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")

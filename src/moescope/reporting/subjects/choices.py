@@ -1,0 +1,46 @@
+"""The shares again, by choice: Figure 9."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import xarray as xr
+
+from moescope.reporting import figures
+from moescope.reporting.chapters import TOPICS
+from moescope.reporting.subject import PageFigure, Results, Subject
+from moescope.reporting.subjects.shares import about_uniform, shares_frame
+from moescope.reporting.wording import capital, describe_any
+from moescope.tallying import Everything
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """The shares, where choices are known apart."""
+    found: xr.Dataset = results.found["shares"]
+    return found if found.sizes["choice"] > 1 else None
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure]:
+    """Figure 9."""
+    top_k = int(found["top_k"].max())
+    choices = list(dict.fromkeys(["either", "first", found["choice"].values[top_k].item()]))
+    yield PageFigure(
+        name="choices",
+        file="figure9-choices",
+        draw=lambda: figures.shares.draw_choices(found, results.layers),
+        label="Figure 9",
+        title="The same by choice",
+        caption=(
+            f"{capital(describe_any(top_k))}, and the choices with the largest and the smallest gate weight apart. "
+            f"{about_uniform(found)}"
+        ),
+        how=(
+            "If the first choice carries the topic and the last fills up, the first row differs by domain and the "
+            "last does not. If all rows look alike, the choices are exchangeable in this respect."
+        ),
+        cannot="It does not show which choices go together, nor how much weight each has in the output.",
+        frame=shares_frame(found.sel(choice=choices, layer=list(results.layers))),
+    )
+
+
+subject = Subject(measure=measure, blocks=blocks, section=TOPICS)

@@ -1,0 +1,262 @@
+"""What explains the choice: bits by source, and a sentence a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isnan
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+from moescope.measures.explain import explain
+from moescope.reporting import figures as drawn
+from moescope.reporting.chapters import EXPLANATION
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.numbers import MISSING, bits, percent
+from moescope.reporting.options import (
+    choice_option,
+    figures_option,
+    permutations_option,
+    shown_layers_option,
+    trace_argument,
+    warn_of_few_permutations,
+)
+from moescope.reporting.progress import layer_progress
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.wording import choice_of, listed
+from moescope.tallying import DocumentSample, Everything
+from moescope.trace import Trace
+
+SECTION = PageSection(
+    EXPLANATION,
+    "bits",
+    "Where do the bits come from?",
+    "Bits of a choice",
+    "A choice among experts holds so many bits. A source explains some of them if knowing it shortens the "
+    "description of the choice; here, by layer, what each source explains by itself.",
+)
+
+TELLING = 0.05
+"""Share of the entropy from which a source is named in the sentence of a layer."""
+
+DIGITS = 3
+
+_NAMES = {
+    "domain": "the domain",
+    "token": "the token",
+    "previous token": "the token before",
+    "previous expert": "the expert of the token before",
+    "position": "the place in the sequence",
+    "previous layer": "the token's expert in the layer before",
+}
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """Of a sample of documents."""
+    return None if counted.documents is None else explain_sample(counted.documents)
+
+
+def explain_sample(kept: DocumentSample) -> xr.Dataset:
+    """The first choice, or any where the trace does not say which is the first."""
+    return explain(kept, choice="first" if all(layer.ranked for layer in kept.layers) else "either")
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+    """Bars a layer, lines over the layers if not all are shown, and the table."""
+    what = "first choice" if found.attrs["choice"] == "first" else "choice"
+    yield PageFigure(
+        name="explained",
+        file="explained",
+        draw=lambda: drawn.explain.draw_explained(found, results.layers),
+        label="Bits",
+        title=f"Where the bits of the {what} come from",
+        caption=(
+            f"Bits of the {what} that each source alone explains; line: 95 % interval, by document. Dashed: all bits "
+            "of the choice. Grey: between what is saved on documents left out and the plain count, which bound the "
+            "truth but for sampling. Tick: the same of permuted routing."
+        ),
+        how=(
+            "Compare a bar with the dashed line: that is how much of the choice one knows from the source. What goes "
+            "beyond the tick is more than the document's own mix of experts. A router that looks words up has a long "
+            "bar at the token and little beyond it elsewhere."
+        ),
+        cannot=(
+            "Sources overlap, and their bits do not add up: a domain has its words, and the layer before has seen the "
+            "same token. No bar says what causes the choice. A wide grey band says that the trace is too short for "
+            "that source."
+        ),
+        frame=explain_frame(found.sel(layer=list(results.layers))),
+    )
+    if found.sizes["layer"] > len(results.layers):
+        yield PageFigure(
+            name="depth",
+            file="explained-by-layer",
+            draw=lambda: drawn.explain.draw_explained_by_layer(found),
+            label="Bits by layer",
+            title=f"Share of the {what} that each source explains, by layer",
+            caption=f"Per cent of the bits of the {what}, H(E); bands: 95 % intervals, by document.",
+            how=(
+                "Lines that fall with depth are sources near the input, such as the token; lines that rise are what "
+                "the layers before have made of the context."
+            ),
+            cannot=(
+                "The lines overlap and do not add up to 100. What no line explains may be context, or chance of the "
+                "training."
+            ),
+            frame=explain_frame(found),
+        )
+    yield PageTable(
+        explain_table(found, results.layers),
+        folded="The same as a table, with bounds, permuted routing and p-values",
+    )
+
+
+@trace_argument
+@shown_layers_option
+@choice_option
+@permutations_option
+@figures_option
+def command(
+    trace: Trace, layers: tuple[int, ...] | None, choice: str, permutations: int, figures: Path | None
+) -> Iterator[Table | Drawing]:
+    """Show how many bits of the choice domain, token, neighbours and place explain.
+
+    For each layer: the entropy of the choice, and how much of it is told by the domain, the token, the token before,
+    its expert, the place in the sequence, and the token's expert in the layer before; each with a 95 % interval by
+    document, what permuted routing gives, and a p-value. Below, a sentence a layer.
+
+    \b
+    Example:
+      moescope explain pile.moe --layers 0,15,31
+    """
+    trace.need_tokens()
+    shown = shown_layers(trace, layers)
+    warn_of_few_permutations(permutations)
+    with layer_progress("explaining") as progress:
+        wanted = shown if figures is None else None
+        found = explain(trace, wanted, choice=choice, permutations=permutations, progress=progress)
+    yield explain_table(found, shown)
+    yield Drawing(file="explained", draw=lambda: drawn.explain.draw_explained(found, shown))
+    yield Drawing(file="explained_by_layer", draw=lambda: drawn.explain.draw_explained_by_layer(found))
+
+
+def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Bits by source: a section a layer, a row a source, and below a sentence a layer."""
+    data = explained.sel(layer=list(layers))
+    sections = []
+    for layer in layers:
+        at = data.sel(layer=layer)
+        rows = [
+            _row(at.sel(source=source), str(source))
+            for source in at["source"].values
+            if not isnan(at["bits"].sel(source=source))
+        ]
+        sections.append(Section(f"layer {layer}: {_bits(float(at['entropy']))} bits in all", tuple(rows)))
+    return Table(
+        "explain",
+        f"Bits of the choice that each source explains, {choice_of(data)}",
+        "source",
+        ("explained", "of all, %", "held out", "plug-in", "permuted", "p"),
+        tuple(sections),
+        groups=(("", 2), ("bounds", 2), ("null", 2)),
+        notes=(
+            f"± the larger side of a 95 % interval, by document. * more than by chance (false discovery rate "
+            f"{percent(SIGNIFICANT, 0)} %). Sources overlap: their bits do not add up.",
+            *(explain_sentence(explained, layer) for layer in layers),
+        ),
+        frame=explain_frame(data),
+    )
+
+
+def explain_frame(explained: xr.Dataset) -> pd.DataFrame:
+    """A row a (layer, source) that the trace has."""
+    names = {
+        "bits": "bits",
+        "low": "low_bits",
+        "high": "high_bits",
+        "share": "share_percent",
+        "held_out": "held_out_bits",
+        "plug_in": "plug_in_bits",
+        "miller_madow": "miller_madow_bits",
+        "null": "permuted_bits",
+        "p_value": "p_value",
+        "q_value": "q_value",
+    }
+    frame = explained[list(names)].transpose("layer", "source").to_dataframe(["layer", "source"]).reset_index()
+    frame = frame[["layer", "source", *names]].rename(columns=names)
+    frame["share_percent"] *= 100
+    for name in ("entropy", "entropy_low", "entropy_high"):
+        by_layer = dict(zip(explained["layer"].values.tolist(), explained[name].values.tolist(), strict=True))
+        frame[f"{name}_bits"] = frame["layer"].map(by_layer)
+    return frame[frame["bits"].notna()].reset_index(drop=True)
+
+
+def explain_sentence(explained: xr.Dataset, layer: int) -> str:
+    """One layer in plain words: what tells most, what tells something, what is not told from chance.
+
+    Of what tells little, the upper end of the interval is said where that is not little.
+    """
+    at = explained.sel(layer=layer)
+    entropy = float(at["entropy"])
+    if isnan(entropy):
+        return f"Layer {layer}: nothing was chosen."
+    if entropy == 0:
+        return f"Layer {layer}: every token makes the same choice; there is nothing to explain."
+    known = [str(source) for source in at["source"].values if not isnan(at["bits"].sel(source=source))]
+    by_share = sorted(known, key=lambda source: -float(at["share"].sel(source=source)))
+    real = {source for source in known if float(at["q_value"].sel(source=source)) < SIGNIFICANT}
+
+    def told(source: str) -> str:
+        one = at.sel(source=source)
+        return f"{_NAMES[source]} {_bits(float(one['bits']))} ({percent(float(one['share']), 0)} %)"
+
+    def hinted(source: str) -> str:
+        most = float(at["high"].sel(source=source)) / entropy
+        return _NAMES[source] + (f" (up to {percent(most, 0)} %)" if most >= TELLING else "")
+
+    strong = [source for source in by_share if source in real and float(at["share"].sel(source=source)) >= TELLING]
+    weak = [source for source in by_share if source in real and source not in strong]
+    none = [source for source in by_share if source not in real]
+    if not known:
+        return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
+    choice = "choice" if explained.attrs["choice"] == "either" else "first choice"
+    sentence = f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
+    if strong:
+        sentence += f"each by itself tells: {listed([told(source) for source in strong])}."
+    else:
+        sentence += "no source tells much."
+    if weak:
+        sentence += f" A little (under {percent(TELLING, 0)} %): {listed([hinted(source) for source in weak])}."
+    if none:
+        sentence += f" Not told from chance: {listed([hinted(source) for source in none])}."
+    return sentence
+
+
+def _row(one: xr.Dataset, source: str) -> Row:
+    value, low, high = (float(one[name]) for name in ("bits", "low", "high"))
+    half = max(value - low, high - value)
+    marked = float(one["q_value"]) < SIGNIFICANT
+    return Row(
+        source,
+        (
+            Cell(_bits(value), "" if isnan(half) else f"±{bits(half, DIGITS)}", "*" if marked else ""),
+            Cell(percent(float(one["share"]))),
+            Cell(_bits(float(one["held_out"]))),
+            Cell(_bits(float(one["plug_in"]))),
+            Cell(_bits(float(one["null"]))),
+            Cell(_p(float(one["p_value"]))),
+        ),
+    )
+
+
+def _bits(value: float) -> str:
+    return MISSING if isnan(value) else bits(max(value, 0.0), DIGITS)
+
+
+def _p(value: float) -> str:
+    return MISSING if isnan(value) else f"{value:.3f}"
+
+
+subject = Subject(measure=measure, blocks=blocks, section=SECTION, sentence=explain_sentence, command=command)

@@ -1,0 +1,280 @@
+"""Repeats of neighbours against four nulls, by distance, and in runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import isnan
+from pathlib import Path
+
+import click
+import pandas as pd
+import xarray as xr
+
+from moescope.measures.locality import ALL_DOMAINS, LONGEST_RUN, locality
+from moescope.reporting import figures as drawn
+from moescope.reporting.cells import CLUSTERED, points_cell, share_cell, values
+from moescope.reporting.chapters import LOCALITY
+from moescope.reporting.frames import in_percent, tidy
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.numbers import percent, plain, points
+from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
+from moescope.reporting.progress import layer_progress
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.visible import visible
+from moescope.reporting.wording import describe_any
+from moescope.tallying import Everything
+from moescope.trace import Trace
+
+SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "same words"}
+"""Nulls of the table with what they are called; uniform routing is in the frame."""
+
+RUN_BINS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, 32), (33, LONGEST_RUN))
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """Of the documents that bits are explained of."""
+    return None if counted.documents is None else locality(counted.documents)
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+    """Excess over each null by layer, then repeats by distance."""
+    words = bool(found["excess"].sel(null="words").notnull().any())
+    yield PageFigure(
+        name="nulls",
+        file="repeats-above-nulls",
+        draw=lambda: drawn.locality.draw_excess(found),
+        label="Nulls",
+        title=f"Repeats above what loads{', document and words' if words else ' and document'} predict",
+        caption=(
+            "Points by which neighbours repeat an expert more often than each null predicts, by layer, all domains "
+            f"together: {'four' if words else 'three'} nulls, from uniform routing to "
+            f"{'the same words in other documents' if words else 'the document in any order'}. Bands: 95 % intervals "
+            "of the difference, by document."
+        ),
+        how=(
+            "Each null takes away what it explains: unequal loads; the document's own mix; the words, with no regard "
+            "to the document. Near 0 above the same words, the router looks words up; what stays above 0 is context."
+            if words
+            else "From line to line a null takes away what it explains: unequal loads, then the document's own mix. "
+            "What stays above 0 is order."
+        ),
+        cannot=(
+            "What is left over the words need not be syntax: the topic of a document is part of it, because a word has "
+            "other senses in other documents."
+            if words
+            else "The trace has no token ids, so it cannot be told whether the words explain what is left."
+        ),
+        frame=locality_frame(found),
+    )
+    yield PageTable(
+        locality_table(found, results.layers),
+        folded="The same as a table, by domain, and for pairs of equal token ids",
+    )
+    yield PageFigure(
+        name="distance",
+        file="repeats-by-distance",
+        draw=lambda: drawn.locality.draw_lags(found, results.layers),
+        label="Distance",
+        title="Repeats by distance",
+        caption=(
+            "Per cent of the pairs of tokens so far apart, in one sequence, that repeat an expert, a line a layer. "
+            "Bands: 95 % intervals, by document. Dotted: the document in any order, which knows no distance."
+        ),
+        how=(
+            "How far a line stays above its dotted one is how far the memory of the routing reaches: a few tokens for "
+            "phrases, a hundred for passages. A cache gains from the whole area between them."
+        ),
+        cannot=(
+            "Long distances exist only in long sequences, so the points of one line are not of the same documents. Nor "
+            "does a line say whether words or context return."
+        ),
+        frame=lags_frame(found.sel(layer=list(results.layers))),
+    )
+    yield PageTable(lags_table(found, results.layers), folded="Repeats by distance, as a table")
+    if found["runs"].notnull().any():
+        yield PageTable(runs_table(found, results.layers), folded="Runs of one first choice, by length")
+
+
+@trace_argument
+@shown_layers_option
+@click.option(
+    "--show",
+    type=click.Choice(["excess", "lags", "runs"]),
+    default="excess",
+    show_default=True,
+    help="Neighbours against each null, repeats by distance, or lengths of runs.",
+)
+@figures_option
+def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Path | None) -> Iterator[Table | Drawing]:
+    """Show how much more often neighbours repeat an expert than their words would anyway.
+
+    The rate of Table 5, and by how many points it exceeds what the popularity of the experts, the document in any order
+    and the same words in other documents predict, each with a 95 % interval by document.
+
+    \b
+    Example:
+      moescope locality pile.moe --layers 0,15,31
+      moescope locality pile.moe --show lags
+    """
+    trace.need_tokens()
+    shown = shown_layers(trace, layers)
+    tables = {"excess": locality_table, "lags": lags_table, "runs": runs_table}
+    with layer_progress("measuring") as progress:
+        found = locality(trace, shown if figures is None else None, progress=progress)
+    yield tables[show](found, shown)
+    yield Drawing(file="excess", draw=lambda: drawn.locality.draw_excess(found))
+    yield Drawing(file="lags", draw=lambda: drawn.locality.draw_lags(found, shown))
+
+
+def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
+    """The rate, and by how many points it exceeds each null: a row a domain, four columns a layer."""
+    data = locality.sel(layer=list(layers))
+    domains = data["domain"].values.tolist()
+    sections = []
+    for kind in _kinds(data):
+        name = _kind_name(kind, data)
+        sections.append(
+            Section(name, tuple(Row(visible(d), _cells(data.sel(domain=d, pairs="all", kind=kind))) for d in domains))
+        )
+        pairs = [p for p in ("equal ids", "different ids") if data["pairs_counted"].sel(pairs=p).sum() > 0]
+        if pairs:
+            whole = data.sel(domain=ALL_DOMAINS, kind=kind)
+            rows = tuple(Row(f"{p} {ALL_DOMAINS}", _cells(whole.sel(pairs=p))) for p in pairs)
+            sections.append(Section(f"{name}, by the token ids of the pair", rows))
+    return Table(
+        "locality",
+        "Repeats of neighbours, %, and points above what each null predicts",
+        "domain",
+        ("rate", *(f"above {name}" for name in SHOWN_NULLS.values())) * len(layers),
+        tuple(sections),
+        groups=tuple((f"layer {layer}", 1 + len(SHOWN_NULLS)) for layer in layers),
+        notes=(
+            "popularity: two tokens of the domain. any order: two tokens of the document. same words: tokens with the "
+            "same ids in other documents.",
+            f"{CLUSTERED} * not zero (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            *(sentence for layer in layers if (sentence := locality_sentence(locality, layer))),
+        ),
+        frame=locality_frame(data),
+    )
+
+
+def locality_sentence(locality: xr.Dataset, layer: int) -> str:
+    """How much of the repeats of a layer its words explain, in plain words; empty if the trace has no token ids."""
+    kind = _kinds(locality)[0]
+    at = locality.sel(layer=layer, domain=ALL_DOMAINS, pairs="all", kind=kind)
+    excess, low, high = values(at.sel(null="words"), "excess", "excess_low", "excess_high")
+    if isnan(excess):
+        return ""
+    rate, uniform = float(at["rate"]), float(at["expected"].sel(null="uniform"))
+    what = "the same first choice" if kind == "first" else "an expert in common"
+    less = "less" if excess < 0 else "more"
+    interval = "" if isnan(low) else f" ({points(low)} to {points(high)})"
+    return (
+        f"Layer {layer}: {percent(rate)} % of neighbours have {what}; uniform routing gives {percent(uniform)} %, the "
+        f"same words elsewhere {percent(float(at['expected'].sel(null='words')))} %: {percent(abs(excess))} points "
+        f"{less} than these words would anyway{interval}."
+    )
+
+
+def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
+    """The rate by distance, above the document in any order: a row a distance, a column a layer."""
+    data = locality.sel(layer=list(layers), domain=ALL_DOMAINS)
+    sections = []
+    for kind in _kinds(data):
+        at = data.sel(kind=kind)
+        name = _kind_name(kind, data)
+
+        def rows(cell: Callable[[xr.Dataset], Cell], at: xr.Dataset = at) -> tuple[Row, ...]:
+            return tuple(
+                Row(str(lag), tuple(cell(at.sel(layer=layer, lag=lag)) for layer in layers))
+                for lag in data["lag"].values.tolist()
+            )
+
+        sections.append(Section(name, rows(lambda one: share_cell(one, "lag_rate", "lag_low", "lag_high"))))
+        title = f"{name}, points above any order"
+        sections.append(Section(title, rows(lambda one: points_cell(one, "lag_excess"))))
+    return Table(
+        "lags",
+        "Repeats by distance, %",
+        "tokens apart",
+        tuple(f"layer {layer}" for layer in layers),
+        tuple(sections),
+        notes=(f"any order: two tokens of the document. {CLUSTERED}",),
+        frame=lags_frame(locality.sel(layer=list(layers))),
+    )
+
+
+def runs_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Lengths of the runs of one first choice, against independent repeats: a row a length, two columns a layer."""
+    data = locality.sel(layer=list(layers))
+    rows = []
+    for start, end in RUN_BINS:
+        label = str(start) if start == end else f"{start}–{end}" if end < LONGEST_RUN else f"{start} or more"
+        cells = []
+        for layer in layers:
+            at = data.sel(layer=layer, run=slice(start, end))
+            cells += [Cell(percent(float(at[name].sum(skipna=False)))) for name in ("runs", "runs_geometric")]
+        rows.append(Row(label, tuple(cells)))
+    mean = []
+    for layer in layers:
+        value, low, high = values(data.sel(layer=layer), "run_mean", "run_mean_low", "run_mean_high")
+        half = max(value - low, high - value)
+        mean += [Cell(plain(value), "" if isnan(half) else f"±{plain(half)}"), Cell("")]
+    return Table(
+        "runs",
+        "Runs of one first choice by length, % of runs",
+        "tokens",
+        ("measured", "independent") * len(layers),
+        (Section("", tuple(rows)), Section("mean length, tokens", (Row("all", tuple(mean)),))),
+        groups=tuple((f"layer {layer}", 2) for layer in layers),
+        notes=("independent: each token repeats the one before with the measured rate, whatever came before that.",),
+        frame=runs_frame(data),
+    )
+
+
+def locality_frame(locality: xr.Dataset) -> pd.DataFrame:
+    """A row a (domain, pairs, null, layer, kind)."""
+    names = {name: f"{name}_percent" for name in ("rate", "low", "high", "expected")}
+    names |= {name: f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
+    frame = tidy(locality, [*names, "p_value", "q_value"], ["domain", "pairs", "null", "layer", "kind"])
+    return in_percent(frame[frame["rate"].notna()].reset_index(drop=True), names)
+
+
+def lags_frame(locality: xr.Dataset) -> pd.DataFrame:
+    """A row a (domain, layer, kind, lag)."""
+    names = {f"lag_{name}": f"{name}_percent" for name in ("rate", "low", "high", "expected")}
+    names |= {f"lag_{name}": f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
+    frame = tidy(locality, list(names), ["domain", "layer", "kind", "lag"])
+    return in_percent(frame[frame["lag_rate"].notna()].reset_index(drop=True), names)
+
+
+def runs_frame(locality: xr.Dataset) -> pd.DataFrame:
+    """A row a (layer, run)."""
+    names = {"runs": "runs_percent", "runs_geometric": "independent_percent"}
+    frame = tidy(locality, list(names), ["layer", "run"])
+    return in_percent(frame[frame["runs"].notna()].reset_index(drop=True), names)
+
+
+def _kinds(data: xr.Dataset) -> list[str]:
+    """The kinds that are known, and say different things."""
+    kinds = [k for k in data["kind"].values.tolist() if data["rate"].sel(kind=k).notnull().any()]
+    return kinds[:1] if int(data["top_k"].values.max()) == 1 else kinds or ["any"]
+
+
+def _kind_name(kind: str, data: xr.Dataset) -> str:
+    return "first choice" if kind == "first" else describe_any(int(data["top_k"].values.max()))
+
+
+def _cells(at: xr.Dataset) -> tuple[Cell, ...]:
+    cells = []
+    for layer in at["layer"].values.tolist():
+        one = at.sel(layer=layer)
+        cells.append(share_cell(one, "rate"))
+        cells += [
+            points_cell(one.sel(null=null), "excess", float(one["q_value"].sel(null=null))) for null in SHOWN_NULLS
+        ]
+    return tuple(cells)
+
+
+subject = Subject(measure=measure, blocks=blocks, section=LOCALITY, sentence=locality_sentence, command=command)

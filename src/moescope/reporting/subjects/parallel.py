@@ -1,0 +1,544 @@
+"""What the routing costs on devices that share the experts: waiting, drops, reach; and which placement to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from moescope.reporting import figures as drawn
+from moescope.reporting.cells import CLUSTERED, values
+from moescope.reporting.chapters import WORTH
+from moescope.reporting.frames import tidy
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.numbers import count, number, percent, plain, plus_minus, spread
+from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
+from moescope.reporting.subject import (
+    Drawing,
+    PageFigure,
+    PageSection,
+    PageTable,
+    Recommendation,
+    Results,
+    Subject,
+    folded,
+)
+from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.visible import visible
+from moescope.reporting.wording import capital
+from moescope.simulation.parallel import parallel
+from moescope.simulation.placements import ALGORITHMS
+from moescope.tallying import Everything
+from moescope.trace import Layer, Trace
+
+SECTION = PageSection(
+    WORTH,
+    "devices",
+    "Which placement on devices?",
+    "Expert parallelism",
+    "All devices wait for the busiest. Where a batch sends its tokens to few experts, it matters which of "
+    "them lie together.",
+)
+
+_FOLDED = {
+    "parallel": "Largest load over mean load, by placement",
+    "drops": "Assignments dropped, by capacity factor",
+    "drop_places": "Drops by domain and by place in the sequence",
+    "reach": "Devices that a token reaches, and bytes sent",
+    "foreign": "Placements fitted on one domain and judged on another",
+}
+
+SHOWN_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+"""Capacity factors of the table; the frame has all of them."""
+
+PLACES_FACTOR = 1.25
+"""Capacity factor at which drops are shown by domain and position."""
+
+_BY_EFFORT = ("linear", "eplb", "affinity", "eplb-replicated")
+"""Placements that can be advised, what costs least first; random order is a null, not a plan."""
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """On `shared_by` devices; nothing for counts, nor where so few experts cannot be shared."""
+    trace = results.trace
+    devices = shared_by(trace.layers)
+    if trace.header.counts_only or devices is None:
+        return None
+    if trace.num_documents > 1:
+        return parallel(trace, devices=devices)
+    return parallel(trace, devices=devices, placements=("linear", "random"))  # the others are fitted on documents
+
+
+def shared_by(layers: Iterable[Layer]) -> int | None:
+    """Devices among which a report shares the experts: 8, 4 or 2, as many as leave two experts each in every layer."""
+    numbers = [layer.num_experts for layer in layers]
+    fitting = [n for n in (8, 4, 2) if all(number % n == 0 and number >= 2 * n for number in numbers)]
+    return fitting[0] if fitting else None
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+    """Devices, drops and reach in one figure, and the tables."""
+    yield PageFigure(
+        name="parallel",
+        file="parallel",
+        draw=lambda: drawn.parallel.draw_parallel(found),
+        label="Devices",
+        title=f"What this routing costs on {int(found.attrs['devices'])} devices",
+        caption=(
+            "Above: largest load of a device over the mean, by layer, experts placed in their order, for batches of "
+            "prefill and decode (band: 5 to 95 % of the batches). Dashed: the same tokens in any order; dotted: "
+            "uniform routing. Below: assignments dropped by capacity factor; what a batch waits for over all layers, "
+            "and devices that a token reaches, by placement, on documents it was not fitted on."
+        ),
+        how=(
+            "Dashed above dotted: popular experts share a device, and placement by load helps. Solid above dashed: "
+            "locality, which placement by load cannot remove; replicas and more mixed batches help."
+        ),
+        cannot="Time, what a server mixes, and what a dropped token would do in later layers.",
+        frame=parallel_frame(found),
+    )
+    yield from folded(parallel_tables(found, results.layers), _FOLDED)
+
+
+@trace_argument
+@click.option("--devices", type=int, required=True, help="Devices that share the experts of each layer.")
+@click.option("--nodes", type=int, default=1, show_default=True, help="Nodes, of as many devices each.")
+@click.option(
+    "--prefill",
+    callback=parse_integers,
+    default="4096",
+    show_default=True,
+    metavar="LIST",
+    help="Tokens of prefill batches: consecutive tokens, one prompt after the other.",
+)
+@click.option(
+    "--decode",
+    callback=parse_integers,
+    default="64",
+    show_default=True,
+    metavar="LIST",
+    help="Tokens of decode batches: one of each running sequence.",
+)
+@click.option(
+    "--placements", metavar="LIST", help="Such as linear,eplb; see below.  [default: linear,random,eplb,…: all five]"
+)
+@click.option("--redundant-experts", type=int, help="Slots beyond one an expert.  [default: one a device]")
+@click.option("--expert-groups", type=int, default=1, show_default=True, help="Groups the router chooses among first.")
+@click.option("--hidden-size", type=int, help="Values of a hidden state, for bytes.  [default: as the trace says]")
+@click.option("--bytes-per-value", type=int, help="Of a hidden state that travels.  [default: of the model's dtype]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random placement and the nulls.")
+@shown_layers_option
+@figures_option
+def command(
+    trace: Trace,
+    devices: int,
+    nodes: int,
+    prefill: tuple[int, ...],
+    decode: tuple[int, ...],
+    placements: str | None,
+    redundant_experts: int | None,
+    expert_groups: int,
+    hidden_size: int | None,
+    bytes_per_value: int | None,
+    seed: int,
+    layers: tuple[int, ...] | None,
+    figures: Path | None,
+) -> Iterator[Table | Drawing]:
+    """Show what the routing costs on devices that share the experts.
+
+    How much more than the mean the most loaded device of a batch gets, beside batches of the same tokens in any order
+    and of uniform routing; which assignments exceed the capacity of an expert; how many devices a token must reach; and
+    what a placement costs that was fitted on another domain. Placements: linear; random; eplb, DeepSeek's load balancer
+    without replicas; eplb-replicated, with redundant experts; affinity, which brings experts of the same token
+    together. They are fitted on one half of the documents and judged on the other. CSV and JSON hold all of it in one
+    table.
+
+    \b
+    Example:
+      moescope parallel pile.moe --devices 8
+      moescope parallel pile.moe --devices 16 --nodes 2 --prefill 1024,8192 --decode 32,256 --figures figures/
+    """
+    trace.need_tokens()
+    shown = shown_layers(trace, layers)
+    names = tuple(ALGORITHMS) if placements is None else tuple(name.strip() for name in placements.split(","))
+    try:
+        found = parallel(
+            trace,
+            devices=devices,
+            nodes=nodes,
+            prefill=prefill,
+            decode=decode,
+            placements=names,
+            redundant_experts=redundant_experts,
+            expert_groups=expert_groups,
+            hidden_size=hidden_size,
+            bytes_per_value=bytes_per_value,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    yield from parallel_tables(found, shown)
+    yield Drawing(file="parallel", draw=lambda: drawn.parallel.draw_parallel(found))
+
+
+def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> Iterator[Table]:
+    """The tables of a result; the frame of the first holds everything."""
+    yield devices_table(parallel, layers)
+    yield drops_table(parallel, layers)
+    yield reach_table(parallel, layers)
+    if "foreign" in parallel:
+        yield foreign_table(parallel)
+    yield drop_places_table(parallel, layers)
+
+
+def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Over-subscription: a section a kind of batches, a row a placement; then what there would be without locality."""
+    sections = []
+    for batch in parallel["batch"].values.tolist():
+        data = parallel.sel(batch=batch)
+        rows = []
+        for name in parallel["placement"].values.tolist():
+            at = data.sel(placement=name)
+            cells = [_with_interval(at.sel(layer=layer), "over_subscription") for layer in layers]
+            cells.append(_with_interval(at, "slowest"))
+            cells.append(Cell(plain(float(at["slowest_quantile"].isel(quantile=-1)))))
+            cells += [Cell(plain(float(at[f"slowest_{null}"]))) for null in ("own", "shuffled", "uniform")]
+            rows.append(Row(name, tuple(cells)))
+        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", tuple(rows)))
+    return Table(
+        "parallel",
+        f"Largest load over mean load of {_cluster(parallel)}, over batches",
+        "placement",
+        (*(f"layer {layer}" for layer in layers), "all layers", "one in 20", "own fit", "any order", "uniform"),
+        tuple(sections),
+        groups=(("over-subscription", len(layers)), ("over all layers, each waiting for its slowest device", 5)),
+        notes=(
+            "Placements are fitted on one half of the documents and judged on the other; own fit: on those judged.",
+            f"one in 20: exceeded by one batch in twenty. any order: the same tokens without locality. {CLUSTERED}",
+            *([_TOO_LARGE] if not parallel["batches"].all() else []),
+        ),
+        frame=parallel_frame(parallel),
+    )
+
+
+_TOO_LARGE = (
+    "No batch is full: neither half of the documents has as many tokens, or sequences, as it takes; "
+    "choose smaller ones with --prefill and --decode."
+)
+
+
+def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Dropped assignments: a section a kind of batches, a row a capacity factor."""
+    sections = []
+    for batch in parallel["batch"].values.tolist():
+        data = parallel.sel(batch=batch).isel(domain=0)
+        rows = []
+        for factor in SHOWN_FACTORS:
+            cells = []
+            for layer in layers:
+                at = data.sel(layer=layer, capacity_factor=factor)
+                value, low, high = (float(at[f"dropped{end}"]) for end in ("", "_low", "_high"))
+                cells.append(Cell(percent(value, 2), spread(value, low, high, 2)))
+                cells.append(Cell(percent(float(at["dropped_shuffled"]), 2)))
+            rows.append(Row(f"{factor:g}", tuple(cells)))
+        needed = [
+            Cell(plain(float(data[name].sel(layer=layer))))
+            for layer in layers
+            for name in ("sufficient_factor", "sufficient_factor_shuffled")
+        ]
+        rows.append(Row("for < 0.1 %", tuple(needed)))
+        sections.append(Section(batch, tuple(rows)))
+    return Table(
+        "drops",
+        "Assignments dropped, %, by capacity factor",
+        "factor",
+        ("dropped", "any order") * len(layers),
+        tuple(sections),
+        groups=tuple((f"layer {layer}", 2) for layer in layers),
+        notes=(
+            "An expert takes ⌈factor · tokens · top-k / experts⌉ of a batch, first come first served by token.",
+            "Last row: the smallest factor that drops less than 0.1 %. any order: the same tokens without locality.",
+        ),
+        frame=drops_frame(parallel),
+    )
+
+
+def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Whose assignments drop at one capacity factor: a row a domain, then a row a stretch of the sequence."""
+    sections = []
+    for batch in parallel["batch"].values.tolist():
+        data = parallel.sel(batch=batch, capacity_factor=PLACES_FACTOR, layer=list(layers))
+        rows = []
+        for domain in parallel["domain"].values.tolist():
+            ends = [data[f"dropped{end}"].sel(domain=domain).values.tolist() for end in ("", "_low", "_high")]
+            cells = [
+                Cell(percent(value, 2), spread(value, low, high, 2)) for value, low, high in zip(*ends, strict=True)
+            ]
+            rows.append(Row(visible(domain), tuple(cells)))
+        sections.append(Section(f"{batch}, by domain", tuple(rows)))
+        rows = []
+        for first in parallel["position"].values.tolist():
+            shares = data["dropped_by_position"].sel(position=first).values.tolist()
+            if not all(map(isnan, shares)):
+                label = f"{count(first)}" if first == 0 else f"{count(first)}–{count(2 * first)}"
+                rows.append(Row(label, tuple(Cell(percent(share, 2)) for share in shares)))
+        if rows:
+            sections.append(Section(f"{batch}, by place of the token in the sequence", tuple(rows)))
+    return Table(
+        "drop_places",
+        f"Assignments dropped at capacity factor {PLACES_FACTOR:g}, %",
+        "tokens",
+        tuple(f"layer {layer}" for layer in layers),
+        tuple(sections),
+        notes=(f"{CLUSTERED} The place of a token counts from 0.",),
+        frame=drops_frame(parallel),
+    )
+
+
+def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Devices, nodes and bytes: a section for each of them, a row a placement; of the first kind of batches."""
+    data = parallel.isel(batch=0)
+    names = parallel["placement"].values.tolist()
+    kinds = [("devices_reached", "devices a token")]
+    if int(parallel.attrs["nodes"]) > 1:
+        kinds.append(("nodes_reached", "nodes a token"))
+    sections = []
+    for name, title in kinds:
+        rows = []
+        for placement in names:
+            at = data.sel(placement=placement)
+            cells = [_with_interval(at.sel(layer=layer), name) for layer in layers]
+            rows.append(Row(placement, (*cells, Cell(plain(float(at[name].mean()))))))
+        uniform = data[f"{name}_uniform"].isel(placement=0)
+        cells = [Cell(plain(float(uniform.sel(layer=layer)))) for layer in layers]
+        rows.append(Row(f"uniform routing, {names[0]}", (*cells, Cell(plain(float(uniform.mean()))))))
+        sections.append(Section(title, tuple(rows)))
+    for name, title in (("within", "KiB within nodes"), ("between", "KiB between nodes")):
+        if f"bytes_{name}_nodes" in data and (name == "within" or int(parallel.attrs["nodes"]) > 1):
+            kibibytes = data[f"bytes_{name}_nodes"] / 1024
+            rows = [
+                Row(
+                    placement,
+                    (
+                        *(Cell(number(float(kibibytes.sel(placement=placement, layer=layer)))) for layer in layers),
+                        Cell(number(float(kibibytes.sel(placement=placement).mean()))),
+                    ),
+                )
+                for placement in names
+            ]
+            sections.append(Section(f"{title}, a token and layer, one way", tuple(rows)))
+    unknown = "bytes_within_nodes" not in data
+    return Table(
+        "reach",
+        f"What a token must reach on {_cluster(parallel)}, mean",
+        "placement",
+        (*(f"layer {layer}" for layer in layers), "mean of all"),
+        tuple(sections),
+        notes=(
+            CLUSTERED,
+            *(["The trace does not say how large a hidden state is: --hidden-size gives bytes."] if unknown else []),
+        ),
+        frame=reach_frame(parallel),
+    )
+
+
+def foreign_table(parallel: xr.Dataset) -> Table:
+    """What a foreign profile costs: a section a placement, a row a domain fitted on, a column a domain judged on."""
+    domains = parallel["domain"].values.tolist()
+    sections = []
+    for name in parallel["foreign_placement"].values.tolist():
+        data = parallel.sel(foreign_placement=name)
+        rows = tuple(
+            Row(
+                visible(fitted),
+                tuple(Cell(plain(float(data["foreign"].sel(fitted_on=fitted, domain=domain)))) for domain in domains),
+            )
+            for fitted in domains
+        )
+        sections.append(Section(name, rows))
+    return Table(
+        "foreign",
+        f"Largest load over mean load of {_cluster(parallel)}, all assignments of a domain together, over all layers",
+        "fitted on",
+        tuple(map(visible, domains)),
+        tuple(sections),
+        groups=(("judged on", len(domains)),),
+        notes=("Fitted and judged on different documents. The diagonal is a stale profile, the rest a foreign one.",),
+        frame=foreign_frame(parallel),
+    )
+
+
+def parallel_frame(parallel: xr.Dataset) -> pd.DataFrame:
+    """All of a result: a row a (what, placement, batch, layer …); `what` says which columns hold."""
+    parts = {
+        "over-subscription": _with_quantiles(
+            _frame(parallel, "over_subscription", ("", "_low", "_high", "_own", "_shuffled", "_uniform")),
+            parallel,
+            "over_subscription",
+            ["placement", "batch", "layer"],
+        ),
+        "over all layers": _with_quantiles(
+            _frame(parallel, "slowest", ("", "_low", "_high", "_own", "_shuffled", "_uniform")),
+            parallel,
+            "slowest",
+            ["placement", "batch"],
+        ),
+        "reached": reach_frame(parallel),
+        "dropped": drops_frame(parallel),
+        "foreign profile": foreign_frame(parallel),
+    }
+    for what, part in parts.items():
+        part.insert(0, "what", what)
+    return pd.concat([part for part in parts.values() if len(part)], ignore_index=True)
+
+
+def drops_frame(parallel: xr.Dataset) -> pd.DataFrame:
+    """A row a (batch, domain, layer, capacity factor), then a row a (batch, position, layer, capacity factor), then a
+    row a (batch, layer) with the sufficient factor.
+    """
+    names = ["dropped", "dropped_low", "dropped_high"]
+    keys = ["batch", "domain", "layer", "capacity_factor"]
+    by_domain = tidy(parallel, names, keys)
+    whole = tidy(parallel, ["dropped_shuffled", "dropped_uniform"], ["batch", "layer", "capacity_factor"])
+    whole["domain"] = parallel["domain"].values[0]
+    by_domain = by_domain.merge(whole, on=keys, how="left")
+    by_position = tidy(parallel, ["dropped_by_position"], ["batch", "position", "layer", "capacity_factor"])
+    by_position = by_position.rename(columns={"dropped_by_position": "dropped", "position": "first_position"})
+    frame = pd.concat([by_domain, by_position[by_position["dropped"].notna()]], ignore_index=True)
+    columns = [name for name in frame.columns if name.startswith("dropped")]
+    frame[columns] *= 100
+    frame = frame.rename(columns={name: f"{name}_percent" for name in columns})
+    needed = tidy(parallel, ["sufficient_factor", "sufficient_factor_shuffled"], ["batch", "layer"])
+    return pd.concat([frame, needed], ignore_index=True)
+
+
+def reach_frame(parallel: xr.Dataset) -> pd.DataFrame:
+    """A row a (placement, batch, layer)."""
+    names = [f"{what}_reached{end}" for what in ("devices", "nodes") for end in ("", "_low", "_high", "_uniform")]
+    names += [name for name in ("bytes_within_nodes", "bytes_between_nodes") if name in parallel]
+    return tidy(parallel, names, ["placement", "batch", "layer"])
+
+
+def foreign_frame(parallel: xr.Dataset) -> pd.DataFrame:
+    """A row a (placement, domain fitted on, domain judged on); empty if nothing of the kind was asked for."""
+    if "foreign" not in parallel:
+        return pd.DataFrame()
+    names = ["foreign", "foreign_low", "foreign_high"]
+    frame = tidy(parallel, names, ["foreign_placement", "fitted_on", "domain"])
+    new = {"foreign_placement": "placement", "foreign": "slowest", "foreign_low": "slowest_low"}
+    return frame.rename(columns=new | {"foreign_high": "slowest_high"})
+
+
+def _frame(parallel: xr.Dataset, name: str, ends: Sequence[str]) -> pd.DataFrame:
+    dims = [str(dim) for dim in parallel[name].dims]
+    return tidy(parallel, [f"{name}{end}" for end in ends], dims)
+
+
+def _with_quantiles(frame: pd.DataFrame, parallel: xr.Dataset, name: str, dims: list[str]) -> pd.DataFrame:
+    for end in ("", "_shuffled"):
+        if f"{name}{end}_quantile" in parallel:
+            values = parallel[f"{name}{end}_quantile"].transpose(*dims, "quantile").values
+            for at, quantile in enumerate(parallel["quantile"].values.tolist()):
+                frame[f"{name}{end}_quantile_{100 * quantile:g}"] = values[..., at].ravel()
+    frame["batches"] = frame["batch"].map(parallel["batches"].to_series())
+    return frame
+
+
+def _with_interval(at: xr.Dataset, name: str) -> Cell:
+    value, *ends = values(at, name, f"{name}_low", f"{name}_high")
+    return Cell(plain(value), plus_minus(value, *ends))
+
+
+def _batches(batches: int) -> str:
+    return "one batch" if batches == 1 else f"{count(batches)} batches" if batches else "no batch is full"
+
+
+def _cluster(parallel: xr.Dataset) -> str:
+    devices, nodes = int(parallel.attrs["devices"]), int(parallel.attrs["nodes"])
+    on = f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{devices} {'device' if devices == 1 else 'devices'}{on}"
+
+
+def advise(parallel: xr.Dataset) -> Recommendation:
+    """For each kind of batches, from linear on through eplb, affinity and eplb-replicated, what waits least.
+
+    The next takes the place of the one held if the interval of the paired difference of their slowest-device factors
+    lies below 0. So what is simpler is kept unless it is shown to wait longer. Fitted placements are judged on other
+    documents.
+    """
+    names = [name for name in _BY_EFFORT if name in parallel["placement"].values]
+    kept, evidence = {}, []
+    compared = False
+    for batch in parallel["batch"].values.tolist():
+        at = parallel.sel(batch=batch)
+        known = [name for name in names if not isnan(at["slowest"].sel(placement=name).item())]
+        if not known:
+            evidence.append(f"{capital(batch)}: nothing is known, for no batch is full or nothing could be fitted.")
+            continue
+        compared = compared or len(known) > 1
+        held = free = known[0]
+        for name in known[1:]:
+            if at["slowest_difference_high"].sel(placement=name, against=held).item() < 0:
+                held = name
+            free = free if name == "eplb-replicated" else held
+        kept[batch] = held
+        evidence.append(_of_batches(at, batch, held, free, known))
+    if not compared:
+        evidence.append("There is no other to compare with: fitted placements take two documents at least.")
+        return Recommendation("Nothing to advise.", " ".join(evidence))
+    devices = int(parallel.attrs["devices"])
+    on = f"on {devices} {'device' if devices == 1 else 'devices'}"
+    if len(set(kept.values())) == 1:
+        advice = f"{capital(_advised(next(iter(kept.values()))))}, {on}."
+    else:
+        advice = f"{capital(on)}: " + "; ".join(f"{batch}: {_advised(held)}" for batch, held in kept.items()) + "."
+    unfitted = [name for name in names[1:] if np.isnan(parallel["slowest"].sel(placement=name)).all()]
+    if unfitted:
+        evidence.append(f"There was nothing to fit {', '.join(unfitted)} on.")
+    return Recommendation(advice, " ".join(evidence))
+
+
+def _advised(held: str) -> str:
+    """A placement in words."""
+    if held == "linear":
+        return "experts in their order (linear), for no placement is shown to wait less"
+    if held == "eplb-replicated":
+        return "eplb with replicas of the busiest experts (eplb-replicated)"
+    return held
+
+
+def _of_batches(at: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
+    """What the layers wait for under the placement held, and what it and replicas take off."""
+    slowest = at["slowest"]
+    text = f"{capital(batch)}: under {held} the slowest device has {_factor(at, held)} times the mean load"
+    first = known[0]
+    if held != first:
+        text += f", {_less(at, held, first)} than {first} ({number(slowest.sel(placement=first).item())})"
+    elif len(known) > 1:
+        rest = min(known[1:], key=lambda name: slowest.sel(placement=name).item())
+        text += f", under {rest}, the next best, {_less(at, rest, first)}"
+    if "eplb-replicated" in known and free != first:
+        text += f"; replicas make that {_less(at, 'eplb-replicated', free)} than {free}"
+    null = at["slowest_shuffled"].sel(placement=held).item()
+    return text + ("" if isnan(null) else f"; without locality it would have {number(null)}") + "."
+
+
+def _factor(at: xr.Dataset, name: str) -> str:
+    value, low, high = (at[f"slowest{end}"].sel(placement=name).item() for end in ("", "_low", "_high"))
+    return f"{number(value)}{plus_minus(value, low, high)}"
+
+
+def _less(at: xr.Dataset, name: str, against: str) -> str:
+    """The paired difference of two placements, such as "0.19±0.01 less"."""
+    value, low, high = (
+        at[f"slowest_difference{end}"].sel(placement=name, against=against).item() for end in ("", "_low", "_high")
+    )
+    return f"{number(abs(value))}{plus_minus(value, low, high)} {'more' if value > 0 else 'less'}"
+
+
+subject = Subject(measure=measure, blocks=blocks, section=SECTION, advise=advise, command=command)

@@ -1,0 +1,130 @@
+"""Checkpoints of a training against the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import pandas as pd
+import xarray as xr
+
+from moescope.measures.saturation import saturation
+from moescope.reporting import figures as drawn
+from moescope.reporting.cells import BY_DOCUMENT, percent_cell, share_cell
+from moescope.reporting.numbers import count
+from moescope.reporting.options import figures_option, layers_option
+from moescope.reporting.subject import Drawing, Subject
+from moescope.reporting.subjects.compare import agreement_frame, kappa_text
+from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.visible import visible
+from moescope.reporting.wording import describe_any
+from moescope.trace import Trace
+
+
+def _parse_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Read ``34,68,340``: ascending numbers."""
+    if value is None:
+        return None
+    try:
+        steps = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"expected numbers with commas between them, such as 34,68; found {value!r}."
+        ) from None
+    if not all(a < b for a, b in pairwise(steps)) or not all(abs(step) < 1e18 for step in steps):
+        raise click.BadParameter(f"expected finite numbers that ascend; found {value!r}.")
+    return steps
+
+
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=click.Path(path_type=Path))
+@click.option(
+    "--steps",
+    callback=_parse_steps,
+    metavar="LIST",
+    help="Step, token or per cent of each trace, such as 34,68,340.  [default: 1,2,3 …]",
+)
+@layers_option
+@click.option("--first", is_flag=True, help="Show the agreement of first choices instead of sets.")
+@figures_option
+def command(
+    traces: tuple[Trace, ...],
+    steps: tuple[float, ...] | None,
+    layers: tuple[int, ...] | None,
+    first: bool,
+    figures: Path | None,
+) -> Iterator[Table | Drawing]:
+    """Show how early a router settles on the experts it chooses in the end.
+
+    Each checkpoint is compared with the last one given, on the same tokens; in per cent, with the larger side of a 95 %
+    interval clustered by document, and what the popularity of the experts alone would give.
+
+    \b
+    Example:
+      moescope saturation step-1000.moe step-5000.moe final.moe --steps 1000,5000,20000
+    """
+    if len(traces) < 2:
+        raise click.BadParameter("give at least two traces, the last checkpoint last.", param_hint="'TRACE...'")
+    if steps is not None and len(steps) != len(traces):
+        raise click.BadParameter(
+            f"{count(len(steps), 'step')} for {count(len(traces), 'trace')}.", param_hint="'--steps'"
+        )
+    found = saturation(traces, steps, layers)
+    yield saturation_table(found, "first" if first else "set")
+    yield Drawing(file="saturation", draw=lambda: drawn.saturation.draw_saturation(found))
+
+
+def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
+    """Agreement of each checkpoint with the last, all domains together: a row a checkpoint, a column a layer.
+
+    Args:
+        saturation: Of `moescope.saturation`.
+        kind: "set" or "first".
+    """
+    data = saturation.isel(domain=0).sel(kind=kind)
+    layers = data["layer"].values.tolist()
+
+    def section(title: str, cell: Callable[[xr.Dataset], Cell]) -> Section:
+        steps = enumerate(data["step"].values.tolist())
+        return Section(
+            title,
+            tuple(
+                Row(f"{step:g}", tuple(cell(data.isel(checkpoint=place).sel(layer=layer)) for layer in layers))
+                for place, step in steps
+            ),
+        )
+
+    top_k = int(data["top_k"].values.max())
+    what = describe_any(top_k) if kind == "set" else "first choice"
+    reference = f"{visible(saturation.attrs['reference'])} ({saturation.attrs['reference_step']:g})"
+    documents, tokens = (int(saturation[name].isel(domain=0).min()) for name in ("documents", "tokens"))
+    return Table(
+        "saturation",
+        f"Router saturation: agreement with {reference}, {what}, %",
+        "step",
+        tuple(f"layer {layer}" for layer in layers),
+        (
+            section("measured", lambda at: share_cell(at, "agreement")),
+            section("expected from the popularity of the experts alone", lambda at: percent_cell(at, "popularity")),
+            section("kappa: from 0, popularity alone, to 1", lambda at: Cell(kappa_text(float(at["kappa"])))),
+        ),
+        notes=(f"{BY_DOCUMENT[:-1]}; {count(tokens, 'token')} of {count(documents, 'document')}.",),
+        frame=saturation_frame(saturation),
+    )
+
+
+def saturation_frame(data: xr.Dataset) -> pd.DataFrame:
+    """A row a (checkpoint, domain, layer, kind)."""
+    steps = dict(zip(data["checkpoint"].values.tolist(), data["step"].values.tolist(), strict=True))
+    parts = []
+    for at, (name, step) in enumerate(steps.items()):
+        one = data.isel(checkpoint=at).drop_vars(["checkpoint", "step"])
+        frame = agreement_frame(one)
+        frame.insert(0, "step", step)
+        frame.insert(0, "checkpoint", name)
+        parts.append(frame)
+    return pd.concat(parts, ignore_index=True)
+
+
+subject = Subject(command=command)

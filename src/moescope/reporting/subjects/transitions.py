@@ -1,0 +1,239 @@
+"""How the choice of experts goes on from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import click
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from moescope.measures.groups import FEWEST_EXPECTED
+from moescope.measures.transitions import transitions
+from moescope.reporting import figures as drawn
+from moescope.reporting.cells import number_cell, percent_cell, values
+from moescope.reporting.chapters import STRUCTURE
+from moescope.reporting.layers import among, shown_layers
+from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
+from moescope.reporting.numbers import MISSING, bits, count, percent
+from moescope.reporting.options import figures_option, layers_option, trace_argument
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.tallying import Everything
+from moescope.trace import Trace
+
+SECTION = PageSection(
+    STRUCTURE,
+    "transitions",
+    "Does one layer tell of the next?",
+    "Transitions",
+    "Numbers of experts mean nothing across layers, but tokens may still travel in company: those of one "
+    "expert here may share an expert there.",
+)
+_FOLDED = {
+    "information_between_layers": "Information from layer to layer",
+    "transitions": "The transitions most and least frequent",
+    "paths": "Paths through all layers",
+}
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """Of all pairs of layers."""
+    return None if counted.transitions is None else transitions(counted.transitions)
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+    """Maps of some layers, the information of all, and the tables."""
+    layers = among(results.layers, found["layer"].values.tolist())
+    first = str(found["choice"].values) == "first"
+    goes = "a token's first choice goes" if first else "the assignments of a token go"
+    most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
+    yield PageFigure(
+        name="transitions",
+        file="transitions",
+        draw=lambda: drawn.joint.draw_transitions(found, layers),
+        label="Transitions",
+        title="From layer to layer",
+        caption=(
+            f"How many times as often {goes} from one expert to another as in independent layers"
+            f"{about_map(int(found['num_after'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
+            "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
+            "give. Grey: "
+            "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
+        ),
+        how=(
+            "Bold rows of orange and blue are a road through the layers: knowing a token's expert, the next one's can "
+            "be fetched early. White maps are layers that choose anew."
+        ),
+        cannot=(
+            "It does not tell whether the choice at one layer matters to the next, or whether the identity of the "
+            "token fixes both."
+        ),
+        frame=transitions_frame(found, layers),
+    )
+    yield from folded(transitions_tables(found, layers), _FOLDED)
+
+
+@trace_argument
+@layers_option
+@click.option(
+    "--choice",
+    type=click.Choice(["first", "any"]),
+    default="first",
+    show_default=True,
+    help="First choices, or all pairs of an assignment at one layer and one at the next.",
+)
+@figures_option
+def command(
+    trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "any"], figures: Path | None
+) -> Iterator[Table | Drawing]:
+    """Show how the choice of experts goes on from layer to layer.
+
+    How much the expert at one layer tells of that at the next, in bits; which transitions are more and less frequent
+    than independent layers make them; and how many paths through all the layers carry half of the tokens, beside a
+    Markov chain and independent layers. CSV and JSON hold all of it in one table.
+
+    \b
+    Example:
+      moescope transitions pile.moe --layers 0,1,2,3
+    """
+    if not trace.header.counts_only:
+        shown_layers(trace, layers)  # refuses a trace without a document
+    found = transitions(trace, layers, choice=choice)
+    yield from transitions_tables(found)
+    yield Drawing(file="transitions", draw=lambda: drawn.joint.draw_transitions(found))
+
+
+def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Iterator[Table]:
+    """Transitions: the information from layer to layer, the strongest transitions, and, if counted, the paths.
+
+    The frame of the first table holds everything.
+
+    Args:
+        transitions: Of `moescope.transitions`.
+        layers: Later layers of which transitions are listed, here and in the frames; None lists those of the first, the
+            middle and the last, and all in the frames.
+    """
+    known = transitions["layer"].values.tolist()
+    shown = layers if layers is not None else list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
+    name_of = {layer: f"{int(transitions['layer_before'].sel(layer=layer))} to {layer}" for layer in known}
+    what = "first choices" if str(transitions["choice"].values) == "first" else "all assignments"
+    frame = transitions_frame(transitions, layers)
+    information = []
+    for layer in known:
+        at = transitions.sel(layer=layer)
+        q_value = at["q_value"].values
+        cells = (
+            number_cell(at, "information", 4),
+            Cell(percent(float(at["information"]) / max(float(at["entropy"]), 1e-12))),
+            *(Cell(bits(float(at[name]))) for name in ("plug_in", "miller_madow", "sampling_alone")),
+            Cell(f"{count(int((q_value < SIGNIFICANT).sum()))} of {count(int(np.isfinite(q_value).sum()))}"),
+        )
+        information.append(Row(name_of[layer], cells))
+    yield Table(
+        "information_between_layers",
+        f"Information that the expert of a token at one layer holds of the next layer's, {what}, bits",
+        "layers",
+        ("bias removed", "% of the entropy", "as counted", "Miller-Madow", "sampling alone", "transitions differ"),
+        (Section("", tuple(information)),),
+        notes=(
+            "sampling alone: what would be counted if the layers were independent. ± the larger side of a "
+            "95 % interval, by document.",
+        ),
+        frame=frame,
+    )
+    sections = []
+    for layer in shown:
+        at = transitions.sel(layer=layer)
+        rows = []
+        for i, j in extremes(at["lift"].values, at["q_value"].values < SIGNIFICANT):
+            one = at.sel(expert=i, next=j)
+            shares = [percent_cell(one, name) for name in ("joint", "expected", "probability")]
+            lift = number_cell(one, "lift", 2, "low", "high")
+            rows.append(Row(f"{i} to {j}", (*shares[:2], lift, shares[2])))
+        sections.append(Section(f"layer {name_of[layer]}", tuple(rows)))
+    yield Table(
+        "transitions",
+        f"Transitions from layer to layer, {what}, %",
+        "experts",
+        ("of the tokens", "independent layers", "lift", "of those from the first"),
+        tuple(sections),
+        notes=(
+            f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
+            f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            *_untested(transitions.sel(layer=list(shown))),
+        ),
+        frame=frame.query("what == 'transition'").dropna(axis=1, how="all"),
+    )
+    if "half" in transitions:
+        of_paths = []
+        number = int(transitions["path_tokens"])
+        for routing in transitions["routing"].values.tolist():
+            at = transitions.sel(routing=routing)
+            sizes = values(at, "distinct", "half", "effective")
+            counts = [Cell(MISSING if not np.isfinite(size) else count(round(size))) for size in sizes]
+            if sizes[-1] > number:
+                counts[-1] = Cell(f">{count(number)}")  # rests on a few pairs of tokens
+            of_paths.append(Row(routing, (*counts, percent_cell(at, "once"))))
+        yield Table(
+            "paths",
+            f"Paths (first choices at all {len(known) + 1} layers) of {count(number)} tokens",
+            "",
+            ("different", "carry half of the tokens", "effective", "% of tokens alone on theirs"),
+            (Section("", tuple(of_paths)),),
+            notes=(
+                "markov chain, independent layers: as many tokens drawn with these transitions, and with these "
+                "popularities only. effective: one over the probability that two tokens share a path.",
+            ),
+            frame=frame.query("what == 'paths'").dropna(axis=1, how="all"),
+        )
+
+
+def _untested(transitions: xr.Dataset) -> list[str]:
+    """How many of the transitions shown have too few tokens, if any do."""
+    of_all = int((transitions["num_before"] * transitions["num_after"]).sum())
+    tested = int(transitions["p_value"].notnull().sum())
+    if tested == of_all:
+        return []
+    return [
+        f"{count(of_all - tested)} of these {count(of_all)} transitions are not tested, and grey in the figure: "
+        f"independent layers would give them fewer than {FEWEST_EXPECTED} tokens, or leave fewer to other experts, and "
+        "too few tell nothing. A longer trace tests more, and so do all assignments instead of first choices (--choice "
+        "any)."
+    ]
+
+
+def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = None) -> pd.DataFrame:
+    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths.
+
+    Args:
+        transitions: Of `moescope.transitions`.
+        layers: Later layers whose transitions have rows, or None for all.
+    """
+    by_layer = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("layer",)]
+    information = pd.DataFrame({name: transitions[name].values for name in ["layer_before", "layer", *by_layer]})
+    information.insert(0, "what", "information")
+    parts = [information]
+    names = ["probability", "joint", "expected", "lift", "low", "high", "p_value", "q_value"]
+    for layer in transitions["layer"].values.tolist() if layers is None else layers:
+        at = transitions.sel(layer=layer)
+        expert, following = np.nonzero(np.isfinite(at["joint"].values))
+        columns = {"what": "transition", "layer_before": int(at["layer_before"]), "layer": layer}
+        columns |= {"expert": expert, "next": following}
+        parts.append(pd.DataFrame(columns | {name: at[name].values[expert, following] for name in names}))
+    if "half" in transitions:
+        by_routing = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("routing",)]
+        paths = pd.DataFrame(
+            {"routing": transitions["routing"].values} | {n: transitions[n].values for n in by_routing}
+        )
+        paths.insert(0, "what", "paths")
+        parts.append(paths)
+    frame = pd.concat(parts, ignore_index=True)
+    whole = ["layer_before", "layer", "expert", "next"]
+    return frame.astype(dict.fromkeys(whole, "Int64"))
+
+
+subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)

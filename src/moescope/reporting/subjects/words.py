@@ -1,0 +1,108 @@
+"""Whether the tokens of a word, or of indentation, go to one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isnan
+
+import click
+import pandas as pd
+import xarray as xr
+
+from moescope.measures.words import words as words_of
+from moescope.reporting.cells import BY_DOCUMENT, percent_cell, share_cell
+from moescope.reporting.chapters import TEXT
+from moescope.reporting.frames import in_percent, tidy
+from moescope.reporting.layers import shown_layers
+from moescope.reporting.numbers import MISSING, count
+from moescope.reporting.options import parse_words, shown_layers_option, trace_argument
+from moescope.reporting.subject import WORDS, PageTable, Results, Subject
+from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.visible import visible
+from moescope.tallying import Everything
+from moescope.trace import Trace
+
+
+def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+    """Of the words asked for, and of indentation."""
+    if not results.has_text:
+        return None
+    return words_of(results.trace, list(results.words), indentation=True, tally=counted.tally)
+
+
+def blocks(found: xr.Dataset, results: Results) -> Iterator[PageTable]:
+    """The table counts what the coloured text above it shows."""
+    yield PageTable(words_table(found, results.layers))
+
+
+@trace_argument
+@click.option(
+    "--word",
+    "words",
+    multiple=True,
+    callback=parse_words,
+    metavar="WORD",
+    help="A word, found whole and with its case; repeatable.",
+)
+@click.option("--indentation", is_flag=True, help="Include the spaces and tabs at the start of lines.")
+@shown_layers_option
+def command(trace: Trace, words: tuple[str, ...], indentation: bool, layers: tuple[int, ...] | None) -> Iterator[Table]:
+    """Show whether the tokens of a word go to the same expert.
+
+    Compares tokens of the word from different documents with any two tokens, and the tokens of a word that the
+    tokenizer cut with what their token ids do elsewhere. Without a word: those of the paper, and indentation.
+
+    \b
+    Example:
+      moescope words pile.moe --word self --word Question --indentation
+    """
+    if not words and not indentation:
+        words, indentation = WORDS, True
+    shown = shown_layers(trace, layers)
+    yield words_table(words_of(trace, words, indentation=indentation, layers=shown), shown)
+
+
+def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
+    """Words and indentation: a section a layer, a row a word."""
+    data = words.sel(layer=list(layers))
+    sections = []
+    for layer in layers:
+        rows = []
+        for word in data["word"].values.tolist():
+            at = data.sel(word=word, layer=layer)
+            top = float(at["top_expert"])
+            cells = [Cell(count(int(at["occurrences"]))), Cell(MISSING if isnan(top) else str(int(top)))]
+            for name in ("top_share", "same", "together"):
+                cells += [share_cell(at, name, f"{name}_low", f"{name}_high"), percent_cell(at, f"{name}_null")]
+            rows.append(Row(visible(word), tuple(cells)))
+        sections.append(Section(f"layer {layer}", tuple(rows)))
+    return Table(
+        "words",
+        "First-choice expert of words, %",
+        "word",
+        ("occurrences", "expert", "of the word", "of all tokens", "measured", "any tokens", "measured", "token ids"),
+        tuple(sections),
+        groups=(("", 1), ("most frequent expert", 3), ("two documents agree", 2), ("within a word", 2)),
+        notes=(
+            "two documents agree: two tokens of the word from different documents have the same first choice, against "
+            "any two tokens of the trace.",
+            "within a word: all tokens of an occurrence that the tokenizer cut have the same first choice, against "
+            "what their token ids do elsewhere.",
+            BY_DOCUMENT,
+        ),
+        frame=words_frame(data),
+    )
+
+
+def words_frame(words: xr.Dataset) -> pd.DataFrame:
+    """A row a (word, layer)."""
+    sizes = ["occurrences", "tokens", "documents", "multi_token"]
+    shares = {str(name): f"{name}_percent" for name in words.data_vars if name not in {*sizes, "top_expert"}}
+    frame = in_percent(tidy(words, list(shares), ["word", "layer"]), shares)
+    plain = words[[*sizes, "top_expert"]].to_dataframe().reset_index()
+    plain["top_expert"] = plain["top_expert"].astype("Int64")
+    merged = plain[["word", "layer", *sizes, "top_expert"]].merge(frame, on=["word", "layer"], how="left")
+    return merged.rename(columns={"multi_token": "occurrences_of_several_tokens"})
+
+
+subject = Subject(measure=measure, blocks=blocks, section=TEXT, command=command)

@@ -1,0 +1,47 @@
+"""Words that several subjects use: for choices and experts, and how lists and sentences are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xarray as xr
+
+
+def describe_choice(choice: str, top_k: int) -> str:
+    """Words for a coordinate of choice.
+
+    Example:
+        >>> describe_choice("either", 2), describe_choice("either", 8), describe_choice("4th", 8)
+        ('first or second choice', 'any of the 8 choices', '4th choice')
+    """
+    return describe_any(top_k) if choice == "either" else f"{choice} choice"
+
+
+def describe_any(top_k: int) -> str:
+    """Words for all choices of a token taken together."""
+    return {1: "the one choice", 2: "first or second choice"}.get(top_k, f"any of the {top_k} choices")
+
+
+def choice_of(result: xr.Dataset) -> str:
+    """Words for the choice that a result is of, which its attributes name."""
+    return describe_choice(str(result.attrs["choice"]), int(result["top_k"].values.max()))
+
+
+def expert_name(expert: int, num_experts: int) -> str:
+    """What an expert id is called; those from `num_experts` on are null experts."""
+    return str(expert) if expert < num_experts else f"{expert} (null)"
+
+
+def capital(text: str) -> str:
+    """The text with a capital in front."""
+    return text[:1].upper() + text[1:]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them.
+
+    Example:
+        >>> listed(["a"]), listed(["a", "b", "c"])
+        ('a', 'a, b and c')
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
