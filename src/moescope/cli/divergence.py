@@ -26,7 +26,6 @@ def command(trace: Path, layers: tuple[int, ...] | None, figures: Path | None, f
     """
     from moescope.cli.printing import print_table, save_figure
     from moescope.measures import divergence
-    from moescope.reporting.captions import FEWEST_DOMAINS_IN_PAIRS
     from moescope.reporting.results import shown_layers
     from moescope.reporting.tables import divergence_table, domain_pairs_table
     from moescope.tallying import tally
@@ -44,5 +43,7 @@ def command(trace: Path, layers: tuple[int, ...] | None, figures: Path | None, f
         print_table(table, format)
     if figures is not None:
         save_figure("divergence", found, figures)
-    if figures is not None and found.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
-        save_figure("domain_pairs", found, figures, shown)
+        from moescope.reporting.captions import FEWEST_DOMAINS_IN_PAIRS  # needs the extra of figures, as these do
+
+        if found.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
+            save_figure("domain_pairs", found, figures, shown)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moescope.importers.documents import Model, RoutedDocument
+from moescope.importers.documents import ModelShape, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
@@ -87,7 +87,7 @@ def from_arrays(
     if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
         raise ValueError("phases must be 0 (prompt) or 1 (generated)")
 
-    def read() -> Generator[RoutedDocument, None, None]:
+    def read() -> Generator[TokenDocument, None, None]:
         numbers = columns["documents"]
         ends = np.append(_changes(numbers), num_tokens) if numbers is not None else np.array([num_tokens])
         starts = np.append(0, ends[:-1])
@@ -102,7 +102,7 @@ def from_arrays(
             if (sequence := columns["sequences"]) is not None:
                 began = np.append(True, np.diff(sequence[here]) != 0)
             chosen, phase = columns["token_ids"], columns["phases"]
-            yield RoutedDocument(
+            yield TokenDocument(
                 f"arrays, tokens {start} to {end - 1}",
                 domain,
                 {layer: ids[here] for layer, ids in by_layer.items()},
@@ -111,7 +111,7 @@ def from_arrays(
                 began,
                 None if phase is None else phase[here].astype(np.uint8),
                 ranked=ranked,
-                model=Model(model, num_experts),
+                model=ModelShape(model, num_experts),
             )
 
     corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}

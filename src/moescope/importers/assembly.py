@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
-from moescope.importers.documents import NO_MODEL, Model
+from moescope.importers.documents import NO_MODEL, ModelShape
 from moescope.importers.findings import Findings, Options
 
 MAX_LAYERS = 1024
@@ -25,7 +25,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass
-class Spool:
+class BundleSpool:
     """Bundles of arrays, kept in order; all but the first on disk."""
 
     folder: Path
@@ -60,15 +60,15 @@ class Assembly:
     num_documents: int = 0
     pieces: dict[int, bytes] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
-    model: Model = NO_MODEL
+    model: ModelShape = NO_MODEL
     domains: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.spool = Spool(self.folder)
+        self.spool = BundleSpool(self.folder)
         given = self.options
-        self.model = Model(given.model or "", given.num_experts, given.top_k, given.num_layers)
+        self.model = ModelShape(given.model or "", given.num_experts, given.top_k, given.num_layers)
 
-    def learn(self, model: Model, place: str) -> None:
+    def learn(self, model: ModelShape, place: str) -> None:
         """Add what a document says of the model to what is known; a contradiction is refused."""
         if model is self.model or model == NO_MODEL:
             return
@@ -90,7 +90,7 @@ class Assembly:
                 f"is of model {model.name[:80]!r}, an earlier file of {known.name[:80]!r}",
                 "import them one by one",
             )
-        self.model = Model(known.name or model.name[:1000], **merged)
+        self.model = ModelShape(known.name or model.name[:1000], **merged)
 
     def code_of(self, domain: str, place: str) -> int:
         """Code of a domain, an index into `domains`."""

@@ -11,15 +11,15 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Model, RoutedDocument
-from moescope.importers.events import UNKNOWN, Documents, Event, Meaning, batches, gather
+from moescope.importers.documents import ModelShape, TokenDocument
+from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
 from moescope.importers.files import find, number, real, rows, stem
 from moescope.importers.findings import Findings, Options
 
 _NEEDED = ("turn", "phase", "step", "layer", "slot", "expert")
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document a turn.
 
     Raises:
@@ -35,14 +35,14 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         if not comments or not comments[0].startswith("route_trace"):
             findings.warn(f"{path}: does not begin with # route_trace v1")
         model = _model(comments, path)
-        documents = Documents()
+        documents = DocumentNumbers()
         domain = options.domain or stem(path)
         events = _events(path, table, columns, documents, domain)
         yield from gather(batches(events), documents, Meaning("weight" in columns, True, model), findings)
 
 
 def _events(
-    path: Path, table: Iterator[tuple[str, list[str]]], columns: dict[str, int], documents: Documents, domain: str
+    path: Path, table: Iterator[tuple[str, list[str]]], columns: dict[str, int], documents: DocumentNumbers, domain: str
 ) -> Iterator[Event]:
     width = max(columns[name] for name in _NEEDED) + 1
     weight_at, dropped_at = columns.get("weight"), columns.get("dropped")
@@ -67,7 +67,7 @@ def _events(
         )
 
 
-def _model(comments: list[str], path: Path) -> Model:
+def _model(comments: list[str], path: Path) -> ModelShape:
     """The line ``model=… arch=… n_layer=… n_expert=… n_expert_used=…``."""
     for comment in comments:
         if comment.startswith("model="):
@@ -76,10 +76,10 @@ def _model(comments: list[str], path: Path) -> Model:
             known = {
                 key: number(pairs[key], f"{path}, header", key, low=1, high=65536) for key in pairs if key[:2] == "n_"
             }
-            return Model(
+            return ModelShape(
                 name.replace("\\", "/").rsplit("/", 1)[-1],
                 known.get("n_expert"),
                 known.get("n_expert_used"),
                 known.get("n_layer"),
             )
-    return Model()
+    return ModelShape()

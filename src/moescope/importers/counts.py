@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers.assembly import MAX_LAYERS, Assembly, spans
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Counts, Header, Layer
 
 PART_ROWS = 1 << 19
@@ -33,7 +33,7 @@ class AssignmentCounts(Assembly):
     _indivisible: int = 0
     _unequal: int = 0
 
-    def add(self, document: RoutedDocument | CountedDocument) -> None:
+    def add(self, document: TokenDocument | CountedDocument) -> None:
         """Take the next document."""
         place = document.place
         if not isinstance(document, CountedDocument):

@@ -18,7 +18,7 @@ Ids = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """What a file says of the model; None and the empty name are what it does not say.
 
     Attributes:
@@ -36,11 +36,11 @@ class Model:
     num_moe_layers: int | None = None
 
 
-NO_MODEL = Model()
+NO_MODEL = ModelShape()
 
 
 @dataclass(frozen=True)
-class RoutedDocument:
+class TokenDocument:
     """The routing of one document, in the order of its text.
 
     Attributes:
@@ -66,7 +66,7 @@ class RoutedDocument:
     phase: Ids | None = None
     ranked: bool = False
     zero_is_dense: bool = False
-    model: Model = NO_MODEL
+    model: ModelShape = NO_MODEL
     pieces: Mapping[int, bytes] = field(default_factory=dict)
 
 
@@ -85,7 +85,7 @@ class CountedDocument:
     place: str
     domain: str
     counts: Mapping[int, Ids]
-    model: Model = NO_MODEL
+    model: ModelShape = NO_MODEL
     complete: bool = True
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
-from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
+from moescope.importers.documents import NO_MODEL, ModelShape, TokenDocument
 from moescope.importers.findings import Findings
 
 MAX_DOCUMENTS = 1 << 20
@@ -45,7 +45,7 @@ Event = tuple[int, int, int, int, int, float, int, int]
 
 
 @dataclass
-class Documents:
+class DocumentNumbers:
     """The documents that events are of, by the keys of the file."""
 
     places: list[str] = field(default_factory=list)
@@ -76,12 +76,12 @@ class Meaning:
 
     weights: bool
     ranked: bool
-    model: Model = NO_MODEL
+    model: ModelShape = NO_MODEL
 
 
 def gather(
-    batches: Iterable[NDArray[Any]], documents: Documents, meaning: Meaning, findings: Findings
-) -> Generator[RoutedDocument, None, None]:
+    batches: Iterable[NDArray[Any]], documents: DocumentNumbers, meaning: Meaning, findings: Findings
+) -> Generator[TokenDocument, None, None]:
     """Turn batches of events, dtype `EVENT`, into documents, in order of appearance.
 
     Raises:
@@ -138,7 +138,7 @@ class _EventSpool:
             self._memory = []
             self._length = 0
 
-    def buckets(self, documents: Documents) -> Iterator[NDArray[Any]]:
+    def buckets(self, documents: DocumentNumbers) -> Iterator[NDArray[Any]]:
         """Events of whole documents, sorted by document, token, layer and slot."""
         largest = int(self._sizes.argmax())
         if self._sizes[largest] > MAX_DOCUMENT_EVENTS:
@@ -178,7 +178,7 @@ def _sorted(events: NDArray[Any]) -> NDArray[Any]:
     return events[np.lexsort((events["slot"], events["layer"], events["token"], events["document"]))]
 
 
-def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, findings: Findings) -> RoutedDocument:
+def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, findings: Findings) -> TokenDocument:
     """The routing of one document, its events sorted; tokens that do not follow each other begin a sequence."""
     token, layer, slot = events["token"], events["layer"], events["slot"]
     twice = (token[1:] == token[:-1]) & (layer[1:] == layer[:-1]) & (slot[1:] == slot[:-1])
@@ -222,7 +222,7 @@ def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, f
             f"{place}, token {token[at]}", f"has token ids {known[row[at]]} and {events['token_id'][at]}, expected one"
         )
     phase = events["phase"][new_token]
-    return RoutedDocument(
+    return TokenDocument(
         place,
         domain,
         ids,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moescope
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.importers.files import find, fingerprint
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
 
-Reader = Callable[[Sequence[Path], Options, Findings], Generator[RoutedDocument | CountedDocument, None, None]]
+Reader = Callable[[Sequence[Path], Options, Findings], Generator[TokenDocument | CountedDocument, None, None]]
 
 
 @dataclass(frozen=True)

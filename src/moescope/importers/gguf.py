@@ -26,7 +26,7 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """A tensor of the file.
 
     Attributes:
@@ -52,7 +52,7 @@ class Gguf:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GgufTensor]
 
     def f32(self, name: str) -> NDArray[np.float32]:
         """The numbers of an F32 tensor.
@@ -106,7 +106,7 @@ def read(path: Path) -> Gguf:
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ImportMalformed(path, f"has alignment {alignment!r}")
         base = -(-file.tell() // alignment) * alignment
-    return Gguf(path, metadata, {n: Tensor(shape, kind, base + at) for n, (shape, kind, at) in found.items()})
+    return Gguf(path, metadata, {n: GgufTensor(shape, kind, base + at) for n, (shape, kind, at) in found.items()})
 
 
 @dataclass

@@ -14,25 +14,25 @@ import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import RoutedDocument
+from moescope.importers.documents import TokenDocument
 from moescope.importers.files import find, number, objects, stem
 from moescope.importers.findings import Findings, Options
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
-class _Choice(msgspec.Struct):
+class _RoutedToken(msgspec.Struct):
     selected_experts: list[Id]
     selected_probs: list[float] = []
 
 
 class _Example(msgspec.Struct):
-    router_data: list[dict[str, dict[str, _Choice]]]
+    router_data: list[dict[str, dict[str, _RoutedToken]]]
     full_text: list[str] | str = []
     category: str = ""
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document an example.
 
     Raises:
@@ -48,8 +48,8 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
 
 def _document(
     place: str, example: _Example, domain: str, numbers: dict[str, int], findings: Findings
-) -> RoutedDocument | None:
-    table: list[tuple[int, dict[int, _Choice]]] = []
+) -> TokenDocument | None:
+    table: list[tuple[int, dict[int, _RoutedToken]]] = []
     for index, entry in enumerate(example.router_data):
         if len(entry) != 1:
             raise ImportMalformed(f"{place}, row {index}", f"has {len(entry)} tokens, expected one")
@@ -97,7 +97,7 @@ def _document(
         pieces = {numbers[text[token]]: text[token].encode(errors="replace") for token in tokens}
     else:
         findings.count("examples have another number of text pieces than tokens, so that their tokens are unknown")
-    return RoutedDocument(
+    return TokenDocument(
         place,
         domain,
         ids,

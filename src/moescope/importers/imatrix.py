@@ -13,7 +13,7 @@ import numpy as np
 
 from moescope.errors import ImportMalformed, ImportNotFound
 from moescope.importers import gguf
-from moescope.importers.documents import CountedDocument, Model
+from moescope.importers.documents import CountedDocument, ModelShape
 from moescope.importers.files import find, stem
 from moescope.importers.findings import Findings, Options
 
@@ -55,7 +55,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         yield CountedDocument(str(path), options.domain or stem(path), counts, _model(file, counts, options, findings))
 
 
-def _model(file: gguf.Gguf, counts: dict[int, np.ndarray], options: Options, findings: Findings) -> Model:
+def _model(file: gguf.Gguf, counts: dict[int, np.ndarray], options: Options, findings: Findings) -> ModelShape:
     """Top-k, from the number of tokens, if the two numbers agree."""
     chunks, size = (file.metadata.get(f"imatrix.chunk_{name}") for name in ("count", "size"))
     if options.top_k is None and isinstance(chunks, int) and isinstance(size, int) and chunks * size > 0:
@@ -66,5 +66,5 @@ def _model(file: gguf.Gguf, counts: dict[int, np.ndarray], options: Options, fin
                 f"top-k was taken to be {total // tokens}: {total:,} assignments of the {tokens:,} tokens of "
                 f"{chunks} chunks; --top-k says it"
             )
-            return Model(top_k=total // tokens)
-    return Model()
+            return ModelShape(top_k=total // tokens)
+    return ModelShape()

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, RoutedDocument, integers
+from moescope.importers.documents import Ids, TokenDocument, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
 
@@ -33,7 +33,7 @@ class _Record(msgspec.Struct):
     mtp_idx: int | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document a pass of a rank; a pass ends where its step, or a layer a second time, begins anew.
 
     Raises:
@@ -53,14 +53,14 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             yield document
 
 
-def _passes(path: Path, options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def _passes(path: Path, options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     waiting: dict[int, Ids] = {}
     begun, place, stage = (0, 0), str(path), ""
     cells = 0
 
-    def close() -> RoutedDocument:
+    def close() -> TokenDocument:
         num_tokens = len(next(iter(waiting.values())))
-        return RoutedDocument(
+        return TokenDocument(
             place, options.domain or stem(path), dict(waiting), starts=np.ones(num_tokens, bool), ranked=options.ranked
         )
 

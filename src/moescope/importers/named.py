@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers import parquet_probe
-from moescope.importers.documents import NO_MODEL, Model, RoutedDocument
-from moescope.importers.events import UNKNOWN, Documents, Event, Meaning, batches, gather
+from moescope.importers.documents import NO_MODEL, ModelShape, TokenDocument
+from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
 from moescope.importers.files import decode, find, lines, number, real, rows, stem
 from moescope.importers.findings import Findings, Options
 
@@ -57,7 +57,7 @@ _NUMBER = re.compile(r"[-+0-9.eE]+|nan|NaN|inf")
 Row = Mapping[str, Any]
 
 
-def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """Documents of JSON lines, an object a row.
 
     Raises:
@@ -66,7 +66,7 @@ def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> G
     yield from _read(find(paths), _json_rows, options, findings)
 
 
-def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """Documents of CSV with a header; a list in a cell is numbers with anything between them.
 
     Raises:
@@ -75,7 +75,7 @@ def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Gen
     yield from _read(find(paths), _csv_rows, options, findings)
 
 
-def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """Documents of Parquet files, their row groups read one at a time.
 
     Raises:
@@ -127,7 +127,7 @@ def _read(
     read_rows: Callable[[Path], Iterator[tuple[str, Row]]],
     options: Options,
     findings: Findings,
-) -> Generator[RoutedDocument, None, None]:
+) -> Generator[TokenDocument, None, None]:
     """One table after the other; documents do not reach across files."""
     for path in paths:
         table = read_rows(path)
@@ -208,11 +208,11 @@ def read_events(
     options: Options,
     findings: Findings,
     *,
-    model: Model = NO_MODEL,
+    model: ModelShape = NO_MODEL,
     ranked: bool = False,
-) -> Generator[RoutedDocument, None, None]:
+) -> Generator[TokenDocument, None, None]:
     """Gather the rows of a table to documents."""
-    documents = Documents()
+    documents = DocumentNumbers()
     weights = bool(columns.weights or columns.weight)
     events = _events(path, table, columns, documents, options, findings)
     yield from gather(batches(events), documents, Meaning(weights, ranked, model), findings)
@@ -222,7 +222,7 @@ def _events(
     path: Path,
     table: Iterable[tuple[str, Row]],
     columns: Columns,
-    documents: Documents,
+    documents: DocumentNumbers,
     options: Options,
     findings: Findings,
 ) -> Iterator[Event]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from moescope.errors import ImportMalformed
 from moescope.importers.assembly import MAX_LAYERS
-from moescope.importers.documents import RoutedDocument, integers
+from moescope.importers.documents import TokenDocument, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
 
@@ -27,7 +27,7 @@ class _Line(msgspec.Struct):
     exp_ids: list[list[list[Id]]]
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document a line.
 
     Raises:
@@ -46,4 +46,4 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             if len(ids) and len(indices) != ids.shape[2]:
                 raise ImportMalformed(place, f"has {ids.shape[2]} layers, --layers names {len(indices)}")
             by_layer = {layer: ids[:, :, at].astype(np.int32) for at, layer in enumerate(indices)}
-            yield RoutedDocument(place, options.domain or stem(path), by_layer, token_ids=tokens, ranked=True)
+            yield TokenDocument(place, options.domain or stem(path), by_layer, token_ids=tokens, ranked=True)

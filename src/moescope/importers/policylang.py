@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from moescope.errors import ImportIncomplete, ImportMalformed
-from moescope.importers.documents import Model, RoutedDocument
+from moescope.importers.documents import ModelShape, TokenDocument
 from moescope.importers.files import decode, find, lines
 from moescope.importers.findings import Findings, Options
 from moescope.importers.named import MAX_EVENT_BYTES, Columns, Row, chain, parquet_rows, read_events
@@ -35,7 +35,7 @@ class _Header(msgspec.Struct):
     num_entries: int | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document a prompt.
 
     Raises:
@@ -65,7 +65,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
             layer=_needed("l", first),
             document=_name("p", first[1]),
         )
-        model = Model(header.model_name, header.num_experts, header.top_k, header.num_layers)
+        model = ModelShape(header.model_name, header.num_experts, header.top_k, header.num_layers)
         if scores is not None:
             findings.warn(
                 "the scores are as the recorder calls them; whether they are gate weights as executed is not said"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, Model, RoutedDocument, integers
+from moescope.importers.documents import Ids, ModelShape, TokenDocument, integers
 from moescope.importers.files import MAX_RESPONSE_BYTES, find, npy, objects, stem, whole
 from moescope.importers.findings import Findings, Options
 
@@ -75,7 +75,7 @@ class _Response(msgspec.Struct):
     output_ids: list[TokenId] | None = None
 
 
-def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[RoutedDocument, None, None]:
+def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
     """One document an answer.
 
     Raises:
@@ -99,7 +99,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
 
 def _answers(
     place: str, response: _Response, domain: str, options: Options, findings: Findings
-) -> Generator[RoutedDocument, None, None]:
+) -> Generator[TokenDocument, None, None]:
     """The documents of one response, a choice each."""
     found = 0
     name = response.model or ""
@@ -200,7 +200,7 @@ def _document(
     num_tokens: int | None = None,
     model: str = "",
     findings: Findings | None = None,
-) -> RoutedDocument:
+) -> TokenDocument:
     """One answer; rows are counted back from the last token that was read."""
     rows, num_layers, top_k = ids.shape
     if options.layers is not None and options.num_layers is None and num_layers != len(options.layers):
@@ -237,7 +237,7 @@ def _document(
             phase = (np.arange(first, first + rows) >= num_prompt).astype(np.uint8)
     wanted = set(options.layers) if options.layers is not None else set(indices)
     expert_ids = {layer: ids[:, at] for at, layer in enumerate(indices) if layer in wanted}
-    return RoutedDocument(
+    return TokenDocument(
         place,
         domain,
         expert_ids,
@@ -246,5 +246,5 @@ def _document(
         None,
         phase,
         zero_is_dense=options.layers is None,
-        model=Model(model, num_layers=options.num_layers),
+        model=ModelShape(model, num_layers=options.num_layers),
     )

@@ -17,10 +17,10 @@ import numpy as np
 
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS
-from moescope.importers.documents import CountedDocument, Ids, Model, RoutedDocument, integers
+from moescope.importers.documents import CountedDocument, Ids, ModelShape, TokenDocument, integers
 from moescope.importers.files import find, number, rows, stem
 from moescope.importers.findings import Findings, Options
-from moescope.importers.torch_file import Tensor, TorchFile
+from moescope.importers.torch_file import TorchFile, TorchTensor
 
 EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4
 """Forward modes that SGLang numbers so; of others, a token's neighbours are unknown."""
@@ -29,7 +29,7 @@ MAX_EXPERTS = 1 << 16
 
 def read(
     paths: Sequence[Path], options: Options, findings: Findings
-) -> Generator[RoutedDocument | CountedDocument, None, None]:
+) -> Generator[TokenDocument | CountedDocument, None, None]:
     """One document a forward pass.
 
     Raises:
@@ -39,7 +39,7 @@ def read(
     for path in find(paths, "expert_distribution_recorder_*.pt"):
         value = TorchFile(path).value
         domain = options.domain or stem(path)
-        if isinstance(value, dict) and isinstance(value.get("logical_count"), Tensor):
+        if isinstance(value, dict) and isinstance(value.get("logical_count"), TorchTensor):
             yield from _passes(path, value["logical_count"], domain, findings)
         elif isinstance(value, dict) and isinstance(value.get("records"), list):
             yield from _records(path, value, domain, findings, seen)
@@ -48,7 +48,7 @@ def read(
             raise ImportMalformed(path, f"holds {keys or 'nothing'}, expected logical_count or records")
 
 
-def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Generator[CountedDocument, None, None]:
+def _passes(path: Path, counts: TorchTensor, domain: str, findings: Findings) -> Generator[CountedDocument, None, None]:
     """Modes stat and stat_approx: counts [pass, layer, expert]; an older file has no passes."""
     if len(counts.shape) not in (2, 3) or counts.dtype.kind not in "iu":
         raise ImportMalformed(path, f"logical_count is {counts.dtype} of shape {counts.shape}, expected [pass, L, E]")
@@ -59,28 +59,28 @@ def _passes(path: Path, counts: Tensor, domain: str, findings: Findings) -> Gene
         one = counts.numpy(index, index + 1)[0] if len(counts.shape) == 3 else counts.numpy()
         table = one.astype(np.int64)
         yield CountedDocument(
-            f"{path}, pass {index}", domain, dict(enumerate(table)), Model(num_experts=table.shape[1])
+            f"{path}, pass {index}", domain, dict(enumerate(table)), ModelShape(num_experts=table.shape[1])
         )
 
 
 def _records(
     path: Path, value: dict[str, Any], domain: str, findings: Findings, seen: set[bytes]
-) -> Generator[RoutedDocument | CountedDocument, None, None]:
+) -> Generator[TokenDocument | CountedDocument, None, None]:
     """Modes per_pass and per_token: a record a pass."""
     physical = value.get("last_physical_to_logical_map")
-    if not isinstance(physical, Tensor) or len(physical.shape) != 2 or physical.dtype.kind not in "iu":
+    if not isinstance(physical, TorchTensor) or len(physical.shape) != 2 or physical.dtype.kind not in "iu":
         raise ImportMalformed(path, "lacks last_physical_to_logical_map [layer, physical expert]")
     logical = physical.numpy().astype(np.int64)
     if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS or len(logical) > MAX_LAYERS:
         raise ImportMalformed(path, "last_physical_to_logical_map is empty, or of impossible experts or layers")
-    model = Model(num_experts=int(logical.max()) + 1)
+    model = ModelShape(num_experts=int(logical.max()) + 1)
     for index, record in enumerate(value["records"]):
         place = f"{path}, record {index}"
         if not isinstance(record, dict):
             raise ImportMalformed(place, "is no record")
         ids, counts = record.get("topk_ids_of_layer"), record.get("global_physical_count")
         numbers = ids if ids is not None else counts
-        if not isinstance(numbers, Tensor) or numbers.dtype.kind not in "iu":
+        if not isinstance(numbers, TorchTensor) or numbers.dtype.kind not in "iu":
             raise ImportMalformed(place, "has neither topk_ids_of_layer nor global_physical_count")
         table = numbers.numpy()
         key = hashlib.sha256(repr((record.get("forward_pass_id"), record.get("input_ids"))).encode())
@@ -96,8 +96,8 @@ def _records(
 
 
 def _tokens(
-    place: str, record: dict[str, Any], ids: Ids, logical: Ids, domain: str, model: Model, findings: Findings
-) -> Generator[RoutedDocument, None, None]:
+    place: str, record: dict[str, Any], ids: Ids, logical: Ids, domain: str, model: ModelShape, findings: Findings
+) -> Generator[TokenDocument, None, None]:
     """One pass of mode per_token."""
     if ids.ndim != 3 or ids.shape[0] != logical.shape[0]:
         raise ImportMalformed(
@@ -120,7 +120,7 @@ def _tokens(
         mapped[block < 0] = -1
         expert_ids[layer] = mapped.astype(np.int32)
     starts, phase = _sequences(place, record, len(token_ids), findings)
-    yield RoutedDocument(place, domain, expert_ids, {}, token_ids, starts, phase, model=model)
+    yield TokenDocument(place, domain, expert_ids, {}, token_ids, starts, phase, model=model)
 
 
 def _sequences(
@@ -155,7 +155,7 @@ def _sequences(
     return starts, None
 
 
-def _counted(place: str, counts: Ids, logical: Ids, domain: str, model: Model) -> CountedDocument:
+def _counted(place: str, counts: Ids, logical: Ids, domain: str, model: ModelShape) -> CountedDocument:
     """One pass of mode per_pass."""
     if counts.shape != logical.shape:
         raise ImportMalformed(place, f"global_physical_count has the shape {counts.shape}, expected {logical.shape}")
@@ -199,4 +199,4 @@ def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Gen
         for layer, counts in table.items():
             arrays[layer] = np.zeros(max(counts) + 1, np.int64)
             arrays[layer][list(counts)] = list(counts.values())
-        yield CountedDocument(str(path), options.domain or stem(path), arrays, Model(), complete=False)
+        yield CountedDocument(str(path), options.domain or stem(path), arrays, ModelShape(), complete=False)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed, ImportNotFound, ImportTooLarge
-from moescope.importers.documents import CountedDocument, Ids, Model
+from moescope.importers.documents import CountedDocument, Ids, ModelShape
 from moescope.importers.files import decode, whole
 from moescope.importers.findings import Findings, Options
 
@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 1 << 25
 _KEY = re.compile(r"(\d{1,12})_(\d{1,5})")
 
 
-class _MetaInfo(msgspec.Struct):
+class _Run(msgspec.Struct):
     num_experts: int
     num_experts_per_token: int
     model_name: str = ""
@@ -39,7 +39,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
     for folder in paths:
         if not folder.is_dir() or not (folder / "meta_info.json").is_file():
             raise ImportNotFound(folder, "is no folder with a meta_info.json", "give the folder, not the files in it")
-        meta = decode(whole(folder / "meta_info.json"), _MetaInfo, folder / "meta_info.json")
+        meta = decode(whole(folder / "meta_info.json"), _Run, folder / "meta_info.json")
         if not 1 <= meta.num_experts_per_token <= meta.num_experts <= 2**16:
             raise ImportMalformed(
                 folder / "meta_info.json", f"says {meta.num_experts_per_token} of {meta.num_experts} experts a token"
@@ -54,7 +54,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
                 iterations.setdefault(iteration, set()).add(layer)
         if len({frozenset(layers) for layers in iterations.values()}) > 1:
             findings.warn(f"{folder}: iterations have different layers")
-        model = Model(meta.model_name, meta.num_experts, meta.num_experts_per_token)
+        model = ModelShape(meta.model_name, meta.num_experts, meta.num_experts_per_token)
         domain = options.domain or folder.resolve().name or "TensorRT-LLM"
         for iteration in sorted(iterations):
             counts: dict[int, Ids] = {}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly, spans
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
 
 PART_TOKENS = 65_536
@@ -55,7 +55,7 @@ class _LayerFacts:
 class Tokens(Assembly):
     """Documents of tokens."""
 
-    _waiting: list[RoutedDocument] = field(default_factory=list)
+    _waiting: list[TokenDocument] = field(default_factory=list)
     _tokens: int = 0
     _widths: dict[int, int] = field(default_factory=dict)
     _largest_part: int = 0
@@ -75,10 +75,10 @@ class Tokens(Assembly):
     _repeated_place: str = ""
     _last: dict[int, NDArray[Any]] = field(default_factory=dict)
 
-    def add(self, document: RoutedDocument | CountedDocument) -> None:
+    def add(self, document: TokenDocument | CountedDocument) -> None:
         """Take the next document."""
         place = document.place
-        if not isinstance(document, RoutedDocument):
+        if not isinstance(document, TokenDocument):
             raise ImportMalformed(place, "holds counts, and what came before holds tokens", "import them one by one")
         self.learn(document.model, place)
         wanted = {layer: ids for layer, ids in document.expert_ids.items() if self.takes(layer, place)}

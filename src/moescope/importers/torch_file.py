@@ -43,7 +43,7 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TorchTensor:
     """A tensor whose numbers are still in the file.
 
     Attributes:
@@ -87,7 +87,7 @@ class TorchFile:
     Args:
         path: The file.
     Attributes:
-        value: What was saved; tensors as `Tensor`.
+        value: What was saved; tensors as `TorchTensor`.
     Raises:
         ImportMalformed: It is something else, is damaged, or holds more than plain values and tensors.
         ImportTooLarge: Its description is beyond the limits.
@@ -129,7 +129,7 @@ class TorchFile:
             file.seek(start)
             return file.read(stop - start)
 
-    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TorchTensor:
         """A tensor of the file, checked to be dense and within its storage."""
         expected, length = [], 1
         for size in reversed(shape):
@@ -143,7 +143,7 @@ class TorchFile:
                 f"has a tensor of shape {shape}, strides {strides}, offset {offset} in a storage of {size} bytes; "
                 "expected dense rows within it",
             )
-        return Tensor(shape, storage.dtype, storage.member, offset, self)
+        return TorchTensor(shape, storage.dtype, storage.member, offset, self)
 
     def storage(self, dtype: np.dtype[Any], key: str, length: int) -> _Storage:
         """A storage of the file, by its key."""
@@ -152,7 +152,7 @@ class TorchFile:
             raise ImportMalformed(self.path, f"lacks the {length} numbers of storage {key[:20]}")
         return _Storage(dtype, member, length)
 
-    def numbers(self, tensor: Tensor, start: int, stop: int | None) -> NDArray[Any]:
+    def numbers(self, tensor: TorchTensor, start: int, stop: int | None) -> NDArray[Any]:
         """Numbers of a tensor, read now."""
         row = int(np.prod(tensor.shape[1:], dtype=np.int64)) if tensor.shape else 1
         rows = (stop or 0) - start if tensor.shape else 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from moescope.errors import ImportMalformed, TraceExists
 from moescope.importers.counts import AssignmentCounts
-from moescope.importers.documents import CountedDocument, RoutedDocument
+from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.tokens import Tokens
 from moescope.trace import Counts, Part, Trace, TraceWriter, Vocabulary, open_trace
@@ -20,7 +20,7 @@ from moescope.trace.reader import SUMMARY
 
 def write(
     out: Path,
-    documents: Generator[RoutedDocument | CountedDocument, None, None],
+    documents: Generator[TokenDocument | CountedDocument, None, None],
     options: Options,
     findings: Findings,
     *,
@@ -55,7 +55,7 @@ def write(
         assembly: Tokens | AssignmentCounts | None = None
         for document in documents:
             if assembly is None:
-                kind = Tokens if isinstance(document, RoutedDocument) else AssignmentCounts
+                kind = Tokens if isinstance(document, TokenDocument) else AssignmentCounts
                 assembly = kind(Path(folder), options, findings)
             assembly.add(document)
         if assembly is None:
