@@ -73,7 +73,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(path: Path, *, within_functions: bool) -> set[str]:
-    """Modules that a file imports, those under TYPE_CHECKING among them; of `from a import b`, a.b if it is a module."""
+    """Modules that a file imports, also under TYPE_CHECKING; of `from a import b`, a.b if it is a module."""
 
     def statements(node: ast.AST) -> Iterator[ast.stmt]:
         for child in ast.iter_child_nodes(node):
