@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="measure sizes of model and corpus instead, and draw them here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.figure:
+        require("matplotlib")
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
