@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -32,9 +33,12 @@ from scipy import stats
 
 import moescope
 from moescope.measures import divergence, repeats, shares
+from moescope.measures.balance import _of_loads
+from moescope.measures.transitions import _of_layer as _of_transitions
 from moescope.tallying import information_kernels, sample_documents, tally
+from moescope.tallying.balance import count_balance
 from moescope.tallying.document_groups import document_groups
-from moescope.trace import Trace
+from moescope.trace import Layer, Trace
 
 CHOICES = {ALL_CHOICES: slice(None), "first": slice(0, 1), "second": slice(1, 2)}
 
@@ -506,6 +510,28 @@ def test_balance(trace: Trace, documents: list[Document]) -> None:
     assert judged >= 4
 
 
+def test_what_perfect_balance_would_show_in_one_of_twenty_traces_has_an_interval_from_its_floor() -> None:
+    """Drawn from eight equal experts; half of such draws show less, and the intervals by themselves lie above."""
+    largest = """14 11 12 19 7 9 10 17  25 22 17 16 23 17 20 24  22 13 18 20 22 19 28 13
+        23 10 19 13 28 17 23 26  17 12 7 13 14 16 18 14  11 5 15 11 14 9 7 16"""
+    differing = """13 10 13 10 9 4 15 12  22 20 25 18 9 23 19 13  22 22 14 12 23 28 22 18
+        23 15 17 15 19 22 16 16  25 27 20 20 21 20 24 17  23 19 23 18 25 25 29 21"""
+    for name, text, floor in (("imbalance", largest, 1.0), ("gini", differing, 0.0)):
+        counts = np.array(text.split(), np.int64).reshape(6, 8)
+        assert _of_loads(counts, Layer(0, 8, 1), 512, np.random.default_rng(0))[f"{name}_low"] == floor
+
+
+def test_the_null_of_batches_has_the_loads_of_the_whole_trace_though_it_draws_from_a_sample(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of 40 tokens has other loads than the trace; batches of all tokens show those of the trace."""
+    count_of = sys.modules["moescope.tallying.balance"]
+    whole = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    monkeypatch.setattr(count_of, "SAMPLED_TOKENS", 40)
+    few = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    np.testing.assert_allclose(few["batch_null"], whole["batch_null"], rtol=0.04)
+
+
 def of_the_largest(pairs: list[tuple[float, float]], clusters: int) -> tuple[float, float]:
     """The highest of the upper ends; the highest of the lower ends of all that may be the largest, at once."""
     high = max(p + quantile(clusters - 1) * error for p, error in pairs)
@@ -518,9 +544,6 @@ def of_the_largest(pairs: list[tuple[float, float]], clusters: int) -> tuple[flo
 
 def test_experts_thplaceare_surely_and_possibly_nearly_idle() -> None:
     """Between the two counts lie the experts whose interval holds a tenth of the uniform share."""
-    from moescope.measures.balance import _of_loads
-    from moescope.trace import Layer
-
     rng = np.random.default_rng(0)
     size, number = 20, 12
     chance = np.array([0.0005, 0.004, 0.0055, 0.02] + [0.97 / 16] * 16)
@@ -536,8 +559,6 @@ def test_experts_thplaceare_surely_and_possibly_nearly_idle() -> None:
 
 
 def test_imbalance_within_batches(trace: Trace, documents: list[Document]) -> None:
-    from moescope.tallying.balance import count_balance
-
     found = moescope.balance(count_balance(trace, batch_sizes=(2,), threads=1))
     for layer in LAYERS:
         sequences: list[list[Token]] = []
@@ -673,6 +694,14 @@ def test_the_lift_of_a_transition_and_the_information_between_layers(trace: Trac
     assert informed
 
 
+def test_information_that_independent_layers_would_show_has_an_interval_from_zero() -> None:
+    """Drawn from independent layers, 4 by 4 experts, three groups; the jackknife by itself ends above 0.002 bits."""
+    counts = """3 4 5 9 7 6 8 9 4 3 8 8 4 10 4 5  5 13 12 12 8 12 12 8 10 9 18 4 11 13 13 7
+        12 12 13 11 9 14 10 18 17 6 13 12 15 13 11 5"""
+    moves = np.array(counts.split(), np.uint32).reshape(3, 4, 4)
+    assert _of_transitions(moves, np.random.default_rng(0))["information_low"] == 0
+
+
 # ------------------------------------------------------------------------------------------------ syntax, vocabulary
 
 
@@ -758,10 +787,15 @@ def test_vocabulary(trace: Trace, documents: list[Document]) -> None:
 
                 def specialization(some: list[int], mine: list[dict[int, list[int]]] = mine) -> float:
                     left = [[e for g in some for e in of.get(g, [])] for of in mine]
-                    return float(np.mean([most_frequent(chosen)[1] for chosen in left if chosen]))
+                    shares_left = [most_frequent(chosen)[1] for chosen in left if chosen]
+                    return float(np.mean(shares_left)) if shares_left else np.nan
 
                 whole = specialization(list(range(len(by_group))))
-                _, error = leaving_out(specialization, sizes)
+
+                def or_whole(some: list[int], whole: float = whole, value=specialization) -> float:
+                    return whole if np.isnan(value(some)) else value(some)
+
+                _, error = leaving_out(or_whole, sizes)
                 half = quantile(len(by_group) - 1) * error
                 expected = max(whole - half, 0), min(whole + half, 1)
                 same_interval(at.sel(expert=expert), "expert_specialization", expected)
@@ -770,6 +804,9 @@ def test_vocabulary(trace: Trace, documents: list[Document]) -> None:
                     token = int(listed["top_token"])
                     if token >= 0:
                         of = in_document[token].values()
+                        if len(of) == 1:
+                            assert all(np.isnan(float(end)) for end in ends(listed, "top_share"))
+                            continue
                         expected = proportion([chosen.count(expert) for chosen in of], list(map(len, of)))
                         same_interval(listed, "top_share", expected)
                 for token in (0, 8):
