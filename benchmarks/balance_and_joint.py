@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from gauges import peaks_of_calls
 from tally import DOMAINS, PART_TOKENS, make_trace, seconds
 
 import moescope
@@ -24,6 +24,9 @@ from moescope.tallying import tally
 from moescope.tallying.balance import count_balance
 from moescope.tallying.joint import count_coactivation, count_transitions
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
+
+ALONE = {name: f"moescope.{name}(trace, threads=2)" for name in ("balance", "coactivation", "transitions")}
+"""Each in a process of its own, whose memory is measured."""
 
 
 def make_wide_trace(path: Path, num_tokens: int, num_layers: int) -> Trace:
@@ -79,7 +82,7 @@ def main() -> None:
         result = {
             "tally_seconds": round(base, 2),
             "multiples_of_the_tally": {name: round(median(values) / base, 2) for name, values in times.items()},
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_memory_mb": peaks_of_calls(ALONE, trace.path),
         }
         print(json.dumps(result, indent=1))
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from gauges import in_a_fresh_process, require
 
 import moescope
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
@@ -74,8 +73,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def theirs(path: Path, policy: str, size: int) -> float:
-    command = [sys.executable, "-c", THEIRS, str(path), policy, str(size)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return in_a_fresh_process(THEIRS, path, policy, size)
 
 
 def measure(folder: Path, requests: int, repeats: int, num_experts: int, top_k: int) -> dict[str, object]:
@@ -113,6 +111,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    require("libcachesim==0.3.5")
     with tempfile.TemporaryDirectory() as folder:
         for num_experts, top_k in ((8, 2), (128, 8)):
             found = measure(Path(folder), arguments.requests, arguments.repeats, num_experts, top_k)

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from balance_and_joint import make_wide_trace
+from gauges import in_a_fresh_process
 from tally import make_trace
 
 CODE = """
-import json, resource, sys, time
+import json, sys, time
+import gauges
 import moescope
 trace = moescope.open_trace(sys.argv[1])
 options = dict(devices=int(sys.argv[2]), threads=int(sys.argv[3]))
@@ -34,7 +34,7 @@ reached = found["devices_reached"].isel(batch=0).mean("layer").to_series()
 print(json.dumps({
     "seconds": round(time.perf_counter() - wall, 1),
     "cpu_seconds": round(time.process_time() - cpu, 1),
-    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    "peak_memory_mb": gauges.peak_memory_mb(),
     "slowest": {p: round(v, 3) for p, v in found["slowest"].isel(batch=0).to_series().items()},
     "devices_reached": {p: round(v, 3) for p, v in reached.items()},
 }))
@@ -56,9 +56,7 @@ def main() -> None:
         result = {}
         for name, size in (("whole", tokens), ("quarter", tokens // 4)):
             trace = make(Path(folder) / f"{name}.moe", size, arguments.layers)
-            options = map(str, (trace.path, arguments.devices, arguments.threads, small.path))
-            done = subprocess.run([sys.executable, "-c", CODE, *options], capture_output=True, check=True, text=True)
-            result[name] = json.loads(done.stdout)
+            result[name] = in_a_fresh_process(CODE, trace.path, arguments.devices, arguments.threads, small.path)
         size = {"tokens": tokens, "layers": arguments.layers, "devices": arguments.devices}
         print(json.dumps({**size, **result}, indent=1))
 

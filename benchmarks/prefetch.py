@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 from statistics import median
 
+from gauges import require
+
+require("torch", "transformers")
+
 import torch
 from balance_and_joint import make_wide_trace
 from tally import seconds

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gauges import peak_memory, require
+
+require("torch", "transformers")
 
 import torch
 import transformers
@@ -163,14 +166,6 @@ def measure_child(options: argparse.Namespace, folder: Path) -> None:
     else:
         recorded(options.path, options, folder)
     print(peak_memory())
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held; of ``ru_maxrss``, which goes on through exec, a part may be its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plain(model: Any, prepared: list[Batch]) -> None:

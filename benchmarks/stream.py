@@ -27,6 +27,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gauges import peak_memory, require
+
+require("torch", "transformers", "safetensors", "accelerate")
+
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -54,6 +58,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="measure sizes of model and corpus instead, and draw them here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.figure:
+        require("matplotlib")
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -182,7 +188,7 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
         memory = int(BASE_BYTES + 1.5 * largest_layer(model) + SPOOL_BYTES)
         before = start()
         record(model, documents, out, stream=True, memory=memory, announce=note_estimate, **arguments)
-    return {**since(before), "peak": peak_bytes(), **extra}
+    return {**since(before), "peak": peak_memory(), **extra}
 
 
 def compute(folder: Path, documents: list[Document]) -> dict[str, float]:
@@ -229,12 +235,6 @@ def io_bytes() -> dict[str, int]:
     """Bytes asked for by read calls, and bytes fetched from the disk, by this process so far."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return {"read": int(lines["rchar"]), "from_disk": int(lines["read_bytes"])}
-
-
-def peak_bytes() -> int:
-    """Most memory that this process held."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def forget(*folders: Path) -> None:

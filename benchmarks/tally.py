@@ -5,8 +5,8 @@
 A made-up trace (popularity-skewed, sticky routing; documents of some 800 tokens, 8 domains) is written once to a
 temporary folder. Measured in CPU time, interleaved, median of the repeats: `moescope.tally` with all its document
 moments; DuckDB and Polars computing only the counts by domain, layer, choice and expert and the two kinds of repeats;
-`np.sum` of the same ids in memory, the machine's yardstick. Memory: peak of a fresh process, for the trace and for a
-quarter of it.
+`np.sum` of the same ids in memory, the machine's yardstick. Memory: peak of a fresh process, for the trace, for a
+quarter of it, and with the package imported and nothing done.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ for name in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[name] = "1"
 
 import numpy as np
+from gauges import peaks_of_calls, require
 
 from moescope.tallying import tally
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
@@ -102,15 +101,6 @@ def in_polars(trace: Trace) -> None:
         pl.collect_all(queries)
 
 
-def peak_memory(path: Path) -> float:
-    """Peak resident memory, MB, of a fresh process that tallies the trace."""
-    code = (
-        "import resource, sys, moescope; moescope.tally(moescope.open_trace(sys.argv[1]), threads=1); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    return float(subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True).stdout)
-
-
 def seconds(call: Callable[[], object]) -> float:
     start = time.process_time()  # CPU time: one thread each, and other processes do not count
     call()
@@ -124,6 +114,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--without-sql", action="store_true")
     arguments = parser.parse_args()
+    if not arguments.without_sql:
+        require("duckdb", "polars")
     with tempfile.TemporaryDirectory() as folder:
         trace = make_trace(Path(folder) / "trace.moe", arguments.tokens, arguments.layers)
         quarter = make_trace(Path(folder) / "quarter.moe", arguments.tokens // 4, arguments.layers)
@@ -148,7 +140,10 @@ def main() -> None:
             "times_as_fast_as": {
                 name: round(rates["moescope.tally"] / rate, 2) for name, rate in rates.items() if name in calls
             },
-            "peak_memory_mb": {"whole": round(peak_memory(trace.path)), "quarter": round(peak_memory(quarter.path))},
+            "peak_memory_mb": {
+                **peaks_of_calls({"whole": "moescope.tally(trace, threads=1)"}, trace.path),
+                **peaks_of_calls({"quarter": "moescope.tally(trace, threads=1)"}, quarter.path),
+            },
         }
         print(json.dumps(result, indent=1))
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from gauges import peaks_of_calls
 from tally import DOMAINS, make_trace, seconds
 
 import moescope
@@ -59,16 +58,13 @@ def make_wide_trace(path: Path, num_tokens: int) -> Trace:
 
 
 def peaks(path: Path) -> dict[str, float]:
-    """Peak resident memory, MB, of fresh processes with two threads."""
-    found = {}
-    for call in ("vocabulary(t, threads=2)", "vocabulary(t, threads=2, choice='either')", "syntax(t, threads=2)"):
-        code = (
-            f"import resource, sys, moescope; t = moescope.open_trace(sys.argv[1]); moescope.{call}; "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-        )
-        run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True)
-        found[call] = round(float(run.stdout))
-    return found
+    """Peak memory, MB, of fresh processes with two threads."""
+    calls = (
+        "vocabulary(trace, threads=2)",
+        "vocabulary(trace, threads=2, choice='either')",
+        "syntax(trace, threads=2)",
+    )
+    return peaks_of_calls({call: f"moescope.{call}" for call in calls}, path)
 
 
 def main() -> None:

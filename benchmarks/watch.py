@@ -21,6 +21,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from gauges import require
+
+require("torch", "transformers")
+
 import torch
 import transformers
 

@@ -67,7 +67,13 @@ def make_trace(
     return open_trace(path)
 
 
-def make_counts(path: Path, loads: dict[int, dict[int, dict[int, int]]], layers: tuple[Layer, ...] = ()) -> Trace:
+def make_counts(
+    path: Path,
+    loads: dict[int, dict[int, dict[int, int]]],
+    layers: tuple[Layer, ...] = (),
+    *,
+    warnings: tuple[str, ...] = (),
+) -> Trace:
     """Write a trace of counts; `loads` has document -> layer -> expert -> assignments, the domains in turn."""
     rows = [(g, layer, e, n) for g, by in loads.items() for layer, of in by.items() for e, n in of.items()]
     document, layer, expert, count = np.array(rows, np.int64).T
@@ -76,5 +82,5 @@ def make_counts(path: Path, loads: dict[int, dict[int, dict[int, int]]], layers:
     header = Header(layers, token_ids=False, counts_only=True, model={"name": "synthetic"})
     with TraceWriter(path, header, Vocabulary({})) as writer:
         writer.write(Counts(document, document % 2, names, layer, expert, count), {"documents_read": len(loads)})
-        writer.finish({})
+        writer.finish({"warnings": list(warnings)} if warnings else {})
     return open_trace(path)

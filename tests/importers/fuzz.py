@@ -265,6 +265,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from gauges import peak_memory
+
     resource.setrlimit(resource.RLIMIT_AS, (4 * LIMIT_BYTES, 4 * LIMIT_BYTES))  # libraries reserve, and use less
     failures = 0
     start = time.monotonic()
@@ -283,7 +286,7 @@ def main() -> None:
                     traceback.print_exc()
             if number % 1000 == 999:
                 print(f"{number + 1:,}, {failures} failures", file=sys.stderr, flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     for outcome, count in sorted(fuzzer.outcomes.items()):
         print(f"{count:7,}  {outcome}")
     print(

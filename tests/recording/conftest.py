@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -16,11 +15,6 @@ from moescope.corpus import Document
 transformers.utils.logging.set_verbosity_error()  # the fallbacks of tiny models are none of our news
 
 TEXT = "def self(x): return self.x + 1\n    if the cat sat on the mat, then the answer is 42. Grüße, 東京! <s> "
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def byte_level_tokenizer(*, bos: bool = False) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ def tokens(path: Path, *, ranked: bool = True, token_ids: bool = True) -> Trace:
     return make_trace(path, parts, layers, token_ids=token_ids)
 
 
-def counts_of(path: Path, trace: Trace) -> Trace:
+def counts_of(path: Path, trace: Trace, warnings: tuple[str, ...] = ()) -> Trace:
     """The trace of counts with the loads of each document, by a slow loop; domains as `make_counts` gives them."""
     loads: dict[int, dict[int, dict[int, int]]] = {}
     for part in trace.iter_parts():
@@ -41,7 +43,25 @@ def counts_of(path: Path, trace: Trace) -> Trace:
                 for expert in ids[row].tolist():
                     by_expert = loads.setdefault(document, {}).setdefault(layer, {})
                     by_expert[expert] = by_expert.get(expert, 0) + 1
-    return make_counts(path, loads, trace.layers)
+    return make_counts(path, loads, trace.layers, warnings=warnings)
+
+
+WARNING = "layer 3 is <all> zeros"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Trace, Path]]:
+    """A trace that lacks something, and its report, written when first asked for; that of counts has a warning."""
+
+    @cache
+    def write(kind: str) -> tuple[Trace, Path]:
+        folder = tmp_path_factory.mktemp("partial")
+        trace = tokens(folder / "t.moe", ranked=kind != "unranked", token_ids=kind != "no token ids")
+        if kind == "counts":
+            trace = counts_of(folder / "c.moe", trace, (WARNING,))
+        return trace, report(trace, folder / "report")
+
+    return write
 
 
 def test_counts_give_the_shares_and_intervals_of_the_tokens_they_count(tmp_path: Path) -> None:
@@ -103,22 +123,21 @@ def test_words_need_token_ids_and_repeats_need_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
-    kind: str, sections: set[str], lack: str, tmp_path: Path
+    kind: str, sections: set[str], lack: str, written: Callable[[str], tuple[Trace, Path]]
 ) -> None:
-    whole = tokens(tmp_path / "t.moe", ranked=kind != "unranked", token_ids=kind != "no token ids")
-    trace = counts_of(tmp_path / "c.moe", whole) if kind == "counts" else whole
-    page = report(trace, tmp_path / "report").read_text("utf-8")
+    _, path = written(kind)
+    page = path.read_text("utf-8")
     chapters = {"claims", "published", "structure", "methods"} | (set() if kind == "counts" else {"explanation"})
     if kind != "counts":  # which are of two domains
         chapters |= {"domains", "pairs"}
     assert set(re.findall(r'<section id="([a-z]+)"', page)) == sections | chapters
     assert lack in page
-    claims = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["claims"]
+    claims = json.loads((path.parent / "report.json").read_text("utf-8"))["claims"]
     answers = {claim["name"]: claim["answer"] for claim in claims}
     assert (answers["Consecutive tokens repeat"] == "not enough data") == (kind == "counts")
     beyond_words = answers["They repeat beyond their words"]
     assert (beyond_words == "not enough data") == (kind != "unranked")
-    tables = {file.stem for file in (tmp_path / "report" / "tables").glob("*.csv")}
+    tables = {file.stem for file in (path.parent / "tables").glob("*.csv")}
     expected = {"claims", "shares", "divergence", "balance"}
     if kind != "counts":
         expected |= {"repeats", "explain", "locality", "lags", "consistency", "coactivation", "batches", "domain_pairs"}
@@ -129,14 +148,6 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
         expected |= {"runs", "paths"}
     assert tables == expected
     assert "nan" not in re.sub(r"base64,\S+", "", page).lower().split()
-
-
-def test_one_domain_diverges_from_nothing_and_gets_no_empty_figure(tmp_path: Path) -> None:
-    part = make_part(np.random.default_rng(4), LAYERS, [40] * 6, domains=("ArXiv",))
-    page = report(make_trace(tmp_path / "t.moe", [part], LAYERS), tmp_path / "report").read_text("utf-8")
-    assert 'figure id="figure-shares"' in page
-    assert "divergence" not in {file.stem for file in (tmp_path / "report").rglob("*.*")}
-    assert 'figure id="figure-divergence"' not in page
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -150,13 +161,19 @@ def test_one_layer_has_no_next_and_one_choice_no_pairs(top_k: int, tmp_path: Pat
     assert {"bits", "locality", "balance", "pairs"} <= sections
 
 
-def test_layers_of_different_shapes_with_drops_and_short_documents_get_their_report(tmp_path: Path) -> None:
+def test_layers_of_different_shapes_with_drops_and_short_documents_of_one_domain_get_their_report(
+    tmp_path: Path,
+) -> None:
     layers = (Layer(0, 8, 1), Layer(1, 12, 4), Layer(2, 6, 2, num_null_experts=2), Layer(7, 8, 2))
-    part = make_part(np.random.default_rng(5), layers, [1, 2, 15, 9, 3, 16, 4, 11], dropped=0.2)
+    rng = np.random.default_rng(5)
+    part = make_part(rng, layers, [1, 2, 15, 9, 3, 16, 4, 11], domains=("ArXiv",), dropped=0.2)
     trace = make_trace(tmp_path / "t.moe", [part], layers)
     page = report(trace, tmp_path / "report", layers=[0, 2]).read_text("utf-8")
-    assert 'figure id="figure-coactivation"' in page
-    assert 'figure id="figure-transitions"' in page
+    for name in ("shares", "coactivation", "transitions"):
+        assert f'figure id="figure-{name}"' in page
+    # one domain diverges from nothing, and gets no empty figure
+    assert "divergence" not in {file.stem for file in (tmp_path / "report").rglob("*.*")}
+    assert 'figure id="figure-divergence"' not in page
 
 
 def test_commands_serve_counts_or_refuse_in_one_line(tmp_path: Path) -> None:
@@ -177,14 +194,10 @@ def test_text_is_not_coloured_where_the_trace_has_none_or_no_first_choice(lack: 
     assert (refused.exit_code, refused.output.count("error[not-recorded]")) == (1, 1)
 
 
-def test_warnings_of_an_importer_are_repeated_by_info_and_report(tmp_path: Path) -> None:
-    from moescope.trace import Header, TraceWriter, Vocabulary, open_trace
-
-    part = make_part(np.random.default_rng(0), LAYERS, [30] * 4)
-    with TraceWriter(tmp_path / "t.moe", Header(LAYERS), Vocabulary({})) as writer:
-        writer.write(part, {})
-        writer.finish({"tokens": part.num_tokens, "warnings": ["layer 3 is <all> zeros"]})
-    page = report(open_trace(tmp_path / "t.moe"), tmp_path / "report").read_text("utf-8")
-    assert "<b>Warning.</b> layer 3 is &lt;all&gt; zeros" in page
-    info = CliRunner().invoke(main, ["info", str(tmp_path / "t.moe")])
-    assert re.search(r"^warning\s+layer 3 is <all> zeros$", info.output, re.MULTILINE)
+def test_warnings_of_an_importer_are_repeated_by_info_and_report(
+    written: Callable[[str], tuple[Trace, Path]],
+) -> None:
+    trace, path = written("counts")
+    assert "<b>Warning.</b> layer 3 is &lt;all&gt; zeros" in path.read_text("utf-8")
+    info = CliRunner().invoke(main, ["info", str(trace.path)])
+    assert re.search(rf"^warning\s+{WARNING}$", info.output, re.MULTILINE)

@@ -123,7 +123,8 @@ _FIELDS = {
 
 def _judge(word: Occurrences, at: int, choices: TokenChoices, tally: Tally, layer: int) -> _Row:
     nothing = float("nan")
-    loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values.astype(float)
+    num_ids = int(tally.data["num_ids"].sel(layer=layer))  # an expert that the layer lacks cannot be its top
+    loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values[:num_ids].astype(float)
     marginal = loads / loads.sum()
     same_null = float(statistics.ratio((loads * (loads - 1)).sum(), loads.sum() * (loads.sum() - 1)))
     choice = word.first_choice[at]

@@ -280,7 +280,7 @@ def _domains_differ(trace: Trace) -> bool:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _LayerRows:
     """A layer of a part, ready for the kernels.
 
     Attributes:
@@ -304,7 +304,7 @@ class _Rows:
     first: NDArray[np.bool_]
 
 
-def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterator[_Rows]:
+def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterator[_LayerRows]:
     """The layers to predict of a part; those before them are kept only as long as a predictor looks back to them."""
     needed = {
         place: {place, *(place - distance for distance in plan.sources("transitions", place))} for place in plan.places
@@ -329,7 +329,7 @@ def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterat
                     for distance in plan.sources("lookahead", place)
                     if (layer.layer, distance) in part.predictions
                 }
-                yield _Rows(place, held, predicted, *frame)
+                yield _LayerRows(place, held, predicted, *frame)
                 del needed[place]
             for old in [each for each in held if not any(each in later for later in needed.values())]:
                 del held[old]

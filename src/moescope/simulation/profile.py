@@ -64,7 +64,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Sample:
+class HashedSample:
     """Things kept with what each layer says of them: those of each fold that have the smallest hashes.
 
     Attributes:
@@ -78,7 +78,7 @@ class Sample:
     values: dict[int, NDArray[np.integer[Any]]]
 
     @classmethod
-    def empty(cls, size: int, shapes: dict[int, tuple[int, type[np.integer[Any]]]]) -> Sample:
+    def empty(cls, size: int, shapes: dict[int, tuple[int, type[np.integer[Any]]]]) -> HashedSample:
         """Room for `size` things a fold; a row of each layer has the length and type of `shapes`."""
         return cls(
             np.full((NUM_FOLDS, size), NO_HASH),
@@ -105,7 +105,7 @@ class Sample:
         for layer, mine in self.values.items():
             mine[fold] = np.concatenate([mine[fold], values[layer].astype(mine.dtype)])[kept]
 
-    def merge(self, other: Sample) -> None:
+    def merge(self, other: HashedSample) -> None:
         """Absorb another sample, in place."""
         for fold in range(NUM_FOLDS):
             of_fold = {layer: values[fold] for layer, values in other.values.items()}
@@ -139,8 +139,8 @@ class Profile:
     documents_XG: NDArray[np.int64]
     tokens_XG: NDArray[np.int64]
     pairs: dict[int, NDArray[np.uint32]]
-    tokens: Sample
-    batches: Sample
+    tokens: HashedSample
+    batches: HashedSample
     _chosen: list[tuple[int, NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]] = field(default_factory=list)
     _fresh: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
     _orders: list[NDArray[np.int64]] = field(default_factory=list)
@@ -160,8 +160,8 @@ class Profile:
             np.zeros(by_cell, np.int64),
             np.zeros(by_cell, np.int64),
             {a.layer: np.zeros((NUM_FOLDS, a.num_experts, a.num_experts), np.uint32) for a in layers if pairs},
-            Sample.empty(SAMPLED_TOKENS, {a.layer: (a.top_k, _id_type(a)) for a in layers}),
-            Sample.empty(SAMPLED_BATCHES, {a.layer: (a.num_experts, np.int32) for a in layers}),
+            HashedSample.empty(SAMPLED_TOKENS, {a.layer: (a.top_k, _id_type(a)) for a in layers}),
+            HashedSample.empty(SAMPLED_BATCHES, {a.layer: (a.num_experts, np.int32) for a in layers}),
         )
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:

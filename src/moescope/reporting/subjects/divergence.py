@@ -117,8 +117,7 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
 
 
 def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
-    """Divergence of each pair of domains: a section a layer, with the bits above sampling alone and a mark where found.
-    """
+    """Divergence of each pair of domains: a section a layer, with the bits above sampling alone and a mark where found."""
     data = divergence.sel(layer=list(layers))
     domains = data["domain"].values.tolist()
     sections = []
