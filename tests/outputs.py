@@ -91,9 +91,10 @@ MEASURES: dict[str, Callable[[moescope.Trace], object]] = {
 
 def make_traces(folder: Path) -> None:
     """The demo's trace, and made-up ones that lack something each."""
-    from moescope import mini
     from reporting.conftest import write_trace
     from synthetic import make_counts
+
+    from moescope import mini
 
     folder.mkdir(parents=True)
     moescope.record(

@@ -28,7 +28,8 @@ def command(trace: Path, words: tuple[str, ...], format: str) -> None:
     """
     from moescope.cli.printing import print_table
     from moescope.reporting.claims_table import claims_table
-    from moescope.reporting.results import WORDS, answer_claims
+    from moescope.reporting.results import answer_claims
+    from moescope.tallying import WORDS
     from moescope.trace import open_trace
 
     if not all(word.strip() for word in words):

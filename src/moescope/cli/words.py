@@ -31,8 +31,9 @@ def command(
     """
     from moescope.cli.printing import print_table
     from moescope.measures import words as measure
-    from moescope.reporting.results import WORDS, shown_layers
+    from moescope.reporting.results import shown_layers
     from moescope.reporting.tables import words_table
+    from moescope.tallying import WORDS
     from moescope.trace import open_trace
 
     if not all(word.strip() for word in words):

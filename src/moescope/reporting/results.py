@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from moescope.errors import NoSuchDocument
 from moescope.measures import (
     Claim,
     balance,
-    claims,
     coactivation,
     consistency,
     divergence,
@@ -24,24 +22,15 @@ from moescope.measures import (
     vocabulary,
     words,
 )
-from moescope.measures.claims import first_middle_last
+from moescope.measures.claims import SAMPLE_BYTES, answered, claims, first_middle_last
 from moescope.reporting.documents import RoutedDocument, sample_documents
 from moescope.simulation import cache, parallel, prefetch
-from moescope.tallying import DocumentSample, count_everything, tally
-from moescope.tallying import sample_documents as keep_documents
-from moescope.tallying.segments import Segments
-from moescope.tallying.word_classes import ClassCounts
+from moescope.tallying import INDENTATION, WORDS, count
+from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.trace import Layer, Trace
-
-WORDS = ("self", "Question")
-"""The words that section 5 of the paper speaks of; indentation is the third."""
-
 
 SEGMENT_LENGTHS = (16,)
 """Tokens of the segments counted for consistency; each length costs as much as the tally."""
-
-SAMPLE_BYTES = 2**27
-"""Memory of the documents kept: 1.7 million tokens of 32 layers x 2 choices, which two processors explain in 20 s."""
 
 CACHE_POLICIES = ("lru", "aged-lfu", "hot", "belady")
 """Cache policies of a report: what is used, the best simple one, what needs no cache at all, and the optimum."""
@@ -132,33 +121,37 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         TraceDamaged: A page fails its checksum.
     """
     shown = shown_layers(trace, layers)
-    counted = count_everything(trace, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
-    counts = counted.tally
-    has_text = counts.ranked and trace.header.token_ids
+    asked = (*words_asked, INDENTATION)
+    has_tokens, has_order = not trace.header.counts_only, all(layer.ranked for layer in trace.layers)
+    has_text = has_order and trace.header.token_ids
+    counts = count(trace, words=asked if has_text else (), lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
     of_divergence = divergence(counts)
-    of_words = words(trace, list(words_asked), indentation=True, tally=counts) if has_text else None
-    explained, of_locality = _from_documents(counted.documents)
+    of_words = words(counts, list(words_asked), indentation=True) if has_text else None
+    explained = explain(counts, choice="first" if has_order else "either") if has_tokens else None
+    of_locality = locality(counts) if has_tokens else None
     embedded = embedded_layers(trace, shown)
     return Results(
         trace=trace,
         layers=shown,
         words_asked=tuple(words_asked),
         shares=shares(counts),
-        repeats=None if counts.counts_only else repeats(counts),
+        repeats=repeats(counts) if has_tokens else None,
         divergence=of_divergence,
         words=of_words,
         explained=explained,
         locality=of_locality,
-        vocabulary=_vocabulary(counted.documents) if has_text else None,
-        syntax=_syntax(counted.classes),
-        consistency=_consistency(trace, counted.segments),
-        balance=balance(counted.balance),
-        coactivation=None if counted.coactivation is None else coactivation(counted.coactivation),
-        transitions=None if counted.transitions is None else transitions(counted.transitions),
+        vocabulary=_known(vocabulary(counts, top=5), "specialization") if has_text else None,
+        syntax=_known(syntax(counts), "jsd") if has_text else None,
+        consistency=_known(consistency(counts), "srp") if has_tokens else None,
+        balance=balance(counts),
+        coactivation=coactivation(counts) if CoactivationCounter in counts else None,
+        transitions=transitions(counts, choice="first" if has_order else "any")
+        if TransitionCounter in counts
+        else None,
         cache=_cache(trace),
-        prefetch=None if counts.counts_only else prefetch(trace),
+        prefetch=prefetch(trace) if has_tokens else None,
         parallel=_parallel(trace),
-        claims=claims(of_divergence, of_words, of_locality, explained),
+        claims=answered(of_divergence, of_words, of_locality, explained),
         documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
         if has_text
         else [],
@@ -176,42 +169,12 @@ def answer_claims(trace: Trace, words_asked: Sequence[str] = WORDS) -> list[Clai
         NoSuchDocument: Nothing has been recorded yet.
         TraceDamaged: A page fails its checksum.
     """
-    shown_layers(trace)
-    counted = tally(trace)
-    has_text = counted.ranked and trace.header.token_ids
-    of_words = words(trace, list(words_asked), indentation=True, tally=counted) if has_text else None
-    kept = None if counted.counts_only else keep_documents(trace, max_bytes=SAMPLE_BYTES)
-    explained, of_locality = _from_documents(kept)
-    return claims(divergence(counted), of_words, of_locality, explained)
+    return claims(trace, words_asked)
 
 
-def _from_documents(kept: DocumentSample | None) -> tuple[xr.Dataset | None, xr.Dataset | None]:
-    """What explains the choice, and locality."""
-    if kept is None:
-        return None, None
-    choice = "first" if all(layer.ranked for layer in kept.layers) else "either"
-    return explain(kept, choice=choice), locality(kept)
-
-
-def _consistency(trace: Trace, segments: Segments | None) -> xr.Dataset | None:
-    if segments is None:
-        return None
-    found = consistency(trace, segments=segments)
-    return found if found["srp"].notnull().any() else None
-
-
-def _vocabulary(kept: DocumentSample | None) -> xr.Dataset | None:
-    if kept is None:
-        return None
-    found = vocabulary(kept, top=5)
-    return found if found["specialization"].notnull().any() else None
-
-
-def _syntax(counts: ClassCounts | None) -> xr.Dataset | None:
-    if counts is None:
-        return None
-    found = syntax(counts)
-    return found if found["jsd"].notnull().any() else None
+def _known(result: xr.Dataset, name: str) -> xr.Dataset | None:
+    """The result, if a value of the variable is known."""
+    return result if result[name].notnull().any() else None
 
 
 def _cache(trace: Trace) -> xr.Dataset | None:
@@ -243,8 +206,7 @@ def shown_layers(trace: Trace, layers: Iterable[int] | None = None) -> tuple[int
         NoSuchLayer: A layer was not recorded.
         NoSuchDocument: Nothing has been recorded yet.
     """
-    if not trace.num_tokens:
-        raise NoSuchDocument(trace.path, "the trace holds no document yet", "`moescope record` goes on with it")
+    trace.need_documents()
     recorded = tuple(layer.layer for layer in trace.select_layers(layers))
     return recorded if layers is not None else first_middle_last(recorded)
 

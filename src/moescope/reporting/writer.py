@@ -54,7 +54,8 @@ def report(
     """
     require("matplotlib", extra="report")
     require("jinja2", extra="report")
-    from moescope.reporting.results import WORDS, gather
+    from moescope.reporting.results import gather
+    from moescope.tallying import WORDS
     from moescope.trace import open_trace
 
     out = Path(out)
