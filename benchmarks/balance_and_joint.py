@@ -21,8 +21,10 @@ from tally import DOMAINS, PART_TOKENS, make_trace, seconds
 
 import moescope
 from moescope.tallying import tally
-from moescope.tallying.balance import count_balance
-from moescope.tallying.joint import count_coactivation, count_transitions
+from moescope.tallying.balance import BalanceCounter
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 ALONE = {name: f"moescope.{name}(trace, threads=2)" for name in ("balance", "coactivation", "transitions")}
@@ -57,21 +59,23 @@ def main() -> None:
         make = make_wide_trace if arguments.wide else make_trace
         trace = make(Path(folder) / "t.moe", arguments.tokens // (10 if arguments.wide else 1), arguments.layers)
         counts = (
-            count_balance(trace, threads=1),
-            count_coactivation(trace, threads=1),
-            count_transitions(trace, threads=1),
+            counted(trace, BalanceCounter, threads=1)[BalanceCounter],
+            counted(trace, CoactivationCounter, threads=1)[CoactivationCounter],
+            counted(trace, TransitionCounter, threads=1)[TransitionCounter],
         )
         calls: dict[str, Callable[[], object]] = {
             "tally": lambda: tally(trace, threads=1),
-            "balance, counting": lambda: count_balance(trace, threads=1),
-            "coactivation, counting": lambda: count_coactivation(trace, threads=1),
-            "transitions, counting": lambda: count_transitions(trace, threads=1),
+            "balance, counting": lambda: counted(trace, BalanceCounter, threads=1)[BalanceCounter],
+            "coactivation, counting": lambda: counted(trace, CoactivationCounter, threads=1)[CoactivationCounter],
+            "transitions, counting": lambda: counted(trace, TransitionCounter, threads=1)[TransitionCounter],
             "balance, measuring": lambda: moescope.balance(counts[0]),
             "coactivation, measuring": lambda: moescope.coactivation(counts[1]),
             "transitions, measuring": lambda: moescope.transitions(counts[2]),
         }
         if not arguments.wide:
-            calls["transitions of any choice, counting"] = lambda: count_transitions(trace, choice="any", threads=1)
+            calls["transitions of any choice, counting"] = lambda: counted(
+                trace, TransitionCounter, threads=1, options=Options(choice="all")
+            )[TransitionCounter]
         times: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
             call()

@@ -20,7 +20,9 @@ from gauges import peaks_of_calls
 from tally import make_trace
 
 import moescope
-from moescope.tallying import sample_documents
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.document_sample import DocumentCounter
 
 EXPLAIN = """
 from moescope.tallying import sample_documents
@@ -50,13 +52,13 @@ def main() -> None:
     locality = importlib.import_module("moescope.measures.locality").locality
     with tempfile.TemporaryDirectory() as folder:
         trace = make_trace(Path(folder) / "t.moe", arguments.tokens, arguments.layers)
-        few = sample_documents(trace, [0], max_bytes=2**20)
+        few = counted(trace, DocumentCounter, layers=[0], options=Options(max_bytes=2**20))[DocumentCounter]
         explain(few, permutations=2)  # compiled before it is measured
         locality(few)
         moescope.tally(trace, [0], threads=1)
         tally = cpu_seconds(lambda: moescope.tally(trace, threads=1), 3)
-        one_pass = cpu_seconds(lambda: sample_documents(trace, threads=1), 3)
-        sample = sample_documents(trace, threads=1)
+        one_pass = cpu_seconds(lambda: counted(trace, DocumentCounter, threads=1)[DocumentCounter], 3)
+        sample = counted(trace, DocumentCounter, threads=1)[DocumentCounter]
         seconds = {
             "tally": tally,
             "one pass of explain and locality": one_pass,

@@ -44,11 +44,14 @@ from gauges import in_a_fresh_process
 from tally import DOMAINS, make_trace, seconds
 
 import moescope
-from moescope.tallying import count_everything, sample_documents, tally
-from moescope.tallying.balance import count_balance
-from moescope.tallying.joint import count_coactivation, count_transitions
-from moescope.tallying.segments import count_segments
-from moescope.tallying.word_classes import count_word_classes
+from moescope.tallying import count, tally
+from moescope.tallying.balance import BalanceCounter
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.document_sample import DocumentCounter
+from moescope.tallying.joint import CoactivationCounter, TransitionCounter
+from moescope.tallying.segments import SegmentCounter
+from moescope.tallying.word_classes import ClassCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 SEGMENTS = (16,)
@@ -57,26 +60,26 @@ BAR_TIMES, BAR_GB = 5.0, 4.0
 IN_A_FRESH_PROCESS = """
 import json, sys, time
 import gauges, moescope
-from moescope.tallying import count_everything
 
 def note(name):
     peaks[name] = gauges.peak_memory_mb()
 
 peaks, start = {}, time.process_time()
 trace = moescope.open_trace(sys.argv[1])
-counts = count_everything(trace, threads=1)
+counts = moescope.count(trace, threads=1)
 note("counted")
 from moescope.measures import divergence, repeats, shares
-kept = [shares(counts.tally), repeats(counts.tally), divergence(counts.tally)]
-kept.append(moescope.balance(counts.balance)); note("balance")
-kept.append(moescope.coactivation(counts.coactivation)); note("coactivation")
-kept.append(moescope.transitions(counts.transitions)); note("transitions")
-kept.append(moescope.consistency(trace, segments=counts.segments)); note("consistency")
-kept.append(moescope.locality(counts.documents, threads=1)); note("locality")
-kept.append(moescope.explain(counts.documents, permutations=int(sys.argv[2]), threads=1)); note("explain")
-kept.append(moescope.syntax(counts.classes)); note("syntax")
-kept.append(moescope.vocabulary(counts.documents, permutations=int(sys.argv[2]), threads=1)); note("vocabulary")
-fraction, seconds = round(counts.documents.fraction, 3), round(time.process_time() - start, 1)
+from moescope.tallying.document_sample import DocumentCounter
+kept = [shares(counts), repeats(counts), divergence(counts)]
+kept.append(moescope.balance(counts)); note("balance")
+kept.append(moescope.coactivation(counts)); note("coactivation")
+kept.append(moescope.transitions(counts)); note("transitions")
+kept.append(moescope.consistency(counts)); note("consistency")
+kept.append(moescope.locality(counts, threads=1)); note("locality")
+kept.append(moescope.explain(counts, permutations=int(sys.argv[2]), threads=1)); note("explain")
+kept.append(moescope.syntax(counts)); note("syntax")
+kept.append(moescope.vocabulary(counts, permutations=int(sys.argv[2]), threads=1)); note("vocabulary")
+fraction, seconds = round(counts[DocumentCounter].fraction, 3), round(time.process_time() - start, 1)
 print(json.dumps({"peak_mb": peaks, "documents_held": fraction, "cpu_seconds": seconds}))
 """
 
@@ -111,17 +114,19 @@ def of_pass(trace: Trace, repeats: int) -> dict[str, Any]:
     """Multiples of the tally, one thread."""
     calls: dict[str, Callable[[], object]] = {
         "tally": lambda: tally(trace, threads=1),
-        "balance": lambda: count_balance(trace, threads=1),
-        "co-activation": lambda: count_coactivation(trace, threads=1),
-        "transitions": lambda: count_transitions(trace, threads=1),
-        "segments of 16": lambda: count_segments(trace, lengths=SEGMENTS, threads=1),
-        "word classes": lambda: count_word_classes(trace, threads=1),
-        "documents": lambda: sample_documents(trace, threads=1),
-        "everything in one pass": lambda: count_everything(trace, lengths=SEGMENTS, threads=1),
+        "balance": lambda: counted(trace, BalanceCounter, threads=1)[BalanceCounter],
+        "co-activation": lambda: counted(trace, CoactivationCounter, threads=1)[CoactivationCounter],
+        "transitions": lambda: counted(trace, TransitionCounter, threads=1)[TransitionCounter],
+        "segments of 16": lambda: counted(trace, SegmentCounter, threads=1, options=Options(lengths=SEGMENTS))[
+            SegmentCounter
+        ],
+        "word classes": lambda: counted(trace, ClassCounter, threads=1)[ClassCounter],
+        "documents": lambda: counted(trace, DocumentCounter, threads=1)[DocumentCounter],
+        "everything in one pass": lambda: count(trace, lengths=SEGMENTS, threads=1),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     tally(trace, [0], threads=1)
-    count_everything(trace, [0, 1], lengths=SEGMENTS, threads=1)  # compiled before it is measured
+    count(trace, [0, 1], lengths=SEGMENTS, threads=1)  # compiled before it is measured
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(call))
@@ -138,7 +143,7 @@ def of_pass(trace: Trace, repeats: int) -> dict[str, Any]:
 def of_permutations(trace: Trace, permutations: int) -> dict[str, Any]:
     """Cost of what goes over the documents several times, two threads."""
     base = min(seconds(lambda: tally(trace, threads=1)) for _ in range(2))
-    sample = sample_documents(trace, threads=2)
+    sample = counted(trace, DocumentCounter, threads=2)[DocumentCounter]
     found: dict[str, Any] = {"tally_cpu_seconds": round(base, 2)}
     for name, call in (
         ("explain", lambda: moescope.explain(sample, permutations=permutations, threads=2, progress=said)),

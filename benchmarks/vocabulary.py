@@ -24,8 +24,10 @@ from tally import DOMAINS, make_trace, seconds
 
 import moescope
 from moescope.tallying import tally
-from moescope.tallying.document_sample import sample_documents
-from moescope.tallying.word_classes import count_word_classes
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.document_sample import DocumentCounter
+from moescope.tallying.word_classes import ClassCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 VOCABULARY = 32_000
@@ -80,13 +82,15 @@ def main() -> None:
             print(json.dumps({"tokens": arguments.tokens, "peak_memory_mb": peaks(trace.path)}, indent=1))
             return
         trace = with_pieces(make_trace(Path(folder) / "t.moe", arguments.tokens, arguments.layers))
-        sample = sample_documents(trace, ranks=1, threads=1)
+        sample = counted(trace, DocumentCounter, threads=1, options=Options(ranks=1))[DocumentCounter]
         calls: dict[str, Callable[[], object]] = {
             "tally": lambda: tally(trace, threads=1),
-            "vocabulary, reading": lambda: sample_documents(trace, ranks=1, threads=1),
+            "vocabulary, reading": lambda: counted(trace, DocumentCounter, threads=1, options=Options(ranks=1))[
+                DocumentCounter
+            ],
             "vocabulary, without tests": lambda: moescope.vocabulary(sample, threads=1, permutations=1),
             "vocabulary, measuring": lambda: moescope.vocabulary(sample, threads=1),
-            "word classes": lambda: count_word_classes(trace, threads=1),
+            "word classes": lambda: counted(trace, ClassCounter, threads=1)[ClassCounter],
             "syntax": lambda: moescope.syntax(trace, threads=1),
         }
         times: dict[str, list[float]] = {name: [] for name in calls}

@@ -3,8 +3,8 @@
     import moescope
 
     trace = moescope.record("path/to/model", "path/to/corpus.jsonl.zst", "pile.moe")
-    tally = moescope.tally(trace)
-    moescope.repeats(tally)
+    counts = moescope.count(trace)
+    moescope.repeats(counts)
     moescope.report(trace, "report/")
 
 Importing this package imports nothing else: a name below is loaded when it is first used.
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Comparison": "measures",
+    "Counted": "tallying",
     "Document": "corpus",
     "Placement": "simulation",
     "Router": "recording",
@@ -31,6 +32,7 @@ _HOMES = {
     "coactivation": "measures",
     "compare": "measures",
     "consistency": "measures",
+    "count": "tallying",
     "divergence": "measures",
     "explain": "measures",
     "export": "exporting",
@@ -40,6 +42,7 @@ _HOMES = {
     "locality": "measures",
     "offloading": "simulation",
     "open_corpus": "corpus",
+    "open_counted": "tallying",
     "open_trace": "trace",
     "parallel": "simulation",
     "placement": "simulation",
@@ -95,7 +98,10 @@ if TYPE_CHECKING:
     from moescope.simulation import parallel as parallel
     from moescope.simulation import placement as placement
     from moescope.simulation import prefetch as prefetch
+    from moescope.tallying import Counted as Counted
     from moescope.tallying import Tally as Tally
+    from moescope.tallying import count as count
+    from moescope.tallying import open_counted as open_counted
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace
     from moescope.trace import open_trace as open_trace

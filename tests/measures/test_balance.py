@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import make_counts, make_part, make_trace
+from synthetic import make_counts, make_part, make_trace, result_of
 
 from moescope.measures import balance
 from moescope.measures.balance import NEARLY_IDLE, summaries
 from moescope.measures.groups import interval_of_largest, ratio_errors
-from moescope.tallying.balance import BalanceCounts, count_balance
+from moescope.tallying.balance import BalanceCounter, BalanceCounts
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part
 
@@ -61,7 +61,7 @@ def test_loads_batches_and_weights_equal_a_slow_loop(tmp_path: Path, dropped: fl
     parts = parts_of(1, dropped)
     trace = make_trace(tmp_path / "t.moe", parts, LAYERS)
     sizes = (1, 4, 6)
-    counts = count_balance(trace, batch_sizes=sizes, threads=1)
+    counts = result_of(BalanceCounter, trace, batch_sizes=sizes, threads=1)
     for at, layer in enumerate(LAYERS):
         loads = np.zeros_like(counts.loads_LDGE[at])
         weights, weighed = np.zeros(3), 0
@@ -100,8 +100,8 @@ def test_loads_batches_and_weights_equal_a_slow_loop(tmp_path: Path, dropped: fl
 
 def test_neither_threads_nor_parts_change_a_count(tmp_path: Path) -> None:
     parts = parts_of(2, 0.1)
-    one = count_balance(make_trace(tmp_path / "a.moe", parts, LAYERS), batch_sizes=(1, 5), threads=1)
-    three = count_balance(make_trace(tmp_path / "b.moe", parts, LAYERS), batch_sizes=(1, 5), threads=3)
+    one = result_of(BalanceCounter, make_trace(tmp_path / "a.moe", parts, LAYERS), batch_sizes=(1, 5), threads=1)
+    three = result_of(BalanceCounter, make_trace(tmp_path / "b.moe", parts, LAYERS), batch_sizes=(1, 5), threads=3)
     for name, value in vars(one).items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, getattr(three, name), name)

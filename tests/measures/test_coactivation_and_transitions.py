@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import make_counts, make_part, make_trace
+from synthetic import make_counts, make_part, make_trace, result_of
 
 from moescope import from_arrays
 from moescope.errors import NotRecorded
@@ -22,7 +22,7 @@ from moescope.measures.transitions import mutual_information, path_summary
 from moescope.tallying import joint as module
 from moescope.tallying import one_pass as passes
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
-from moescope.tallying.joint import Coactivation, Transitions, count_coactivation, count_transitions
+from moescope.tallying.joint import Coactivation, CoactivationCounter, TransitionCounter, Transitions
 from moescope.tallying.joint_kernels import draw_paths
 from moescope.trace import Layer, Part, Trace
 
@@ -52,7 +52,7 @@ def test_all_pairs_of_a_set_are_counted_as_a_dense_loop_counts_them(
     tmp_path: Path, dropped: float, threads: int
 ) -> None:
     trace, parts = trace_of(tmp_path / "t.moe", dropped)
-    counts = count_coactivation(trace, threads=threads)
+    counts = result_of(CoactivationCounter, trace, threads=threads)
     assert [layer.layer for layer in counts.layers] == [0, 2, 9, 10]
     for layer in counts.layers:
         expected = np.zeros((NUM_GROUPS, layer.num_ids, layer.num_ids))
@@ -87,7 +87,7 @@ def test_transitions_are_counted_as_a_dense_loop_counts_them(
 ) -> None:
     monkeypatch.setattr(passes, "COLUMNS_A_READ", columns)
     trace, parts = trace_of(tmp_path / "t.moe", 0.1)
-    counts = count_transitions(trace, choice=choice, threads=threads)
+    counts = result_of(TransitionCounter, trace, choice="all" if choice == "any" else choice, threads=threads)
     used = 1 if choice == "first" else 99
     tokens = tokens_of(parts, NUM_GROUPS)
     for before, after in pairwise(LAYERS):
@@ -98,7 +98,7 @@ def test_transitions_are_counted_as_a_dense_loop_counts_them(
                     if a >= 0 and b >= 0:
                         expected[group, a, b] += 1
         np.testing.assert_array_equal(counts.moves[after.layer], expected)
-    found = transitions(counts)
+    found = transitions(counts, choice=choice)
     pooled = counts.moves[9].sum(axis=0)
     at = found.sel(layer=9)
     assert at["layer_before"] == 3
@@ -112,7 +112,7 @@ def test_transitions_are_counted_as_a_dense_loop_counts_them(
 def test_paths_are_told_apart_as_sequences_of_first_choices_are(tmp_path: Path) -> None:
     trace, parts = trace_of(tmp_path / "t.moe", 0.1)
     for layers in (None, [0, 9]):
-        counts = count_transitions(trace, layers, threads=2)
+        counts = result_of(TransitionCounter, trace, layers, threads=2)
         numbers = [layer.layer for layer in counts.layers]
         true = Counter(tuple(chosen[n][0] for n in numbers) for _, chosen in tokens_of(parts, 1))
         found = np.unique(counts.paths, return_counts=True)[1]
@@ -129,9 +129,9 @@ def test_the_sample_of_paths_depends_neither_on_threads_nor_on_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace, parts = trace_of(tmp_path / "t.moe")
-    everything = count_transitions(trace, threads=1)
+    everything = result_of(TransitionCounter, trace, threads=1)
     monkeypatch.setattr(module, "PATH_TOKENS", 40)
-    one, three = (count_transitions(trace, threads=n) for n in (1, 3))
+    one, three = (result_of(TransitionCounter, trace, threads=n) for n in (1, 3))
     order = np.argsort(everything.hashes)[:40]
     for counts in (one, three):
         kept = np.argsort(counts.hashes)

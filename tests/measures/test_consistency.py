@@ -100,7 +100,7 @@ def judged(part: Part, layer: Layer, lengths: tuple[int, ...]):
 
     counter = SegmentCounter((layer,), DocumentGroups.of(Documents), lengths)  # type: ignore[arg-type]
     counter.add(part, (layer,))
-    found = moescope.consistency(None, segments=counter.segments(("A",)))  # type: ignore[arg-type]
+    found = moescope.consistency(counter.result())
     return found.isel(domain=1).sel(layer=layer.layer)
 
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import planted
 from scipy import stats
-from synthetic import make_counts, make_part, make_trace
+from synthetic import make_counts, make_part, make_trace, result_of
 
 from moescope.errors import NotRecorded
 from moescope.measures import vocabulary
 from moescope.measures.vocabulary import TEST_TOKENS
 from moescope.tallying.document_groups import document_groups
-from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.tallying.document_sample import DocumentCounter, DocumentSample
 from moescope.tallying.vocabulary import TokenIds
 from moescope.trace import Layer, Trace
 
@@ -281,12 +281,12 @@ def test_results_depend_neither_on_threads_nor_on_the_order_of_parts(trace: Trac
 
 
 def test_first_choices_alone_are_held_where_they_are_all_that_counts(trace: Trace) -> None:
-    whole, firsts = sample_documents(trace), sample_documents(trace, ranks=1)
+    whole, firsts = result_of(DocumentCounter, trace), result_of(DocumentCounter, trace, ranks=1)
     for layer in LAYERS:
         np.testing.assert_array_equal(firsts.expert_ids[layer.layer], whole.expert_ids[layer.layer][:1])
-    fitting = sample_documents(trace, ranks=1, max_bytes=16 * trace.num_tokens)
+    fitting = result_of(DocumentCounter, trace, ranks=1, max_bytes=16 * trace.num_tokens)
     assert fitting.fraction == 1
-    assert sample_documents(trace, max_bytes=16 * trace.num_tokens).fraction < 1
+    assert result_of(DocumentCounter, trace, max_bytes=16 * trace.num_tokens).fraction < 1
 
 
 def test_the_tests_go_over_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from synthetic import result_of
 
-from moescope.measures import Claim, claims, divergence, explain, locality, words
-from moescope.measures.claims import Effect, welch
+from moescope.measures import Claim, divergence, explain, locality, words
+from moescope.measures.claims import Effect, answered, welch
 from moescope.measures.words import _clustered, _share_of_the_top
-from moescope.tallying import sample_documents, tally
+from moescope.tallying import tally
+from moescope.tallying.document_sample import DocumentCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 LAYERS = (Layer(0, 8, 2), Layer(1, 8, 2), Layer(2, 8, 2))
@@ -92,9 +94,11 @@ def planted(path: Path, *, sticky: float, topical: bool, word_expert: bool, docu
 
 def answers(trace: Trace) -> dict[str, Claim]:
     counted = tally(trace)
-    of_words = words(trace, ["self"], indentation=True, tally=counted)
-    kept = sample_documents(trace, threads=1)
-    found = claims(divergence(counted), of_words, locality(kept, threads=1), explain(kept, permutations=19, threads=1))
+    of_words = words(trace, ["self"], indentation=True)
+    kept = result_of(DocumentCounter, trace, threads=1)
+    found = answered(
+        divergence(counted), of_words, locality(kept, threads=1), explain(kept, permutations=19, threads=1)
+    )
     return {claim.name: claim for claim in found}
 
 
@@ -230,7 +234,7 @@ def test_the_first_and_the_last_layer_differ_most_only_if_they_do(inner: float, 
         strength = 1.0 if layer.layer in (0, 4) else inner
         scores = rng.gumbel(size=(len(domain), 8)) + strength * taste[:, rng.permutation(8)][domain]
         choices[layer.layer] = np.argsort(-scores, axis=1)[:, :2]
-    found = claims(divergence(tally(write(tmp_path / "t.moe", texts, choices, layers))))
+    found = answered(divergence(tally(write(tmp_path / "t.moe", texts, choices, layers))))
     claim = next(claim for claim in found if claim.name == "First and last layer differ most")
     assert claim.answer == answer, claim
     if answer == "yes":
@@ -241,7 +245,7 @@ def test_the_first_and_the_last_layer_differ_most_only_if_they_do(inner: float, 
 
 def test_nothing_is_said_of_neighbours_where_no_order_is_known(tmp_path: Path) -> None:
     trace = planted(tmp_path / "t.moe", sticky=0.5, topical=True, word_expert=True)
-    found = {claim.name: claim for claim in claims(divergence(tally(trace)))}
+    found = {claim.name: claim for claim in answered(divergence(tally(trace)))}
     for name in ("Consecutive tokens repeat", "They repeat beyond their words", "Repetition grows with depth"):
         assert (found[name].answer, found[name].effects) == ("not enough data", ())
     assert not [name for name in found if "self" in name]
@@ -250,9 +254,9 @@ def test_nothing_is_said_of_neighbours_where_no_order_is_known(tmp_path: Path) -
 def test_where_no_choice_is_the_first_the_sets_are_compared(tmp_path: Path) -> None:
     trace = in_runs(tmp_path / "t.moe", sticky=True)
     unranked = replace(trace, header=replace(trace.header, layers=tuple(replace(a, ranked=False) for a in LAYERS)))
-    kept = sample_documents(unranked, threads=1)
+    kept = result_of(DocumentCounter, unranked, threads=1)
     explained = explain(kept, choice="either", permutations=19)
-    found = claims(divergence(tally(unranked)), None, locality(kept, threads=1), explained)
+    found = answered(divergence(tally(unranked)), None, locality(kept, threads=1), explained)
     claim = next(claim for claim in found if claim.name == "Consecutive tokens repeat")
     assert claim.answer == "yes"
     assert "an expert in common" in claim.evidence
@@ -269,7 +273,7 @@ def test_a_word_that_agrees_a_little_more_than_others_has_no_expert(tmp_path: Pa
         choices[layer.layer] = np.argsort(-scores, axis=1)[:, :2]
     trace = write(tmp_path / "t.moe", texts, choices, LAYERS)
     counted = tally(trace)
-    found = claims(divergence(counted), words(trace, ["self"], tally=counted))
+    found = answered(divergence(counted), words(trace, ["self"]))
     claim = next(claim for claim in found if "self" in claim.name)
     assert all(effect.found for effect in claim.effects)
     assert claim.answer == "mixed"

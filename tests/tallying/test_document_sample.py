@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import make_counts, make_part, make_trace
+from synthetic import make_counts, make_part, make_trace, result_of
 
 from moescope.errors import NotRecorded
-from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.tallying.document_sample import DocumentCounter, DocumentSample
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 1), Layer(4, 8, 2))
@@ -34,7 +34,7 @@ def equal(a: DocumentSample, b: DocumentSample) -> bool:
 @pytest.mark.parametrize("dropped", [0.0, 0.1])
 def test_a_trace_that_fits_is_held_as_it_is(tmp_path: Path, dropped: float) -> None:
     trace = trace_of_parts(tmp_path, dropped)
-    found = sample_documents(trace)
+    found = result_of(DocumentCounter, trace)
     parts = list(trace.iter_parts())
     assert found.fraction == 1
     assert found.num_documents == 40
@@ -49,32 +49,32 @@ def test_a_trace_that_fits_is_held_as_it_is(tmp_path: Path, dropped: float) -> N
 
 def test_threads_and_groups_of_layers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = trace_of_parts(tmp_path)
-    whole = sample_documents(trace, threads=1)
+    whole = result_of(DocumentCounter, trace, threads=1)
     assert whole.document.tolist() == list(range(40))
-    assert equal(whole, sample_documents(trace, threads=3))
-    backwards = sample_documents(replace(trace, parts=trace.parts[::-1]), threads=1)
+    assert equal(whole, result_of(DocumentCounter, trace, threads=3))
+    backwards = result_of(DocumentCounter, replace(trace, parts=trace.parts[::-1]), threads=1)
     names = [[found.domain_names[code] for code in found.domain] for found in (whole, backwards)]
     assert names[0] == names[1]
     assert equal(whole, replace(backwards, domain=whole.domain))  # whose codes go by the order of appearance
     monkeypatch.setattr("moescope.tallying.one_pass.COLUMNS_A_READ", 1)
-    assert equal(whole, sample_documents(trace, threads=2))
+    assert equal(whole, result_of(DocumentCounter, trace, threads=2))
 
 
 def test_a_bound_keeps_some_whole_documents_and_the_same_ones_at_any_number_of_threads(tmp_path: Path) -> None:
     trace = trace_of_parts(tmp_path)
-    whole = sample_documents(trace)
-    half = sample_documents(trace, max_bytes=whole.num_tokens * (12 + 2 + 2 + 2) // 2, threads=1)
+    whole = result_of(DocumentCounter, trace)
+    half = result_of(DocumentCounter, trace, max_bytes=whole.num_tokens * (12 + 2 + 2 + 2) // 2, threads=1)
     assert half.fraction == pytest.approx(0.5)
     assert 5 < half.num_documents < 35
     for number, (start, end) in zip(half.document, zip(half.starts[:-1], half.starts[1:], strict=True), strict=True):
         at = whole.starts[number], whole.starts[number + 1]
         assert np.array_equal(half.expert_ids[3][:, start:end], whole.expert_ids[3][:, slice(*at)])
         assert np.array_equal(half.token_id[start:end], whole.token_id[slice(*at)])
-    assert equal(half, sample_documents(trace, max_bytes=whole.num_tokens * 18 // 2, threads=2))
+    assert equal(half, result_of(DocumentCounter, trace, max_bytes=whole.num_tokens * 18 // 2, threads=2))
 
 
 def test_a_thinned_sample_holds_at_most_so_many_tokens_and_at_least_two_documents(tmp_path: Path) -> None:
-    whole = sample_documents(trace_of_parts(tmp_path))
+    whole = result_of(DocumentCounter, trace_of_parts(tmp_path))
     for bound in (1, 100, 500):
         thin = whole.thinned(bound)
         assert thin.num_documents == 2 or thin.num_tokens <= bound
@@ -86,4 +86,4 @@ def test_a_thinned_sample_holds_at_most_so_many_tokens_and_at_least_two_document
 
 def test_a_trace_of_counts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotRecorded):
-        sample_documents(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
+        result_of(DocumentCounter, make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))

@@ -10,9 +10,10 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import VOCABULARY, make_part, make_trace
+from synthetic import VOCABULARY, make_part, make_trace, result_of
 
-from moescope.tallying import Tally, find_occurrences, kernels, tally
+from moescope.tallying import INDENTATION, Tally, kernels, tally
+from moescope.tallying.occurrences import WordCounter
 from moescope.trace import Header, Layer, Part, TraceWriter, open_trace
 
 LAYERS = (Layer(0, 8, 2), Layer(1, 8, 1), Layer(2, 60, 2), Layer(3, 300, 4, num_null_experts=2), Layer(4, 512, 16))
@@ -210,7 +211,7 @@ def test_a_word_is_found_whole_and_with_all_the_tokens_it_was_cut_into(tmp_path:
         [["Quest", "ion", ":", " ", "Questionable", " Quest", "ion"], ["self", ".", "my", "self", " self"]],
         [[1, 2, 0, 0, 3, 1, 1], [4, 0, 5, 4, 6]],
     )
-    (question, self_), _ = find_occurrences(trace, ["Question", "self"])
+    question, self_ = result_of(WordCounter, trace, words=("Question", "self")).of_word.values()
     assert question.occurrence.tolist() == [0, 0, 1, 1]
     assert question.first_choice.tolist() == [[1, 2, 1, 1]]
     assert self_.first_choice.tolist() == [[4, 6]]
@@ -223,7 +224,7 @@ def test_indentation_is_the_space_at_the_start_of_lines_that_hold_something(tmp_
         [["class", " A", ":\n", "    ", "    ", "x", " = ", "1\n", "  \n", "\t", "y\n    ", "z"]],
         [[0, 0, 0, 1, 2, 0, 0, 0, 0, 3, 4, 0]],
     )
-    (indentation,), _ = find_occurrences(trace, [], indentation=True)
+    (indentation,) = result_of(WordCounter, trace, words=(INDENTATION,)).of_word.values()
     assert indentation.first_choice.tolist() == [[1, 2, 3, 4]]
     assert indentation.occurrence.tolist() == [0, 0, 1, 2]
 
@@ -231,4 +232,4 @@ def test_indentation_is_the_space_at_the_start_of_lines_that_hold_something(tmp_
 def test_an_empty_word_is_refused(tmp_path: Path) -> None:
     trace = text_trace(tmp_path / "t.moe", [["a"]], [[0]])
     with pytest.raises(ValueError, match="besides spaces"):
-        find_occurrences(trace, [" "])
+        result_of(WordCounter, trace, words=(" ",))

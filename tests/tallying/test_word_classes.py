@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_counts, make_part, make_trace
+from synthetic import make_counts, make_part, make_trace, result_of
 
 from moescope.errors import NotRecorded
 from moescope.tallying.document_groups import document_groups
@@ -17,8 +17,8 @@ from moescope.tallying.word_class_kernels import FIXED
 from moescope.tallying.word_classes import (
     CLASSES,
     KEYWORDS,
+    ClassCounter,
     Pieces,
-    count_word_classes,
     token_classes,
 )
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary, open_trace
@@ -182,7 +182,7 @@ def test_counts_equal_a_slow_loop(tmp_path: Path, choice: str, threads: int) -> 
             writer.write(part, {})
         writer.finish({})
     trace = open_trace(tmp_path / "t.moe")
-    counts = count_word_classes(trace, choice=choice, threads=threads)
+    counts = result_of(ClassCounter, trace, choice="all" if choice == "either" else choice, threads=threads)
     expected = np.zeros(counts.expected_LXCE.shape)
     exact, totals = np.zeros_like(counts.counts_LXCE), np.zeros_like(counts.totals_LCE)
     tokens, documents = np.zeros(9, int), np.zeros(9, int)
@@ -218,15 +218,15 @@ def test_counts_equal_a_slow_loop(tmp_path: Path, choice: str, threads: int) -> 
 def test_what_has_no_text_or_no_first_choice_is_refused(tmp_path: Path) -> None:
     part = make_part(np.random.default_rng(0), LAYERS, [20])
     with pytest.raises(NotRecorded, match="token ids"):
-        count_word_classes(make_trace(tmp_path / "a.moe", [part], LAYERS, token_ids=False))
+        result_of(ClassCounter, make_trace(tmp_path / "a.moe", [part], LAYERS, token_ids=False))
     unranked = tuple(
         Layer(layer.layer, layer.num_experts, layer.top_k, ranked=False, num_null_experts=2) for layer in LAYERS
     )
     trace = make_trace(tmp_path / "b.moe", [part], unranked)
     with pytest.raises(NotRecorded, match="the first"):
-        count_word_classes(trace)
-    assert count_word_classes(trace, choice="either").totals_LCE[0, -1].sum() == 40
+        result_of(ClassCounter, trace)
+    assert result_of(ClassCounter, trace, choice="all").totals_LCE[0, -1].sum() == 40
     with pytest.raises(NotRecorded, match="no token"):
-        count_word_classes(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
+        result_of(ClassCounter, make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))
     with pytest.raises(ValueError, match="'second'"):
-        count_word_classes(trace, choice="second")
+        result_of(ClassCounter, trace, choice="second")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from moescope.errors import require
-from moescope.trace import Trace, open_trace
+from moescope.trace import Trace, as_trace
 from moescope.trace.part import id_dtype, prediction_columns
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def answer(trace: Trace | str | Path, query: str) -> Iterator[Answer]:
 def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
     """DuckDB's result of a query; errors within the block are raised as by `sql`."""
     duckdb = require("duckdb", extra="sql")
-    opened = open_trace(trace) if isinstance(trace, str | Path) else trace
+    opened = as_trace(trace)
     connection = _connect(duckdb, opened)
     try:
         result = connection.execute(query)
@@ -108,7 +108,7 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
 
 def schema(trace: Trace | str | Path) -> list[Column]:
     """The columns of the views, with their meaning."""
-    opened = open_trace(trace) if isinstance(trace, str | Path) else trace
+    opened = as_trace(trace)
     layers = opened.layers
     experts = [name for layer in layers for name in layer.expert_columns()]
     weights = [name for layer in layers for name in layer.weight_columns()] if opened.header.weights else []

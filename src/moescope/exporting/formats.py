@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moescope.exporting import hot_experts, json_lines, oracle_general, vllm
 from moescope.exporting.output import new_output
-from moescope.trace import Layer, Trace, open_trace
+from moescope.trace import Layer, Trace, as_trace
 
 FORMATS: dict[str, Callable[[Trace, tuple[Layer, ...], Path, str], None]] = {
     "hot-experts": hot_experts.write,
@@ -50,7 +50,7 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     out = Path(out)
-    opened = open_trace(trace) if isinstance(trace, str | Path) else trace
+    opened = as_trace(trace)
     chosen = opened.select_layers(layers)
     if not opened.complete:
         warnings.warn(f"{opened.path} is unfinished: only what has been recorded so far is exported", stacklevel=2)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
-from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounts, count_balance
+from moescope.tallying import Source
+from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounter, BalanceCounts
 from moescope.tallying.balance_kernels import BINS_PER_E, FIXED, WEIGHT_BINS, WEIGHT_FIXED
-from moescope.trace import Layer, Trace
+from moescope.tallying.counted import counted
+from moescope.trace import Layer
 
 ALL = "(all)"
 """Label of all domains together, in the place of a domain."""
@@ -44,7 +46,7 @@ _ALL_NOISE = 1 / (np.sqrt(2) - 1)
 
 
 def balance(
-    trace: Trace | BalanceCounts,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     threads: int | None = None,
@@ -53,8 +55,8 @@ def balance(
     """How evenly a trace loads its experts.
 
     Args:
-        trace: The trace, counted in one pass; or its counts, if they are there.
-        layers: Layers of the trace to measure, or None for all.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
         threads: Parts counted at a time; None for the number of processors.
         seed: Of the draws behind the nulls.
     Returns:
@@ -82,7 +84,7 @@ def balance(
     Source:
         The definitions: see the variables; intervals: `measures.groups`.
     """
-    counts = trace if isinstance(trace, BalanceCounts) else count_balance(trace, layers, threads=threads)
+    counts = counted(trace, BalanceCounter, layers=layers, threads=threads)[BalanceCounter]
     rng = np.random.default_rng(seed)
     scopes = [ALL, *counts.domains]
     by_domain = ("domain", "layer")

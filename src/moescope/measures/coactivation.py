@@ -16,20 +16,19 @@ from scipy import stats
 from moescope.measures import groups, statistics
 from moescope.measures.conditional_bernoulli import pair_probabilities
 from moescope.measures.statistics import Numbers, described
-from moescope.tallying.joint import Coactivation, count_coactivation
-from moescope.trace import Trace
+from moescope.tallying import Source
+from moescope.tallying.counted import counted
+from moescope.tallying.joint import CoactivationCounter
 
 OLMOE = "OLMoE (arXiv 2409.02060), co-activation"
 
 
-def coactivation(
-    trace: Trace | Coactivation, layers: Iterable[int] | None = None, *, threads: int | None = None
-) -> xr.Dataset:
+def coactivation(trace: Source, layers: Iterable[int] | None = None, *, threads: int | None = None) -> xr.Dataset:
     """How often two experts are in the set of the same token.
 
     Args:
-        trace: The trace, counted in one pass; or its counts, if they are there.
-        layers: Layers of the trace to measure, or None for all with two choices a token or more.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+        layers: Layers of the trace to measure, or None for all with two choices a token or more; counts have theirs.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
         By (layer, expert, other), NaN on the diagonal and for experts that the layer lacks:
@@ -51,7 +50,7 @@ def coactivation(
     Source:
         OLMoE (arXiv 2409.02060); the null: Chen, Dempster and Liu 1994; intervals and tests are ours.
     """
-    counts = trace if isinstance(trace, Coactivation) else count_coactivation(trace, layers, threads=threads)
+    counts = counted(trace, CoactivationCounter, layers=layers, threads=threads)[CoactivationCounter]
     num_layers, num_ids = len(counts.layers), max(layer.num_ids for layer in counts.layers)
     names = ("conditional", "joint", "expected", "lift", "low", "high", "p_value")
     tables = {name: np.full((num_layers, num_ids, num_ids), np.nan) for name in names}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -22,7 +23,7 @@ from moescope.measures.statistics import described
 from moescope.tallying import tally
 from moescope.tallying.matching import Matching, same_corpus
 from moescope.tallying.pair_tally import PairTally, common_layers, tally_pair
-from moescope.trace import Trace, Vocabulary
+from moescope.trace import Trace, Vocabulary, as_trace
 
 OLMOE = "OLMoE (arXiv 2409.02060), router saturation"
 KINDS = ("set", "first")
@@ -77,11 +78,17 @@ class Comparison:
     remarks: tuple[str, ...]
 
 
-def compare(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Comparison:
+def compare(
+    a: Trace | Path | str,
+    b: Trace | Path | str,
+    layers: Iterable[int] | None = None,
+    *,
+    threads: int | None = None,
+) -> Comparison:
     """Compare two traces: token by token if they hold the same tokens, otherwise their distributions.
 
     Args:
-        a: The first trace.
+        a: The first trace, or its folder.
         b: The second trace: of another checkpoint, dtype or quantisation, or of another model or corpus.
         layers: Layers to compare, or None for all that both have with the same experts.
         threads: Parts counted at a time; None for the number of processors.
@@ -94,6 +101,7 @@ def compare(a: Trace, b: Trace, layers: Iterable[int] | None = None, *, threads:
     Source:
         OLMoE, section 5.1; the nulls, intervals and tests are ours. Kappa is Cohen's (1960) for "first".
     """
+    a, b = as_trace(a), as_trace(b)
     layers = None if layers is None else sorted(set(layers))
     names = (a.path.name, b.path.name)
     shared_layers = common_layers(a, b, layers)

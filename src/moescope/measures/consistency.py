@@ -17,28 +17,28 @@ from scipy import stats
 from moescope.measures import statistics
 from moescope.measures.compare import all_domains_label
 from moescope.measures.statistics import described
-from moescope.tallying.segments import LENGTHS, Segments, count_segments
-from moescope.trace import Trace
+from moescope.tallying import Source
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.segments import FIXED, SegmentCounter
 
 SOURCE = "arXiv 2505.16056, equation 6"
 
 
 def consistency(
-    trace: Trace,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     threads: int | None = None,
-    segments: Segments | None = None,
 ) -> xr.Dataset:
     """SRP by layer, domain and segment length, against random order within the document.
 
     Args:
-        trace: The trace.
-        layers: Layers, or None for all.
-        lengths: m, tokens of a segment.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        lengths: m, tokens of a segment; None for 4, 16, 64 and 256, or those that were counted.
         threads: Parts counted at a time; None for the number of processors.
-        segments: The counts of the trace if they are at hand; then `trace`, `layers` and `lengths` are not looked at.
     Returns:
         Dims (domain, layer, length), the first domain being all of them together; and, with `model_` before the name,
         (domain, length) of all layers together with one threshold, as the source publishes it:
@@ -57,27 +57,30 @@ def consistency(
         NoSuchLayer: A layer was not recorded.
         NotRecorded: The trace holds counts only.
         TraceDamaged: A page fails its checksum.
-        ValueError: A length is out of range or comes twice.
+        ValueError: A length is out of range, comes twice, or was not counted.
     Source:
         Liang et al., Not All Models Suit Expert Offloading (arXiv 2505.16056), equations 4 to 6: all places, segments
         within a sequence, all experts of the group with one threshold. Null, intervals and tests are ours.
     """
-    counted = count_segments(trace, layers, lengths=lengths, threads=threads) if segments is None else segments
-    num_layers, num_domains, num_lengths = len(counted.layers), len(counted.domains) + 1, len(counted.lengths)
+    options = Options(lengths=None if lengths is None else tuple(lengths))
+    total = counted(trace, SegmentCounter, layers=layers, options=options, threads=threads)
+    counts = total[SegmentCounter].of_lengths(lengths)
+    num_layers, num_domains, num_lengths = len(counts.layers), len(counts.domains) + 1, len(counts.lengths)
     fields = ("srp", "low", "high", "size_ratio", "shuffled", "beyond", "beyond_low", "beyond_high", "p_value")
     table = np.full((len(fields), num_domains, num_layers + 1, num_lengths), np.nan)
-    for m, length in enumerate(counted.lengths):
+    for m, length in enumerate(counts.lengths):
         for at in range(num_layers + 1):
             pick = slice(None) if at == num_layers else slice(at, at + 1)
-            real, null = (sums[m][pick].sum(axis=0).astype(float) for sums in (counted.at_least, counted.expected))
+            real = counts.at_least[m][pick].sum(axis=0).astype(float)
+            null = counts.expected[m][pick].sum(axis=0) / FIXED
             for d in range(num_domains):
-                rows = np.flatnonzero(counted.segments[:, m] > 0)
-                rows = rows if d == 0 else rows[counted.domain_of_group[rows] == d - 1]
+                rows = np.flatnonzero(counts.segments[:, m] > 0)
+                rows = rows if d == 0 else rows[counts.domain_of_group[rows] == d - 1]
                 if len(rows):
-                    table[:, d, at, m] = _judge(real[rows], null[rows], counted.domain_of_group[rows], length)
+                    table[:, d, at, m] = _judge(real[rows], null[rows], counts.domain_of_group[rows], length)
     values = dict(zip(fields, table, strict=True))
-    documents = np.concatenate([counted.documents.sum(axis=0, keepdims=True), counted.documents])
-    layer = [layer.layer for layer in counted.layers]
+    documents = np.concatenate([counts.documents.sum(axis=0, keepdims=True), counts.documents])
+    layer = [layer.layer for layer in counts.layers]
     by_layer, by_model = ("domain", "layer", "length"), ("domain", "length")
     variables = {}
     for name, (meaning, source) in _MEANINGS.items():
@@ -89,17 +92,17 @@ def consistency(
             parts = values[name][:, :num_layers], values[name][:, num_layers]
         variables[name] = described(parts[0], by_layer, meaning, "1", source)
         variables[f"model_{name}"] = described(parts[1], by_model, f"{meaning}, all layers together", "1", source)
-    uniform = [[uniform_srp(a.num_experts, a.top_k, length) for length in counted.lengths] for a in counted.layers]
+    uniform = [[uniform_srp(a.num_experts, a.top_k, length) for length in counts.lengths] for a in counts.layers]
     variables["uniform"] = described(uniform, ("layer", "length"), "SRP of uniform independent routing", "1")
     variables["documents"] = described(documents, by_model, "documents with a segment", "documents")
     return xr.Dataset(
         variables,
         {
-            "domain": [all_domains_label(counted.domains), *counted.domains],
+            "domain": [all_domains_label(counts.domains), *counts.domains],
             "layer": layer,
-            "length": list(counted.lengths),
-            "num_experts": ("layer", [a.num_experts for a in counted.layers]),
-            "top_k": ("layer", [a.top_k for a in counted.layers]),
+            "length": list(counts.lengths),
+            "num_experts": ("layer", [a.num_experts for a in counts.layers]),
+            "top_k": ("layer", [a.top_k for a in counts.layers]),
         },
     )
 

@@ -7,6 +7,8 @@ shares without a common expert. (`scipy.spatial.distance.jensenshannon` returns 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -15,12 +17,12 @@ from scipy import special, stats
 from moescope.measures import statistics
 from moescope.measures.shares import shares
 from moescope.measures.statistics import described
-from moescope.tallying import Tally
+from moescope.tallying import Source
 
 LIN = "Lin 1991, Divergence measures based on the Shannon entropy"
 
 
-def divergence(tally: Tally) -> xr.Dataset:
+def divergence(trace: Source, layers: Iterable[int] | None = None, *, threads: int | None = None) -> xr.Dataset:
     """Jensen-Shannon divergence between the shares of domains, with its null.
 
     Sampling a few documents makes equal domains look different: `jsd_rest_null` is the divergence to expect from that
@@ -28,7 +30,9 @@ def divergence(tally: Tally) -> xr.Dataset:
     divergence that remains.
 
     Args:
-        tally: The counts; at least two domains with tokens.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`, `moescope.tally`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        threads: Parts counted at a time; None for the number of processors.
     Returns:
         * `jsd` (domain, other, layer): between two domains, bits; `jsd_null`, `jsd_low`, `jsd_high`, `pair_p_value` as
           below, and `pair_q_value`, with the false discovery rate controlled over layers and pairs;
@@ -45,7 +49,7 @@ def divergence(tally: Tally) -> xr.Dataset:
         Lin 1991; the test is a first-order Rao and Scott (1984) correction of the chi-square statistic of homogeneity
         to clustered counts, with Satterthwaite degrees of freedom; the interval inverts the noncentral distribution.
     """
-    data = shares(tally).sel(choice="either")
+    data = shares(trace, layers, threads=threads).sel(choice="either")
     p_DLE = np.nan_to_num(data["share"].values)
     variance_DLE = data["standard_error"].values ** 2
     num_domains = len(p_DLE)

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from moescope.errors import NotRecorded
 from moescope.measures import statistics
 from moescope.measures.statistics import described
+from moescope.tallying import DocumentSample, Source
 from moescope.tallying import information_kernels as kernels
-from moescope.tallying.document_sample import DocumentSample, sample_documents
-from moescope.trace import Layer, Trace
+from moescope.tallying.counted import documents_of, opened
+from moescope.trace import Layer
 
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
 """What may explain a choice: the document's domain; the token's id; the id of the token before; the first choice of the
@@ -59,7 +60,7 @@ COVER = "Cover and Thomas 2006, Elements of Information Theory, chapter 2"
 
 
 def explain(
-    trace: Trace | DocumentSample,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     choice: str = "first",
@@ -71,7 +72,8 @@ def explain(
     """Bits of each layer's choice that each source explains.
 
     Args:
-        trace: The trace, or a sample of its documents, whose layers follow one another as they stand.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+            Layers follow one another as they were recorded or counted.
         layers: Layers to explain, or None for all.
         choice: "first", the first choice of a token; or "either", each of its choices, all ranks alike.
         permutations: Permutations of each test, at least 1; the smallest p-value is one over this plus one.
@@ -113,22 +115,18 @@ def explain(
     threads = threads if threads is not None else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    if isinstance(trace, Trace):
-        trace.need_tokens()
-        chosen = trace.select_layers(layers)
-        if choice == "first" and not all(layer.ranked for layer in chosen):
-            raise NotRecorded(
-                trace.path,
-                "does not say which of a token's choices is the first",
-                "ask for each of the choices: --choice either, or choice='either'",
-            )
-        befores = {layer: before for before, layer in pairwise(trace.layers)}
-        needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
-        sample = sample_documents(trace, [layer.layer for layer in needed], threads=threads)
-    else:
-        sample = trace
-        chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
-        befores = {layer: before for before, layer in pairwise(sample.layers)}
+    source = opened(trace)
+    source.need_tokens()
+    chosen = source.select_layers(layers)
+    if choice == "first" and not all(layer.ranked for layer in chosen):
+        raise NotRecorded(
+            source.path,
+            "does not say which of a token's choices is the first",
+            "ask for each of the choices: --choice either, or choice='either'",
+        )
+    befores = {layer: before for before, layer in pairwise(source.layers)}
+    needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
+    sample = documents_of(source, [layer.layer for layer in needed], threads=threads)
     rows = _Rows.of(sample, choice)
     small = _Rows.of(sample.thinned(TEST_TOKENS), choice)
     found: list[_Explained] = [_NOTHING] * len(chosen)

@@ -25,9 +25,10 @@ from moescope.measures import statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
 from moescope.measures.statistics import described
+from moescope.tallying import DocumentSample, Source
 from moescope.tallying import locality_kernels as kernels
-from moescope.tallying.document_sample import DocumentSample, sample_documents
-from moescope.trace import Layer, Trace
+from moescope.tallying.counted import documents_of, opened
+from moescope.trace import Layer
 
 KINDS = ("first", "any")
 NULLS = ("uniform", "popularity", "document", "words")
@@ -51,7 +52,7 @@ MOST_DRAWS, DRAWN_TOKENS = 16, 2**22
 
 
 def locality(
-    trace: Trace | DocumentSample,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     lags: Sequence[int] = LAGS,
@@ -62,7 +63,7 @@ def locality(
     """Repeats against real nulls, by distance, and the runs of one expert.
 
     Args:
-        trace: The trace, or a sample of its documents.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers, or None for all.
         lags: Distances of the lag curve, in tokens, ascending, from 1.
         seed: Of the draws of stand-ins, which are the same in every layer.
@@ -100,12 +101,10 @@ def locality(
     threads = threads if threads is not None else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    if isinstance(trace, Trace):
-        chosen = trace.select_layers(layers)
-        sample = sample_documents(trace, [layer.layer for layer in chosen], threads=threads)
-    else:
-        sample = trace
-        chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
+    source = opened(trace)
+    source.need_tokens()
+    chosen = source.select_layers(layers)
+    sample = documents_of(source, [layer.layer for layer in chosen], threads=threads)
     drawn = _Drawn.of(sample, seed)
     found: list[_Counted | None] = [None] * len(chosen)
     done = 0

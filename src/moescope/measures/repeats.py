@@ -7,6 +7,7 @@ set of the later one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import comb
 
 import numpy as np
@@ -16,15 +17,19 @@ from numpy.typing import NDArray
 from moescope.errors import NotRecorded
 from moescope.measures import statistics
 from moescope.measures.statistics import described
-from moescope.tallying import REPEAT_KINDS, Tally
+from moescope.tallying import REPEAT_KINDS, Source, Tally
+from moescope.tallying.counted import counted
+from moescope.tallying.tally import TallyCounter
 from moescope.trace import COUNTS_HINT
 
 
-def repeats(tally: Tally) -> xr.Dataset:
+def repeats(trace: Source, layers: Iterable[int] | None = None, *, threads: int | None = None) -> xr.Dataset:
     """Rate of repeated assignments, with the uniform baseline and the marginal null.
 
     Args:
-        tally: The counts.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`, `moescope.tally`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        threads: Parts counted at a time; None for the number of processors.
     Returns:
         * `rate`, `standard_error`, `low`, `high` (domain, layer, kind): repeats over pairs, clustered by document,
           95 %;
@@ -36,11 +41,12 @@ def repeats(tally: Tally) -> xr.Dataset:
 
         Where the trace does not say which choice is the first, `kind` is only "any".
     Raises:
-        NotRecorded: The tally is of a trace of counts.
+        NotRecorded: The trace holds counts only.
     Source:
         Mixtral of Experts, section 5, Table 5 and Figure 10 (`first`, `any`); HOBBIT (arXiv 2411.01433)
         (`first_in_next`). The intervals and the marginal null are ours.
     """
+    tally = counted(trace, TallyCounter, layers=layers, threads=threads)[TallyCounter]
     if tally.counts_only:
         raise NotRecorded("the trace", "holds counts, which do not tell what token follows what", COUNTS_HINT)
     data = tally.data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -15,11 +16,11 @@ from moescope.errors import TracesUnlike
 from moescope.measures.compare import LEAST_SHARE, agreement
 from moescope.tallying.matching import same_corpus
 from moescope.tallying.pair_tally import common_layers, tally_pair
-from moescope.trace import Trace
+from moescope.trace import Trace, as_trace
 
 
 def saturation(
-    traces: Sequence[Trace],
+    traces: Sequence[Trace | Path | str],
     steps: Sequence[float] | None = None,
     layers: Iterable[int] | None = None,
     *,
@@ -50,9 +51,9 @@ def saturation(
     if len(places) != len(traces) or any(a >= b for a, b in pairwise(places)):
         raise ValueError(f"steps must ascend, one a trace ({len(traces)}), not {places}")
     layers = None if layers is None else sorted(set(layers))
-    last = traces[-1]
+    *earlier, last = [as_trace(trace) for trace in traces]
     found = []
-    for trace in traces[:-1]:
+    for trace in earlier:
         _need_alike(trace, last, layers)
         counted = tally_pair(trace, last, layers, threads=threads)
         if counted.matching.share < LEAST_SHARE:
@@ -75,7 +76,7 @@ def saturation(
     )
     result["uniform"] = found[-1]["uniform"]
     result = result.assign_coords(
-        checkpoint=np.array([trace.path.name for trace in traces[:-1]], object),
+        checkpoint=np.array([trace.path.name for trace in earlier], object),
         step=("checkpoint", np.array(places[:-1])),
     ).set_coords(["tokens", "documents"])
     return result.assign_attrs(reference=last.path.name, reference_step=places[-1])

@@ -5,21 +5,27 @@ The unit is the assignment, a (token, choice) pair; the shares of a choice sum t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 
 from moescope.measures import statistics
 from moescope.measures.statistics import described
-from moescope.tallying import Tally
+from moescope.tallying import Source
+from moescope.tallying.counted import counted
+from moescope.tallying.tally import TallyCounter
 
 PAPER = "Mixtral of Experts (arXiv 2401.04088)"
 
 
-def shares(tally: Tally) -> xr.Dataset:
+def shares(trace: Source, layers: Iterable[int] | None = None, *, threads: int | None = None) -> xr.Dataset:
     """Share of the assignments that go to each expert, by domain, layer and choice.
 
     Args:
-        tally: The counts.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`, `moescope.tally`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        threads: Parts counted at a time; None for the number of processors.
     Returns:
         Variables with dims (domain, layer, choice, expert):
 
@@ -32,7 +38,7 @@ def shares(tally: Tally) -> xr.Dataset:
     Source:
         Mixtral of Experts, section 5, Figures 7 and 9; the intervals are ours.
     """
-    data = tally.data
+    data = counted(trace, TallyCounter, layers=layers, threads=threads)[TallyCounter].data
     made = data["made"]
     documents = data["documents"].values[:, None, None, None]
     y, n = data["loads"].values, made.values[..., None]

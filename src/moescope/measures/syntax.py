@@ -14,16 +14,20 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.divergence import LIN, divergence_of_samples, js_divergence
 from moescope.measures.statistics import described
+from moescope.tallying import Source
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
 from moescope.tallying.word_class_kernels import FIXED
-from moescope.tallying.word_classes import CLASSES, ClassCounts, count_word_classes
-from moescope.trace import Layer, Trace
+from moescope.tallying.word_classes import CLASSES, ClassCounter, ClassCounts
+from moescope.trace import Layer
 
 
 def syntax(
-    trace: Trace | ClassCounts,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     choice: str = "first",
@@ -35,9 +39,9 @@ def syntax(
     layers of 256 experts.
 
     Args:
-        trace: The trace; or its counts, if they are there.
-        layers: Layers of the trace to measure, or None for all.
-        choice: "first", the first choice of a token; or "either", all of its choices alike. Counts have theirs.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        choice: "first", the first choice of a token; or "either", all of its choices alike.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
         By (word_class, layer):
@@ -60,9 +64,15 @@ def syntax(
         Mixtral of Experts, section 5, speaks of "structured syntactic behavior"; classes and comparison are ours.
         Lin 1991 (divergence); Rao and Scott 1984 (test, see `measures.divergence`).
     """
-    counts = (
-        trace if isinstance(trace, ClassCounts) else count_word_classes(trace, layers, choice=choice, threads=threads)
-    )
+    if choice not in ("first", "either"):
+        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
+    options = Options(choice="all" if choice == "either" else choice)
+    total = counted(trace, ClassCounter, layers=layers, options=options, threads=threads)
+    counts = total[ClassCounter]
+    if counts.choice != choice:
+        raise NotRecorded(
+            total.path, f"the counts hold word classes of {counts.choice} choices", "give the trace itself"
+        )
     found = [[_judge(counts, at, layer, c) for at, layer in enumerate(counts.layers)] for c in range(len(CLASSES))]
     dims = ("word_class", "layer")
     variables: dict[str, Any] = {

@@ -14,11 +14,14 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
-from moescope.tallying.joint import Choice, Transitions, count_transitions
+from moescope.tallying import Source
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.joint import Choice, TransitionCounter, Transitions
 from moescope.tallying.joint_kernels import draw_paths
-from moescope.trace import Trace
 
 THIN = 5
 """Independent tokens a cell below which no first-order correction of mutual information holds."""
@@ -33,7 +36,7 @@ _SUMMARIES = ("distinct", "half", "effective", "once")
 
 
 def transitions(
-    trace: Trace | Transitions,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     choice: Choice = "first",
@@ -43,8 +46,9 @@ def transitions(
     """How the choice of experts goes on from layer to layer.
 
     Args:
-        trace: The trace, counted in one pass; or its counts, if they are there.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers of the trace to measure, or None for all; each is paired with the one before it among them.
+            Counts have theirs.
         choice: "first", the first choices; "any", all pairs of an assignment here and one there.
         threads: Parts counted at a time; None for the number of processors.
         seed: Of the paths drawn for the nulls.
@@ -75,9 +79,17 @@ def transitions(
     Source:
         Miller 1955 and Madow (the correction); jackknife: Busing, Meijer and van der Leeden 1999; the rest is ours.
     """
-    counts = trace
-    if not isinstance(counts, Transitions):
-        counts = count_transitions(counts, layers, choice=choice, threads=threads)
+    options = Options(choice="all" if choice == "any" else choice)
+    total = counted(trace, TransitionCounter, layers=layers, options=options, threads=threads)
+    total.need_tokens()
+    if choice == "first" and not all(layer.ranked for layer in total.layers):
+        hint = "ask for all assignments instead: --choice any"
+        raise NotRecorded(total.path, "does not say which of a token's choices is the first", hint)
+    counts = total[TransitionCounter]
+    if counts.choice != choice:
+        raise NotRecorded(
+            total.path, f"the counts hold transitions of {counts.choice} choices", "give the trace itself"
+        )
     shape = (len(counts.moves), *np.max([table.shape[1:] for table in counts.moves.values()], axis=0))
     names = ("probability", "joint", "expected", "lift", "low", "high", "p_value")
     tables = {name: np.full(shape, np.nan) for name in names}

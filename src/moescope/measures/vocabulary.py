@@ -21,11 +21,11 @@ from scipy import stats
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
-from moescope.tallying import information_kernels
+from moescope.tallying import DocumentSample, Source, information_kernels
 from moescope.tallying import vocabulary_kernels as kernels
-from moescope.tallying.document_sample import DocumentSample, sample_documents
+from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.vocabulary import BY, IdRows, TokenIds
-from moescope.trace import Layer, Trace
+from moescope.trace import Layer
 
 MIN_COUNT = 10
 """Tokens that an id must have, as in the source."""
@@ -45,7 +45,7 @@ OLMOE = "OLMoE (arXiv 2409.02060), equation 8"
 
 
 def vocabulary(
-    trace: Trace | DocumentSample,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     choice: str = "first",
@@ -68,7 +68,7 @@ def vocabulary(
     table of ids by experts is held, so the size of the vocabulary does not matter.
 
     Args:
-        trace: The trace, or a sample of its documents.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers to measure, or None for all.
         choice: "first", the first choice of a token, as the source has it; or "either", all of its choices: N_xi
             counts tokens that have the expert among them.
@@ -123,10 +123,18 @@ def vocabulary(
     if wanted and not 0 <= wanted[0] <= wanted[-1] < 2**32:
         raise ValueError(f"token ids are whole numbers from 0 to 2**32 - 1, not {wanted[0]} or {wanted[-1]}")
     ranks = 1 if choice == "first" else None
-    sample = _sample(trace, layers, ranks, threads) if isinstance(trace, Trace) else trace
-    if sample.token_id is None:
-        raise ValueError("the sample has no token ids")
-    chosen = tuple(layer for layer in sample.layers if layers is None or layer.layer in set(layers))
+    source = opened(trace)
+    source.need_tokens()
+    if not source.header.token_ids:
+        raise NotRecorded(source.path, "has no token ids")
+    chosen = source.select_layers(layers)
+    if ranks == 1 and not all(layer.ranked for layer in chosen):
+        raise NotRecorded(
+            source.path,
+            "does not say which of a token's choices is the first",
+            "ask for all of the choices: --choice either, or choice='either'",
+        )
+    sample = documents_of(source, [layer.layer for layer in chosen], ranks=ranks, threads=threads)
     sources = _sources(sample, min_count, wanted)
     small = sample.thinned(TEST_TOKENS)
     small_sources = sources if small is sample else _sources(small, min_count, ())
@@ -166,19 +174,6 @@ def vocabulary(
 
 def _sources(sample: DocumentSample, min_count: int, wanted: Sequence[int]) -> list[_Source]:
     return [_Source.of(TokenIds.of(sample, by), min_count, wanted) for by in BY]
-
-
-def _sample(trace: Trace, layers: Iterable[int] | None, ranks: int | None, threads: int) -> DocumentSample:
-    trace.need_tokens()
-    if not trace.header.token_ids:
-        raise NotRecorded(trace.path, "has no token ids")
-    if ranks == 1 and not all(layer.ranked for layer in trace.select_layers(layers)):
-        raise NotRecorded(
-            trace.path,
-            "does not say which of a token's choices is the first",
-            "ask for all of the choices: --choice either, or choice='either'",
-        )
-    return sample_documents(trace, layers, ranks=ranks, threads=threads)
 
 
 @dataclass(frozen=True)

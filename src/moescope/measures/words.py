@@ -15,29 +15,33 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import described
-from moescope.tallying import Occurrences, Tally, TokenChoices, find_occurrences
-from moescope.tallying import tally as count
-from moescope.trace import Trace
+from moescope.tallying import INDENTATION, Occurrences, Source, Tally, TokenChoices
+from moescope.tallying.counted import counted
+from moescope.tallying.counter import Options
+from moescope.tallying.document_sample import DocumentCounter
+from moescope.tallying.occurrences import WordCounter
+from moescope.tallying.tally import TallyCounter
 
 
 def words(
-    trace: Trace,
+    trace: Source,
     words: Sequence[str],
     *,
     indentation: bool = False,
     layers: Iterable[int] | None = None,
-    tally: Tally | None = None,
+    threads: int | None = None,
 ) -> xr.Dataset:
     """Which expert a word goes to, and how surely.
 
     Args:
-        trace: The trace.
-        words: Words, found as whole words with their case; of one or several tokens.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`).
+        words: Words, found as whole words with their case; of one or several tokens. Counts have theirs.
         indentation: Add a row for the spaces and tabs at the start of lines.
-        layers: Layers, or None for all.
-        tally: The tally of the trace if it is at hand; otherwise it is made.
+        layers: Layers of the trace to measure, or None for all; counts have theirs.
+        threads: Parts counted at a time; None for the number of processors.
     Returns:
         Dims (word, layer); `occurrences`, `tokens`, `documents`, `multi_token` (word): how many there are, and how many
         occurrences have at least two tokens.
@@ -49,19 +53,28 @@ def words(
           documents, have the same first choice (jackknife over documents); the same of any two tokens of the trace;
         * `together`, `together_low`, `together_high`, `together_null`: share of the occurrences of several tokens in
           which all have the same first choice; the same if each token chose as its id does in the other documents,
-          independently of its neighbours.
+          independently of its neighbours. Of a trace above 1 GiB, that is of a sample of its documents.
     Raises:
         ValueError: A word is empty.
         NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace has no token ids, or does not say which choice is the first.
+        NotRecorded: The trace has no token ids, does not say which choice is the first, or a word was not counted.
     Source:
         The claim on `self`, `Question` and indentation in Mixtral of Experts, section 5; definitions and nulls are
         ours.
     """
-    chosen = tuple(layer.layer for layer in trace.select_layers(layers))
-    tally = count(trace, chosen) if tally is None else tally
-    found, choices = find_occurrences(trace, words, indentation=indentation, layers=chosen)
-    rows = [[_judge(word, at, choices, tally, layer) for at, layer in enumerate(chosen)] for word in found]
+    asked = (*words, INDENTATION) if indentation else tuple(words)
+    options = Options(words=asked, ranks=1)
+    counts = counted(trace, WordCounter, TallyCounter, DocumentCounter, layers=layers, options=options, threads=threads)
+    of_word = counts[WordCounter].of_word
+    if missing := [word for word in asked if word not in of_word]:
+        have = ", ".join(of_word) or "none"
+        raise NotRecorded(
+            counts.path, f"the word {missing[0]!r} was not counted; those counted: {have}", "give the trace itself"
+        )
+    found, tally = [of_word[word] for word in asked], counts[TallyCounter]
+    choices = TokenChoices.of(counts[DocumentCounter], found)
+    chosen = [layer.layer for layer in counts.layers]
+    rows = [[_judge(word, place, choices, tally, layer) for place, layer in enumerate(chosen)] for word in found]
     table = np.array([[astuple(row) for row in by_layer] for by_layer in rows], float).reshape(
         len(found), len(chosen), len(_FIELDS)
     )

@@ -1,13 +1,14 @@
-"""Everything a report shows, measured from one pass over a trace."""
+"""Everything a report shows, gathered from a trace: the measures, the claims, and some documents to look at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moescope.measures.claims import SAMPLE_BYTES
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.subject import SAMPLE_BYTES, WORDS, Results
+from moescope.reporting.subject import Results
 from moescope.reporting.subjects import SUBJECTS, load
-from moescope.tallying import count_everything
+from moescope.tallying import INDENTATION, WORDS, count
 from moescope.trace import Trace
 
 SEGMENT_LENGTHS = (16,)
@@ -25,9 +26,9 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
         NoSuchLayer: A layer was not recorded.
         TraceDamaged: A page fails its checksum.
     """
-    shown = shown_layers(trace, layers)
-    counted = count_everything(trace, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
-    results = Results(trace, shown, tuple(words), {})
+    results = Results(trace, shown_layers(trace, layers), tuple(words), {})
+    asked = (*words, INDENTATION) if results.has_text else ()
+    counted = count(trace, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
     for name in SUBJECTS:
         measure = load(name).measure
         results.found[name] = None if measure is None else measure(counted, results)

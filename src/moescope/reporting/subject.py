@@ -13,14 +13,8 @@ from typing import Any
 import pandas as pd
 
 from moescope.reporting.tables import Table
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
-
-WORDS = ("self", "Question")
-"""The words that section 5 of the paper speaks of; indentation is the third."""
-
-SAMPLE_BYTES = 2**27
-"""Memory of the documents kept: 1.7 million tokens of 32 layers x 2 choices, which two processors explain in 20 s."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ class Subject:
             gets opened. It yields tables, the first of which holds everything, then drawings.
     """
 
-    measure: Callable[[Everything, Results], Any] | None = None
+    measure: Callable[[Counted, Results], Any] | None = None
     blocks: Callable[[Any, Results], Iterator[PageFigure | PageTable | Table]] | None = None
     section: PageSection | None = None
     sentence: Callable[[Any, int], str] | None = None

@@ -51,7 +51,7 @@ def report(
     require("matplotlib", extra="report")
     require("jinja2", extra="report")
     from moescope.reporting.results import gather
-    from moescope.reporting.subject import WORDS
+    from moescope.tallying import WORDS
     from moescope.trace import open_trace
 
     out = Path(out)

@@ -22,6 +22,8 @@ from moescope.measures import statistics
 from moescope.measures.statistics import Numbers, described
 from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
 from moescope.simulation.serving import Server, Steps
+from moescope.tallying import Source
+from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
 from moescope.trace import Trace
 
@@ -32,7 +34,7 @@ _ELISEEV = "LRU a layer: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.1"
 
 
 def cache(
-    trace: Trace,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     policies: Sequence[str] = POLICIES,
@@ -51,7 +53,7 @@ def cache(
     Memory is that of a part, and 8 bytes an expert for every four million assignments of the trace.
 
     Args:
-        trace: The trace.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`), if that holds all documents.
         layers: Layers, or None for all.
         policies: Of `POLICIES`.
         sizes: Experts a layer that the cache holds, from the largest top-k to the most experts a layer has; None for
@@ -86,6 +88,7 @@ def cache(
         Mattson et al. 1970 (all sizes in one pass); Belady 1966; Yang et al. 2023 (S3-FIFO); matching after the idea of
         MoE-Infinity, Xue et al. 2024, arXiv 2401.14361; a cache a layer, LRU: Eliseev and Mazur 2023, arXiv 2312.17238.
     """
+    trace = playable(trace)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)

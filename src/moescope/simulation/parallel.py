@@ -31,6 +31,8 @@ from moescope.simulation.parallel_kernels import BINS_PER_E
 from moescope.simulation.placements import ALGORITHMS, FITTED, Cluster, Placement, place
 from moescope.simulation.placing import DECODE_TOKENS, PREFILL_TOKENS
 from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile, profile
+from moescope.tallying import Source
+from moescope.tallying.counted import playable
 from moescope.tallying.one_pass import one_pass
 from moescope.trace import Trace
 
@@ -51,7 +53,7 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3f
 
 
 def parallel(
-    trace: Trace,
+    trace: Source,
     *,
     devices: int,
     nodes: int = 1,
@@ -71,7 +73,8 @@ def parallel(
     Documents fall into two folds; batches hold documents of one fold, and placements are fitted on the other.
 
     Args:
-        trace: The trace, read in two passes.
+        trace: The trace or its folder, read in two passes; or what was counted of it (`moescope.count`), if that holds
+            all documents.
         devices: Devices that share the experts of each layer.
         nodes: Nodes, of as many devices each.
         prefill: Tokens of a prefill batch, one number or several: consecutive tokens, one prompt after the other.
@@ -119,6 +122,7 @@ def parallel(
         Over-subscription and capacity factor: GShard (arXiv 2006.16668), Switch Transformers (arXiv 2101.03961); EPLB:
         github.com/deepseek-ai/EPLB; locality: Mixtral of Experts (arXiv 2401.04088), section 5. Affinity is ours.
     """
+    trace = playable(trace)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     cluster = Cluster(devices, nodes, redundant_experts, expert_groups)

@@ -8,14 +8,15 @@ from moescope.errors import NoSuchDomain
 from moescope.simulation.batches import BatchKind
 from moescope.simulation.placements import FITTED, Cluster, Placement, place
 from moescope.simulation.profile import NUM_FOLDS, Cells, profile
-from moescope.trace import Trace
+from moescope.tallying import Source
+from moescope.tallying.counted import playable
 
 PREFILL_TOKENS = 4096
 DECODE_TOKENS = 64
 
 
 def placement(
-    trace: Trace,
+    trace: Source,
     algorithm: str = "eplb-replicated",
     *,
     devices: int,
@@ -31,7 +32,7 @@ def placement(
     """Place the experts on devices, fitted on the whole trace; `export_placement` writes it for a server.
 
     Args:
-        trace: The trace.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`), if that holds all documents.
         algorithm: "linear", "random", "eplb", "eplb-replicated" or "affinity".
         devices: Devices that share the experts of each layer.
         nodes: Nodes, of as many devices each.
@@ -51,6 +52,7 @@ def placement(
     Source:
         EPLB: github.com/deepseek-ai/EPLB; affinity is ours (`simulation.parallel_kernels.bring_together`).
     """
+    trace = playable(trace)
     chosen = trace.select_layers(layers)
     cluster = Cluster(devices, nodes, redundant_experts, expert_groups)
     cluster.check(chosen, [algorithm])

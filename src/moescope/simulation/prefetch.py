@@ -23,6 +23,8 @@ from moescope.errors import NoSuchLayer, NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.statistics import Numbers, described
 from moescope.simulation import prefetch_kernels as kernels
+from moescope.tallying import Source
+from moescope.tallying.counted import playable
 from moescope.tallying.one_pass import layer_groups
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Layer, Part, Trace
@@ -68,7 +70,7 @@ class Predictor:
 
 
 def prefetch(
-    trace: Trace,
+    trace: Source,
     layers: Iterable[int] | None = None,
     *,
     distances: Sequence[int] | None = None,
@@ -92,7 +94,7 @@ def prefetch(
     for documents, which says nothing of other documents; `attrs["unit"]` tells.
 
     Args:
-        trace: The trace.
+        trace: The trace or its folder; or what was counted of it (`moescope.count`), if that holds all documents.
         layers: Layers to predict, or None for all.
         distances: How many layers before; None for those that were recorded, else 1, 2 and 4.
         predictors: Of `KINDS`; None for all that the trace allows.
@@ -113,6 +115,7 @@ def prefetch(
         Lookahead: Eliseev and Mazur 2023 (arXiv 2312.17238), section 3.2; the comparison, cross-fitting and intervals
         are ours.
     """
+    trace = playable(trace)
     trace.need_tokens()
     plan = _plan(trace, trace.select_layers(layers), distances, predictors, phase)
     threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
@@ -456,13 +459,14 @@ def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
     num_groups, num_folds = plan.units.num_groups, plan.units.num_folds
     num_domains = max(1, len(plan.domains))
     at_of = {place: at for at, place in enumerate(plan.places)}
+    foretold = any(each.kind == "lookahead" for each in plan.predictors)
 
     def make() -> _Hits:
         shape = (num_groups, len(plan.predictors), len(plan.places), plan.num_ids)
         return _Hits(np.zeros(shape, np.int64), np.zeros((num_groups, len(plan.places)), np.int64))
 
     def add(sums: _Hits, index: int) -> None:
-        for rows in _rows(trace, plan, index, predictions=True):
+        for rows in _rows(trace, plan, index, predictions=foretold):
             at, place, ids = at_of[rows.place], rows.place, rows.ids[rows.place]
             layer, fold, rank = plan.all_layers[place], rows.group % num_folds, learnt.rank[place]
             needed_G = sums.needed_GL[:, at]

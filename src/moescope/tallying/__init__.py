@@ -1,27 +1,30 @@
-"""One pass over a trace: the sums from which every measure is computed, labelled and mergeable.
+"""One pass over a trace: the sums from which every measure is computed, mergeable, saved and loaded.
 
-Rule of the room: count, and nothing more. What leaves it are whole numbers: totals, and for each total the sums of
-squares and products over documents that give its standard error, so that tallies of disjoint documents add up exactly.
-Memory does not grow with the number of tokens. Only the modules of kernels loop over tokens. Measures that need tokens
-several times get them from `document_sample`, which holds whole documents up to a bound in bytes.
+A new count is a counter, one module here with its kernels beside it (`tally.py`, `kernels.py`): a `counter.Counter`
+that says what it needs of a trace, makes itself empty and gives a `counter.Result`, which adds up. It is named in
+`counted.COUNTERS` and nowhere else. Results are whole numbers, with the sums of squares and products over documents
+that give errors; memory does not grow with tokens. What goes over tokens several times takes whole documents, up to a
+bound in bytes (`document_sample`). Only kernels loop over tokens; those of one measure live beside it, in `measures`.
 """
 
-from moescope.tallying.document_sample import DocumentSample, sample_documents
-from moescope.tallying.everything import Everything, count_everything
-from moescope.tallying.occurrences import INDENTATION, Occurrences, TokenChoices, find_occurrences
+from moescope.tallying.counted import COUNTERS, Counted, Source, count, open_counted
+from moescope.tallying.document_sample import DocumentSample
+from moescope.tallying.occurrences import INDENTATION, WORDS, Occurrences, TokenChoices
 from moescope.tallying.tally import REPEAT_KINDS, Tally, choice_labels, tally
 
 __all__ = [
+    "COUNTERS",
     "INDENTATION",
     "REPEAT_KINDS",
+    "WORDS",
+    "Counted",
     "DocumentSample",
-    "Everything",
     "Occurrences",
+    "Source",
     "Tally",
     "TokenChoices",
     "choice_labels",
-    "count_everything",
-    "find_occurrences",
-    "sample_documents",
+    "count",
+    "open_counted",
     "tally",
 ]

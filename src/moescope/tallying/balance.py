@@ -7,16 +7,17 @@ batch is left out if it is not full. One pass; nothing grows with tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.tallying import balance_kernels as kernels
+from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
-from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import Layer, Part, Trace
 
@@ -34,7 +35,7 @@ _TOKEN_BINS = 32 * 40
 
 
 @dataclass(frozen=True)
-class BalanceCounts:
+class BalanceCounts(Result):
     """What load balance is told from. L layers, D domains, G groups of documents, E expert ids, S sizes of batches, B
     bins, W statistics of gate weights.
 
@@ -81,7 +82,7 @@ class BalanceCounts:
     @classmethod
     def empty(
         cls, layers: Sequence[Layer], domains: Sequence[str], batch_sizes: Sequence[int], *, weights: bool
-    ) -> BalanceCounts:
+    ) -> Self:
         """Counts of nothing."""
         num_layers, num_domains, num_sizes = len(layers), len(domains), len(batch_sizes)
         bins = int(kernels.BINS_PER_E * np.log(max(layer.num_experts for layer in layers))) + 2
@@ -111,6 +112,56 @@ class BalanceCounts:
             has_weights=weights,
         )
 
+    def __add__(self, other: BalanceCounts) -> BalanceCounts:
+        """The counts of both; a batch never holds sequences of either."""
+        for name in ("layers", "batch_sizes", "has_weights"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"balances of different {name.replace('_', ' ')} cannot be added")
+        domains, mine_D, theirs_D = united(self.domains, other.domains)
+        both = []
+        for counts, place_D in ((self, mine_D), (other, theirs_D)):
+            arrays: dict[str, Any] = {
+                name: array.copy() if axis is None else spread(array, place_D, len(domains), axis)
+                for name, axis in _DOMAIN_AXIS.items()
+                for array in [getattr(counts, name)]
+            }
+            sampled = {layer: ids.copy() for layer, ids in counts.sampled.items()}
+            both.append(replace(counts, domains=domains, hashes=counts.hashes.copy(), sampled=sampled, **arrays))
+        both[0].merge(both[1])
+        return both[0]
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The sums by name, and the sample as ``hashes`` and ``sampled/LAYER``."""
+        return {
+            **{name: getattr(self, name) for name in (*_DOMAIN_AXIS, "hashes")},
+            **{f"sampled/{layer}": ids for layer, ids in self.sampled.items()},
+            "batch_sizes": np.array(self.batch_sizes, np.int64),
+        }
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The counts of the arrays of `stored`."""
+        sizes = stored.take("batch_sizes", np.int64, (None,), least=1).tolist()
+        num_layers, num_domains, num_ids = (
+            len(stored.layers),
+            len(stored.domains),
+            max(a.num_ids for a in stored.layers),
+        )
+        stored.take("loads_LDGE", np.int64, (num_layers, num_domains, NUM_GROUPS, num_ids))  # before as much is taken
+        weights = "weights_LDGW" in stored and stored.arrays["weights_LDGW"].shape[-1:] != (0,)
+        empty = cls.empty(stored.layers, stored.domains, sizes[:64], weights=weights)
+        arrays: dict[str, Any] = {
+            name: stored.take(name, np.int64, getattr(empty, name).shape) for name in _DOMAIN_AXIS
+        }
+        sampled = {
+            layer.layer: stored.take(
+                f"sampled/{layer.layer}", np.int32, (SAMPLED_TOKENS, layer.top_k), least=-1, most=layer.num_ids - 1
+            )
+            for layer in stored.layers
+        }
+        hashes = stored.take("hashes", np.uint64, empty.hashes.shape)
+        return replace(empty, hashes=hashes, sampled=sampled, **arrays)
+
     def tokens(self, layer: int) -> NDArray[np.int32]:
         """Choices of the sampled tokens at a layer, shape (token, choice)."""
         return self.sampled[layer][self.hashes != _NO_HASH]
@@ -132,9 +183,27 @@ class BalanceCounts:
             ids[:] = np.concatenate([ids, sampled[layer]])[kept]
 
 
+_DOMAIN_AXIS = {
+    "documents_DG": 0,
+    "tokens_DG": 0,
+    "loads_LDGE": 1,
+    "imbalances_LSB": None,
+    "imbalance_LS": None,
+    "imbalance_squared_LS": None,
+    "tokens_SB": None,
+    "token_sums_SB": None,
+    "weights_LDGW": 1,
+    "weighed_LDG": 1,
+    "weight_histogram_LWB": None,
+}
+"""The sums, and the axis along which each goes by domain."""
+
+
 @dataclass
-class BalanceCounter:
-    """The counter that fills `BalanceCounts`; make it with `balance_counters`."""
+class BalanceCounter(Counter[BalanceCounts]):
+    """The counter that fills `BalanceCounts`; those of a pass share the batches that cross from part to part."""
+
+    name, result_type, reads_weights = "balance", BalanceCounts, True
 
     counts: BalanceCounts
     first_sequence: dict[int, int]
@@ -142,6 +211,34 @@ class BalanceCounter:
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     fresh_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     fresh: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse impossible batches; every trace has loads."""
+        if any(size < 1 for size in options.batch_sizes or ()):
+            raise ValueError(f"a batch holds at least one sequence, not {min(options.batch_sizes or ())}")
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters; the rows are looked through once for where sequences begin."""
+        sizes = BATCH_SIZES if options.batch_sizes is None else options.batch_sizes
+        open_batches, first_sequence, total = _OpenBatches(), dict[int, int](), 0
+        for file in trace.parts:
+            part = file.read((), tokens=False)
+            first_sequence[int(part.document[0])] = total
+            total += int(np.count_nonzero(part.position == 0))
+
+        empty = partial(BalanceCounts.empty, layers, trace.domains, sizes, weights=trace.header.weights)
+        return lambda: cls(empty(), first_sequence, open_batches)
+
+    @classmethod
+    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> BalanceCounts:
+        """The loads of a trace of counts."""
+        return _of_counts(trace, layers)
+
+    def result(self) -> BalanceCounts:
+        """What was counted."""
+        return self.counts
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -158,15 +255,15 @@ class BalanceCounter:
             self._choose_tokens(part, starts_G)
         first = self.first_sequence[int(part.document[0])]
         sizes_S = np.array(counts.batch_sizes, np.int64)
-        place = {layer.layer: at for at, layer in enumerate(counts.layers)}
+        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         for layer in group:
-            at = place[layer.layer]
+            place = place_of[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
             self.fresh[layer.layer] = part.expert_ids[layer.layer][self.rows].astype(np.int32)
-            by_group = counts.loads_LDGE[at].reshape(-1, counts.loads_LDGE.shape[3])[:, : layer.num_ids]
+            by_group = counts.loads_LDGE[place].reshape(-1, counts.loads_LDGE.shape[3])[:, : layer.num_ids]
             edges_S2E = np.zeros((len(sizes_S), 2, layer.num_ids + 1), np.int64)
             edge_sequences_S2 = np.zeros((len(sizes_S), 2), np.int64)
-            noted = self._batch_sums(at)
+            noted = self._batch_sums(place)
             kernels.count_sequences(
                 ids_KT, starts_Q, group_Q, first, sizes_S, layer.num_experts, by_group,
                 *noted[:3], edges_S2E, edge_sequences_S2, *noted[3:],
@@ -188,23 +285,23 @@ class BalanceCounter:
                     layer.num_ids,
                     group_Q,
                     starts_Q,
-                    counts.weights_LDGW[at].reshape(-1, len(WEIGHT_STATISTICS)),
-                    counts.weighed_LDG[at].reshape(-1),
-                    counts.weight_histogram_LWB[at],
+                    counts.weights_LDGW[place].reshape(-1, len(WEIGHT_STATISTICS)),
+                    counts.weighed_LDG[place].reshape(-1),
+                    counts.weight_histogram_LWB[place],
                 )
         if group[-1] == counts.layers[-1] and len(self.rows):
             counts.absorb(self.fresh_hashes, self.fresh)
 
-    def merge(self, other: BalanceCounter) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
         self.counts.merge(other.counts)
 
-    def _batch_sums(self, at: int) -> tuple[NDArray[np.int64], ...]:
+    def _batch_sums(self, place: int) -> tuple[NDArray[np.int64], ...]:
         """The sums of batches of a layer; their tokens are counted with the first layer."""
         counts = self.counts
         none = np.zeros((len(counts.batch_sizes), 0), np.int64)
-        tokens = (none, none) if at else (counts.tokens_SB, counts.token_sums_SB)
-        return counts.imbalances_LSB[at], counts.imbalance_LS[at], counts.imbalance_squared_LS[at], *tokens
+        tokens = (none, none) if place else (counts.tokens_SB, counts.token_sums_SB)
+        return counts.imbalances_LSB[place], counts.imbalance_LS[place], counts.imbalance_squared_LS[place], *tokens
 
     def _choose_tokens(self, part: Part, starts_G: NDArray[np.int64]) -> None:
         offset = np.arange(part.num_tokens) - np.repeat(starts_G[:-1], np.diff(starts_G))
@@ -232,71 +329,16 @@ class _OpenBatches:
             return None
 
 
-class BalanceCounters:
-    """Makes the counters of one pass, which share the batches that cross from part to part.
-
-    Args:
-        trace: The trace; its rows are looked through once for where sequences begin.
-        layers: Layers to count.
-        batch_sizes: Sequences a batch.
-    """
-
-    def __init__(self, trace: Trace, layers: Sequence[Layer], batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
-        self.layers, self.domains = tuple(layers), trace.domains
-        self.batch_sizes, self.weights = tuple(batch_sizes), trace.header.weights
-        self._open = _OpenBatches()
-        self._first_sequence: dict[int, int] = {}
-        total = 0
-        for file in trace.parts:
-            part = file.read((), tokens=False)
-            self._first_sequence[int(part.document[0])] = total
-            total += int(np.count_nonzero(part.position == 0))
-
-    def __call__(self) -> BalanceCounter:
-        """An empty counter."""
-        empty = BalanceCounts.empty(self.layers, self.domains, self.batch_sizes, weights=self.weights)
-        return BalanceCounter(empty, self._first_sequence, self._open)
-
-
-def count_balance(
-    trace: Trace,
-    layers: Iterable[int] | None = None,
-    *,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    threads: int | None = None,
-) -> BalanceCounts:
-    """Count what load balance is told from, in one pass.
-
-    Args:
-        trace: The trace; one of counts gives loads only.
-        layers: Layers to count, or None for all.
-        batch_sizes: Sequences a batch.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` or a batch size is not positive.
-    """
-    chosen = trace.select_layers(layers)
-    if any(size < 1 for size in batch_sizes):
-        raise ValueError(f"a batch holds at least one sequence, not {min(batch_sizes)}")
-    if trace.header.counts_only:
-        return _of_counts(trace, chosen)
-    make = BalanceCounters(trace, chosen, batch_sizes)
-    (total,) = one_pass(trace, chosen, lambda: [make()], threads=threads, weights=trace.header.weights)
-    return total.counts
-
-
 def _of_counts(trace: Trace, layers: Sequence[Layer]) -> BalanceCounts:
     total = BalanceCounts.empty(layers, trace.domains, (), weights=False)
-    place: dict[int, int] = {layer.layer: at for at, layer in enumerate(layers)}
+    place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
     code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
     for counts in trace.iter_counts():
         starts = counts.document_starts()[:-1]
         codes: NDArray[Any] = np.array([code_of[name] for name in counts.domain_names])
         np.add.at(total.documents_DG, (codes[counts.domain[starts]], document_groups(counts.document[starts])), 1)
-        asked = np.isin(counts.layer, list(place))
-        at = np.array([place[layer] for layer in counts.layer[asked].tolist()], np.int64)
-        where = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
-        np.add.at(total.loads_LDGE, (at, *where), counts.count[asked])
+        asked = np.isin(counts.layer, list(place_of))
+        place = np.array([place_of[layer] for layer in counts.layer[asked].tolist()], np.int64)
+        cell = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
+        np.add.at(total.loads_LDGE, (place, *cell), counts.count[asked])
     return total

@@ -7,16 +7,20 @@ neither on the order of the parts nor on threads, and the document stays the uni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying.one_pass import one_pass
+from moescope.errors import NotRecorded
+from moescope.tallying.counter import Counter, Options, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
-from moescope.trace import Layer, Part, Trace
+from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
+from moescope.trace.part import id_dtype
 
 MAX_BYTES = 2**30
 """Memory of the largest sample, in bytes: 14 million tokens of 32 layers x 2 choices, 2 million of 60 x 8 of 256."""
@@ -25,13 +29,13 @@ _BYTES_BESIDE_CHOICES = 12  # token id and position, and what is per document or
 
 
 @dataclass(frozen=True)
-class DocumentSample:
+class DocumentSample(Result):
     """Documents of a trace, or all of them. T tokens, G documents, Q sequences.
 
     Attributes:
         layers: Layers held.
         domain_names: Labels of the domains.
-        document: Index of each document in the corpus, ascending, shape (G,).
+        document: Index of each document in the corpus, part by part, the parts by their first document, shape (G,).
         domain: Code of each document's domain, shape (G,).
         starts: Row at which each document starts, with T at the end, shape (G + 1,).
         sequence_starts: Row at which each sequence starts, with T at the end, shape (Q + 1,).
@@ -39,6 +43,10 @@ class DocumentSample:
         token_id: Vocabulary ids, shape (T,); None where the trace does not know them.
         expert_ids: For each layer the choices, rank 0 first, shape (choice, T); -1 = dropped.
         fraction: Expected part of the trace's documents that is held; 1 if it is all of them.
+        trace_tokens: Tokens of the trace.
+        max_bytes: Memory that was aimed at.
+        parts: Documents held of each part of the trace.
+        phase: Code of each token's phase, shape (T,); None where the trace does not know it.
     """
 
     layers: tuple[Layer, ...]
@@ -51,6 +59,15 @@ class DocumentSample:
     token_id: NDArray[np.int32] | None
     expert_ids: dict[int, NDArray[np.integer[Any]]]
     fraction: float
+    trace_tokens: int = 0
+    max_bytes: int = MAX_BYTES
+    parts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    phase: NDArray[np.uint8] | None = None
+
+    @property
+    def header(self) -> Header:
+        """What it tells of the trace."""
+        return Header(self.layers, token_ids=self.token_id is not None, phases=self.phase is not None)
 
     @property
     def num_tokens(self) -> int:
@@ -74,52 +91,216 @@ class DocumentSample:
         fitting = int(np.searchsorted(np.cumsum(np.diff(self.starts)[order]), num_tokens, side="right"))
         keep_G = np.zeros(self.num_documents, np.bool_)
         keep_G[order[: max(2, fitting)]] = True
+        return replace(self._only(keep_G), fraction=self.fraction * int(keep_G.sum()) / len(keep_G))
+
+    def _only(self, keep_G: NDArray[np.bool_]) -> DocumentSample:
+        """Some of the documents."""
         lengths = np.diff(self.starts)
         keep_T = np.repeat(keep_G, lengths)
-        position = self.position[keep_T]
-        starts = np.concatenate([[0], np.cumsum(lengths[keep_G])]).astype(np.int64)
+        part_G = np.repeat(np.arange(len(self.parts)), self.parts)
+        of_parts = np.bincount(part_G[keep_G[: len(part_G)]], minlength=len(self.parts)).astype(np.int64)
         return replace(
             self,
             document=self.document[keep_G],
             domain=self.domain[keep_G],
-            starts=starts,
-            sequence_starts=np.append(np.flatnonzero(position == 0), starts[-1]).astype(np.int64),
-            position=position,
-            token_id=None if self.token_id is None else self.token_id[keep_T],
+            parts=of_parts[of_parts > 0],
             expert_ids={layer: ids_KT[:, keep_T] for layer, ids_KT in self.expert_ids.items()},
-            fraction=self.fraction * int(keep_G.sum()) / len(keep_G),
+            **_frame(
+                np.concatenate([[0], np.cumsum(lengths[keep_G])]).astype(np.int64),
+                *(None if column is None else column[keep_T] for column in self._columns()),
+            ),
         )
 
+    def _columns(self) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
+        return self.position, self.token_id, self.phase
 
-def sample_documents(
-    trace: Trace,
-    layers: Iterable[int] | None = None,
-    *,
-    ranks: int | None = None,
-    max_bytes: int = MAX_BYTES,
-    threads: int | None = None,
-) -> DocumentSample:
-    """Read the documents of a trace, or as many as fit, in one pass.
+    def __add__(self, other: DocumentSample) -> DocumentSample:
+        """The documents of both, or those with the smallest hashes, as a sample of both traces together would have."""
+        for name in ("layers", "max_bytes"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"documents kept with different {name.replace('_', ' ')} cannot be added")
+        held = [[len(ids_KT) for ids_KT in sample.expert_ids.values()] for sample in (self, other)]
+        known = [[column is not None for column in sample._columns()] for sample in (self, other)]
+        if held[0] != held[1] or known[0] != known[1]:
+            raise ValueError("documents kept with different columns cannot be added")
+        if len(shared := np.intersect1d(self.document, other.document)):
+            raise ValueError(f"document {shared[0]} is in both counts, which must be of different documents")
+        tokens = self.trace_tokens + other.trace_tokens
+        fraction = min(self.fraction, other.fraction, _fraction(self.layers, held[0], self.max_bytes, tokens))
+        domains, mine_D, theirs_D = united(self.domain_names, other.domain_names)
+        sides = [
+            replace(sample._only(_kept(sample.document, fraction)), domain_names=domains)
+            for sample in (
+                replace(self, domain=mine_D[self.domain]),
+                replace(other, domain=theirs_D[other.domain]),
+            )
+        ]
+        pieces = [
+            (sample, slice(*documents), slice(*sample.starts[list(documents)].tolist()))
+            for sample in sides
+            for documents in pairwise([0, *np.cumsum(sample.parts).tolist()])
+        ]
+        pieces.sort(key=lambda piece: int(piece[0].document[piece[1].start]))
 
-    Args:
-        trace: The trace, complete or not.
-        layers: Layers to hold, or None for all.
-        ranks: Choices of a token to hold, from the first on; None for all.
-        max_bytes: Memory to aim at. A trace that needs more is sampled by document.
-        threads: Parts read at a time; None for the number of processors.
-    Returns:
-        The sample; the same whatever the number of threads.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace holds counts only.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive.
-    """
-    trace.need_tokens()
-    chosen = trace.select_layers(layers)
-    room = DocumentRoom.for_documents(trace, chosen, max_bytes, ranks)
-    one_pass(trace, chosen, lambda: [DocumentCounter(room)], threads=threads, tokens=True)
-    return room.filled
+        def joined(of_piece: Callable[[DocumentSample, slice, slice], NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate(
+                [of_piece(*piece) for piece in pieces] or [of_piece(sides[0], slice(0), slice(0))], -1
+            )
+
+        def column(number: int) -> NDArray[Any] | None:
+            return joined(lambda sample, _, rows: sample._columns()[number][rows]) if known[0][number] else None  # type: ignore[index]
+
+        lengths = joined(lambda sample, documents, _: np.diff(sample.starts)[documents])
+        return replace(
+            sides[0],
+            document=joined(lambda sample, documents, _: sample.document[documents]),
+            domain=joined(lambda sample, documents, _: sample.domain[documents]),
+            expert_ids={
+                layer.layer: joined(lambda sample, _, rows, number=layer.layer: sample.expert_ids[number][:, rows])  # type: ignore[misc]
+                for layer in self.layers
+            },
+            fraction=fraction,
+            trace_tokens=tokens,
+            parts=np.array([documents.stop - documents.start for _, documents, _ in pieces], np.int64),
+            **_frame(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), *(column(n) for n in range(3))),
+        )
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The columns by name, the choices as ``expert_ids/LAYER``."""
+        known = {"token_id": self.token_id, "phase": self.phase}
+        return {
+            "document": self.document,
+            "domain": self.domain,
+            "starts": self.starts,
+            "parts": self.parts,
+            "position": self.position,
+            **{name: column for name, column in known.items() if column is not None},
+            **{f"expert_ids/{layer}": ids_KT for layer, ids_KT in self.expert_ids.items()},
+            "fraction": np.array([self.fraction]),
+            "trace_tokens": np.array([self.trace_tokens], np.int64),
+            "max_bytes": np.array([self.max_bytes], np.int64),
+        }
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The sample of the arrays of `stored`."""
+        document = stored.take("document", np.int64, (None,), most=2**32 - 1)
+        position = stored.take("position", np.int32, (None,))
+        starts = stored.take("starts", np.int64, (len(document) + 1,))
+        parts = stored.take("parts", np.int64, (None,), least=1)
+        tokens = position.shape
+        if starts[0] != 0 or starts[-1] != len(position) or (np.diff(starts) < 1).any():
+            raise ValueError("starts do not cut the tokens into documents")
+        if len(np.unique(document)) != len(document) or parts.sum() != len(document):
+            raise ValueError("a document comes twice, or the parts do not hold as many")
+        goes_on = position[1:] == position[:-1].astype(np.int64) + 1
+        if position[starts[:-1]].any() or not (goes_on | (position[1:] == 0)).all():
+            raise ValueError("position does not count the tokens of sequences")
+        expert_ids = {}
+        for layer in stored.layers:
+            name, dtype = f"expert_ids/{layer.layer}", _id_dtype(layer)
+            least = -1 if dtype.kind == "i" else 0
+            ids_KT = stored.take(name, dtype, (None, *tokens), least=least, most=layer.num_ids - 1)
+            if not 1 <= len(ids_KT) <= layer.top_k:
+                raise ValueError(f"{name} holds {len(ids_KT)} choices a token, expected 1 to {layer.top_k}")
+            expert_ids[layer.layer] = ids_KT
+        token_id = stored.take("token_id", np.int32, tokens, least=None) if "token_id" in stored else None
+        phase = stored.take("phase", np.uint8, tokens, most=len(PHASES) - 1) if "phase" in stored else None
+        return cls(
+            stored.layers,
+            stored.domains,
+            document,
+            stored.take("domain", np.int64, document.shape, most=len(stored.domains) - 1),
+            expert_ids=expert_ids,
+            fraction=float(stored.take("fraction", np.float64, (1,), most=1)[0]),
+            trace_tokens=stored.number("trace_tokens"),
+            max_bytes=stored.number("max_bytes"),
+            parts=parts,
+            **_frame(starts, position, token_id, phase),
+        )
+
+    def as_trace(self, path: Path, header: Header) -> Trace:
+        """The documents as a trace whose parts are in memory, divided as those of the trace were.
+
+        Args:
+            path: What errors name.
+            header: Of the trace.
+        Raises:
+            NotRecorded: Not all documents are held, or not all choices of a token.
+        """
+        if self.fraction < 1:
+            raise NotRecorded(
+                path,
+                f"the counts hold {self.fraction:.0%} of the documents; what is played token by token needs all",
+                "give the trace itself, or count it with a larger max_bytes",
+            )
+        if any(len(self.expert_ids[layer.layer]) < layer.top_k for layer in self.layers):
+            raise NotRecorded(path, "the counts do not hold all choices of a token", "give the trace itself")
+        layers = self.layers
+        if layers != header.layers:  # a distance counts layers, so it means nothing among fewer
+            layers = tuple(replace(layer, lookahead=(), num_predicted=0) for layer in layers)
+        held = replace(header, layers=layers, weights=False)
+        bounds = [0, *np.cumsum(self.parts).tolist()]
+        return Trace(path, held, tuple(_HeldPart(self, path, held, slice(*pair)) for pair in pairwise(bounds)), None)
+
+
+def _frame(
+    starts: NDArray[np.int64],
+    position: NDArray[Any] | None,
+    token_id: NDArray[Any] | None,
+    phase: NDArray[Any] | None,
+) -> dict[str, Any]:
+    """The columns of a sample that belong to no layer, with where sequences start."""
+    assert position is not None
+    sequence_starts = np.append(np.flatnonzero(position == 0), starts[-1]).astype(np.int64)
+    return {
+        "starts": starts,
+        "sequence_starts": sequence_starts,
+        "position": position,
+        "token_id": token_id,
+        "phase": phase,
+    }
+
+
+class _HeldPart(PartFile):
+    """Documents of a sample, read as a part of a trace is."""
+
+    def __init__(self, sample: DocumentSample, path: Path, header: Header, documents: slice) -> None:
+        self.path, self._header, self.progress = path, header, {}
+        self._sample, self._documents = sample, documents
+        self._rows = slice(int(sample.starts[documents.start]), int(sample.starts[documents.stop]))
+        self.num_tokens = self._rows.stop - self._rows.start
+
+    def read(
+        self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True, predictions: bool = False
+    ) -> Part:
+        """The rows, as `PartFile.read` gives them."""
+        layers = tuple(layers)
+        if weights or (predictions and any(layer.lookahead for layer in layers)):
+            what = "gate weights" if weights else "predictions of the routers of later layers"
+            raise NotRecorded(self.path, f"the counts hold no {what}", "give the trace itself")
+        sample, rows = self._sample, self._rows
+        lengths = np.diff(sample.starts)[self._documents]
+        position = sample.position[rows]
+        begins = np.cumsum(position == 0)
+        starts = np.cumsum(lengths) - lengths
+        token_id = np.zeros(self.num_tokens, np.uint32)
+        if tokens and sample.token_id is not None:
+            token_id = sample.token_id[rows].astype(np.uint32)
+        expert_ids: dict[int, NDArray[np.integer[Any]]] = {}
+        for layer in layers:
+            ids_TK = sample.expert_ids[layer.layer][:, rows].T
+            expert_ids[layer.layer] = ids_TK.astype(np.int32 if (ids_TK < 0).any() else id_dtype(layer), order="K")
+        return Part(
+            np.repeat(sample.document[self._documents], lengths),
+            np.repeat(sample.domain[self._documents], lengths),
+            sample.domain_names,
+            begins - np.repeat(begins[starts], lengths),
+            position,
+            token_id,
+            expert_ids,
+            phase=sample.phase[rows] if tokens and sample.phase is not None else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,21 +321,21 @@ class DocumentRoom:
     ) -> DocumentRoom:
         """Room for the documents of a trace, and their first `ranks` choices, that fit in so many bytes; all empty."""
         held = {layer: len(range(layer.top_k)[:ranks]) for layer in layers}
-        a_token = _BYTES_BESIDE_CHOICES + sum(number * _id_dtype(layer).itemsize for layer, number in held.items())
-        fraction = min(1.0, max_bytes / max(1, a_token * trace.num_tokens))
+        fraction = _fraction(layers, list(held.values()), max_bytes, trace.num_tokens)
         number, owner, length = trace.document_numbers, trace.document_parts, trace.document_tokens
         begins = np.flatnonzero(np.diff(owner, prepend=-1))  # of each part
         parts = np.split(np.arange(len(number)), begins[1:])
         order = np.argsort(number[begins], kind="stable")
-        rows = np.concatenate([np.zeros(0, np.int64), *(parts[at] for at in order.tolist())])
+        rows = np.concatenate([np.zeros(0, np.int64), *(parts[part] for part in order.tolist())])
         keep = _kept(number, fraction)
         kept = rows[keep[rows]]
         starts = np.concatenate([[0], np.cumsum(length[kept])]).astype(np.int64)
-        of_part = np.bincount(owner[kept], length[kept], minlength=len(trace.parts)).astype(np.int64)
+        tokens_P = np.bincount(owner[kept], length[kept], minlength=len(trace.parts)).astype(np.int64)
+        documents_P = np.bincount(owner[kept], minlength=len(trace.parts))[owner[begins[order]]].astype(np.int64)
         first_row, row = {}, 0
-        for at in order.tolist():
-            first_row[int(number[begins[at]])] = row
-            row += int(of_part[owner[begins[at]]])
+        for first in begins[order].tolist():
+            first_row[int(number[first])] = row
+            row += int(tokens_P[owner[first]])
         sample = DocumentSample(
             layers,
             trace.domains,
@@ -166,24 +347,45 @@ class DocumentRoom:
             np.zeros(row, np.int32) if trace.header.token_ids else None,
             {layer.layer: np.zeros((number, row), _id_dtype(layer)) for layer, number in held.items()},
             fraction,
+            trace.num_tokens,
+            max_bytes,
+            documents_P[documents_P > 0],
+            np.zeros(row, np.uint8) if trace.header.phases else None,
         )
         return cls(sample, first_row)
 
     @property
     def filled(self) -> DocumentSample:
         """The sample, once the pass is over."""
-        starts = np.append(np.flatnonzero(self.sample.position == 0), self.sample.num_tokens)
-        return replace(self.sample, sequence_starts=starts.astype(np.int64))
+        return replace(self.sample, **_frame(self.sample.starts, *self.sample._columns()))
 
 
 @dataclass
-class DocumentCounter:
-    """The counter that keeps documents: each part goes to its place in the room that all counters share."""
+class DocumentCounter(Counter[DocumentSample]):
+    """The counter that keeps documents: each part goes to its place in the memory that all counters share."""
+
+    name, result_type, reads_tokens = "documents", DocumentSample, True
 
     room: DocumentRoom
     document: int = -1
     rows: slice = field(default_factory=lambda: slice(0, 0))
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse a trace of counts."""
+        trace.need_tokens()
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes counters that share the memory of the sample."""
+        max_bytes = MAX_BYTES if options.max_bytes is None else options.max_bytes
+        room = DocumentRoom.for_documents(trace, tuple(layers), max_bytes, options.ranks)
+        return lambda: cls(room)
+
+    def result(self) -> DocumentSample:
+        """The sample, once the pass is over."""
+        return self.room.filled
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Keep the layers of `group` of a part's documents."""
@@ -204,9 +406,17 @@ class DocumentCounter:
         sample.position[self.rows] = part.position[self.kept]
         if sample.token_id is not None:
             sample.token_id[self.rows] = part.token_id[self.kept]
+        if sample.phase is not None and part.phase is not None:
+            sample.phase[self.rows] = part.phase[self.kept]
 
-    def merge(self, other: DocumentCounter) -> None:
-        """Nothing: the room is shared."""
+    def merge(self, other: Self) -> None:
+        """Nothing: the memory is shared."""
+
+
+def _fraction(layers: Sequence[Layer], ranks: Sequence[int], max_bytes: int, num_tokens: int) -> float:
+    """Part of the documents that fits so many bytes, with so many choices of each layer."""
+    choices = sum(number * _id_dtype(layer).itemsize for layer, number in zip(layers, ranks, strict=True))
+    return min(1.0, max_bytes / max(1, (_BYTES_BESIDE_CHOICES + choices) * num_tokens))
 
 
 def _kept(document: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:

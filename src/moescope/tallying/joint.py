@@ -6,17 +6,18 @@ table: 32 for 8 experts, 17 for 256 experts and 60 layers, 8 for 512 (495 MB). O
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import joint_kernels as kernels
+from moescope.tallying.counter import Counter, Options, Result, Stored, added_counts
 from moescope.tallying.document_groups import affordable_groups, document_groups
-from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import Layer, Part, Trace
 
@@ -25,10 +26,12 @@ PATH_TOKENS = 2**19
 
 Choice = Literal["first", "any"]
 
+_WIDTHS = [np.uint32, np.uint64]
+
 
 @dataclass(frozen=True)
-class Coactivation:
-    """Tokens by pairs of experts in their set; the counter and its result.
+class Coactivation(Result):
+    """Tokens by pairs of experts in their set.
 
     Attributes:
         layers: Layers counted, all with at least two choices.
@@ -40,41 +43,147 @@ class Coactivation:
     pairs: dict[int, NDArray[np.uint32]]
 
     @classmethod
-    def empty(cls, layers: Sequence[Layer]) -> Coactivation:
+    def empty(cls, layers: Sequence[Layer]) -> Self:
         """Counts of nothing."""
+        return cls(tuple(layers), {number: np.zeros(shape, np.uint32) for number, shape in cls._shapes(layers).items()})
+
+    @staticmethod
+    def _shapes(layers: Sequence[Layer]) -> dict[int, tuple[int, int, int]]:
         num_groups = affordable_groups(sum(layer.num_ids**2 for layer in layers))
-        shape = {layer.layer: (num_groups, layer.num_ids, layer.num_ids) for layer in layers}
-        return cls(tuple(layers), {number: np.zeros(size, np.uint32) for number, size in shape.items()})
+        return {layer.layer: (num_groups, layer.num_ids, layer.num_ids) for layer in layers}
+
+    def __add__(self, other: Coactivation) -> Coactivation:
+        """The counts of both."""
+        if self.layers != other.layers:
+            raise ValueError("co-activations of different layers cannot be added")
+        return Coactivation(
+            self.layers, {layer: added_counts(pairs, other.pairs[layer]) for layer, pairs in self.pairs.items()}
+        )
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The pairs of each layer as ``pairs/LAYER``."""
+        return {f"pairs/{layer}": pairs for layer, pairs in self.pairs.items()}
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The counts of the arrays of `stored`."""
+        layers = [layer for layer in stored.layers if layer.top_k > 1]
+        shapes = cls._shapes(layers)
+        return cls(
+            tuple(layers),
+            {number: stored.take(f"pairs/{number}", _WIDTHS, shape) for number, shape in shapes.items()},
+        )
+
+
+@dataclass(frozen=True)
+class CoactivationCounter(Counter[Coactivation]):
+    """The counter that fills `Coactivation`."""
+
+    name, result_type = "coactivation", Coactivation
+
+    counts: Coactivation
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse a trace of which no layer has two choices a token."""
+        trace.need_tokens()
+        if all(layer.top_k < 2 for layer in layers):
+            raise NotRecorded(trace.path, "has one expert a token in these layers, so none is chosen beside another")
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters, of the layers with two choices."""
+        return lambda: cls(Coactivation.empty([layer for layer in layers if layer.top_k > 1]))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
-        starts_D, group_D = _groups(part, self.pairs)
+        pairs = self.counts.pairs
+        starts_D, group_D = _groups(part, pairs)
         for layer in group:
-            if layer.layer not in self.pairs:
+            if layer.layer not in pairs:
                 continue
             ids_KT = part.expert_ids[layer.layer].T
             few = layer.top_k == 2 and layer.num_ids <= 16 and ids_KT.dtype.kind == "u"
             count = kernels.count_set_pairs_of_two if few else kernels.count_set_pairs
-            count(ids_KT, starts_D, group_D, self.pairs[layer.layer])
+            count(ids_KT, starts_D, group_D, pairs[layer.layer])
 
-    def merge(self, other: Coactivation) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
-        for layer, pairs in self.pairs.items():
-            pairs += other.pairs[layer]
+        for layer, pairs in self.counts.pairs.items():
+            pairs += other.counts.pairs[layer]
+
+    def result(self) -> Coactivation:
+        """What was counted."""
+        return self.counts
 
 
-@dataclass
-class Transitions:
-    """Tokens by expert at one layer and at the next, and a sample of paths; the counter and its result.
+@dataclass(frozen=True)
+class Transitions(Result):
+    """Tokens by expert at one layer and at the next, and a sample of paths.
 
     Attributes:
         layers: Layers counted.
         choice: "first": the first choices; "any": all pairs of an assignment here and one there.
         moves: For each layer but the first the pairs by (group of documents, expert at the layer before, expert).
         tokens: Tokens of the trace.
-        hashes: Hashes of the tokens whose paths are kept: the smallest ones. Empty for the choice "any".
-        paths: Hash of the sequence of first choices of each over all layers.
+        hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "any".
+        paths: A hash of the first choices of each at all layers.
     """
+
+    layers: tuple[Layer, ...]
+    choice: Choice
+    moves: dict[int, NDArray[np.uint32]]
+    tokens: int = 0
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    paths: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @staticmethod
+    def _shapes(layers: Sequence[Layer]) -> dict[int, tuple[int, int, int]]:
+        steps = list(pairwise(layers))
+        num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
+        return {layer.layer: (num_groups, before.num_ids, layer.num_ids) for before, layer in steps}
+
+    def __add__(self, other: Transitions) -> Transitions:
+        """The counts of both."""
+        for name in ("layers", "choice"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"transitions of different {name} cannot be added")
+        moves = {layer: added_counts(mine, other.moves[layer]) for layer, mine in self.moves.items()}
+        paths = _smallest([(self.hashes, self.paths), (other.hashes, other.paths)])
+        return Transitions(self.layers, self.choice, moves, self.tokens + other.tokens, *paths)
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The moves to each layer as ``moves/LAYER``, and the sample."""
+        return {
+            **{f"moves/{layer}": moves for layer, moves in self.moves.items()},
+            "first": np.array([self.choice == "first"], np.int64),
+            "tokens": np.array([self.tokens], np.int64),
+            "hashes": self.hashes,
+            "paths": self.paths,
+        }
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The counts of the arrays of `stored`."""
+        hashes = stored.take("hashes", np.uint64, (None,))
+        return cls(
+            stored.layers,
+            "first" if stored.number("first", most=1) else "any",
+            {
+                number: stored.take(f"moves/{number}", _WIDTHS, shape)
+                for number, shape in cls._shapes(stored.layers).items()
+            },
+            stored.number("tokens"),
+            hashes,
+            stored.take("paths", np.uint64, hashes.shape),
+        )
+
+
+@dataclass
+class TransitionCounter(Counter[Transitions]):
+    """The counter that fills `Transitions`."""
+
+    name, result_type = "transitions", Transitions
 
     layers: tuple[Layer, ...]
     choice: Choice
@@ -88,15 +197,30 @@ class Transitions:
     _waiting: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, layers: Sequence[Layer], choice: Choice = "first") -> Transitions:
-        """Counts of nothing."""
-        before = dict(zip([layer.layer for layer in layers[1:]], layers, strict=False))
-        num_groups = affordable_groups(sum(before[layer.layer].num_ids * layer.num_ids for layer in layers[1:]))
-        moves = {
-            layer.layer: np.zeros((num_groups, before[layer.layer].num_ids, layer.num_ids), np.uint32)
-            for layer in layers[1:]
-        }
-        return cls(tuple(layers), choice, moves)
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse layers between which there is no transition of that choice."""
+        trace.need_tokens()
+        if len(layers) < 2:
+            raise NotRecorded(trace.path, "transitions need two layers, found one", "ask for more with --layers")
+        if options.choice == "first" and not all(layer.ranked for layer in layers):
+            hint = "ask for all assignments instead: --choice any"
+            raise NotRecorded(trace.path, "does not say which of a token's choices is the first", hint)
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters, of the first choices where they are known unless all are asked for."""
+        first = options.choice != "all" and all(layer.ranked for layer in layers)
+        return lambda: cls(
+            tuple(layers),
+            "first" if first else "any",
+            {number: np.zeros(shape, np.uint32) for number, shape in Transitions._shapes(layers).items()},
+        )
+
+    def result(self) -> Transitions:
+        """What was counted."""
+        self._settle()
+        paths = _smallest([(self.hashes, self.paths)])
+        return Transitions(self.layers, self.choice, self.moves, self.tokens, *paths)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part, each with the layer before it."""
@@ -124,7 +248,7 @@ class Transitions:
             if sum(len(hashes) for hashes, _ in self._waiting) > PATH_TOKENS:
                 self._settle()
 
-    def merge(self, other: Transitions) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
         for layer, moves in self.moves.items():
             moves += other.moves[layer]
@@ -150,62 +274,11 @@ class Transitions:
         self.hashes, self.paths = hashes, paths
 
 
-def count_coactivation(
-    trace: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None
-) -> Coactivation:
-    """Count the tokens by pairs of experts in their set, in one pass.
-
-    Args:
-        trace: The trace.
-        layers: Layers to count, or None for all; those with one choice a token have no pairs and are left out.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace holds counts only, or no layer asked for has two choices a token.
-        TraceDamaged: A page fails its checksum.
-    """
-    chosen = [layer for layer in trace.select_layers(layers) if layer.top_k > 1]
-    trace.need_tokens()
-    if not chosen:
-        raise NotRecorded(trace.path, "has one expert a token in these layers, so none is chosen beside another")
-    (total,) = one_pass(trace, chosen, lambda: [Coactivation.empty(chosen)], threads=threads)
-    return total
-
-
-def count_transitions(
-    trace: Trace, layers: Iterable[int] | None = None, *, choice: Choice = "first", threads: int | None = None
-) -> Transitions:
-    """Count the tokens by expert at one recorded layer and at the next, in one pass.
-
-    Args:
-        trace: The trace.
-        layers: Layers to count, or None for all; each is paired with the one before it among them.
-        choice: "first", the first choices; "any", all pairs of an assignment here and one there.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace holds counts only, has fewer than two of the layers, or does not say which choice is the
-            first and `choice` asks for it.
-        TraceDamaged: A page fails its checksum.
-    """
-    chosen = trace.select_layers(layers)
-    trace.need_tokens()
-    need_order(trace, chosen, choice)
-    (total,) = one_pass(trace, chosen, lambda: [Transitions.empty(chosen, choice)], threads=threads)
-    return total
-
-
-def need_order(trace: Trace, layers: Sequence[Layer], choice: Choice) -> None:
-    """Refuse layers between which there is no transition of that choice.
-
-    Raises:
-        NotRecorded: There are fewer than two, or nobody knows which choice is the first.
-    """
-    if len(layers) < 2:
-        raise NotRecorded(trace.path, "transitions need two layers, found one", "ask for more with --layers")
-    if choice == "first" and not all(layer.ranked for layer in layers):
-        hint = "ask for all assignments instead: --choice any"
-        raise NotRecorded(trace.path, "does not say which of a token's choices is the first", hint)
+def _smallest(samples: Sequence[tuple[NDArray[np.uint64], NDArray[np.uint64]]]) -> tuple[NDArray[np.uint64], ...]:
+    """The tokens of all samples that have the smallest hashes, ascending: their hashes and paths."""
+    hashes, paths = (np.concatenate(columns) for columns in zip(*samples, strict=True))
+    kept = np.argsort(hashes, kind="stable")[:PATH_TOKENS]
+    return hashes[kept], paths[kept]
 
 
 def _groups(part: Part, tables: dict[int, NDArray[np.uint32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

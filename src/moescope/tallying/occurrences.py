@@ -6,16 +6,22 @@ is rebuilt from the vocabulary's bytes, so no tokenizer is needed and any way of
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.trace import Part, Trace
+from moescope.tallying.counter import Counter, Options, Result, Stored
+from moescope.tallying.document_sample import DocumentSample
+from moescope.trace import Layer, Part, Trace
+
+WORDS = ("self", "Question")
+"""The words that section 5 of the paper speaks of; indentation is the third."""
 
 INDENTATION = "<indentation>"
 """Name of the pattern that matches the spaces and tabs at the start of a line that holds something else."""
@@ -43,8 +49,72 @@ class Occurrences:
 
 
 @dataclass(frozen=True)
+class WordOccurrences(Result):
+    """The occurrences of some words.
+
+    Memory grows with the occurrences, not with the tokens: 24 bytes and 4 a layer for each token of one.
+
+    Attributes:
+        of_word: By word, in the order in which they were asked for; the occurrences in the order of their documents.
+    """
+
+    of_word: Mapping[str, Occurrences]
+
+    def __add__(self, other: WordOccurrences) -> WordOccurrences:
+        """The occurrences of both."""
+        if set(self.of_word) != set(other.of_word):
+            raise ValueError(
+                f"occurrences of different words cannot be added: {list(self.of_word)}, {list(other.of_word)}"
+            )
+        both = {}
+        for name, mine in self.of_word.items():
+            theirs = other.of_word[name]
+            if mine.layers != theirs.layers:
+                raise ValueError("occurrences at different layers cannot be added")
+            both[name] = _in_order(_joined(name, mine.layers, [mine, theirs]))
+        return WordOccurrences(both)
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The words as JSON, and of the n-th word ``n/occurrence`` and so on."""
+        names = json.dumps(list(self.of_word)).encode()
+        return {
+            "words": np.frombuffer(names, np.uint8),
+            **{
+                f"{n}/{name}": getattr(word, name)
+                for n, word in enumerate(self.of_word.values())
+                for name in ("occurrence", "document", "token_id", "first_choice")
+            },
+        }
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The occurrences of the arrays of `stored`."""
+        names = json.loads(stored.take("words", np.uint8, (None,)).tobytes())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("words is no list of words")
+        layers, of_word = stored.layers, {}
+        for n, name in enumerate(names):
+            occurrence = stored.take(f"{n}/occurrence", np.int64, (None,))
+            if occurrence.size and (occurrence[0] != 0 or not np.isin(np.diff(occurrence), (0, 1)).all()):
+                raise ValueError(f"{n}/occurrence does not count up from 0")
+            choices = stored.take(f"{n}/first_choice", np.int32, (len(layers), len(occurrence)), least=-1)
+            for layer, choice in zip(layers, choices, strict=True):
+                if choice.max(initial=-1) >= layer.num_ids:
+                    raise ValueError(f"{n}/first_choice holds {choice.max()}, expected below {layer.num_ids}")
+            of_word[name] = Occurrences(
+                name,
+                tuple(layer.layer for layer in layers),
+                occurrence,
+                stored.take(f"{n}/document", np.int64, occurrence.shape, most=2**32 - 1),
+                stored.take(f"{n}/token_id", np.int64, occurrence.shape, most=2**32 - 1),
+                choices,
+            )
+        return cls(of_word)
+
+
+@dataclass(frozen=True)
 class TokenChoices:
-    """First choices of every token whose id occurs in some pattern, counted by document.
+    """First choices of every token whose id occurs in some pattern, counted by document, of a sample of documents.
 
     Attributes:
         token_ids: The ids, ascending, shape (id,).
@@ -56,6 +126,23 @@ class TokenChoices:
     keys: NDArray[np.int64]
     counts: NDArray[np.int32]
 
+    @classmethod
+    def of(cls, sample: DocumentSample, occurrences: Sequence[Occurrences]) -> TokenChoices:
+        """How the ids of some occurrences choose in the documents of a sample, which has token ids."""
+        assert sample.token_id is not None
+        token_ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(word.token_id for word in occurrences)]))
+        num_ids = max(layer.num_ids for layer in sample.layers)
+        id_T = sample.token_id.astype(np.uint32).astype(np.int64)
+        kept = np.flatnonzero(np.isin(id_T, token_ids))
+        place = np.searchsorted(token_ids, id_T[kept])
+        keys, pair = np.unique(_key(place, sample.document[sample.document_of_token()[kept]]), return_inverse=True)
+        counts = np.zeros((len(sample.layers), len(keys), num_ids), np.int32)
+        for count, layer in zip(counts, sample.layers, strict=True):
+            choice = sample.expert_ids[layer.layer][0, kept].astype(np.int64)
+            made = choice >= 0
+            count[:] = np.bincount(pair[made] * num_ids + choice[made], minlength=count.size).reshape(count.shape)
+        return cls(token_ids, keys, counts)
+
     def elsewhere(
         self, layer_index: int, token_id: NDArray[np.int64], document: NDArray[np.int64]
     ) -> NDArray[np.float64]:
@@ -63,7 +150,7 @@ class TokenChoices:
 
         Args:
             layer_index: Place of the layer in `counts`.
-            token_id: Ids among `token_ids`, shape (token,).
+            token_id: Ids, shape (token,).
             document: Document to leave out for each, shape (token,).
         Returns:
             Share of each first choice, shape (token, expert); NaN where no other document holds the id.
@@ -72,7 +159,10 @@ class TokenChoices:
         counts = self.counts[layer_index]
         total = np.zeros((len(self.token_ids), counts.shape[1]))
         np.add.at(total, self.keys >> 32, counts)
-        others = total[place] - counts[np.searchsorted(self.keys, _key(place, document))]
+        key = _key(place, document)
+        pair = np.minimum(np.searchsorted(self.keys, key), max(0, len(self.keys) - 1))
+        own = counts[pair] * (self.keys[pair] == key)[:, None] if len(self.keys) else 0  # a document that is not kept
+        others = total[place] - own
         made = others.sum(axis=1, keepdims=True)
         return np.divide(others, made, out=np.full(others.shape, np.nan), where=made > 0)
 
@@ -92,101 +182,122 @@ def word_pattern(word: str) -> re.Pattern[bytes]:
 INDENTATION_PATTERN = re.compile(rb"(?:^|(?<=\n))[ \t]+(?=[^ \t\r\n])")
 
 
-def find_occurrences(
-    trace: Trace, words: Sequence[str], *, indentation: bool = False, layers: Iterable[int] | None = None
-) -> tuple[list[Occurrences], TokenChoices]:
-    """Find words, and indentation, in a trace; two passes over its tokens, a part at a time.
+@dataclass
+class WordCounter(Counter[WordOccurrences]):
+    """The counter that finds words, and the choices of their tokens.
 
-    Args:
-        trace: The trace.
-        words: Words to find, matched as whole words and with their case.
-        indentation: Find the indentation of lines, too.
-        layers: Layers to read, or None for all.
-    Returns:
-        The occurrences, a pattern each in the order given, and the choices of all tokens with the ids that occur.
-    Raises:
-        ValueError: A word is empty.
-        NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace has no token ids, or does not say which choice is the first.
+    Attributes:
+        patterns: By word.
+        layers: Layers counted.
+        pieces: The bytes of each token id.
+        found: For each part, by its first document, the occurrences of each word.
     """
-    trace.need_text(layers)
-    patterns = [(word, word_pattern(word)) for word in words]
-    patterns += [(INDENTATION, INDENTATION_PATTERN)] if indentation else []
-    chosen = tuple(layer.layer for layer in trace.select_layers(layers))
-    found: list[list[Occurrences]] = [[] for _ in patterns]
-    piece = trace.vocabulary.piece
-    for part in trace.iter_parts(chosen):
+
+    name, result_type, reads_tokens = "words", WordOccurrences, True
+
+    patterns: Mapping[str, re.Pattern[bytes]]
+    layers: tuple[Layer, ...]
+    piece: Callable[[int], bytes]
+    found: dict[int, list[Occurrences]] = field(default_factory=dict)
+    _rows: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
+    _choices: list[list[NDArray[np.int32]]] = field(default_factory=list)
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse a trace without text, or without the order of the choices; and an empty word."""
+        for word in options.words or ():
+            word_pattern(word)
+        trace.need_text(layer.layer for layer in layers)
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters."""
+        words = (*WORDS, INDENTATION) if options.words is None else options.words
+        patterns = {word: INDENTATION_PATTERN if word == INDENTATION else word_pattern(word) for word in words}
+        return lambda: cls(patterns, tuple(layers), trace.vocabulary.piece)
+
+    def add(self, part: Part, group: Sequence[Layer]) -> None:
+        """Find the words in a part, and take the choices of the layers of `group`."""
+        if group[0] == self.layers[0]:
+            self._find(part)
+        for (rows, _), choices in zip(self._rows, self._choices, strict=True):
+            choices += [part.expert_ids[layer.layer][rows, 0].astype(np.int32) for layer in group]
+        if group[-1] == self.layers[-1]:
+            layers = tuple(layer.layer for layer in self.layers)
+            self.found[int(part.document[0])] = [
+                Occurrences(
+                    word, layers, occurrence, part.document[rows].astype(np.int64),
+                    part.token_id[rows].astype(np.int64), np.stack(choices),
+                )
+                for word, (rows, occurrence), choices in zip(self.patterns, self._rows, self._choices, strict=True)
+            ]  # fmt: skip
+
+    def _find(self, part: Part) -> None:
+        """The rows of each word's tokens in a part, and the occurrence of each."""
+        pieces = [self.piece(token_id) for token_id in part.token_id.tolist()]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        rows: list[list[NDArray[np.int64]]] = [[] for _ in self.patterns]
+        numbers: list[list[NDArray[np.int64]]] = [[] for _ in self.patterns]
+        first = [0] * len(self.patterns)
         for start, end in pairwise(part.document_starts().tolist()):
-            pieces = [piece(token_id) for token_id in part.token_id[start:end].tolist()]
-            ends = np.cumsum([len(p) for p in pieces])
-            text = b"".join(pieces)
-            for into, (name, pattern) in zip(found, patterns, strict=True):
-                spans = [match.span() for match in pattern.finditer(text)]
-                if spans:
-                    into.append(_span_tokens(name, chosen, part, start, ends, np.array(spans)))
-    occurrences = [_joined(name, chosen, pieces_) for (name, _), pieces_ in zip(patterns, found, strict=True)]
-    return occurrences, _count_choices(trace, chosen, occurrences)
+            text = b"".join(pieces[start:end])
+            ends_T = ends[start:end] - (ends[start - 1] if start else 0)
+            for word, pattern in enumerate(self.patterns.values()):
+                if spans := [match.span() for match in pattern.finditer(text)]:
+                    in_document, occurrence = _span_tokens(ends_T, np.array(spans))
+                    rows[word].append(in_document + start)
+                    numbers[word].append(occurrence + first[word])
+                    first[word] += int(occurrence.max(initial=-1)) + 1
+        none = np.zeros(0, np.int64)
+        self._rows = [
+            (np.concatenate([none, *mine]), np.concatenate([none, *of])) for mine, of in zip(rows, numbers, strict=True)
+        ]
+        self._choices = [[] for _ in self.patterns]
+
+    def merge(self, other: Self) -> None:
+        """Add what was found in other parts, in place."""
+        self.found |= other.found
+
+    def result(self) -> WordOccurrences:
+        """What was found, in the order of the documents whatever the order of the parts."""
+        layers = tuple(layer.layer for layer in self.layers)
+        parts = [self.found[document] for document in sorted(self.found)]
+        return WordOccurrences(
+            {word: _joined(word, layers, [part[n] for part in parts]) for n, word in enumerate(self.patterns)}
+        )
 
 
-def _span_tokens(
-    name: str,
-    layers: tuple[int, ...],
-    part: Part,
-    start: int,
-    ends: NDArray[np.int64],
-    spans: NDArray[np.int64],
-) -> Occurrences:
-    """The tokens of a document that overlap the byte spans; a token belongs to the first span it overlaps."""
+def _span_tokens(ends: NDArray[np.int64], spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens of a document that overlap the byte spans, and the span of each: the first that it overlaps."""
     first = np.searchsorted(ends, spans[:, 0], side="right")
     last = np.searchsorted(ends, spans[:, 1], side="left")
     first[1:] = np.maximum(first[1:], last[:-1] + 1)
     rows = np.concatenate([np.arange(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
-    occurrence = np.repeat(np.arange(len(spans)), np.maximum(last - first + 1, 0))
-    rows += start
-    choices = np.stack([part.expert_ids[layer][rows, 0] for layer in layers]).astype(np.int32)
-    return Occurrences(
-        name, layers, occurrence, part.document[rows].astype(np.int64), part.token_id[rows].astype(np.int64), choices
-    )
+    number = np.repeat(np.arange(len(spans)), np.maximum(last - first + 1, 0))
+    return rows, np.unique(number, return_inverse=True)[1].astype(np.int64)
 
 
-def _joined(name: str, layers: tuple[int, ...], pieces: list[Occurrences]) -> Occurrences:
-    if not pieces:
-        none = np.zeros(0, np.int64)
-        return Occurrences(name, layers, none, none, none, np.zeros((len(layers), 0), np.int32))
-    offset, numbers = 0, []
-    for piece in pieces:
-        _, within = np.unique(piece.occurrence, return_inverse=True)
-        numbers.append(within + offset)
-        offset += int(within.max(initial=-1)) + 1
+def _joined(name: str, layers: tuple[int, ...], pieces: Sequence[Occurrences]) -> Occurrences:
+    """The occurrences of several parts, one after the other."""
+    before = np.cumsum([0, *(int(piece.occurrence.max(initial=-1)) + 1 for piece in pieces)])
+    none = np.zeros(0, np.int64)
     return Occurrences(
         name,
         layers,
-        np.concatenate(numbers),
-        np.concatenate([piece.document for piece in pieces]),
-        np.concatenate([piece.token_id for piece in pieces]),
-        np.concatenate([piece.first_choice for piece in pieces], axis=1),
+        np.concatenate([none, *(piece.occurrence + first for piece, first in zip(pieces, before, strict=False))]),
+        np.concatenate([none, *(piece.document for piece in pieces)]),
+        np.concatenate([none, *(piece.token_id for piece in pieces)]),
+        np.concatenate([np.zeros((len(layers), 0), np.int32), *(piece.first_choice for piece in pieces)], axis=1),
     )
 
 
-def _count_choices(trace: Trace, layers: tuple[int, ...], occurrences: list[Occurrences]) -> TokenChoices:
-    token_ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(o.token_id for o in occurrences)]))
-    num_ids = max(layer.num_ids for layer in trace.select_layers(layers))
-    keys, counts = [np.zeros(0, np.int64)], [np.zeros((len(layers), 0, num_ids), np.int32)]
-    for part in trace.iter_parts(layers):
-        kept = np.flatnonzero(np.isin(part.token_id, token_ids))
-        place = np.searchsorted(token_ids, part.token_id[kept])
-        key, inverse = np.unique(_key(place, part.document[kept]), return_inverse=True)
-        count = np.zeros((len(layers), len(key), num_ids), np.int32)
-        for at, layer in enumerate(layers):
-            choice = part.expert_ids[layer][kept, 0].astype(np.int64)
-            made = choice >= 0
-            cells = np.bincount(inverse[made] * num_ids + choice[made], minlength=count[at].size)
-            count[at] = cells.reshape(count[at].shape)
-        keys.append(key)
-        counts.append(count)
-    merged = np.concatenate(keys)
-    order = np.argsort(merged, kind="stable")
-    return TokenChoices(token_ids, merged[order], np.concatenate(counts, axis=1)[:, order])
+def _in_order(word: Occurrences) -> Occurrences:
+    """The same by document, so that it does not matter which of two was added to which."""
+    order = np.argsort(word.document, kind="stable")
+    occurrence = np.cumsum(np.diff(word.occurrence[order], prepend=-1) != 0) - 1
+    return Occurrences(
+        word.name, word.layers, occurrence, word.document[order], word.token_id[order], word.first_choice[:, order]
+    )
 
 
 def _key(place: NDArray[np.int64], document: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

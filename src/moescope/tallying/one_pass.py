@@ -19,8 +19,8 @@ COLUMNS_A_READ = 64
 """Columns of expert ids read together, so that memory stays bounded whatever the number of layers."""
 
 
-class Counter(Protocol):
-    """Sums that a pass fills."""
+class Filled(Protocol):
+    """What a pass fills; the counters of a trace (`counter.Counter`) are more than that."""
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count some layers of a part.
@@ -35,7 +35,7 @@ class Counter(Protocol):
         """Add what another counter of the same trace and layers holds, in place."""
 
 
-C = TypeVar("C", bound=Counter)
+C = TypeVar("C", bound=Filled)
 
 
 def one_pass(

@@ -6,27 +6,35 @@ group out at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from moescope.tallying import segment_kernels
-from moescope.tallying.one_pass import one_pass
+from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
 from moescope.trace import Layer, Part, Trace
 
 LENGTHS = (4, 16, 64, 256)
 """Tokens of a segment, those of the source."""
+
+FIXED = 2**24
+"""Units of an expected pair: whole numbers add up in any order, and 64 bits hold 5e11 pairs of a group and layer. A
+part is off by at most half a unit, which no digit shown can show."""
 
 GROUPS_A_DOMAIN = 32
 """Groups of documents; a domain of fewer documents has one a document."""
 
 
 @dataclass(frozen=True)
-class Segments:
+class Segments(Result):
     """Counts of a trace by layer and group of documents.
+
+    Memory, whatever the number of experts and tokens: 16 bytes x Σ(m + 1) x layers x groups a thread; with the four
+    lengths of the source, 60 layers and 8 domains, 86 MB.
 
     Attributes:
         domains: Domains of the trace.
@@ -37,7 +45,7 @@ class Segments:
         segments: Segments of each group and length, shape (group, length).
         at_least: For each length m, pairs of segment and expert with at least v activations, v = 0 .. m, shape
             (layer, group, m + 1).
-        expected: The same, expected if the tokens of each document stood in random order.
+        expected: The same, expected if the tokens of each document stood in random order, in units of 1 / `FIXED`.
     """
 
     domains: tuple[str, ...]
@@ -47,38 +55,92 @@ class Segments:
     documents: NDArray[np.int64]
     segments: NDArray[np.int64]
     at_least: tuple[NDArray[np.int64], ...]
-    expected: tuple[NDArray[np.float64], ...]
+    expected: tuple[NDArray[np.int64], ...]
+
+    def __add__(self, other: Segments) -> Segments:
+        """The counts of both, group by group of each domain."""
+        for name in ("layers", "lengths"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"segments of different {name} cannot be added")
+        domains, mine_D, theirs_D = united(self.domains, other.domains)
+        sides = ((self, mine_D[self.domain_of_group]), (other, theirs_D[other.domain_of_group]))
+        most_D = np.max([np.bincount(domain_R, minlength=len(domains)) for _, domain_R in sides], axis=0)
+        first_D, num_groups = np.cumsum(most_D) - most_D, int(most_D.sum())
+        places = []
+        for _, domain_R in sides:
+            order = np.argsort(domain_R, kind="stable")
+            number_R = np.empty(len(order), np.int64)
+            number_R[order] = np.arange(len(order)) - np.searchsorted(domain_R[order], domain_R[order])
+            places.append(first_D[domain_R] + number_R)
+
+        def total(mine: NDArray[Any], theirs: NDArray[Any], axis: int) -> NDArray[Any]:
+            return spread(mine, places[0], num_groups, axis) + spread(theirs, places[1], num_groups, axis)
+
+        both = zip(self.at_least, other.at_least, strict=True), zip(self.expected, other.expected, strict=True)
+        documents = (spread(counts.documents, d, len(domains)) for counts, d in ((self, mine_D), (other, theirs_D)))
+        return Segments(
+            domains,
+            self.layers,
+            self.lengths,
+            np.repeat(np.arange(len(domains)), most_D),
+            sum(documents, np.zeros(1, np.int64)),
+            total(self.segments, other.segments, 0),
+            *(tuple(total(mine, theirs, 1) for mine, theirs in pairs) for pairs in both),
+        )
+
+    def of_lengths(self, lengths: Sequence[int] | None) -> Segments:
+        """The counts of some of the lengths; of all for None.
+
+        Raises:
+            ValueError: One was not counted.
+        """
+        if lengths is None:
+            return self
+        if missing := [length for length in lengths if length not in self.lengths]:
+            have = ", ".join(map(str, self.lengths))
+            raise ValueError(f"segments of {missing[0]} tokens were not counted; those of {have} were")
+        places = [self.lengths.index(length) for length in lengths]
+        return replace(
+            self,
+            lengths=tuple(lengths),
+            documents=self.documents[:, places],
+            segments=self.segments[:, places],
+            at_least=tuple(self.at_least[place] for place in places),
+            expected=tuple(self.expected[place] for place in places),
+        )
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The counts by name, those by length as ``at_least/LENGTH`` and ``expected/LENGTH``."""
+        return {
+            "lengths": np.array(self.lengths, np.int64),
+            "domain_of_group": self.domain_of_group,
+            "documents": self.documents,
+            "segments": self.segments,
+            **{f"at_least/{length}": counts for length, counts in zip(self.lengths, self.at_least, strict=True)},
+            **{f"expected/{length}": counts for length, counts in zip(self.lengths, self.expected, strict=True)},
+        }
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The counts of the arrays of `stored`."""
+        lengths = tuple(stored.take("lengths", np.int64, (None,)).tolist())
+        check_lengths(lengths)
+        domain_R = stored.take("domain_of_group", np.int64, (None,), most=len(stored.domains) - 1)
+        shapes = [(len(stored.layers), len(domain_R), length + 1) for length in lengths]
+        return cls(
+            stored.domains,
+            stored.layers,
+            lengths,
+            domain_R,
+            stored.take("documents", np.int64, (len(stored.domains), len(lengths))),
+            stored.take("segments", np.int64, (len(domain_R), len(lengths))),
+            tuple(stored.take(f"at_least/{m}", np.int64, s) for m, s in zip(lengths, shapes, strict=True)),
+            tuple(stored.take(f"expected/{m}", np.int64, s) for m, s in zip(lengths, shapes, strict=True)),
+        )
 
 
-def count_segments(
-    trace: Trace,
-    layers: Iterable[int] | None = None,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    threads: int | None = None,
-) -> Segments:
-    """Count a trace in one pass.
-
-    Memory, whatever the number of experts and tokens: 16 bytes x Σ(m + 1) x layers x groups a thread; with the four
-    lengths of the source, 60 layers and 8 domains, 86 MB.
-
-    Args:
-        trace: The trace, complete or not.
-        layers: Layers to count, or None for all.
-        lengths: Tokens of a segment, each at least 2 and at most 65,536.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        NotRecorded: The trace holds counts only.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive, or a length is out of range or comes twice.
-    """
-    trace.need_tokens()
-    check_lengths(lengths)
-    chosen = trace.select_layers(layers)
-    groups = DocumentGroups.of(trace)
-    (counter,) = one_pass(trace, chosen, lambda: [SegmentCounter(chosen, groups, lengths)], threads=threads)
-    return counter.segments(trace.domains)
+def _lengths(options: Options) -> tuple[int, ...]:
+    return LENGTHS if options.lengths is None else options.lengths
 
 
 def check_lengths(lengths: Sequence[int]) -> None:
@@ -99,13 +161,13 @@ class DocumentGroups:
         numbers: Document numbers, ascending, shape (document,).
         group: Group of each.
         domain: Place of the domain of each group, shape (group,).
-        num_domains: Domains of the trace.
+        domains: Domains of the trace.
     """
 
     numbers: NDArray[np.int64]
     group: NDArray[np.int64]
     domain: NDArray[np.int64]
-    num_domains: int
+    domains: tuple[str, ...]
 
     @classmethod
     def of(cls, trace: Trace) -> DocumentGroups:
@@ -113,17 +175,19 @@ class DocumentGroups:
         order = np.argsort(trace.document_numbers)
         domain = trace.document_domains[order]
         group = np.zeros(len(domain), np.int64)
-        of_group: list[int] = []
+        domain_R: list[int] = []
         for code in range(len(trace.domains)):
             rows = np.flatnonzero(domain == code)
             number = min(GROUPS_A_DOMAIN, len(rows))
-            group[rows] = len(of_group) + np.arange(len(rows)) % max(number, 1)
-            of_group += [code] * number
-        return cls(trace.document_numbers[order], group, np.array(of_group, np.int64), len(trace.domains))
+            group[rows] = len(domain_R) + np.arange(len(rows)) % max(number, 1)
+            domain_R += [code] * number
+        return cls(trace.document_numbers[order], group, np.array(domain_R, np.int64), tuple(trace.domains))
 
 
-class SegmentCounter:
-    """A counter for `one_pass`; R groups of documents, M lengths, V counts of all lengths one after the other."""
+class SegmentCounter(Counter[Segments]):
+    """The counter of `Segments`; R groups of documents, M lengths, V counts of all lengths one after the other."""
+
+    name, result_type = "segments", Segments
 
     def __init__(self, layers: Sequence[Layer], groups: DocumentGroups, lengths: Sequence[int]) -> None:
         self.layers = tuple(layers)
@@ -132,11 +196,23 @@ class SegmentCounter:
         ends = np.cumsum(self.lengths_M + 1)
         self.offset_M = ends - self.lengths_M - 1
         num_groups = len(groups.domain)
-        self.documents_DM = np.zeros((groups.num_domains, len(lengths)), np.int64)
+        self.documents_DM = np.zeros((len(groups.domains), len(lengths)), np.int64)
         self.segments_RM = np.zeros((num_groups, len(lengths)), np.int64)
         self.at_least_LRV = np.zeros((len(layers), num_groups, int(ends[-1])), np.int64)
-        self.exactly_LRV = np.zeros(self.at_least_LRV.shape)
+        self.exactly_LRV = np.zeros(self.at_least_LRV.shape, np.int64)
         self._log_factorial = np.zeros(0)
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse a trace of counts, and impossible lengths."""
+        trace.need_tokens()
+        check_lengths(_lengths(options))
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters, of the same groups of documents."""
+        groups = DocumentGroups.of(trace)
+        return lambda: cls(layers, groups, _lengths(options))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -152,17 +228,18 @@ class SegmentCounter:
         longest = int(np.diff(starts_G).max())
         if longest >= len(self._log_factorial):
             self._log_factorial = special.gammaln(np.arange(longest + 1) + 1.0)
-        place = {layer.layer: at for at, layer in enumerate(self.layers)}
+        place_of = {layer.layer: place for place, layer in enumerate(self.layers)}
         for layer in group:
-            at = place[layer.layer]
+            place = place_of[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
             for m, length in enumerate(self.lengths_M.tolist()):
-                sums_RV = self.at_least_LRV[at][:, self.offset_M[m] : self.offset_M[m] + length + 1]
+                sums_RV = self.at_least_LRV[place][:, self.offset_M[m] : self.offset_M[m] + length + 1]
                 row_Q = row_G[document_Q]
                 if layer.num_experts <= segment_kernels.FEW_IDS and length == segment_kernels.SIXTEEN:
                     segment_kernels.count_activations_in_sixteen(ids_KT, layer.num_experts, starts_Q, row_Q, sums_RV)
                 else:
                     segment_kernels.count_activations(ids_KT, layer.num_experts, starts_Q, row_Q, length, sums_RV)
+            exactly_RV = np.zeros(self.exactly_LRV.shape[1:])
             segment_kernels.expect_activations(
                 ids_KT,
                 layer.num_experts,
@@ -172,17 +249,18 @@ class SegmentCounter:
                 self.lengths_M,
                 self.offset_M,
                 self._log_factorial,
-                self.exactly_LRV[at],
+                exactly_RV,
             )
+            self.exactly_LRV[place] += np.rint(exactly_RV * FIXED).astype(np.int64)
 
-    def merge(self, other: SegmentCounter) -> None:
+    def merge(self, other: Self) -> None:
         """Add what another counter of the same trace and layers holds, in place."""
         self.documents_DM += other.documents_DM
         self.segments_RM += other.segments_RM
         self.at_least_LRV += other.at_least_LRV
         self.exactly_LRV += other.exactly_LRV
 
-    def segments(self, domains: Sequence[str]) -> Segments:
+    def result(self) -> Segments:
         """What was counted."""
         at_least, expected = [], []
         num_experts_L = np.array([layer.num_experts for layer in self.layers])
@@ -191,11 +269,11 @@ class SegmentCounter:
             all_pairs_LR = num_experts_L[:, None] * self.segments_RM[:, m]
             counted = self.at_least_LRV[:, :, columns].copy()
             tails = np.cumsum(self.exactly_LRV[:, :, columns][:, :, ::-1], axis=2)[:, :, ::-1].copy()
-            counted[:, :, 0] = tails[:, :, 0] = all_pairs_LR
+            counted[:, :, 0], tails[:, :, 0] = all_pairs_LR, all_pairs_LR * FIXED
             at_least.append(counted)
             expected.append(tails)
         return Segments(
-            tuple(domains),
+            self.groups.domains,
             self.layers,
             tuple(self.lengths_M.tolist()),
             self.groups.domain,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
+from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import TokenSample
-from moescope.trace import Layer, Part, Trace
+from moescope.trace import Header, Layer, Part, Trace, as_trace
 
 REPEAT_KINDS = ("first", "any", "first_in_next")
 """Same first choice; the sets share an expert; the earlier token's first choice is in the later token's set."""
@@ -23,7 +25,7 @@ MAX_PAIR_TABLE_IDS = 128
 
 
 @dataclass(frozen=True)
-class Tally:
+class Tally(Result):
     """Sums over documents from which the measures are computed; add two of disjoint documents with ``+``.
 
     Attributes:
@@ -61,6 +63,16 @@ class Tally:
         """Layers counted."""
         return tuple(self.data["layer"].values.tolist())
 
+    @property
+    def header(self) -> Header:
+        """What it tells of the trace."""
+        columns = (self.data[name].values.tolist() for name in ("layer", "num_experts", "num_ids", "top_k"))
+        layers = tuple(
+            Layer(number, num_experts, top_k, num_null_experts=num_ids - num_experts, ranked=self.ranked)
+            for number, num_experts, num_ids, top_k in zip(*columns, strict=True)
+        )
+        return Header(layers, token_ids=not self.counts_only, counts_only=self.counts_only)
+
     def __add__(self, other: Tally) -> Tally:
         """The tally of both; their documents must be disjoint.
 
@@ -75,20 +87,56 @@ class Tally:
                 raise ValueError(f"tallies of different layers cannot be added: {name} differs")
         if self.counts_only != other.counts_only:
             raise ValueError("a tally of counts and one of tokens cannot be added")
-        domains = list(dict.fromkeys([*self.domains, *other.domains]))
-        mine, theirs = (data.reindex(domain=domains, fill_value=0) for data in (mine, theirs))
+        if self.ranked != other.ranked:
+            raise ValueError("a tally that knows the order of the choices and one that does not cannot be added")
+        domains, mine_D, theirs_D = united(self.domains, other.domains)
+        total = mine.isel(domain=[0] * len(domains)).assign_coords(domain=list(domains))
+        for name in map(str, mine.data_vars):
+            sums = spread(mine[name].values, mine_D, len(domains)) + spread(theirs[name].values, theirs_D, len(domains))
+            total[name] = (mine[name].dims, sums, mine[name].attrs)
         sample = self.sample and self.sample.merge(other.sample, self.domains, other.domains, domains)
-        return Tally(mine + theirs, sample, self.counts_only, self.ranked and other.ranked)
+        return Tally(total, sample, self.counts_only, self.ranked)
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The sums by name, and the sample as ``sample/hashes`` and ``sample/LAYER``."""
+        arrays = {str(name): variable.values for name, variable in self.data.data_vars.items()}
+        if self.sample is not None:
+            arrays["sample/hashes"] = self.sample.hashes
+            arrays |= {f"sample/{layer}": ids for layer, ids in self.sample.expert_ids.items()}
+        return arrays
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The tally of the arrays of `stored`."""
+        layers, domains = stored.layers, stored.domains
+        choices, kinds = _labels(layers, stored.ranked, stored.counts_only)
+        num_ids = max(layer.num_ids for layer in layers)
+        sizes = {
+            "domain": len(domains), "layer": len(layers), "choice": len(choices), "kind": len(kinds),
+            "expert": num_ids, "second_expert": num_ids,
+        }  # fmt: skip
+        arrays = {}
+        for name, (dims, _) in _SUMS.items():
+            if name != "pair" or name in stored:
+                rounded = stored.counts_only and name in _MOMENTS_OF_COUNTS
+                arrays[name] = stored.take(name, np.float64 if rounded else np.int64, tuple(sizes[dim] for dim in dims))
+        sampled = [] if stored.counts_only else [layer for layer in layers if _sampled(layer)]
+        return cls(
+            _dataset(arrays, domains, layers, choices, kinds),
+            TokenSample.restored(stored, sampled) if sampled else None,
+            stored.counts_only,
+            stored.ranked,
+        )
 
     def _repr_html_(self) -> str:
         return self.data._repr_html_()
 
 
-def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Tally:
+def tally(trace: Trace | Path | str, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Tally:
     """Count a trace in one pass.
 
     Args:
-        trace: The trace, complete or not.
+        trace: The trace, complete or not, or its folder.
         layers: Layers to count, or None for all.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
@@ -98,11 +146,13 @@ def tally(trace: Trace, layers: Iterable[int] | None = None, *, threads: int | N
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive.
     """
+    trace = as_trace(trace)
     chosen = trace.select_layers(layers)
     if trace.header.counts_only:
         return _tally_counts(trace, chosen)
-    (total,) = one_pass(trace, chosen, lambda: [TallyCounter.zeros(len(trace.domains), chosen)], threads=threads)
-    return total.labelled(trace.domains, chosen)
+    make = TallyCounter.prepare(trace, chosen, Options())
+    (total,) = one_pass(trace, chosen, lambda: [make()], threads=threads)
+    return total.result()
 
 
 def choice_labels(top_k: int) -> list[str]:
@@ -116,13 +166,13 @@ def choice_labels(top_k: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TallyCounter:
-    """The counter of the tally: arrays that the kernels add to. L layers; the rest as in `kernels`.
+class TallyCounter(Counter[Tally]):
+    """The counter of the tally: arrays that the kernels add to. L layers; the rest as in `kernels`."""
 
-    Make it with `zeros`, fill it in `one_pass`, and take the tally out with `labelled`.
-    """
+    name, result_type = "tally", Tally
 
     layers: tuple[Layer, ...]
+    domains: tuple[str, ...]
     documents_D: NDArray[np.int64]
     tokens_D: NDArray[np.int64]
     pairs_D: NDArray[np.int64]
@@ -140,8 +190,23 @@ class TallyCounter:
     sampled: dict[int, NDArray[np.int32]]
 
     @classmethod
-    def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> TallyCounter:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Nothing: every trace has a tally."""
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters."""
+        return lambda: cls.zeros(trace.domains, layers)
+
+    @classmethod
+    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Tally:
+        """The tally of a trace of counts."""
+        return _tally_counts(trace, layers)
+
+    @classmethod
+    def zeros(cls, domains: Sequence[str], layers: Sequence[Layer]) -> Self:
         """A counter of nothing."""
+        num_domains = len(domains)
         num_choices = 1 + max(layer.top_k for layer in layers)
         num_ids = max(layer.num_ids for layer in layers)
         paired = [layer for layer in layers if _has_pair_table(layer)]
@@ -155,6 +220,7 @@ class TallyCounter:
         repeats = (len(layers), num_domains, len(REPEAT_KINDS))
         return cls(
             layers=tuple(layers),
+            domains=tuple(domains),
             documents_D=zeros(num_domains),
             tokens_D=zeros(num_domains),
             pairs_D=zeros(num_domains),
@@ -186,26 +252,26 @@ class TallyCounter:
             np.add.at(self.tokens_D, domain_G, np.diff(starts_G))
             np.add.at(self.pairs_D, domain_G, pairs_G)
             np.add.at(self.pairs_squared_D, domain_G, pairs_G**2)
-        place = {layer.layer: at for at, layer in enumerate(layers)}
+        place_of = {layer.layer: place for place, layer in enumerate(layers)}
         for layer in group:
-            at = place[layer.layer]
+            place = place_of[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
             used = slice(0, layer.top_k + 1), slice(0, layer.num_ids)
             loads = (
-                *(sums[at][(slice(None), *used)] for sums in (self.loads_LDCE, self.loads_squared_LDCE)),
-                self.loads_by_made_LDCE[at][(slice(None), *used)],
-                self.made_LDC[at][:, used[0]],
-                self.made_squared_LDC[at][:, used[0]],
+                *(sums[place][(slice(None), *used)] for sums in (self.loads_LDCE, self.loads_squared_LDCE)),
+                self.loads_by_made_LDCE[place][(slice(None), *used)],
+                self.made_LDC[place][:, used[0]],
+                self.made_squared_LDC[place][:, used[0]],
             )
-            repeats = (self.repeats_LDM[at], self.repeats_squared_LDM[at], self.repeats_by_pairs_LDM[at])
+            repeats = (self.repeats_LDM[place], self.repeats_squared_LDM[place], self.repeats_by_pairs_LDM[place])
             none_dropped = ids_KT.dtype.kind == "u"  # the reader gives signed ids only if some were dropped
             if layer.top_k == 2 and layer.num_ids <= 16 and none_dropped:
-                pair = self.pair_LDEE[at][:, : layer.num_ids, : layer.num_ids]
+                pair = self.pair_LDEE[place][:, : layer.num_ids, : layer.num_ids]
                 kernels.count_loads_and_pairs(ids_KT, starts_G, domain_G, *loads, pair)
             else:
                 kernels.count_loads(ids_KT, starts_G, domain_G, *loads)
                 if _has_pair_table(layer):
-                    pair = self.pair_LDEE[at][:, : layer.num_ids, : layer.num_ids]
+                    pair = self.pair_LDEE[place][:, : layer.num_ids, : layer.num_ids]
                     kernels.count_pairs(ids_KT, part.domain, pair)
             if layer.top_k == 2 and none_dropped:
                 kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
@@ -218,7 +284,7 @@ class TallyCounter:
                 self.sample.absorb(TokenSample(fresh.hashes, dict(self.sampled)))
                 self.sampled.clear()
 
-    def merge(self, other: TallyCounter) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
@@ -227,49 +293,82 @@ class TallyCounter:
         if self.sample is not None and other.sample is not None:
             self.sample.absorb(other.sample)
 
-    def labelled(self, domains: Sequence[str], layers: Sequence[Layer]) -> Tally:
+    def result(self) -> Tally:
         """The tally of what was counted."""
-
-        def swap(sums_LD: NDArray[np.int64]) -> NDArray[np.int64]:
-            return np.ascontiguousarray(sums_LD.swapaxes(0, 1))
-
-        choices, experts, kinds = ("domain", "layer", "choice"), ("domain", "layer", "choice", "expert"), "kind"
-        variables: dict[str, Any] = {
-            "documents": ("domain", self.documents_D, {"units": "documents"}),
-            "tokens": ("domain", self.tokens_D, {"units": "tokens"}),
-            "pairs": ("domain", self.pairs_D, {"units": "pairs of consecutive tokens"}),
-            "pairs_squared": ("domain", self.pairs_squared_D),
-            "made": (choices, swap(self.made_LDC), {"units": "assignments"}),
-            "made_squared": (choices, swap(self.made_squared_LDC)),
-            "loads": (experts, swap(self.loads_LDCE), {"units": "assignments"}),
-            "loads_squared": (experts, swap(self.loads_squared_LDCE)),
-            "loads_by_made": (experts, swap(self.loads_by_made_LDCE)),
-            "repeats": (("domain", "layer", kinds), swap(self.repeats_LDM), {"units": "pairs of consecutive tokens"}),
-            "repeats_squared": (("domain", "layer", kinds), swap(self.repeats_squared_LDM)),
-            "repeats_by_pairs": (("domain", "layer", kinds), swap(self.repeats_by_pairs_LDM)),
+        arrays = {name: getattr(self, f"{name}_D") for name in ("documents", "tokens", "pairs", "pairs_squared")}
+        by_layer = {
+            "made": self.made_LDC,
+            "made_squared": self.made_squared_LDC,
+            "loads": self.loads_LDCE,
+            "loads_squared": self.loads_squared_LDCE,
+            "loads_by_made": self.loads_by_made_LDCE,
+            "repeats": self.repeats_LDM,
+            "repeats_squared": self.repeats_squared_LDM,
+            "repeats_by_pairs": self.repeats_by_pairs_LDM,
         }
-        num_ids = self.loads_LDCE.shape[3]
         if self.pair_LDEE.size:
-            pair = np.zeros((len(layers), len(domains), num_ids, num_ids), np.int64)
-            pair[:, :, : self.pair_LDEE.shape[2], : self.pair_LDEE.shape[3]] = self.pair_LDEE
-            variables["pair"] = (("domain", "layer", "expert", "second_expert"), swap(pair), {"units": "tokens"})
-        coordinates = _coordinates(domains, layers, choice_labels(max(layer.top_k for layer in layers)))
-        data = xr.Dataset(variables, coordinates)
-        ranked = all(layer.ranked for layer in layers)
+            num_ids, num_paired = self.loads_LDCE.shape[3], self.pair_LDEE.shape[3]
+            by_layer["pair"] = np.zeros((*self.pair_LDEE.shape[:2], num_ids, num_ids), np.int64)
+            by_layer["pair"][:, :, :num_paired, :num_paired] = self.pair_LDEE
+        arrays |= {name: np.ascontiguousarray(sums_LD.swapaxes(0, 1)) for name, sums_LD in by_layer.items()}
+        ranked = all(layer.ranked for layer in self.layers)
+        data = _dataset(arrays, self.domains, self.layers, *_labels(self.layers, True, False))
         return Tally(data if ranked else data.sel(choice=["either"], kind=["any"]), self.sample, ranked=ranked)
 
 
-def _coordinates(domains: Sequence[str], layers: Sequence[Layer], choices: list[str]) -> dict[str, Any]:
-    return {
-        "domain": list(domains),
-        "layer": [layer.layer for layer in layers],
-        "choice": choices,
-        "expert": np.arange(max(layer.num_ids for layer in layers)),
-        "kind": list(REPEAT_KINDS),
-        "num_experts": ("layer", [layer.num_experts for layer in layers]),
-        "num_ids": ("layer", [layer.num_ids for layer in layers]),
-        "top_k": ("layer", [layer.top_k for layer in layers]),
-    }
+_SUMS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "documents": (("domain",), "documents"),
+    "tokens": (("domain",), "tokens"),
+    "pairs": (("domain",), "pairs of consecutive tokens"),
+    "pairs_squared": (("domain",), None),
+    "made": (("domain", "layer", "choice"), "assignments"),
+    "made_squared": (("domain", "layer", "choice"), None),
+    "loads": (("domain", "layer", "choice", "expert"), "assignments"),
+    "loads_squared": (("domain", "layer", "choice", "expert"), None),
+    "loads_by_made": (("domain", "layer", "choice", "expert"), None),
+    "repeats": (("domain", "layer", "kind"), "pairs of consecutive tokens"),
+    "repeats_squared": (("domain", "layer", "kind"), None),
+    "repeats_by_pairs": (("domain", "layer", "kind"), None),
+    "pair": (("domain", "layer", "expert", "second_expert"), "tokens"),
+}
+"""Dims and unit of each sum of a tally."""
+
+_MOMENTS_OF_COUNTS = ("made_squared", "loads_squared", "loads_by_made")
+"""Sums that are float64 in a trace of counts, whose documents may hold more assignments than squares fit 64 bits."""
+
+
+def _labels(layers: Sequence[Layer], ranked: bool, counts_only: bool) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """Labels of the choices and of the kinds of repeats that a tally has."""
+    choices, kinds = np.array(choice_labels(max(layer.top_k for layer in layers))), np.array(REPEAT_KINDS)
+    if counts_only:
+        return np.array(choice_labels(0)), kinds
+    return (choices, kinds) if ranked else (choices[:1], kinds[1:2])
+
+
+def _dataset(
+    arrays: Mapping[str, NDArray[Any]],
+    domains: Sequence[str],
+    layers: Sequence[Layer],
+    choices: NDArray[np.str_],
+    kinds: NDArray[np.str_],
+) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            name: (dims, arrays[name], {"units": unit} if unit else {})
+            for name, (dims, unit) in _SUMS.items()
+            if name in arrays
+        },
+        {
+            "domain": list(domains),
+            "layer": [layer.layer for layer in layers],
+            "choice": choices,
+            "expert": np.arange(max(layer.num_ids for layer in layers)),
+            "kind": kinds,
+            "num_experts": ("layer", [layer.num_experts for layer in layers]),
+            "num_ids": ("layer", [layer.num_ids for layer in layers]),
+            "top_k": ("layer", [layer.top_k for layer in layers]),
+        },
+    )
 
 
 def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
@@ -297,27 +396,26 @@ def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
         np.add.at(tokens_D, domain_G, (made_GL // top_k_L).max(axis=1))
         np.add.at(made_DL, domain_G, made_GL)
         np.add.at(made_squared_DL, domain_G, made_GL.astype(float) ** 2)
-        at = (domain_G[g], layer, expert)
-        np.add.at(loads_DLE, at, y)
-        np.add.at(loads_squared_DLE, at, y.astype(float) ** 2)
-        np.add.at(loads_by_made_DLE, at, y.astype(float) * made_GL[g, layer])
-    repeats_DLM = np.zeros((num_domains, num_layers, len(REPEAT_KINDS)), np.int64)
-    choices, experts, kinds = ("domain", "layer", "choice"), ("domain", "layer", "choice", "expert"), "kind"
-    variables: dict[str, Any] = {
-        "documents": ("domain", documents_D, {"units": "documents"}),
-        "tokens": ("domain", tokens_D, {"units": "tokens"}),
-        "pairs": ("domain", np.zeros(num_domains, np.int64), {"units": "pairs of consecutive tokens"}),
-        "pairs_squared": ("domain", np.zeros(num_domains, np.int64)),
-        "made": (choices, made_DL[:, :, None], {"units": "assignments"}),
-        "made_squared": (choices, made_squared_DL[:, :, None]),
-        "loads": (experts, loads_DLE[:, :, None], {"units": "assignments"}),
-        "loads_squared": (experts, loads_squared_DLE[:, :, None]),
-        "loads_by_made": (experts, loads_by_made_DLE[:, :, None]),
+        cell = (domain_G[g], layer, expert)
+        np.add.at(loads_DLE, cell, y)
+        np.add.at(loads_squared_DLE, cell, y.astype(float) ** 2)
+        np.add.at(loads_by_made_DLE, cell, y.astype(float) * made_GL[g, layer])
+    arrays = {
+        "documents": documents_D,
+        "tokens": tokens_D,
+        "made": made_DL[:, :, None],
+        "made_squared": made_squared_DL[:, :, None],
+        "loads": loads_DLE[:, :, None],
+        "loads_squared": loads_squared_DLE[:, :, None],
+        "loads_by_made": loads_by_made_DLE[:, :, None],
+        **dict.fromkeys(("pairs", "pairs_squared"), np.zeros(num_domains, np.int64)),
+        **dict.fromkeys(
+            ("repeats", "repeats_squared", "repeats_by_pairs"),
+            np.zeros((num_domains, num_layers, len(REPEAT_KINDS)), np.int64),
+        ),
     }
-    names = ("repeats", "repeats_squared", "repeats_by_pairs")
-    variables |= dict.fromkeys(names, (("domain", "layer", kinds), repeats_DLM))
-    coordinates = _coordinates(trace.domains, layers, choice_labels(0))
-    return Tally(xr.Dataset(variables, coordinates), counts_only=True, ranked=False)
+    data = _dataset(arrays, trace.domains, layers, *_labels(layers, False, True))
+    return Tally(data, counts_only=True, ranked=False)
 
 
 def _has_pair_table(layer: Layer) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.tallying.counter import Stored
 from moescope.trace import Layer, Part
 
 TOKENS_A_DOMAIN = 2048
@@ -39,6 +40,24 @@ class TokenSample:
         return cls(
             np.full((num_domains, TOKENS_A_DOMAIN), _NO_HASH),
             {layer.layer: np.full((num_domains, TOKENS_A_DOMAIN, layer.top_k), -1, np.int32) for layer in layers},
+        )
+
+    @classmethod
+    def restored(cls, stored: Stored, layers: Sequence[Layer]) -> TokenSample:
+        """The sample of a tally's arrays.
+
+        Raises:
+            ValueError: They are none of a sample.
+        """
+        shape = len(stored.domains), TOKENS_A_DOMAIN
+        return cls(
+            stored.take("sample/hashes", np.uint64, shape),
+            {
+                layer.layer: stored.take(
+                    f"sample/{layer.layer}", np.int32, (*shape, layer.top_k), least=-1, most=layer.num_ids - 1
+                )
+                for layer in layers
+            },
         )
 
     def tokens(self, domain: int, layer: int) -> NDArray[np.int32]:
@@ -83,13 +102,13 @@ class TokenSample:
         return total
 
     def _over(self, mine: Sequence[str], domains: Sequence[str]) -> TokenSample:
-        at = [domains.index(name) for name in mine]
+        place_D = [domains.index(name) for name in mine]
         hashes = np.full((len(domains), TOKENS_A_DOMAIN), _NO_HASH)
-        hashes[at] = self.hashes
+        hashes[place_D] = self.hashes
         expert_ids = {}
         for layer, ids in self.expert_ids.items():
             expert_ids[layer] = np.full((len(domains), *ids.shape[1:]), -1, np.int32)
-            expert_ids[layer][at] = ids
+            expert_ids[layer][place_D] = ids
         return replace(self, hashes=hashes, expert_ids=expert_ids)
 
 

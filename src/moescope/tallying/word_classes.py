@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
+from moescope.tallying.counter import Counter, Options, Result, Stored
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
-from moescope.tallying.one_pass import one_pass
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
 CLASSES = {
@@ -165,7 +165,7 @@ def token_classes(
 
 
 @dataclass(frozen=True)
-class ClassCounts:
+class ClassCounts(Result):
     """Choices of the tokens of each class. L layers, X groups of documents, C classes, E expert ids.
 
     Memory: 16 bytes x L x X x C x E; 60 layers of 256 experts take 63 MB, a copy a thread.
@@ -189,7 +189,7 @@ class ClassCounts:
     choice: str = "first"
 
     @classmethod
-    def empty(cls, layers: Sequence[Layer], choice: str = "first") -> ClassCounts:
+    def empty(cls, layers: Sequence[Layer], choice: str = "first") -> Self:
         """Counts of nothing."""
         num_classes, num_ids = len(CLASSES), max(layer.num_ids for layer in layers)
         shape = (len(layers), NUM_GROUPS, num_classes, num_ids)
@@ -203,17 +203,47 @@ class ClassCounts:
             choice,
         )
 
+    def _arrays(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+
+    def __add__(self, other: ClassCounts) -> ClassCounts:
+        """The counts of both."""
+        for name in ("layers", "choice"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"word classes of different {name} cannot be added")
+        theirs = other._arrays()
+        return replace(self, **{name: array + theirs[name] for name, array in self._arrays().items()})
+
     def merge(self, other: ClassCounts) -> None:
         """Add the counts of other documents, in place."""
-        for f in fields(self):
-            mine = getattr(self, f.name)
-            if isinstance(mine, np.ndarray):
-                mine += getattr(other, f.name)
+        theirs = other._arrays()
+        for name, array in self._arrays().items():
+            array += theirs[name]
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """The counts by name."""
+        return {**self._arrays(), "first": np.array([self.choice == "first"], np.int64)}
+
+    @classmethod
+    def restored(cls, stored: Stored) -> Self:
+        """The counts of the arrays of `stored`."""
+        num_layers, num_classes, num_ids = len(stored.layers), len(CLASSES), max(a.num_ids for a in stored.layers)
+        of_class = (num_classes + 1,)
+        by_group = (num_layers, NUM_GROUPS, num_classes, num_ids)
+        return cls(
+            stored.layers,
+            stored.take("tokens_C", np.int64, of_class),
+            stored.take("documents_C", np.int64, of_class),
+            stored.take("counts_LXCE", np.int64, by_group),
+            stored.take("expected_LXCE", np.int64, by_group),
+            stored.take("totals_LCE", np.int64, (num_layers, num_classes + 1, num_ids)),
+            "first" if stored.number("first", most=1) else "either",
+        )
 
 
 @dataclass
-class ClassCounter:
-    """The counter that fills `ClassCounts`; needs token ids.
+class ClassCounter(Counter[ClassCounts]):
+    """The counter that fills `ClassCounts`.
 
     Attributes:
         counts: What is counted.
@@ -222,10 +252,35 @@ class ClassCounter:
         bits: Classes of each kind.
     """
 
+    name, result_type, reads_tokens = "word_classes", ClassCounts, True
+
     counts: ClassCounts
     pieces: Pieces
     kind: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     bits: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+
+    @classmethod
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+        """Refuse a trace without token ids, or without the order of the choices if the first are to be counted."""
+        trace.need_tokens()
+        if not trace.header.token_ids:
+            raise NotRecorded(trace.path, "has no token ids, so its text is not known")
+        if options.choice != "all" and not all(layer.ranked for layer in layers):
+            raise NotRecorded(
+                trace.path,
+                "does not say which of a token's choices is the first",
+                "ask for all of the choices: --choice either, or choice='either'",
+            )
+
+    @classmethod
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+        """What makes empty counters."""
+        pieces, choice = Pieces.of(trace.vocabulary), "either" if options.choice == "all" else "first"
+        return lambda: cls(ClassCounts.empty(layers, choice), pieces)
+
+    def result(self) -> ClassCounts:
+        """What was counted."""
+        return self.counts
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -243,56 +298,21 @@ class ClassCounter:
                 counts.documents_C[c] += int(np.count_nonzero(np.maximum.reduceat(of_class, starts_D[:-1])))
             counts.tokens_C[-1] += part.num_tokens
             counts.documents_C[-1] += len(group_D)
-        place = {layer.layer: at for at, layer in enumerate(counts.layers)}
+        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         ranks = 1 if counts.choice == "first" else None
         for layer in group:
-            at, size = place[layer.layer], layer.num_ids
+            place, size = place_of[layer.layer], layer.num_ids
             kernels.count_classes(
                 part.expert_ids[layer.layer].T[:ranks],
                 self.kind,
                 self.bits,
                 starts_D,
                 group_D,
-                counts.counts_LXCE[at][:, :, :size],
-                counts.expected_LXCE[at][:, :, :size],
-                counts.totals_LCE[at][:, :size],
+                counts.counts_LXCE[place][:, :, :size],
+                counts.expected_LXCE[place][:, :, :size],
+                counts.totals_LCE[place][:, :size],
             )
 
-    def merge(self, other: ClassCounter) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
         self.counts.merge(other.counts)
-
-
-def count_word_classes(
-    trace: Trace, layers: Iterable[int] | None = None, *, choice: str = "first", threads: int | None = None
-) -> ClassCounts:
-    """Count the choices of each word class in one pass.
-
-    Args:
-        trace: The trace.
-        layers: Layers to count, or None for all.
-        choice: "first", the first choice of a token; or "either", all of its choices alike.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NotRecorded: The trace has no token ids, holds counts, or does not say which choice is the first.
-        NoSuchLayer: A layer was not recorded.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `choice` is neither, or `threads` is not positive.
-    """
-    if choice not in ("first", "either"):
-        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
-    trace.need_tokens()
-    chosen = trace.select_layers(layers)
-    if not trace.header.token_ids:
-        raise NotRecorded(trace.path, "has no token ids, so its text is not known")
-    if choice == "first" and not all(layer.ranked for layer in chosen):
-        raise NotRecorded(
-            trace.path,
-            "does not say which of a token's choices is the first",
-            "ask for all of the choices: --choice either, or choice='either'",
-        )
-    pieces = Pieces.of(trace.vocabulary)
-    (total,) = one_pass(
-        trace, chosen, lambda: [ClassCounter(ClassCounts.empty(chosen, choice), pieces)], threads=threads, tokens=True
-    )
-    return total.counts

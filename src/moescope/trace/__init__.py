@@ -8,8 +8,8 @@ entry points.
 
 from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.header import FORMAT_VERSION, Header, Layer
-from moescope.trace.part import PHASES, Part
-from moescope.trace.reader import Trace, open_trace
+from moescope.trace.part import PHASES, Part, PartFile
+from moescope.trace.reader import Trace, as_trace, open_trace, selected_layers
 from moescope.trace.vocabulary import Vocabulary
 from moescope.trace.writer import TraceWriter
 
@@ -21,8 +21,11 @@ __all__ = [
     "Header",
     "Layer",
     "Part",
+    "PartFile",
     "Trace",
     "TraceWriter",
     "Vocabulary",
+    "as_trace",
     "open_trace",
+    "selected_layers",
 ]

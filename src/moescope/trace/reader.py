@@ -127,13 +127,7 @@ class Trace:
         Raises:
             NoSuchLayer: An index is not among the recorded layers.
         """
-        if layers is None:
-            return self.layers
-        wanted = set(layers)
-        if missing := sorted(wanted - {layer.layer for layer in self.layers}):
-            recorded = ", ".join(str(layer.layer) for layer in self.layers)
-            raise NoSuchLayer(self.path, f"layer {missing[0]} was not recorded; the trace has layers {recorded}")
-        return tuple(layer for layer in self.layers if layer.layer in wanted)
+        return selected_layers(self.layers, layers, self.path)
 
     def iter_parts(
         self,
@@ -226,6 +220,15 @@ class Trace:
         if not all(layer.ranked for layer in self.select_layers(layers)):
             raise NotRecorded(self.path, "does not state which of a token's choices is the first")
 
+    def need_documents(self) -> None:
+        """Refuse a trace that holds none yet.
+
+        Raises:
+            NoSuchDocument: Nothing has been recorded yet.
+        """
+        if not self.num_tokens:
+            raise NoSuchDocument(self.path, "the trace holds no document yet", "`moescope record` goes on with it")
+
     def need_tokens(self, *, weights: bool = False) -> None:
         """Refuse a trace of counts and, if they are needed, one without gate weights.
 
@@ -267,6 +270,35 @@ def open_trace(path: Path | str) -> Trace:
     elif sums and not (path / list(sums)[-1]).exists():
         sums.popitem()  # the part that is being written, or was when the recorder stopped
     return Trace(path, trace_header, open_parts(path, trace_header, sums), summary)
+
+
+def selected_layers(layers: tuple[Layer, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Layer, ...]:
+    """Those of the layers that have the wanted indices, ascending; all of them for None; `path` is named in errors.
+
+    Raises:
+        NoSuchLayer: An index is not among the layers.
+    """
+    if wanted is None:
+        return layers
+    indices = set(wanted)
+    if missing := sorted(indices - {layer.layer for layer in layers}):
+        have = ", ".join(str(layer.layer) for layer in layers)
+        raise NoSuchLayer(path, f"layer {missing[0]} was not recorded; the trace has layers {have}")
+    return tuple(layer for layer in layers if layer.layer in indices)
+
+
+def as_trace(source: Trace | Path | str) -> Trace:
+    """The trace itself, or that at a path: what every function that is given a trace begins with.
+
+    Raises:
+        TypeError: It is neither.
+        TraceNotFound: There is no trace at the path.
+    """
+    if isinstance(source, str | Path):
+        return open_trace(source)
+    if not isinstance(source, Trace):
+        raise TypeError(f"expected a trace or the path of one, not {type(source).__name__}")
+    return source
 
 
 def open_parts(path: Path, trace_header: Header, sums: Mapping[str, str]) -> tuple[PartFile, ...]:

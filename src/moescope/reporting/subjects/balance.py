@@ -20,7 +20,7 @@ from moescope.reporting.options import figures_option, shown_layers_option, trac
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -38,9 +38,9 @@ _FOLDED = {
 }
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset:
+def measure(counted: Counted, results: Results) -> xr.Dataset:
     """Of all layers."""
-    return balance(counted.balance)
+    return balance(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

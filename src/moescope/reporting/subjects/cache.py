@@ -34,7 +34,7 @@ from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
 from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -72,7 +72,7 @@ _ENDS = (POLICY_NAMES["lru"], POLICY_NAMES["belady"])
 MOST_SIZES = 6
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of `REPORTED`; nothing for counts, nor where every token takes all experts."""
     trace = results.trace
     if trace.header.counts_only or all(layer.top_k >= layer.num_experts for layer in trace.layers):

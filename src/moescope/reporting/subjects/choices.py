@@ -11,10 +11,10 @@ from moescope.reporting.chapters import TOPICS
 from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.subjects.shares import about_uniform, shares_frame
 from moescope.reporting.wording import capital, describe_any
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """The shares, where choices are known apart."""
     found: xr.Dataset = results.found["shares"]
     return found if found.sizes["choice"] > 1 else None

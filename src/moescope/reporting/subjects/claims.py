@@ -9,25 +9,20 @@ from math import isnan
 import click
 import pandas as pd
 
-from moescope.measures.claims import Claim, Effect, claims
-from moescope.measures.divergence import divergence
-from moescope.measures.locality import locality
-from moescope.measures.words import words as words_of
-from moescope.reporting.layers import shown_layers
+from moescope.measures.claims import Claim, Effect, answered, claims
 from moescope.reporting.numbers import MISSING, bits, percent
 from moescope.reporting.options import parse_words, trace_argument
-from moescope.reporting.subject import SAMPLE_BYTES, WORDS, Results, Subject
-from moescope.reporting.subjects.explain import explain_sample
+from moescope.reporting.subject import Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything, sample_documents, tally
+from moescope.tallying import WORDS, Counted
 from moescope.trace import Trace
 
 
-def measure(counted: Everything, results: Results) -> list[Claim]:
+def measure(counted: Counted, results: Results) -> list[Claim]:
     """From what the subjects before it found."""
     found = results.found
-    return claims(found["divergence"], found["words"], found["locality"], found["explain"])
+    return answered(found["divergence"], found["words"], found["locality"], found["explain"])
 
 
 def blocks(found: list[Claim], results: Results) -> Iterator[Table]:
@@ -55,27 +50,7 @@ def command(trace: Trace, words: tuple[str, ...]) -> Iterator[Table]:
       moescope claims pile.moe
       moescope claims pile.moe --word return --format csv
     """
-    yield claims_table(answer_claims(trace, words or WORDS))
-
-
-def answer_claims(trace: Trace, words_asked: Sequence[str] = WORDS) -> list[Claim]:
-    """The claims of section 5, answered for a trace as in its report.
-
-    Args:
-        trace: The trace.
-        words_asked: Words whose experts are asked for; indentation is always asked for.
-    Raises:
-        NoSuchDocument: Nothing has been recorded yet.
-        TraceDamaged: A page fails its checksum.
-    """
-    shown_layers(trace)
-    counted = tally(trace)
-    has_text = counted.ranked and trace.header.token_ids
-    of_words = words_of(trace, list(words_asked), indentation=True, tally=counted) if has_text else None
-    kept = None if counted.counts_only else sample_documents(trace, max_bytes=SAMPLE_BYTES)
-    explained = None if kept is None else explain_sample(kept)
-    of_locality = None if kept is None else locality(kept)
-    return claims(divergence(counted), of_words, of_locality, explained)
+    yield claims_table(claims(trace, words or WORDS))
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:

@@ -19,7 +19,8 @@ from moescope.reporting.numbers import count, percent
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table
-from moescope.tallying import Everything
+from moescope.tallying import Counted
+from moescope.tallying.joint import CoactivationCounter
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -32,9 +33,9 @@ SECTION = PageSection(
 )
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the layers with several choices a token."""
-    return None if counted.coactivation is None else coactivation(counted.coactivation)
+    return coactivation(counted) if CoactivationCounter in counted else None
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

@@ -23,15 +23,15 @@ from moescope.reporting.options import figures_option, shown_layers_option, trac
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a document is long enough."""
-    if counted.segments is None:
+    if results.trace.header.counts_only:
         return None
-    found = consistency(results.trace, segments=counted.segments)
+    found = consistency(counted)
     return found if found["srp"].notnull().any() else None
 
 

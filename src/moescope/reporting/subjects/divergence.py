@@ -19,16 +19,16 @@ from moescope.reporting.options import figures_option, shown_layers_option, trac
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything, tally
+from moescope.tallying import Counted, tally
 from moescope.trace import Trace
 
 FEWEST_DOMAINS_IN_PAIRS = 3
 """With two domains, each is "the others" to the other, and the pair says nothing new."""
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset:
+def measure(counted: Counted, results: Results) -> xr.Dataset:
     """Of all layers."""
-    return divergence(counted.tally)
+    return divergence(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -117,7 +117,7 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
 
 
 def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
-    """Divergence of each pair of domains: a section a layer, with the bits above sampling alone and a mark where found."""
+    """Divergence of each pair of domains: a section a layer, with its mark where the two differ."""
     data = divergence.sel(layer=list(layers))
     domains = data["domain"].values.tolist()
     sections = []

@@ -26,7 +26,7 @@ from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.wording import choice_of, listed
-from moescope.tallying import DocumentSample, Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -53,14 +53,11 @@ _NAMES = {
 }
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
-    """Of a sample of documents."""
-    return None if counted.documents is None else explain_sample(counted.documents)
-
-
-def explain_sample(kept: DocumentSample) -> xr.Dataset:
-    """The first choice, or any where the trace does not say which is the first."""
-    return explain(kept, choice="first" if all(layer.ranked for layer in kept.layers) else "either")
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
+    """Of a sample of documents; of all choices where the trace does not say which is the first."""
+    if results.trace.header.counts_only:
+        return None
+    return explain(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "either")
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

@@ -23,7 +23,7 @@ from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, 
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "same words"}
@@ -32,9 +32,9 @@ SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "sa
 RUN_BINS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, 32), (33, LONGEST_RUN))
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the documents that bits are explained of."""
-    return None if counted.documents is None else locality(counted.documents)
+    return None if results.trace.header.counts_only else locality(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

@@ -10,7 +10,7 @@ from moescope.reporting import figures
 from moescope.reporting.chapters import DOMAINS
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.subjects.divergence import FEWEST_DOMAINS_IN_PAIRS, divergence_frame, domain_pairs_table
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 
 SECTION = PageSection(
     DOMAINS,
@@ -21,7 +21,7 @@ SECTION = PageSection(
 )
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """The divergence, where there are enough domains."""
     found: xr.Dataset = results.found["divergence"]
     return found if found.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS else None

@@ -33,7 +33,7 @@ from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
 from moescope.simulation.parallel import parallel
 from moescope.simulation.placements import ALGORITHMS
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Layer, Trace
 
 SECTION = PageSection(
@@ -63,7 +63,7 @@ _BY_EFFORT = ("linear", "eplb", "affinity", "eplb-replicated")
 """Placements that can be advised, what costs least first; random order is a null, not a plan."""
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """On `shared_by` devices; nothing for counts, nor where so few experts cannot be shared."""
     trace = results.trace
     devices = shared_by(trace.layers)

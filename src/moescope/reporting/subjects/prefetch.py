@@ -30,7 +30,7 @@ from moescope.reporting.subject import (
 )
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.simulation.prefetch import prefetch
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -65,7 +65,7 @@ _ADVISED = {
 }
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """By all predictors that the trace allows."""
     return None if results.trace.header.counts_only else prefetch(results.trace)
 

@@ -19,7 +19,7 @@ from moescope.reporting.subject import PageFigure, PageSection, PageTable, Resul
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
-from moescope.tallying import Everything, tally
+from moescope.tallying import Counted, tally
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -32,9 +32,9 @@ SECTION = PageSection(
 )
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers; counts have no order."""
-    return None if counted.tally.counts_only else repeats(counted.tally)
+    return None if results.trace.header.counts_only else repeats(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

@@ -21,13 +21,13 @@ from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital, describe_any, describe_choice, expert_name
-from moescope.tallying import Everything, tally
+from moescope.tallying import Counted, tally
 from moescope.trace import Trace
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset:
+def measure(counted: Counted, results: Results) -> xr.Dataset:
     """Of all layers."""
-    return shares(counted.tally)
+    return shares(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:

@@ -20,15 +20,15 @@ from moescope.reporting.options import choice_option, figures_option, shown_laye
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.wording import choice_of
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a class stands beside other tokens."""
-    if counted.classes is None:
+    if not results.has_text:
         return None
-    found = syntax(counted.classes)
+    found = syntax(counted)
     return found if found["jsd"].notnull().any() else None
 
 

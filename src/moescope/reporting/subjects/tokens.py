@@ -12,14 +12,14 @@ from moescope.reporting.chapters import TEXT
 from moescope.reporting.documents import RoutedDocument, example_documents, sample_documents
 from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Layer, Trace
 
 MOST_EMBEDDED_CHOICES = 128
 """Choices a token that the page can hold."""
 
 
-def measure(counted: Everything, results: Results) -> list[RoutedDocument] | None:
+def measure(counted: Counted, results: Results) -> list[RoutedDocument] | None:
     """A sample of documents with the choices of `embedded_layers`."""
     if not results.has_text:
         return None

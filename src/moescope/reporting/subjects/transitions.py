@@ -22,7 +22,8 @@ from moescope.reporting.numbers import MISSING, bits, count, percent
 from moescope.reporting.options import figures_option, layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
-from moescope.tallying import Everything
+from moescope.tallying import Counted
+from moescope.tallying.joint import TransitionCounter
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -40,9 +41,11 @@ _FOLDED = {
 }
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all pairs of layers."""
-    return None if counted.transitions is None else transitions(counted.transitions)
+    if TransitionCounter not in counted:
+        return None
+    return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "any")
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:

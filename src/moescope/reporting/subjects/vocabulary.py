@@ -34,7 +34,7 @@ from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, 
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
-from moescope.tallying import Everything
+from moescope.tallying import Counted
 from moescope.trace import Trace, Vocabulary
 
 LONGEST_TOKEN = 14
@@ -49,11 +49,11 @@ BRIEF_TOP = 5
 _BY = {"input": "by the token", "next": "by the next token"}
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the documents that bits are explained of, if an id is frequent enough."""
-    if counted.documents is None or not results.has_text:
+    if not results.has_text:
         return None
-    found = vocabulary(counted.documents, top=BRIEF_TOP)
+    found = vocabulary(counted, top=BRIEF_TOP)
     return found if found["specialization"].notnull().any() else None
 
 

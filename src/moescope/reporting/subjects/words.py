@@ -16,18 +16,18 @@ from moescope.reporting.frames import in_percent, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import MISSING, count
 from moescope.reporting.options import parse_words, shown_layers_option, trace_argument
-from moescope.reporting.subject import WORDS, PageTable, Results, Subject
+from moescope.reporting.subject import PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Everything
+from moescope.tallying import WORDS, Counted
 from moescope.trace import Trace
 
 
-def measure(counted: Everything, results: Results) -> xr.Dataset | None:
+def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the words asked for, and of indentation."""
     if not results.has_text:
         return None
-    return words_of(results.trace, list(results.words), indentation=True, tally=counted.tally)
+    return words_of(counted, list(results.words), indentation=True)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageTable]:
