@@ -375,7 +375,7 @@ def test_the_command_imports_and_tells_what_is_odd_on_stderr(tmp_path: Path) -> 
     assert "--num-experts sets it" in json.loads(shown.stdout)["summary"]["warnings"][0]
     wrong = CliRunner().invoke(main, ["import", "nonsense", "x", "-o", str(out)])
     assert wrong.exit_code == 2
-    assert "there are sglang, sglang-csv" in wrong.stderr
+    assert "is none of sglang, sglang-csv" in wrong.stderr
     wrong = CliRunner().invoke(main, ["import", "jsonl", "x", "-o", str(out), "--field", "a=b"])
     assert wrong.exit_code == 2
     missing = CliRunner().invoke(main, ["import", "jsonl", str(tmp_path / "x"), "-o", str(tmp_path / "p.moe")])
