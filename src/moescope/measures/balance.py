@@ -15,7 +15,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounter, BalanceCounts
 from moescope.tallying.balance_kernels import BINS_PER_E, FIXED, WEIGHT_BINS, WEIGHT_FIXED

@@ -15,7 +15,8 @@ from scipy import stats
 
 from moescope.measures import groups, statistics
 from moescope.measures.conditional_bernoulli import pair_probabilities
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.joint import CoactivationCounter

@@ -18,8 +18,8 @@ from scipy import stats
 
 from moescope.measures import statistics
 from moescope.measures.divergence import divergence_of_samples, js_divergence
+from moescope.measures.schema import described
 from moescope.measures.shares import shares
-from moescope.measures.statistics import described
 from moescope.tallying import tally
 from moescope.tallying.matching import Matching, same_corpus
 from moescope.tallying.pair_tally import PairTally, common_layers, tally_pair

@@ -16,7 +16,7 @@ from scipy import stats
 
 from moescope.measures import statistics
 from moescope.measures.compare import all_domains_label
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options

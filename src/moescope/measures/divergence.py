@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from moescope.measures import statistics
+from moescope.measures.schema import described
 from moescope.measures.shares import shares
-from moescope.measures.statistics import described
 from moescope.tallying import Source
 
 LIN = "Lin 1991, Divergence measures based on the Shannon entropy"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.measures import statistics
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying import information_kernels as kernels
 from moescope.tallying.counted import documents_of, opened

@@ -24,7 +24,7 @@ from scipy import stats
 from moescope.measures import statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying import locality_kernels as kernels
 from moescope.tallying.counted import documents_of, opened

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.measures import statistics
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import REPEAT_KINDS, Source, Tally
 from moescope.tallying.counted import counted
 from moescope.tallying.tally import TallyCounter

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from moescope.measures import statistics
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.tally import TallyCounter

@@ -6,8 +6,6 @@ variances here are linearised (Taylor) variances of a ratio of document totals, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
@@ -139,9 +137,3 @@ def false_discovery_rate(p_values: ArrayLike) -> Numbers:
     if known.any():
         adjusted[known] = stats.false_discovery_control(p[known])
     return adjusted
-
-
-def described(values: Any, dims: tuple[str, ...], long_name: str, units: str, source: str = "") -> tuple[Any, ...]:
-    """A variable of an `xarray.Dataset` with what it is, its unit and its source as attributes."""
-    attributes = {"long_name": long_name, "units": units, **({"source": source} if source else {})}
-    return dims, values, attributes

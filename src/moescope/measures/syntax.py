@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
 from moescope.measures.divergence import LIN, divergence_of_samples, js_divergence
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options

@@ -16,7 +16,8 @@ from scipy import special, stats
 
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options

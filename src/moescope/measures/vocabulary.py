@@ -20,7 +20,8 @@ from scipy import stats
 
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.tallying import DocumentSample, Source, information_kernels
 from moescope.tallying import vocabulary_kernels as kernels
 from moescope.tallying.counted import documents_of, opened

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 from moescope.tallying import INDENTATION, Occurrences, Source, Tally, TokenChoices
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options

@@ -19,7 +19,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
 from moescope.simulation.serving import Server, Steps
 from moescope.tallying import Source

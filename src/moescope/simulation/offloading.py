@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from moescope.measures.statistics import described
+from moescope.measures.schema import described
 
 _MODEL = "1 / (compute + transfer - overlap * min(compute, transfer))"
 

@@ -16,7 +16,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.simulation.batch_counts import (
     NULL_TOKENS,
     POSITION_BINS,

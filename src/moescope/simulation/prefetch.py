@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from moescope.errors import NoSuchLayer, NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.statistics import Numbers, described
+from moescope.measures.schema import described
+from moescope.measures.statistics import Numbers
 from moescope.simulation import prefetch_kernels as kernels
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
