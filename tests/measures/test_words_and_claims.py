@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 from synthetic import result_of
 
-from moescope.measures import Claim, divergence, explain, locality, words
-from moescope.measures.claims import Effect, answered, welch
+from moescope.measures import divergence, explain, locality, words
+from moescope.measures.claims import Claim, Effect, answered, welch
 from moescope.measures.words import _clustered, _share_of_the_top
 from moescope.tallying import tally
 from moescope.tallying.document_sample import DocumentCounter
