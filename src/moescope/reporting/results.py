@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
+from moescope.errors import NotRecorded
 from moescope.measures.claims import SAMPLE_BYTES
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.subject import Results
@@ -31,5 +33,8 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
     counted = count(trace, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
     for name in SUBJECTS:
         measure = load(name).measure
-        results.found[name] = None if measure is None else measure(counted, results)
+        results.found[name] = None
+        with suppress(NotRecorded):  # what the trace does not tell, the report leaves out
+            if measure is not None:
+                results.found[name] = measure(counted, results)
     return results

@@ -6,10 +6,16 @@ values unrounded are the table's `frame`, which is what CSV and JSON hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
+
+from moescope.reporting.visible import visible
+
+K = TypeVar("K")
+C = TypeVar("C")
 
 SIGNIFICANT = 0.05
 """False discovery rate below which a value is marked."""
@@ -34,6 +40,11 @@ class Row(NamedTuple):
 
     label: str
     cells: tuple[Cell, ...]
+
+
+def grid(keys: Iterable[K], columns: Sequence[C], cell: Callable[[K, C], Cell]) -> tuple[Row, ...]:
+    """A row a key, which is its label, and in it a cell a column."""
+    return tuple(Row(visible(str(key)), tuple(cell(key, column) for column in columns)) for key in keys)
 
 
 @dataclass(frozen=True)

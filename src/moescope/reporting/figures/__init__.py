@@ -9,10 +9,11 @@ figures where matplotlib is not installed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name.startswith("_"):
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -12,10 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
 from moescope.reporting.wording import describe_any
 
-MOST_LAYERS_WITH_MARKERS = 16
 NEARLY_THE_SAME = 90.0
 """Per cent above which everything must lie for the axis not to start at zero."""
 LEAST_RANGE = 2.0
@@ -65,7 +64,7 @@ def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
     layers = data["layer"].values
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     value, low, high, null = (100 * data[name].values for name in ("agreement", "low", "high", "popularity"))
-    reach = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
+    reach = style.beside(layers)
     x = np.concatenate([layers[:1] - reach, layers, layers[-1:] + reach])
     lowest, highest = (np.concatenate([v[:1], v, v[-1:]]) for v in (null.min(axis=0), null.max(axis=0)))
     axes.fill_between(x, lowest, highest, color=MUTED, alpha=0.25, linewidth=0, label="popularity")
@@ -88,8 +87,4 @@ def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
     else:
         axes.fill_between(layers, low[0], high[0], color=INK, alpha=0.15, linewidth=0)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    if few:
-        axes.set_xticks(layers)
-    axes.set_xlim(layers[0] - reach, layers[-1] + reach)
-    axes.grid(axis="y")
+    style.layer_axis(axes, layers)

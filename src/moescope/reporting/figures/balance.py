@@ -12,13 +12,11 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
 
-MOST_LAYERS_WITH_MARKERS = 16
 _MARKERS = "oD^vPX"
 
 
@@ -53,7 +51,8 @@ def draw_balance(balance: xr.Dataset) -> Figure:
         else:
             _draw_entropy(right, whole)
         for axes in (left, right):
-            _layers_axis(axes, balance["layer"].values)
+            style.layer_axis(axes, balance["layer"].values)
+            axes.set_xlabel("Layer", labelpad=2)
         labels = [str(handle.get_label()) for handle in handles]
         style.legend_above(figure, handles, labels, columns=5)
     return figure
@@ -152,16 +151,6 @@ def _draw_entropy(axes: Axes, whole: xr.Dataset) -> None:
     axes.set_ylim(top=1)
     axes.set_ylabel("H / log E of the loads")
     style.panel_title(axes, "Evenness")
-
-
-def _layers_axis(axes: Axes, layers: np.ndarray) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    if len(layers) <= MOST_LAYERS_WITH_MARKERS:
-        axes.set_xticks(layers)
-    margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
-    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
-    axes.set_xlabel("Layer", labelpad=2)
-    axes.grid(axis="y")
 
 
 def _sizes(balance: xr.Dataset) -> list[int]:

@@ -124,7 +124,7 @@ def _mark_apart(axes: Axes, cache: xr.Dataset, sizes: np.ndarray) -> None:
 def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
     layers = cache["layer"].values.astype(float)
     data = cache.isel(domain=0).sel(size=size)
-    few = len(layers) <= MOST_SIZES_WITH_MARKERS
+    few = len(layers) <= style.MOST_LAYERS_WITH_MARKERS
     axes.plot(layers, 100 * data["uniform"].values, color=MUTED, linewidth=1.2, linestyle=_UNIFORM, label="uniform")
     for policy in (p for p in ("lru", "belady") if p in cache["policy"].values):
         at, colour = data.sel(policy=policy), _colour(policy)
@@ -142,11 +142,6 @@ def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
             markeredgewidth=0,
             label=POLICY_NAMES[policy],
         )
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    if few:
-        axes.set_xticks(layers)
-    margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
-    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+    style.layer_axis(axes, layers)
     axes.set_xlabel("Layer", labelpad=2)
-    axes.grid(axis="y")
     style.panel_title(axes, f"By layer, {size} experts")

@@ -10,9 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
-
-MOST_LAYERS_WITH_MARKERS = 16
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
 
 
 def draw_consistency(consistency: xr.Dataset) -> Figure:
@@ -60,8 +58,7 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
             style.panel_title(axes, f"{length} tokens")
             axes.set_xlabel("Layer", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-            margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
-            axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+            axes.set_xlim(layers[0] - style.beside(layers), layers[-1] + style.beside(layers))
             axes.grid(axis="y")
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("Best F1 of a fixed set, SRP (%)")

@@ -16,9 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
 
-MOST_LAYERS_WITH_MARKERS = 16
 MOST_KINDS = 3
 _MARKERS = "oD^"
 _DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.4))
@@ -100,13 +99,8 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
         markeredgewidth=0,
         label="measured",
     )
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    if few:
-        axes.set_xticks(layers)
-    margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
-    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+    style.layer_axis(axes, layers)
     axes.set_xlabel("Layer", labelpad=2)
-    axes.grid(axis="y")
 
 
 def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...]) -> None:

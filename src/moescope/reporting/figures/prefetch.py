@@ -13,13 +13,12 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from moescope.reporting.colours import INK, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
 from moescope.reporting.subjects.prefetch import predictor_names
 
 MOST_EXPERTS_LINEAR = 16
 """From there on the number of experts loaded is on a logarithmic axis."""
 
-MOST_LAYERS_WITH_MARKERS = 16
 
 _KINDS = {
     "lookahead": (0, "o"),

@@ -12,14 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH, Mark
+from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS, Mark
 from moescope.reporting.wording import describe_any
-
-MOST_LAYERS_WITH_MARKERS = 16
 
 
 def draw_repeats(repeats: xr.Dataset) -> Figure:
@@ -98,17 +95,12 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
             markeredgewidth=0,
             label=mark.name,
         )
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    if few:
-        axes.set_xticks(layers)
-    margin = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
-    axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+    style.layer_axis(axes, layers)
     axes.set_ylim(bottom=0 if np.nanmin(100 * data["rate"].values, initial=100) < 40 else None)
-    axes.grid(axis="y")
 
 
 def _widened(layers: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
     """Values by layer, carried on to both sides so that the ends, and a single layer, can be seen."""
-    reach = 0.03 * max(1, layers[-1] - layers[0]) + 0.12 if len(layers) else 0
+    reach = style.beside(layers) if len(layers) else 0
     x = np.concatenate([layers[:1] - reach, layers, layers[-1:] + reach])
     return x, *(np.concatenate([v[:1], v, v[-1:]]) for v in values)

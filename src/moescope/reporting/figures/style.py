@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moescope.reporting.colours import INK, MUTED, PAPER, RULE, domain_colours
@@ -26,6 +27,9 @@ from moescope.reporting.visible import shorten
 
 FULL_WIDTH = 6.75
 """Width of a page of text, inches."""
+
+MOST_LAYERS_WITH_MARKERS = 16
+"""Layers up to which each has its marker, and its tick."""
 
 PNG_DOTS_PER_INCH = 200
 LONGEST_NAME = 24
@@ -164,6 +168,21 @@ def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8],
     if len(points):
         axes.update_datalim(points)
     return patch
+
+
+def beside(layers: NDArray[np.integer[Any]]) -> float:
+    """How far a panel by layer goes on beyond the first and the last, so that a single one can be seen."""
+    reach: float = 0.03 * max(1, layers[-1] - layers[0]) + 0.12
+    return reach
+
+
+def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
+    """Layers along x, each with its tick where there are few, and lines across."""
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    if len(layers) <= MOST_LAYERS_WITH_MARKERS:
+        axes.set_xticks(layers)
+    axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
+    axes.grid(axis="y")
 
 
 def panel_title(axes: Axes, title: str) -> None:

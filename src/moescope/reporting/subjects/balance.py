@@ -20,7 +20,6 @@ from moescope.reporting.options import figures_option, shown_layers_option, trac
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -36,11 +35,6 @@ _FOLDED = {
     "batches": "Imbalance within batches",
     "weights": "Gate weights",
 }
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of all layers."""
-    return balance(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -242,4 +236,4 @@ def balance_frame(balance: xr.Dataset) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(measure=lambda counted, _: balance(counted), blocks=blocks, section=SECTION, command=command)

@@ -19,8 +19,6 @@ from moescope.reporting.numbers import count, percent
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table
-from moescope.tallying import Counted
-from moescope.tallying.joint import CoactivationCounter
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -31,11 +29,6 @@ SECTION = PageSection(
     "A token has several experts. If popularity alone decided, any two would share a token as often as "
     "their loads say.",
 )
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of the layers with several choices a token."""
-    return coactivation(counted) if CoactivationCounter in counted else None
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -148,4 +141,9 @@ def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(
+    measure=lambda counted, _: coactivation(counted),
+    blocks=blocks,
+    section=SECTION,
+    command=command,
+)

@@ -29,8 +29,6 @@ from moescope.trace import Trace
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a document is long enough."""
-    if results.trace.header.counts_only:
-        return None
     found = consistency(counted)
     return found if found["srp"].notnull().any() else None
 

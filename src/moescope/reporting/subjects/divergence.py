@@ -17,18 +17,13 @@ from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import bits, percent
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
-from moescope.tallying import Counted, tally
+from moescope.tallying import tally
 from moescope.trace import Trace
 
 FEWEST_DOMAINS_IN_PAIRS = 3
 """With two domains, each is "the others" to the other, and the pair says nothing new."""
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of all layers."""
-    return divergence(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -89,14 +84,8 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     """How far each domain's shares are from the mean of the others: a row a domain, a column a layer."""
     data = divergence.sel(layer=list(layers))
 
-    def section(title: str, cell: Callable[[xr.Dataset], Cell]) -> Section:
-        return Section(
-            title,
-            tuple(
-                Row(visible(domain), tuple(cell(data.sel(domain=domain, layer=layer)) for layer in layers))
-                for domain in data["domain"].values.tolist()
-            ),
-        )
+    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
+        return grid(data["domain"].values.tolist(), layers, lambda at, layer: cell(data.sel(domain=at, layer=layer)))
 
     return Table(
         "divergence",
@@ -104,9 +93,9 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         "domain",
         tuple(f"layer {layer}" for layer in layers),
         (
-            section("measured", lambda at: Cell(bits(float(at["jsd_rest"])), mark=mark(at["q_value"]))),
-            section("expected from sampling documents alone", lambda at: Cell(bits(float(at["jsd_rest_null"])))),
-            section("95 % interval of the true divergence", lambda at: bits_range_cell(at, "jsd_rest")),
+            Section("measured", rows(lambda at: Cell(bits(float(at["jsd_rest"])), mark=mark(at["q_value"])))),
+            Section("expected from sampling documents alone", rows(lambda at: Cell(bits(float(at["jsd_rest_null"]))))),
+            Section("95 % interval of the true divergence", rows(lambda at: bits_range_cell(at, "jsd_rest"))),
         ),
         notes=(
             f"* differs from the other domains (false discovery rate {percent(SIGNIFICANT, 0)} %).",
@@ -117,7 +106,7 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
 
 
 def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
-    """Divergence of each pair of domains: a section a layer, with its mark where the two differ."""
+    """Divergence of each pair of domains: a section a layer, a mark where sampling alone does not explain it."""
     data = divergence.sel(layer=list(layers))
     domains = data["domain"].values.tolist()
     sections = []
@@ -191,4 +180,4 @@ def _largest_pairs(data: xr.Dataset) -> list[str]:
     return [f"Furthest apart: {'; '.join(found)}."] if found else []
 
 
-subject = Subject(measure=measure, blocks=blocks, section=TOPICS, command=command)
+subject = Subject(measure=lambda counted, _: divergence(counted), blocks=blocks, section=TOPICS, command=command)

@@ -53,10 +53,8 @@ _NAMES = {
 }
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of a sample of documents; of all choices where the trace does not say which is the first."""
-    if results.trace.header.counts_only:
-        return None
+def measure(counted: Counted, results: Results) -> xr.Dataset:
+    """Of the first choice, or of all where the trace does not say which is the first."""
     return explain(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "either")
 
 
@@ -256,4 +254,10 @@ def _p(value: float) -> str:
     return MISSING if isnan(value) else f"{value:.3f}"
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, sentence=explain_sentence, command=command)
+subject = Subject(
+    measure=measure,
+    blocks=blocks,
+    section=SECTION,
+    sentence=explain_sentence,
+    command=command,
+)

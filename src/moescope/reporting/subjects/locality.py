@@ -20,21 +20,15 @@ from moescope.reporting.numbers import percent, plain, points
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
-from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "same words"}
 """Nulls of the table with what they are called; uniform routing is in the frame."""
 
 RUN_BINS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, 32), (33, LONGEST_RUN))
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of the documents that bits are explained of."""
-    return None if results.trace.header.counts_only else locality(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -186,10 +180,7 @@ def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         name = _kind_name(kind, data)
 
         def rows(cell: Callable[[xr.Dataset], Cell], at: xr.Dataset = at) -> tuple[Row, ...]:
-            return tuple(
-                Row(str(lag), tuple(cell(at.sel(layer=layer, lag=lag)) for layer in layers))
-                for lag in data["lag"].values.tolist()
-            )
+            return grid(data["lag"].values.tolist(), layers, lambda lag, layer: cell(at.sel(layer=layer, lag=lag)))
 
         sections.append(Section(name, rows(lambda one: share_cell(one, "lag_rate", "lag_low", "lag_high"))))
         title = f"{name}, points above any order"
@@ -277,4 +268,10 @@ def _cells(at: xr.Dataset) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=LOCALITY, sentence=locality_sentence, command=command)
+subject = Subject(
+    measure=lambda counted, _: locality(counted),
+    blocks=blocks,
+    section=LOCALITY,
+    sentence=locality_sentence,
+    command=command,
+)

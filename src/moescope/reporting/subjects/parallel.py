@@ -12,11 +12,11 @@ import pandas as pd
 import xarray as xr
 
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, values
+from moescope.reporting.cells import CLUSTERED, share_cell, values
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import count, number, percent, plain, plus_minus, spread
+from moescope.reporting.numbers import count, number, percent, plain, plus_minus
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
 from moescope.reporting.subject import (
     Drawing,
@@ -28,7 +28,7 @@ from moescope.reporting.subject import (
     Subject,
     folded,
 )
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
 from moescope.simulation.parallel import parallel
@@ -242,9 +242,7 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             cells = []
             for layer in layers:
                 at = data.sel(layer=layer, capacity_factor=factor)
-                value, low, high = (float(at[f"dropped{end}"]) for end in ("", "_low", "_high"))
-                cells.append(Cell(percent(value, 2), spread(value, low, high, 2)))
-                cells.append(Cell(percent(float(at["dropped_shuffled"]), 2)))
+                cells += [_dropped(at), Cell(percent(float(at["dropped_shuffled"]), 2))]
             rows.append(Row(f"{factor:g}", tuple(cells)))
         needed = [
             Cell(plain(float(data[name].sel(layer=layer))))
@@ -275,11 +273,7 @@ def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         data = parallel.sel(batch=batch, capacity_factor=PLACES_FACTOR, layer=list(layers))
         rows = []
         for domain in parallel["domain"].values.tolist():
-            ends = [data[f"dropped{end}"].sel(domain=domain).values.tolist() for end in ("", "_low", "_high")]
-            cells = [
-                Cell(percent(value, 2), spread(value, low, high, 2)) for value, low, high in zip(*ends, strict=True)
-            ]
-            rows.append(Row(visible(domain), tuple(cells)))
+            rows.append(Row(visible(domain), tuple(_dropped(data.sel(domain=domain, layer=layer)) for layer in layers)))
         sections.append(Section(f"{batch}, by domain", tuple(rows)))
         rows = []
         for first in parallel["position"].values.tolist():
@@ -321,16 +315,11 @@ def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     for name, title in (("within", "KiB within nodes"), ("between", "KiB between nodes")):
         if f"bytes_{name}_nodes" in data and (name == "within" or int(parallel.attrs["nodes"]) > 1):
             kibibytes = data[f"bytes_{name}_nodes"] / 1024
-            rows = [
-                Row(
-                    placement,
-                    (
-                        *(Cell(number(float(kibibytes.sel(placement=placement, layer=layer)))) for layer in layers),
-                        Cell(number(float(kibibytes.sel(placement=placement).mean()))),
-                    ),
-                )
-                for placement in names
-            ]
+            rows = []
+            for placement in names:
+                of = kibibytes.sel(placement=placement)
+                cells = [Cell(number(float(of.sel(layer=layer)))) for layer in layers]
+                rows.append(Row(placement, (*cells, Cell(number(float(of.mean()))))))
             sections.append(Section(f"{title}, a token and layer, one way", tuple(rows)))
     unknown = "bytes_within_nodes" not in data
     return Table(
@@ -350,17 +339,12 @@ def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
 def foreign_table(parallel: xr.Dataset) -> Table:
     """What a foreign profile costs: a section a placement, a row a domain fitted on, a column a domain judged on."""
     domains = parallel["domain"].values.tolist()
-    sections = []
-    for name in parallel["foreign_placement"].values.tolist():
-        data = parallel.sel(foreign_placement=name)
-        rows = tuple(
-            Row(
-                visible(fitted),
-                tuple(Cell(plain(float(data["foreign"].sel(fitted_on=fitted, domain=domain)))) for domain in domains),
-            )
-            for fitted in domains
-        )
-        sections.append(Section(name, rows))
+
+    def rows(at: xr.DataArray) -> tuple[Row, ...]:
+        return grid(domains, domains, lambda fitted, on: Cell(plain(float(at.sel(fitted_on=fitted, domain=on)))))
+
+    placements = parallel["foreign_placement"].values.tolist()
+    sections = [Section(name, rows(parallel["foreign"].sel(foreign_placement=name))) for name in placements]
     return Table(
         "foreign",
         f"Largest load over mean load of {_cluster(parallel)}, all assignments of a domain together, over all layers",
@@ -447,6 +431,10 @@ def _with_quantiles(frame: pd.DataFrame, parallel: xr.Dataset, name: str, dims: 
                 frame[f"{name}{end}_quantile_{100 * quantile:g}"] = values[..., at].ravel()
     frame["batches"] = frame["batch"].map(parallel["batches"].to_series())
     return frame
+
+
+def _dropped(at: xr.Dataset) -> Cell:
+    return share_cell(at, "dropped", "dropped_low", "dropped_high", 2)
 
 
 def _with_interval(at: xr.Dataset, name: str) -> Cell:

@@ -30,7 +30,6 @@ from moescope.reporting.subject import (
 )
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.simulation.prefetch import prefetch
-from moescope.tallying import Counted
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -63,11 +62,6 @@ _ADVISED = {
     "transitions": "tables of transitions from {} before",
     "previous": "the experts of the token before, then the popular ones",
 }
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """By all predictors that the trace allows."""
-    return None if results.trace.header.counts_only else prefetch(results.trace)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -339,4 +333,10 @@ def _ahead(distance: int) -> str:
     return "1 layer" if distance == 1 else f"{distance} layers"
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, advise=advise, command=command)
+subject = Subject(
+    measure=lambda _, results: prefetch(results.trace),
+    blocks=blocks,
+    section=SECTION,
+    advise=advise,
+    command=command,
+)

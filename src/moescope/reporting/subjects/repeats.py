@@ -16,10 +16,10 @@ from moescope.reporting.frames import in_percent, tidy, with_sizes
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
-from moescope.tallying import Counted, tally
+from moescope.tallying import tally
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -30,11 +30,6 @@ SECTION = PageSection(
     "If a token is likely to need the experts of the token before it, a cache of experts pays, and "
     "spreading experts over devices overloads some of them for a while.",
 )
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all layers; counts have no order."""
-    return None if results.trace.header.counts_only else repeats(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -89,24 +84,19 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
     """
     data = repeats.sel(layer=list(layers))
     kinds = [kind for kind in ("first", "any") if kind in data["kind"].values]
+    columns = [(kind, layer) for kind in kinds for layer in layers]
     domains = data["domain"].values.tolist()
 
     def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
-        return tuple(
-            Row(
-                visible(domain),
-                tuple(cell(data.sel(domain=domain, kind=kind, layer=layer)) for kind in kinds for layer in layers),
-            )
-            for domain in domains
-        )
+        return grid(domains, columns, lambda domain, at: cell(data.sel(domain=domain, kind=at[0], layer=at[1])))
 
-    uniform = tuple(percent_cell(data.sel(kind=kind, layer=layer), "uniform") for kind in kinds for layer in layers)
+    uniform = tuple(percent_cell(data.sel(kind=kind, layer=layer), "uniform") for kind, layer in columns)
     top_k = int(data["top_k"].values.max())
     return Table(
         "repeats",
         "Repeated consecutive assignments, %",
         "domain",
-        tuple(f"layer {layer}" for _ in kinds for layer in layers),
+        tuple(f"layer {layer}" for _, layer in columns),
         (
             Section("", rows(lambda at: share_cell(at, "rate"))),
             Section("expected from the popularity of the experts alone", rows(lambda at: percent_cell(at, "marginal"))),
@@ -150,4 +140,9 @@ def _repeated(repeats: xr.Dataset) -> str:
     return first if top_k == 1 else f"{first} (left) or {shared} (right)"
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(
+    measure=lambda counted, _: repeats(counted),
+    blocks=blocks,
+    section=SECTION,
+    command=command,
+)

@@ -85,14 +85,10 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
     data = saturation.isel(domain=0).sel(kind=kind)
     layers = data["layer"].values.tolist()
 
-    def section(title: str, cell: Callable[[xr.Dataset], Cell]) -> Section:
-        steps = enumerate(data["step"].values.tolist())
-        return Section(
-            title,
-            tuple(
-                Row(f"{step:g}", tuple(cell(data.isel(checkpoint=place).sel(layer=layer)) for layer in layers))
-                for place, step in steps
-            ),
+    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
+        return tuple(
+            Row(f"{step:g}", tuple(cell(data.isel(checkpoint=place).sel(layer=layer)) for layer in layers))
+            for place, step in enumerate(data["step"].values.tolist())
         )
 
     top_k = int(data["top_k"].values.max())
@@ -105,9 +101,11 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
         "step",
         tuple(f"layer {layer}" for layer in layers),
         (
-            section("measured", lambda at: share_cell(at, "agreement")),
-            section("expected from the popularity of the experts alone", lambda at: percent_cell(at, "popularity")),
-            section("kappa: from 0, popularity alone, to 1", lambda at: Cell(kappa_text(float(at["kappa"])))),
+            Section("measured", rows(lambda at: share_cell(at, "agreement"))),
+            Section(
+                "expected from the popularity of the experts alone", rows(lambda at: percent_cell(at, "popularity"))
+            ),
+            Section("kappa: from 0, popularity alone, to 1", rows(lambda at: Cell(kappa_text(float(at["kappa"]))))),
         ),
         notes=(f"{BY_DOCUMENT[:-1]}; {count(tokens, 'token')} of {count(documents, 'document')}.",),
         frame=saturation_frame(saturation),

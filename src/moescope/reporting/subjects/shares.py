@@ -21,13 +21,8 @@ from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital, describe_any, describe_choice, expert_name
-from moescope.tallying import Counted, tally
+from moescope.tallying import tally
 from moescope.trace import Trace
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of all layers."""
-    return shares(counted)
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
@@ -175,4 +170,4 @@ def shares_frame(shares: xr.Dataset) -> pd.DataFrame:
     return with_sizes(frame[exists], shares)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=TOPICS, command=command)
+subject = Subject(measure=lambda counted, _: shares(counted), blocks=blocks, section=TOPICS, command=command)

@@ -18,7 +18,7 @@ from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import MISSING, bits, count, percent
 from moescope.reporting.options import choice_option, figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
 from moescope.reporting.wording import choice_of
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -26,8 +26,6 @@ from moescope.trace import Trace
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a class stands beside other tokens."""
-    if not results.has_text:
-        return None
     found = syntax(counted)
     return found if found["jsd"].notnull().any() else None
 
@@ -87,14 +85,9 @@ def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
     """Divergence of each word class from other tokens of its documents: a row a class, a column a layer."""
     data = syntax.sel(layer=list(layers))
 
-    def section(title: str, cell: Callable[[xr.Dataset], Cell]) -> Section:
-        return Section(
-            title,
-            tuple(
-                Row(of, tuple(cell(data.sel(word_class=of, layer=layer)) for layer in layers))
-                for of in data["word_class"].values.tolist()
-            ),
-        )
+    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
+        classes = data["word_class"].values.tolist()
+        return grid(classes, layers, lambda of, layer: cell(data.sel(word_class=of, layer=layer)))
 
     return Table(
         "word_classes",
@@ -102,10 +95,12 @@ def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
         "class",
         tuple(f"layer {layer}" for layer in layers),
         (
-            section("measured", lambda at: Cell(bits(float(at["jsd"])), mark=mark(at["q_value"]))),
-            section("expected from sampling documents alone", lambda at: Cell(bits(float(at["jsd_null"])))),
-            section("95 % interval of the true divergence", lambda at: bits_range_cell(at, "jsd")),
-            section("against all other tokens, whatever their documents", lambda at: Cell(bits(float(at["jsd_all"])))),
+            Section("measured", rows(lambda at: Cell(bits(float(at["jsd"])), mark=mark(at["q_value"])))),
+            Section("expected from sampling documents alone", rows(lambda at: Cell(bits(float(at["jsd_null"]))))),
+            Section("95 % interval of the true divergence", rows(lambda at: bits_range_cell(at, "jsd"))),
+            Section(
+                "against all other tokens, whatever their documents", rows(lambda at: Cell(bits(float(at["jsd_all"]))))
+            ),
         ),
         notes=(f"* differs (false discovery rate {percent(SIGNIFICANT, 0)} % over classes and layers).",),
         frame=syntax_frame(data),

@@ -23,7 +23,6 @@ from moescope.reporting.options import figures_option, layers_option, trace_argu
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.tallying import Counted
-from moescope.tallying.joint import TransitionCounter
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -41,10 +40,8 @@ _FOLDED = {
 }
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all pairs of layers."""
-    if TransitionCounter not in counted:
-        return None
+def measure(counted: Counted, results: Results) -> xr.Dataset:
+    """Of the first choices, or of all where the trace does not say which is the first."""
     return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "any")
 
 
@@ -239,4 +236,9 @@ def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = No
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(
+    measure=measure,
+    blocks=blocks,
+    section=SECTION,
+    command=command,
+)
