@@ -15,8 +15,8 @@ of the tally's, and wall time.
 only on the documents held, up to 1 GiB. The bar is 4 GB.
 
 On 2026-11-24, busy machine (docs/decisions/log.md): balance 1.5, co-activation 1.0, transitions 1.5, segments 2.0,
-documents 1.6, all in one pass 4.6 times the tally (4.3 by the least of the times); peak 1,855 MB for
-200,000 tokens and 2,939 MB for 2.4 million, whose documents fill the 1 GiB.
+documents 1.6, all in one pass 4.6 times the tally (4.3 by the least of the times). Peak (2026-11-30) 1,976 MB for
+200,000 tokens and 3,087 MB for 2.4 million, whose documents fill the 1 GiB.
 """
 
 from __future__ import annotations

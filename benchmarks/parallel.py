@@ -6,8 +6,8 @@ The trace is that of `benchmarks/tally.py` (2 of 8 experts), or with `--wide` 8 
 tokens. Wall time and CPU time of `moescope.parallel` with prefill batches of 4096 and decode batches of 64 tokens;
 peak memory of a fresh process, for the trace and for a quarter of it.
 
-2026-11-24, `python benchmarks/parallel.py`, two cores, nothing else running: 19.9 s of wall time, 32.5 s of CPU time,
-peak 756 MB; for a quarter of the tokens 7.6 s, 9.3 s and 756 MB.
+2026-11-24, `python benchmarks/parallel.py`, two cores, nothing else running: 19.9 s of wall time, 32.5 s of CPU time;
+for a quarter of the tokens 7.6 and 9.3 s. Peak 745 and 638 MB (2026-11-30, docs/decisions/log.md).
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from routed import (
 from test_prefetch import slow_prefetch
 
 import moescope
+from moescope.simulation.cache import _difference
+from moescope.simulation.prefetch import _judge
 from moescope.simulation.profile import Cells
 from moescope.tallying.document_groups import document_groups
 from moescope.trace import Trace
@@ -153,8 +155,6 @@ def lfu_hits(document: Document, layer: int) -> int:
 
 def test_what_order_is_worth_to_a_cache(trace: Trace, documents: list[Document]) -> None:
     """The gain is paired by group of documents; its null is drawn, so the groups are those of the simulation."""
-    from moescope.simulation.cache import _difference
-
     rng = np.random.default_rng(0)
     requests = rng.integers(50, 90, 12).astype(float)
     null_requests = requests - rng.integers(0, 9, 12)
@@ -224,6 +224,18 @@ def check_recall(at: xr.Dataset, prefix: str, places: dict, popular: dict, loade
     gain, error = clustered(np.subtract(mine, theirs).tolist(), needed)
     half = quantile(len(needed) - 1) * error
     same_interval(at, f"{prefix}gain", (gain - half, gain + half))
+
+
+def test_documents_that_need_nothing_are_no_documents_of_the_interval() -> None:
+    """As those without a decoded token are not, where decoding alone is looked at."""
+    needed = np.array([30, 0, 44, 25, 0, 38])
+    hits, popular = np.array([21, 0, 30, 11, 0, 29]), np.array([12, 0, 25, 12, 0, 20])
+    _, low, high, gain, gain_low, gain_high = _judge(hits[:, None], popular[:, None], needed)[:, 0]
+    used = needed > 0
+    np.testing.assert_allclose([low, high], proportion(hits[used].tolist(), needed[used].tolist()))
+    value, error = clustered((hits - popular)[used].tolist(), needed[used].tolist())
+    half = quantile(3) * error
+    np.testing.assert_allclose([gain, gain_low, gain_high], [value, value - half, value + half])
 
 
 # ---------------------------------------------------------------------------------------------------------- parallel

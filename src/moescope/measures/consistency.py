@@ -86,7 +86,7 @@ def consistency(
     for name, (meaning, source) in _MEANINGS.items():
         if name == "q_value":
             p = values["p_value"]
-            q = np.concatenate([_adjusted(p[:1]), _adjusted(p[1:])])
+            q = np.concatenate([statistics.false_discovery_rate(p[:1]), statistics.false_discovery_rate(p[1:])])
             parts = q[:, :num_layers], q[:, num_layers]
         else:
             parts = values[name][:, :num_layers], values[name][:, num_layers]
@@ -205,7 +205,3 @@ def _jackknife(without_R: NDArray[np.float64], domain_R: NDArray[np.int64]) -> t
     most = groups - len(squares)
     df = min(most, 2 * variance**2 / spread) if spread > 0 else most
     return float(np.sqrt(variance)), df
-
-
-def _adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return statistics.false_discovery_rate(p_values)
