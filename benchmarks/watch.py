@@ -30,7 +30,7 @@ import transformers
 
 import moescope
 from moescope import mini
-from moescope.recording.watch import Watch
+from moescope.watching.watcher import Watch
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ def write(folder: Path) -> None:
 
     import moescope
     from moescope import mini
-    from tests.recording.conftest import byte_level_tokenizer, some_documents
-    from tests.recording.families import tiny_model
+    from tests.families import tiny_model
+    from tests.tiny import byte_level_tokenizer, some_documents
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
@@ -58,8 +58,8 @@ def _watch(folder: Path) -> None:
     import torch
 
     import moescope
-    from tests.recording.conftest import byte_level_tokenizer
-    from tests.recording.families import tiny_model
+    from tests.families import tiny_model
+    from tests.tiny import byte_level_tokenizer
 
     for family in ("mixtral", "qwen3_moe", "llama4"):
         model, tokenizer = tiny_model(family, causal=True), byte_level_tokenizer(bos=True)
@@ -124,7 +124,7 @@ def _differences(name: str, one: Any, other: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
     warnings.simplefilter("ignore")
     if sys.argv[1] == "write":
         write(Path(sys.argv[2]))
