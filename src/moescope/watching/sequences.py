@@ -97,6 +97,37 @@ class Batch:
                 )
 
 
+class Labels:
+    """Which domains, and which document, the sequences that begin now belong to.
+
+    Attributes:
+        domains: Domain of every sequence, or of each row of a batch.
+        block: The document that is open; None if each sequence is one.
+    """
+
+    def __init__(self, domains: str | Sequence[str]) -> None:
+        self.domains = domains
+        self.block: Block | None = None
+
+    def batch(self, num_rows: int, *, generated: bool) -> Batch:
+        """A batch of sequences that begin now.
+
+        Args:
+            num_rows: How many.
+            generated: Whether ``generate`` makes them, perhaps several of each prompt.
+        Raises:
+            ValueError: There is not a domain for each.
+        """
+        if self.block is not None:
+            return Batch((self.block.domain,) * num_rows, self.block)
+        if isinstance(self.domains, str):
+            return Batch((self.domains,) * num_rows, None)
+        copies, rest = divmod(num_rows, max(1, len(self.domains)))
+        if rest or not copies or (copies > 1 and not generated):
+            raise ValueError(f"{len(self.domains)} domains are given for a batch of {num_rows} sequences")
+        return Batch([name for name in self.domains for _ in range(copies)], None)
+
+
 class Sequences:
     """Collects sequences and writes those that are whole.
 
