@@ -19,6 +19,8 @@ def describe_model(
     hidden_size: int | None,
     dtype: str,
     fingerprint: str,
+    expert_widths: Sequence[int] | None,
+    router: str | None,
     not_recorded: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Provenance of a model.
@@ -31,6 +33,8 @@ def describe_model(
         hidden_size: Values of a hidden state; None if it does not say.
         dtype: What it computes in.
         fingerprint: Hash of its configuration and weights.
+        expert_widths: Values of an expert's hidden layer, each that occurs; None if that is not known.
+        router: Class of the routers; None if that is not known.
         not_recorded: Paths of routed blocks that are not among the layers recorded, ``*`` for the index of the layer.
     """
     description: dict[str, Any] = {
@@ -41,6 +45,8 @@ def describe_model(
         "hidden_size": hidden_size,
         "dtype": dtype,
         "fingerprint": fingerprint,
+        "expert_widths": None if expert_widths is None else list(expert_widths),
+        "router": router,
     }
     return description | ({"not_recorded": list(not_recorded)} if not_recorded else {})
 

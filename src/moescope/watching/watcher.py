@@ -290,7 +290,7 @@ class Watch:
         return Header(
             layers,
             self._weights,
-            describe_body(body, self._name, tensors_fingerprint(body), left_out),
+            describe_body(body, self.experts, self._name, tensors_fingerprint(body), left_out),
             {} if self._tokenizer is None else self._tokenizer.description(),
             {"name": "watched", "format": "watch", "fingerprint": None},
             run | describe_run(body, self.experts[0], device_of(self.experts[0].module)),

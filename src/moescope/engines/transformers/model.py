@@ -374,7 +374,7 @@ def describe(
     selected = select_experts(experts, layers, num_layers(getattr(body, "config", None)), name)
     for message in dict.fromkeys(each.warning for each in selected if each.warning):
         warnings.warn(f"{name}: {message}", stacklevel=2)
-    description = describe_body(body, name, fingerprint, left_out)
+    description = describe_body(body, selected, name, fingerprint, left_out)
     return Model(body, tokenizer, selected, description)
 
 

@@ -23,11 +23,14 @@ LIBRARIES = ("torch", "transformers")
 """What decides how a model is computed."""
 
 
-def describe_body(body: Any, name: str, fingerprint: str, left_out: Sequence[str] = ()) -> dict[str, Any]:
+def describe_body(
+    body: Any, experts: Sequence[Experts], name: str, fingerprint: str, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
     """Provenance of a model.
 
     Args:
         body: The model without its head; any module whose configuration may be unknown.
+        experts: The layers that are recorded.
         name: What a trace calls it.
         fingerprint: From one of the functions below.
         left_out: Paths of routed blocks that are not recorded.
@@ -42,8 +45,26 @@ def describe_body(body: Any, name: str, fingerprint: str, left_out: Sequence[str
         hidden_size=hidden_size(config),
         dtype=str(next(body.parameters()).dtype).removeprefix("torch."),
         fingerprint=fingerprint,
+        expert_widths=_expert_widths(experts, hidden_size(config)),
+        router=_router(body, experts[0]),
         not_recorded=left_out,
     )
+
+
+def _expert_widths(experts: Sequence[Experts], hidden_size: int | None) -> list[int] | None:
+    """Widths of the experts, read off their stacked down projections; None if the experts are not stacked."""
+    shapes: list[tuple[int, ...]] = [getattr(getattr(each.module, "down_proj", None), "shape", ()) for each in experts]
+    if hidden_size is None or not all(len(shape) == 3 and hidden_size in shape[1:] for shape in shapes):
+        return None
+    return sorted({shape[1] * shape[2] // hidden_size for shape in shapes})
+
+
+def _router(body: nn.Module, experts: Experts) -> str | None:
+    """Class of the router of a layer: of the module that is read, else of the one beside the experts."""
+    beside = (dict(module.named_children()) for module in body.modules() if experts.module in module.children())
+    siblings = next(beside, {})
+    router = experts.router or siblings.get("router") or siblings.get("gate")
+    return None if router is None else type(router).__name__
 
 
 def describe_run(body: Any, experts: Experts, device: torch.device) -> dict[str, Any]:
