@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -182,6 +182,36 @@ class Call:
         for offset in range(1, length):
             added[:, offset:] |= hits[:, :-offset]
         return added
+
+
+@dataclass
+class Pass:
+    """One forward pass of a stack.
+
+    Attributes:
+        call: What it is called with.
+        counted: Which tokens count, shape (sequence, token); None for all.
+        past: Tokens in the cache before; None if nobody asked.
+        starts: Where sequences start, shape (sequence, token); None if nobody asked.
+        counts: Assignments by device, as `LiveTally.count` keeps them.
+        chosen: For each layer that has chosen, by place, its ranked choices if a trace wants them.
+    """
+
+    call: Call
+    counted: Tensor | None
+    past: int | None
+    starts: Tensor | None
+    counts: dict[torch.device, Tensor] = field(default_factory=dict)
+    chosen: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    _flat: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def counted_on(self, device: torch.device) -> Tensor | None:
+        """Which tokens count, shape (sequence x token,), on a device."""
+        if self.counted is None:
+            return None
+        if device not in self._flat:
+            self._flat[device] = self.counted.reshape(-1).to(device)
+        return self._flat[device]
 
 
 _CPU = torch.zeros(0)

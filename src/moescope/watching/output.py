@@ -15,7 +15,7 @@ from moescope.engines.transformers.provenance import describe_layer
 from moescope.engines.transformers.routers import Experts
 from moescope.errors import ModelUnsupported, RouterNotFinite, TraceExists
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
-from moescope.watching.calls import Call
+from moescope.watching.calls import Pass
 from moescope.watching.sequences import DECODE, PREFILL, Block, Labels, Sequences, Step
 
 
@@ -57,28 +57,17 @@ class TraceOutput:
         self._interrupted = False
         self._lock = threading.Lock()
 
-    def add(
-        self,
-        call: Call,
-        choices: Sequence[tuple[Tensor, Tensor]],
-        *,
-        counted: Tensor | None,
-        starts: Tensor | None,
-        past: int,
-        cache: Any,
-        generation: object,
-    ) -> None:
+    def add(self, current: Pass, choices: Sequence[tuple[Tensor, Tensor]], cache: Any, generation: object) -> None:
         """Record a forward pass.
 
         Args:
-            call: What the stack was called with.
+            current: The pass.
             choices: For each layer ids and gate weights, by falling weight, shape (token, choice).
-            counted: Which tokens are recorded, shape (sequence, token); None for all.
-            starts: Where sequences start, shape (sequence, token).
-            past: Tokens of each sequence in the cache before.
             cache: The cache that holds what was read; None if nothing can follow.
             generation: The call of ``generate`` that runs; None if none does.
         """
+        call, past = current.call, current.past or 0
+        counted, starts = current.counted, current.starts
         with self._lock:
             if self._writer is None or self._sequences is None:
                 layers = zip(self._experts, choices, strict=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from moescope.engines.transformers.hooks import listen
 from moescope.engines.transformers.routers import Experts
 from moescope.errors import RouterSilent
-from moescope.watching.calls import Call, Stack
+from moescope.watching.calls import Call, Pass, Stack
 from moescope.watching.compiling import noticed_by_dynamo, teller
 from moescope.watching.generating import Generation, generate_announced
 from moescope.watching.live import LiveTally
@@ -29,36 +28,6 @@ BYPASSED = (
     "was the model compiled, or captured in a graph, so that the hooks are passed by? Enter `moescope.watch` before "
     "the first call of the compiled model, or call torch.compiler.reset() first"
 )
-
-
-@dataclass
-class Pass:
-    """One forward pass of a stack.
-
-    Attributes:
-        call: What it is called with.
-        counted: Which tokens count, shape (sequence, token); None for all.
-        past: Tokens in the cache before; None if nobody asked.
-        starts: Where sequences start, shape (sequence, token); None if nobody asked.
-        counts: Assignments by device, as `LiveTally.count` keeps them.
-        chosen: For each layer that has chosen, by place, its ranked choices if a trace wants them.
-    """
-
-    call: Call
-    counted: Tensor | None
-    past: int | None
-    starts: Tensor | None
-    counts: dict[torch.device, Tensor] = field(default_factory=dict)
-    chosen: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
-    _flat: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def counted_on(self, device: torch.device) -> Tensor | None:
-        """Which tokens count, shape (sequence x token,), on a device."""
-        if self.counted is None:
-            return None
-        if device not in self._flat:
-            self._flat[device] = self.counted.reshape(-1).to(device)
-        return self._flat[device]
 
 
 class Passes:
@@ -165,15 +134,7 @@ class Passes:
                 )
         if self._output is not None:
             choices = [choice for place in stack.places if (choice := current.chosen[place]) is not None]
-            self._output.add(
-                current.call,
-                choices,
-                counted=current.counted,
-                starts=current.starts,
-                past=current.past or 0,
-                cache=_cache_of(output, current.call.cache),
-                generation=self._generation,
-            )
+            self._output.add(current, choices, _cache_of(output, current.call.cache), self._generation)
         self._tally.commit(current.counts)
         if self._output is not None:
             self._output.settle()

@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 
 from moescope.engines.options import EngineOptions
 from moescope.engines.protocol import CorpusEngine, Estimate, NotFinite, Plan, Routed, Unit
-from moescope.engines.streamed.estimate import available_memory, estimate, fits, refuse_small_disk, spool_bytes
+from moescope.engines.streamed.estimate import (
+    BASE_BYTES,
+    LAYER_ROOM,
+    OVERHEAD,
+    available_memory,
+    fits,
+    operations_per_second,
+    refuse_small_disk,
+    spool_bytes,
+)
 from moescope.engines.streamed.layerwise import NO_STREAM, Layerwise
 from moescope.engines.streamed.rehearsal import Rehearsal, rehearse, run_layer
 from moescope.engines.streamed.spool import Spool
@@ -129,16 +138,7 @@ class StreamedEngine(CorpusEngine):
         self._undo.enter_context(spool)
         num_tokens = [unit.num_tokens for unit in units]
         total, first = sum(num_tokens), spool.next_layer
-        taken = estimate(
-            self._layerwise,
-            self._rehearsal,
-            self._model.experts,
-            read_rate=self._read_rate,
-            tokens=total,
-            first=first,
-            num_layers=num_layers,
-            spool_bytes=memory,
-        )
+        taken = self._estimate(total, first, num_layers, memory)
         refuse_small_disk(spool.path, taken)
         announce(taken)
         self._first_rows = dict(
@@ -164,6 +164,39 @@ class StreamedEngine(CorpusEngine):
                 routed.gate_weights[layer][:] = gate_weights[rows]
         advance(unit.num_tokens)
         return routed
+
+    def _estimate(self, tokens: int, first: int, num_layers: int, spool_bytes: int) -> Estimate:
+        """What the layers from `first` on will take."""
+        layerwise, rehearsal = self._layerwise, self._rehearsal
+        by_layer = {experts.layer: experts for experts in layerwise.experts}
+        operations = 0.0
+        for layer in range(first, num_layers):
+            if layer == num_layers - 1 and rehearsal.bare:
+                operations += layerwise.operations(layer, share_of_experts=0)
+            else:
+                share = rehearsal.top_k / by_layer[layer].num_experts if layer in by_layer else 0
+                operations += layerwise.operations(layer, share_of_experts=min(1.0, share))
+        reads = [
+            layerwise.nbytes(layer, bare=layer == num_layers - 1 and rehearsal.bare)
+            for layer in range(first, num_layers)
+        ]
+        states = int(tokens * rehearsal.widths_handed_on * layerwise.hidden_size * layerwise.dtype.itemsize)
+        num_choices = len(self._model.experts) * rehearsal.top_k
+        kept = min(spool_bytes, states)
+        return Estimate(
+            model_bytes=sum(reads) + layerwise.nbytes(None),
+            memory_bytes=int(LAYER_ROOM * max(map(layerwise.memory_bytes, range(num_layers))))
+            + layerwise.memory_bytes(None)
+            + kept
+            + BASE_BYTES,
+            spool_bytes=kept,
+            disk_bytes=2 * states + tokens * num_choices * 6,
+            num_layers=num_layers,
+            first_layer=first,
+            tokens=tokens,
+            compute_seconds=OVERHEAD * tokens * operations / operations_per_second(layerwise.dtype, layerwise.device),
+            read_seconds=sum(reads) / self._read_rate,
+        )
 
     def _run_layer(
         self, units: Sequence[Unit], spool: Spool, layer: int, *, last: bool, advance: Callable[[int], None]

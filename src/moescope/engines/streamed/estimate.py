@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from moescope.engines.protocol import Estimate
 from moescope.engines.streamed.layerwise import Layerwise
-from moescope.engines.streamed.rehearsal import Rehearsal
 from moescope.engines.streamed.shards import Shards
-from moescope.engines.transformers.routers import Experts
 from moescope.errors import DiskFull, ModelNotStreamable
 
 BASE_BYTES = 10**9
 """What the interpreter, torch and the activations of a batch are allowed beside a layer and the spool."""
 
-_LAYER_ROOM = 1.5  # a layer, and what its conversion needs for a moment
+LAYER_ROOM = 1.5  # a layer, and what its conversion needs for a moment
 _WHOLE_ROOM = 1.2  # a whole model in memory, and what loading it needs
 
-_OVERHEAD = 1.25
+OVERHEAD = 1.25
 """Time of a layer over that of its matrix products: attention, norms, routing (docs/decisions/log.md)."""
 
 _MEASURE_SECONDS = 0.1
@@ -43,7 +40,7 @@ def fits(folder: Path, dtype: str, available: int) -> bool:
 def spool_bytes(layerwise: Layerwise, num_layers: int, memory: int) -> int:
     """Bytes of memory that are left, beside a layer, for what layers hand on."""
     layer_bytes = max(map(layerwise.memory_bytes, range(num_layers)))
-    return max(0, int(memory - BASE_BYTES - _LAYER_ROOM * layer_bytes))
+    return max(0, int(memory - BASE_BYTES - LAYER_ROOM * layer_bytes))
 
 
 def model_bytes(folder: Path, dtype: str) -> int:
@@ -85,60 +82,7 @@ def _group_use(group: Path) -> int:
     return int((group / "memory.current").read_text()) - int(statistics.get("file", 0))
 
 
-def estimate(
-    layerwise: Layerwise,
-    rehearsal: Rehearsal,
-    recorded: Sequence[Experts],
-    *,
-    read_rate: float,
-    tokens: int,
-    first: int,
-    num_layers: int,
-    spool_bytes: int,
-) -> Estimate:
-    """What a streamed recording will take.
-
-    Args:
-        layerwise: The model.
-        rehearsal: What the small model taught.
-        recorded: The layers that are recorded.
-        read_rate: Bytes a second at which weights are read.
-        tokens: Tokens of the corpus.
-        first: The layer it starts with.
-        num_layers: Layers to run.
-        spool_bytes: Bytes of memory for what layers hand on.
-    """
-    by_layer = {experts.layer: experts for experts in layerwise.experts}
-    operations = 0.0
-    for layer in range(first, num_layers):
-        if layer == num_layers - 1 and rehearsal.bare:
-            operations += layerwise.operations(layer, share_of_experts=0)
-        else:
-            share = rehearsal.top_k / by_layer[layer].num_experts if layer in by_layer else 0
-            operations += layerwise.operations(layer, share_of_experts=min(1.0, share))
-    reads = [
-        layerwise.nbytes(layer, bare=layer == num_layers - 1 and rehearsal.bare) for layer in range(first, num_layers)
-    ]
-    states = int(tokens * rehearsal.widths_handed_on * layerwise.hidden_size * layerwise.dtype.itemsize)
-    num_choices = len(recorded) * rehearsal.top_k
-    kept = min(spool_bytes, states)
-    return Estimate(
-        model_bytes=sum(reads) + layerwise.nbytes(None),
-        memory_bytes=int(_LAYER_ROOM * max(map(layerwise.memory_bytes, range(num_layers))))
-        + layerwise.memory_bytes(None)
-        + kept
-        + BASE_BYTES,
-        spool_bytes=kept,
-        disk_bytes=2 * states + tokens * num_choices * 6,
-        num_layers=num_layers,
-        first_layer=first,
-        tokens=tokens,
-        compute_seconds=_OVERHEAD * tokens * operations / _operations_per_second(layerwise.dtype, layerwise.device),
-        read_seconds=sum(reads) / read_rate,
-    )
-
-
-def _operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Speed of a matrix product of the size of an expert's, the best of what fits a moment."""
     left, right = (torch.randn(shape).to(device, dtype) for shape in ((256, 1024), (1024, 2048)))
     best, begin = float("inf"), time.perf_counter()
