@@ -25,8 +25,8 @@ from tally import seconds
 
 import moescope
 from moescope import mini
-from moescope.recording.hooks import RouterWatch
-from moescope.recording.model import load_model, probe, probe_lookahead, ready_to_record
+from moescope.engines.transformers.hooks import RouterWatch
+from moescope.engines.transformers.model import load_model, probe, probe_lookahead, ready_to_record
 from moescope.tallying import tally
 
 

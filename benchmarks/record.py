@@ -38,10 +38,12 @@ import transformers
 
 from moescope import mini
 from moescope.corpus import open_corpus, sample
+from moescope.engines.options import BATCH_TOKENS, WINDOW
+from moescope.engines.transformers.batches import Batch, batches
+from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.recording import record
-from moescope.recording.batches import Batch, batches, portions, windows
-from moescope.recording.recorder import BATCH_TOKENS, PART_TOKENS, WINDOW
-from moescope.recording.tokenizer import Tokenizer
+from moescope.recording.options import PART_TOKENS
+from moescope.recording.portions import portions, windows
 
 BARS = {"mini": 0.85, "random": 0.80, "layers0": 0.25}
 MEMORY_BAR = 1.05
@@ -202,7 +204,11 @@ def same_batches(options: argparse.Namespace, tokenizer: Any) -> list[Batch]:
     return [
         batch
         for portion in portions(documents, used.encode, PART_TOKENS)
-        for batch in batches(windows(portion, WINDOW - len(used.added_ids)), used.added_ids, options.batch_tokens)
+        for batch in batches(
+            [window.token_ids for window in windows(portion, WINDOW - len(used.added_ids))],
+            used.added_ids,
+            options.batch_tokens,
+        )
     ]
 
 

@@ -37,11 +37,12 @@ from safetensors.torch import save_file
 
 from moescope import mini
 from moescope.corpus import Document, open_corpus
+from moescope.engines.streamed.estimate import BASE_BYTES
+from moescope.engines.transformers.batches import batches
+from moescope.engines.transformers.model import load_model, ready_to_record
+from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.recording import Estimate, record
-from moescope.recording.batches import batches, portions, windows
-from moescope.recording.model import load_model, ready_to_record
-from moescope.recording.streaming import BASE_BYTES
-from moescope.recording.tokenizer import Tokenizer
+from moescope.recording.portions import portions, windows
 from moescope.trace import open_trace
 
 SEQUENCE = 512
@@ -198,7 +199,9 @@ def compute(folder: Path, documents: list[Document]) -> dict[str, float]:
         torch.from_numpy(batch.input_ids)
         for portion in portions(documents, model.tokenizer.encode, 65_536)
         for batch in batches(
-            windows(portion, SEQUENCE - len(model.tokenizer.added_ids)), model.tokenizer.added_ids, BATCH_TOKENS
+            [window.token_ids for window in windows(portion, SEQUENCE - len(model.tokenizer.added_ids))],
+            model.tokenizer.added_ids,
+            BATCH_TOKENS,
         )
     ]
     with torch.no_grad(), ready_to_record(model):

@@ -23,7 +23,7 @@ HEAD = """# Supported models
 
 All {count} families of transformers {version} that route tokens to experts. The table is generated from the test that
 builds a small model of each, records it, and checks every id and weight by knock-out: an expert is silenced, and the
-tokens whose output changes must be those it served (`tests/recording/test_families.py`). A family added by a newer
+tokens whose output changes must be those it served (`tests/engines/test_families.py`). A family added by a newer
 transformers fails that test until it is in the list. A model of your own needs a few lines: [add a
 router](../how-to/add-a-router.md). Code that a checkpoint brings along runs only with `--trust-remote-code`, and is
 read by the same rules.
@@ -79,7 +79,7 @@ def page() -> str:
     """The text of the page: one row per family."""
     sys.path.insert(0, str(ROOT))
     try:
-        from tests.recording.families import FAMILIES, NOT_ROUTED, installed_families
+        from tests.families import FAMILIES, NOT_ROUTED, installed_families
     finally:
         sys.path.remove(str(ROOT))
     folders = {family: folder for folder, family in installed_families().items()}
@@ -92,9 +92,9 @@ def page() -> str:
 
 
 def _row(folder: str, family: str) -> str:
-    from moescope.recording.adapters import find_adapter
-    from moescope.recording.routers import find_experts, find_left_out, text_tower
-    from tests.recording.families import tiny_config
+    from moescope.engines.transformers.adapters import find_adapter
+    from moescope.engines.transformers.routers import find_experts, find_left_out, text_tower
+    from tests.families import tiny_config
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,8 +22,8 @@ _HOMES = {
     "Counted": "tallying",
     "Document": "corpus",
     "Placement": "simulation",
-    "Router": "recording",
-    "RoutingCallback": "recording.callback",
+    "Router": "engines.transformers.routers",
+    "RoutingCallback": "watching.callback",
     "Tally": "tallying",
     "Trace": "trace",
     "balance": "measures.balance",
@@ -57,7 +57,7 @@ _HOMES = {
     "tally": "tallying",
     "transitions": "measures.transitions",
     "vocabulary": "measures.vocabulary",
-    "watch": "recording",
+    "watch": "watching",
     "words": "measures.words",
 }
 """Public names by their module; the imports below say their types to a checker and are never run."""
@@ -67,6 +67,7 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from moescope.corpus import Document as Document
     from moescope.corpus import open_corpus as open_corpus
+    from moescope.engines.transformers.routers import Router as Router
     from moescope.exporting import export as export
     from moescope.exporting import export_placement as export_placement
     from moescope.exporting import sql as sql
@@ -88,10 +89,7 @@ if TYPE_CHECKING:
     from moescope.measures.transitions import transitions as transitions
     from moescope.measures.vocabulary import vocabulary as vocabulary
     from moescope.measures.words import words as words
-    from moescope.recording import Router as Router
     from moescope.recording import record as record
-    from moescope.recording.callback import RoutingCallback as RoutingCallback
-    from moescope.recording.watch import watch as watch
     from moescope.reporting import report as report
     from moescope.simulation import Placement as Placement
     from moescope.simulation import cache as cache
@@ -106,6 +104,8 @@ if TYPE_CHECKING:
     from moescope.tallying import tally as tally
     from moescope.trace import Trace as Trace
     from moescope.trace import open_trace as open_trace
+    from moescope.watching import watch as watch
+    from moescope.watching.callback import RoutingCallback as RoutingCallback
 
 
 def __getattr__(name: str) -> Any:

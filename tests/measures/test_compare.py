@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,6 +350,30 @@ def test_the_headers_decide_what_is_said_on_the_meaning_of_expert_ids(tmp_path: 
     c = write(tmp_path / "c.moe", part, fingerprint="2")
     assert moescope.compare(a, b).remarks[0] == "Both traces are of the same weights."
     assert "cannot tell" in moescope.compare(a, c).remarks[0]
+    assert "The headers differ in model.dtype (float32, bfloat16), model.name (a, b)." in moescope.compare(a, b).remarks
+    assert not [remark for remark in moescope.compare(a, a).remarks if "headers differ" in remark]
+
+
+def test_every_key_of_the_headers_that_differs_is_named(tmp_path: Path) -> None:
+    part = make_part(np.random.default_rng(12), (LAYER,), [30] * 6)
+    model = {"dtype": "float32", "expert_widths": [24], "router": "MixtralTopKRouter", "hidden_size": 32}
+    run = {"device": "cpu", "torch": "2.5", "watch": "a", "moescope": "0.1.0"}
+    changes = {
+        "model": {"dtype": "bfloat16", "expert_widths": [48], "router": "PhimoeTopKRouter", "not_recorded": ["x"]},
+        "tokenizer": {"fingerprint": "b" * 64},
+        "run": {"device": "cuda", "watch": "b", "torch": None},
+    }
+    sides: dict[str, dict[str, Any]] = {"model": model, "tokenizer": {"fingerprint": "a" * 64}, "run": run}
+    others = {name: sides[name] | changes[name] for name in sides}
+    for name, header in (("a", Header((LAYER,), **sides)), ("b", Header((LAYER,), **others))):
+        with TraceWriter(tmp_path / name, header, VOCABULARY) as writer:
+            writer.write(part, {})
+    a, b = moescope.open_trace(tmp_path / "a"), moescope.open_trace(tmp_path / "b")
+    assert (
+        "The headers differ in model.dtype (float32, bfloat16), model.expert_widths ([24], [48]), "
+        "model.router (MixtralTopKRouter, PhimoeTopKRouter), run.device (cpu, cuda), "
+        "tokenizer.fingerprint (aaaaaaaaaaaa…, bbbbbbbbbbbb…)."
+    ) in moescope.compare(a, b).remarks
 
 
 def test_other_experts_in_every_layer_leave_distributions_and_in_some_are_named(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moescope.corpus import Document
-from moescope.recording.batches import batches, num_characters, portions, windows
+from moescope.engines.transformers.batches import batches
+from moescope.recording.portions import num_characters, portions, windows
 
 
 def encode(text: str) -> np.ndarray:
@@ -36,7 +37,8 @@ def test_every_token_is_fed_once_and_lands_in_its_row(
         flat = np.concatenate([encode(""), *(token_ids for _, token_ids in portion.documents)])
         assert portion.num_tokens == len(flat)
         found = np.zeros(len(flat), int)
-        for batch in batches(windows(portion, length), added_ids, batch_tokens):
+        sequences = [window.token_ids for window in windows(portion, length)]
+        for batch in batches(sequences, added_ids, batch_tokens):
             np.testing.assert_array_equal(batch.input_ids.ravel()[batch.places], flat[batch.rows])
             assert (batch.input_ids[:, :num_added] == added_ids).all()
             found[batch.rows] += 1
@@ -65,13 +67,13 @@ def test_empty_documents_are_counted_in_the_part_they_come_before() -> None:
 
 def test_a_long_document_becomes_consecutive_windows() -> None:
     (portion,) = portions(documents(["ab", "abcdefg"]), encode, 100)
-    cut = [(window.row, window.sequence, bytes(window.token_ids.tolist())) for window in windows(portion, 3)]
-    assert cut == [(0, 0, b"ab"), (2, 0, b"abc"), (5, 1, b"def"), (8, 2, b"g")]
+    cut = [(window.sequence, bytes(window.token_ids.tolist())) for window in windows(portion, 3)]
+    assert cut == [(0, b"ab"), (0, b"abc"), (1, b"def"), (2, b"g")]
 
 
 def test_windows_of_equal_length_are_not_padded_and_need_no_mask() -> None:
     (portion,) = portions(documents(["abcd", "efgh", "ij"]), encode, 100)
-    first, second = batches(windows(portion, 4), [], 8)
+    first, second = batches([window.token_ids for window in windows(portion, 4)], [], 8)
     assert first.attention_mask is None
     assert first.input_ids.shape == (2, 4)
     assert second.attention_mask is None

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from families import tiny_model
+from tiny import some_documents
 
 from moescope.cli import main
 from moescope.trace import open_trace
-
-from .conftest import some_documents
-from .families import tiny_model
 
 Save = Callable[..., Path]
 

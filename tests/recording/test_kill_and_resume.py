@@ -116,14 +116,14 @@ def compare(left: Path, right: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     import torch
 
     from moescope.recording import record
-    from tests.recording.conftest import byte_level_tokenizer, some_documents
-    from tests.recording.families import tiny_model
+    from tests.families import tiny_model
+    from tests.tiny import byte_level_tokenizer, some_documents
 
     torch.set_num_threads(1)
     MODEL = (tiny_model("mixtral", num_hidden_layers=2), byte_level_tokenizer(bos=True))

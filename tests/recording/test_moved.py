@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from families import tiny_model
+from tiny import assert_same, some_documents
 
-import moescope.recording.recorder as recorder
 from moescope.cli import main
+from moescope.engines import provenance
 from moescope.errors import TraceMismatch
 from moescope.recording import Progress, record
 from moescope.trace import Trace, open_trace
-
-from .conftest import some_documents
-from .families import tiny_model
-from .test_recorder import assert_same
 
 Save = Callable[..., Path]
 MEASURES = [
@@ -112,15 +110,15 @@ def test_another_dtype_or_library_may_not_go_on(
         with pytest.raises(TraceMismatch, match=r"model\.dtype"):
             record_in(home, dtype="bfloat16")
         return
-    versions = recorder._versions()
-    monkeypatch.setattr(recorder, "_versions", lambda: versions | {name: "0.0.1"})
+    versions = provenance.versions(("torch", "transformers"))
+    monkeypatch.setattr(provenance, "versions", lambda _: versions | {name: "0.0.1"})
     with pytest.raises(TraceMismatch, match=f"{section}.{name}: '0.0.1', not "):
         record_in(home)
 
 
 def test_another_python_may(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = recorder._versions()
-    monkeypatch.setattr(recorder, "_versions", lambda: versions | {"python": "3.99.0"})
+    versions = provenance.versions(("torch", "transformers"))
+    monkeypatch.setattr(provenance, "versions", lambda _: versions | {"python": "3.99.0"})
     assert record_in(home).header.run["python"] == versions["python"]
 
 

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import tiny_model
+from tiny import assert_same, byte_level_tokenizer, columns, some_documents
 
 import moescope
 from moescope.corpus import Document
+from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import (
     CorpusEmpty,
     DiskFull,
@@ -24,36 +27,9 @@ from moescope.errors import (
     TraceMismatch,
 )
 from moescope.recording import Progress, record
-from moescope.recording.tokenizer import Tokenizer
-from moescope.trace import Trace, open_trace
-
-from .conftest import byte_level_tokenizer, some_documents
-from .families import tiny_model
+from moescope.trace import open_trace
 
 Save = Callable[..., Path]
-
-
-def columns(trace: Trace) -> dict[str, np.ndarray]:
-    """Every column of a trace, over its parts."""
-    weights = trace.header.weights
-    parts = list(trace.iter_parts(weights=weights))
-    found = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("document", "domain", "sequence", "position", "token_id")
-    }
-    for layer in trace.layers:
-        found[f"L{layer.layer}"] = np.concatenate([part.expert_ids[layer.layer] for part in parts])
-        if weights:
-            found[f"W{layer.layer}"] = np.concatenate([part.gate_weights[layer.layer] for part in parts])
-    return found
-
-
-def assert_same(left: Trace, right: Trace, rtol: float = 0) -> None:
-    assert left.domains == right.domains
-    found, expected = columns(left), columns(right)
-    assert found.keys() == expected.keys()
-    for name, values in found.items():
-        np.testing.assert_allclose(values, expected[name], rtol=rtol if name[0] == "W" else 0, atol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -375,6 +351,6 @@ def test_the_header_says_what_could_change_a_choice(documents: list[Document], t
 
 
 def test_the_function_and_its_room_have_names_of_their_own() -> None:
-    import moescope.recording.model
+    import moescope.engines.transformers.model
 
     assert moescope.record is moescope.recording.record is record

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import tiny_model
+from tiny import some_documents
 
 import moescope.trace.part
 from moescope.corpus import Document
 from moescope.recording import Progress, record
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import open_trace
-
-from .conftest import some_documents
-from .families import tiny_model
 
 LONG = 20.0
 """Seconds that no step of a test takes unless it fails."""

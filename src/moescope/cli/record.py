@@ -14,7 +14,10 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from moescope.cli.options import parse_integers
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE_MAPS, DTYPES, WINDOW
+from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
+from moescope.recording.options import PART_TOKENS, SAMPLE_SEED
 from moescope.reporting.numbers import count
 from moescope.trace import open_trace
 
@@ -45,7 +48,7 @@ def _parse_distances(ctx: click.Context, param: click.Parameter, value: str | No
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refuse a device that torch does not know or have."""
     if value != "auto":
-        from moescope.recording import find_device
+        from moescope.engines.transformers.model import find_device
 
         try:
             find_device(value)
@@ -69,7 +72,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
 )
 @click.option(
-    "--window", type=click.IntRange(2), default=2048, show_default=True, help="Longest sequence the model reads."
+    "--window", type=click.IntRange(2), default=WINDOW, show_default=True, help="Longest sequence the model reads."
 )
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(
@@ -77,13 +80,15 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option(
     "--block",
-    type=click.Choice(["mlp", "attention"]),
-    default="mlp",
+    type=click.Choice(BLOCKS),
+    default=BLOCKS[0],
     show_default=True,
     help="Which routed blocks, of a model that routes its attention, too.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
-@click.option("--sample-seed", type=int, default=0, show_default=True, help="Another seed draws another sample.")
+@click.option(
+    "--sample-seed", type=int, default=SAMPLE_SEED, show_default=True, help="Another seed draws another sample."
+)
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
 @click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
@@ -96,8 +101,8 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
+    type=click.Choice(DTYPES),
+    default=DTYPES[0],
     show_default=True,
     help="auto is the checkpoint's; another one changes some choices.",
 )
@@ -110,7 +115,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option(
     "--device-map",
-    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    type=click.Choice(DEVICE_MAPS),
     help="Spread the model over all GPUs, memory and disk, instead of --device.",
 )
 @click.option(
@@ -120,12 +125,16 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     help="Where --device-map keeps, meanwhile, what it puts on disk.  [default: beside the trace]",
 )
 @click.option(
-    "--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Most tokens of a forward pass."
+    "--batch-tokens",
+    type=click.IntRange(1),
+    default=BATCH_TOKENS,
+    show_default=True,
+    help="Most tokens of a forward pass.",
 )
 @click.option(
     "--part-tokens",
     type=click.IntRange(1),
-    default=65_536,
+    default=PART_TOKENS,
     show_default=True,
     help="Tokens of a part: what an interruption can cost.",
 )
@@ -252,8 +261,6 @@ def _what_is_kept(out: Path) -> str:
     try:
         tokens = open_trace(out).num_tokens
     except TraceError:
-        from moescope.recording.spool import has_work, work_folder
-
         if has_work(out):
             return f"{work_folder(out)}: the finished layers are kept; the same command goes on from there"
         return f"{out}: nothing is recorded yet"

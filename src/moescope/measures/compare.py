@@ -30,6 +30,9 @@ KINDS = ("set", "first")
 LEAST_SHARE = 0.5
 """Of the tokens of the trace that has fewer, the part that must be in the other to compare token by token."""
 
+_OWN_TO_A_TRACE = {"watch", "started"}
+"""Keys of a header that no two watched traces share."""
+
 LEAST_SEEN = 10
 """Occurrences below which a token id is not judged."""
 
@@ -119,6 +122,7 @@ def compare(
             reason = reason or "fewer than half of the tokens are the same"
     matching = counted.matching if counted is not None else None
     remarks += _describe_matching(matching)
+    remarks += _differing_headers(a, b)
     if len(skipped := _other_layers(a, b, shared_layers)) and layers is None:
         remarks.append(f"not compared: layers {', '.join(map(str, skipped))}, which are not alike in both traces")
     if counted is None or reason is not None:
@@ -328,6 +332,18 @@ def _same_experts(a: Trace, b: Trace) -> tuple[str | None, list[str]]:
         "The weights differ or are not known. Expert ids have a common meaning only in checkpoints, fine-tunings and "
         "quantisations of one model; the headers cannot tell those from two models of one shape."
     ]
+
+
+def _differing_headers(a: Trace, b: Trace) -> list[str]:
+    """Every key of model, tokenizer and run that both headers have, with other values."""
+    differences = []
+    for section in ("model", "tokenizer", "run"):
+        mine, theirs = getattr(a.header, section), getattr(b.header, section)
+        for key in mine.keys() & theirs.keys() - _OWN_TO_A_TRACE:
+            if None not in (pair := (mine[key], theirs[key])) and pair[0] != pair[1]:
+                values = ", ".join(value if len(value := str(each)) <= 40 else f"{value[:12]}…" for each in pair)
+                differences.append(f"{section}.{key} ({values})")
+    return [f"The headers differ in {', '.join(sorted(differences))}."] if differences else []
 
 
 def _describe_matching(found: Matching | None) -> list[str]:

@@ -1,26 +1,13 @@
-"""Recording: runs a model over a corpus and watches its routers.
+"""Recording: from a corpus and any engine to a trace.
 
-Rule of the room: the only one that imports torch and transformers. It never changes what a model computes and leaves no
-hook behind; it records the experts that ran, and what it cannot read exactly it refuses. `routers` says where a model
-routes, `hooks` notes what comes by, `tokenizer` and `batches` prepare what the model reads, `model` loads it, and
-`recorder` is the way from a corpus to a trace, with `lookahead`, which asks routers before their turn, `threads` that
-read ahead and write behind, `parts` for what a part holds before it is routed, and `attention`, which leaves out what a
-mask excludes. For models larger than memory, `streaming` is that way: `shards` reads a checkpoint, `layerwise` has one
-layer of it in memory, `spool` keeps what lies between two layers, and `rehearsal` makes sure, on a small model
-(`shrinking`), that a family comes out the same. `watch` looks on while somebody else runs the model: `calls` reads what
-it is called with, `live` counts, `sequences` puts a trace together, `callback` reports to a Trainer.
+Rule of the folder: it knows documents, parts and files, and of engines only their protocol (`engines.protocol`), so
+that importing it loads no library of theirs. `portions` divides documents into parts and windows, `parts` has an engine
+record one, `recorder` is the way from a corpus to a trace, with `threads` that read ahead and write behind; `options`
+are what a caller may ask, and `progress` is what a caller is told.
 """
 
-from moescope.errors import require
+from moescope.engines.protocol import Estimate
+from moescope.recording.progress import Progress
+from moescope.recording.recorder import record
 
-require("torch", extra="record")
-require("transformers", extra="record")
-
-from moescope.recording.model import find_device  # noqa: E402
-from moescope.recording.progress import Progress  # noqa: E402
-from moescope.recording.recorder import record  # noqa: E402
-from moescope.recording.routers import Router  # noqa: E402
-from moescope.recording.streaming import Estimate  # noqa: E402
-from moescope.recording.watch import watch  # noqa: E402
-
-__all__ = ["Estimate", "Progress", "Router", "find_device", "record", "watch"]
+__all__ = ["Estimate", "Progress", "record"]

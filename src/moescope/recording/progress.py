@@ -48,3 +48,27 @@ class Meter:
             seconds_left = seconds * left / (self._characters - self._characters_before)
         speed = (self._tokens - self._tokens_before) / seconds
         self._report(Progress(self._tokens, fraction, speed, seconds_left))
+
+
+class WholeCorpusMeter:
+    """Tells the caller how far an engine is that reads the whole corpus before it gives the first part.
+
+    Args:
+        report: Called with each progress.
+        tokens: Tokens of the corpus.
+    """
+
+    def __init__(self, report: Callable[[Progress], None], tokens: int) -> None:
+        self._report, self._tokens = report, tokens
+        self._before, self._start = 0.0, time.monotonic()
+
+    def start(self, before: float) -> None:
+        """Begin, with the share of the work that an earlier call had done."""
+        self._before, self._start = before, time.monotonic()
+
+    def advance(self, done: float) -> None:
+        """Note the share of the work that is done."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        speed = self._tokens * (done - self._before) / seconds
+        tokens = self._tokens * done
+        self._report(Progress(int(tokens), done, speed, (self._tokens - tokens) / max(speed, 1e-9)))

@@ -1,4 +1,4 @@
-"""Recording: a model reads a corpus, and what its routers chose becomes a trace.
+"""Recording: an engine reads a corpus, and what its routers chose becomes a trace.
 
 Unit: a token of the corpus; padding and the tokens that the tokenizer adds are fed and not recorded. The trace grows by
 whole parts, so whatever ends a recording early, the same call goes on after the last finished part.
@@ -7,49 +7,28 @@ whole parts, so whatever ends a recording early, the same call goes on after the
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import torch
-import transformers
-
-import moescope
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
-from moescope.errors import CorpusEmpty, ModelNotStreamable, TraceError, TraceExists
-from moescope.recording.attention import SkipMaskedBlocks
-from moescope.recording.batches import Encode, Portion, batches, num_characters, portions, windows
-from moescope.recording.hooks import RouterWatch
-from moescope.recording.layerwise import NO_STREAM
-from moescope.recording.model import (
-    Model,
-    Spread,
-    adopt_model,
-    find_device,
-    implementations,
-    load_model,
-    probe,
-    probe_lookahead,
-    ready_to_record,
-    weights_put_back,
-)
-from moescope.recording.parts import check_finite, check_token_ids, unrouted
-from moescope.recording.progress import Meter, Progress
-from moescope.recording.routers import Router
-from moescope.recording.rows import FillRows
-from moescope.recording.spool import has_work, remove_work, work_folder
-from moescope.recording.streaming import Estimate, Streamed, must_stream, open_streamed, planned_layers, record_streamed
+from moescope.engines.opening import open_engine
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DTYPES, WINDOW, EngineOptions
+from moescope.engines.protocol import CorpusEngine, Engine, Estimate, NotFinite, Plan, Tokenizer
+from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
+from moescope.errors import CorpusEmpty, TraceError, TraceExists
+from moescope.recording.options import PART_TOKENS, SAMPLE_SEED, CorpusOptions, OutputOptions
+from moescope.recording.parts import not_finite, record_part, unit_of
+from moescope.recording.portions import Encode, Portion, num_characters, portions
+from moescope.recording.progress import Meter, Progress, WholeCorpusMeter
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
+from moescope.trace import header as trace_header
 from moescope.trace.reader import SUMMARY, read_header
-
-BATCH_TOKENS = 4096
-PART_TOKENS = 65_536
-WINDOW = 2048
+from moescope.trace.writer import refuse_foreign, refuse_other
 
 
 class Documents(Protocol):
@@ -70,11 +49,11 @@ def record(
     window: int = WINDOW,
     max_tokens_per_domain: int | None = None,
     max_documents_per_domain: int | None = None,
-    sample_seed: int = 0,
-    dtype: str = "auto",
+    sample_seed: int = SAMPLE_SEED,
+    dtype: str = DTYPES[0],
     device: str = "auto",
-    block: str = "mlp",
-    routers: Sequence[Router] | None = None,
+    block: str = BLOCKS[0],
+    routers: Sequence[Any] | None = None,
     trust_remote_code: bool = False,
     device_map: str | Mapping[str, int | str] | None = None,
     offload_folder: str | Path | None = None,
@@ -131,97 +110,52 @@ def record(
         MoescopeError: The model, the corpus or the output is at fault; `moescope.errors` has a class for each case.
     """
     out = Path(out)
-    if block not in ("mlp", "attention"):
-        raise ValueError(f"block is 'mlp' or 'attention', not {block!r}")
-    if window < 1 or batch_tokens < 1 or part_tokens < 1:
-        raise ValueError(f"window {window}, batch_tokens {batch_tokens} or part_tokens {part_tokens} is below 1")
-    if memory is not None and memory < 0:
-        raise ValueError(f"memory of {memory} bytes is below 0")
+    engine_options = EngineOptions(
+        layers=layers,
+        block=block,
+        weights=weights,
+        lookahead=lookahead,
+        window=window,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        offload_folder=None if offload_folder is None else Path(offload_folder),
+        routers=routers,
+        trust_remote_code=trust_remote_code,
+        stream=stream,
+        memory=memory,
+    )
+    corpus_options = CorpusOptions(
+        max_tokens_per_domain, max_documents_per_domain, sample_seed, text_field, domain_field, strict
+    )
+    output = OutputOptions(part_tokens, force)
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
         _refuse_complete(out)
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
-    streamed: Streamed | None = None
-    if isinstance(model, str | Path):
-        if device_map is None:
-            find_device(device)
-        elif device != "auto":
-            raise ValueError(f"a device ({device}) and a device map exclude each other")
-        elif stream:
-            raise ValueError("a model is streamed through one device, or spread by a device map, not both")
-        if routers is not None:
-            raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
-        if device_map is None and must_stream(
-            model, out, stream=stream, memory=memory, device=device, dtype=dtype, force=force
-        ):
-            if lookahead:
-                raise ModelNotStreamable(
-                    model, "looking ahead needs the routers of later layers, which are not loaded yet", NO_STREAM
-                )
-            if trust_remote_code:
-                raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
-            streamed = open_streamed(model, layers=layers, dtype=dtype, device=device, memory=memory, block=block)
-            ready = streamed.model
-        else:
-            placement = device if device_map is None else Spread(device_map, Path(offload_folder or out.parent))
-            ready = load_model(
-                model,
-                layers=layers,
-                dtype=dtype,
-                device=placement,
-                block=block,
-                trust_remote_code=trust_remote_code,
-                lookahead=lookahead,
-            )
-    elif stream:
-        raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
-    elif (dtype, device, device_map) != ("auto", "auto", None):
-        raise ValueError("the dtype and the devices of a loaded model are what they are")
-    else:
-        ready = adopt_model(*model, layers=layers, block=block, routers=routers)
-    documents: Documents = corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
-    if max_tokens_per_domain is not None or max_documents_per_domain is not None:
-        if not isinstance(corpus, Corpus):
-            raise ValueError("quotas a domain are for a corpus of files; choose among your documents yourself")
-        documents = sample(
-            corpus,
-            max_tokens_per_domain=max_tokens_per_domain,
-            max_documents_per_domain=max_documents_per_domain,
-            seed=sample_seed,
-            num_tokens=ready.tokenizer.num_tokens,
+    with open_engine(model, engine_options, out=out, force=force) as engine:
+        documents = _documents(corpus, corpus_options, engine.tokenizer)
+        added = len(engine.tokenizer.added_ids)
+        if engine.window <= added:
+            raise ValueError(f"a window of {engine.window} has no room beside the {added} added tokens")
+        run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
+        header = Header(
+            engine.layers(),
+            weights,
+            engine.description,
+            engine.tokenizer.description(),
+            documents.description(),
+            run,
         )
-    window = min(window, ready.max_positions or window)
-    if window <= len(ready.tokenizer.added_ids):
-        raise ValueError(f"a window of {window} has no room beside the {len(ready.tokenizer.added_ids)} added tokens")
-    with ready_to_record(ready):
-        run = {
-            "window": window,
-            "batch_tokens": batch_tokens,
-            "part_tokens": part_tokens,
-            "device": ready.device.type,
-            **implementations(ready),
-            **_versions(),
-        }
-        provenance = (weights, ready.description, ready.tokenizer.description(), documents.description())
         report = progress or (lambda _: None)
-        if streamed is not None:
-            plan = Header(planned_layers(ready), *provenance, run | {"road": "stream"})
-            with streamed.layerwise:
-                record_streamed(
-                    streamed, documents, plan, out, force=force, report=report, announce=announce or (lambda _: None)
-                )
-            return open_trace(out)
-        layers_found, stop_at = probe(ready)
-        looking = probe_lookahead(ready, lookahead)
-        header = Header(layers_found if looking is None else looking.described(layers_found), *provenance, run)
-        with (
-            TraceWriter(out, header, ready.tokenizer.vocabulary(), force=force) as writer,
-            RouterWatch(ready.experts, stop_at=stop_at, lookahead=looking) as watch,
-            FillRows(),
-            SkipMaskedBlocks() if ready.masks_blocks(window) else nullcontext(),
-        ):
-            _record_parts(ready, watch, documents, writer, report)
-        remove_work(out)  # of a streamed recording that was given up for this one
+        prepared = None
+        if isinstance(engine, CorpusEngine):
+            prepared = _prepare(engine, documents, header, out, output, report, announce or (lambda _: None))
+            header = replace(header, layers=engine.layers())
+        with TraceWriter(out, header, engine.tokenizer.vocabulary(), force=force) as writer:
+            _record_parts(engine, documents, prepared, writer, report)
+    remove_work(out)  # what the engine kept beside it, or a streamed recording that was given up for this one
     return open_trace(out)
 
 
@@ -239,58 +173,102 @@ def _refuse_complete(out: Path) -> NoReturn:
     raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
 
 
+def _documents(corpus: Corpus | Sample | Iterable[Document], options: CorpusOptions, tokenizer: Tokenizer) -> Documents:
+    """The documents to record: those given, or a sample of them."""
+    if options.max_tokens_per_domain is None and options.max_documents_per_domain is None:
+        return corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
+    if not isinstance(corpus, Corpus):
+        raise ValueError("quotas a domain are for a corpus of files; choose among your documents yourself")
+    return sample(
+        corpus,
+        max_tokens_per_domain=options.max_tokens_per_domain,
+        max_documents_per_domain=options.max_documents_per_domain,
+        seed=options.sample_seed,
+        num_tokens=tokenizer.num_tokens,
+    )
+
+
+def _prepare(
+    engine: CorpusEngine,
+    documents: Documents,
+    header: Header,
+    out: Path,
+    output: OutputOptions,
+    report: Callable[[Progress], None],
+    announce: Callable[[Estimate], None],
+) -> list[Portion]:
+    """Have an engine read the whole corpus, whose tokens are held in memory, 4 bytes each.
+
+    Returns:
+        The parts to be written from what it read.
+    """
+    refuse_foreign(out, force=output.force)
+    if not output.force and (out / trace_header.FILE_NAME).exists():
+        refuse_other(out, without_top_k(header), without_top_k(read_header(out)))
+    read = [_without_text(portion) for portion in portions(documents, engine.tokenizer.encode, output.part_tokens)]
+    filled = [portion for portion in read if portion.documents]  # only the last may have no document
+    units = [unit_of(portion, number, engine) for number, portion in enumerate(filled)]
+    if not units:
+        raise _empty(header, sum(portion.num_read for portion in read))
+    meter = WholeCorpusMeter(report, sum(unit.num_tokens for unit in units))
+
+    def begin(estimate: Estimate) -> None:
+        announce(estimate)
+        meter.start(estimate.first_layer / estimate.num_layers)
+
+    plan = Plan(header, _digest(read), out, output.force)
+    try:
+        engine.prepare(units, plan, announce=begin, advance=meter.advance)
+    except NotFinite as error:
+        raise not_finite(error, filled[error.unit], engine) from None
+    return read
+
+
 def _record_parts(
-    model: Model, watch: RouterWatch, documents: Documents, writer: TraceWriter, report: Callable[[Progress], None]
+    engine: Engine,
+    documents: Documents,
+    prepared: Sequence[Portion] | None,
+    writer: TraceWriter,
+    report: Callable[[Progress], None],
 ) -> None:
     """Record the parts that the trace does not hold yet, then its summary."""
     totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
     for note in writer.progress:
         totals = {name: totals[name] + note[name] for name in totals}
-    meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, model.tokenizer.encode))
-    done, part_tokens = totals["documents_read"], writer.header.run["part_tokens"]
+    number = len(writer.progress)
+    encode, done, part_tokens = engine.tokenizer.encode, totals["documents_read"], writer.header.run["part_tokens"]
 
     def tokenized(documents: Iterator[Document]) -> Iterator[Portion]:
-        return portions(islice(documents, done, None), model.tokenizer.encode, part_tokens)
+        return portions(islice(documents, done, None), encode, part_tokens)
 
     def write(finished: tuple[Part, dict[str, int]]) -> None:
         writer.write(*finished)
 
-    with read_ahead(documents, tokenized) as upcoming, WriteBehind(write) as written:
+    source: AbstractContextManager[Iterable[Portion]]
+    if prepared is None:
+        meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, encode))
+        source = read_ahead(documents, tokenized)
+    else:
+        meter = Meter(lambda _: None, 0, 0, None)  # the caller was told while the engine read
+        source = nullcontext(prepared[number:])
+    with source as upcoming, WriteBehind(write) as written:
         for portion in upcoming:
-            note = portion.note()
             if portion.documents:
-                written.put((_record_part(model, watch, portion, writer.header, meter), note))
-            totals = {name: totals[name] + note[name] for name in totals}
+
+                def advance(tokens: int, portion: Portion = portion) -> None:
+                    meter.add(tokens, portion.num_characters * tokens / portion.num_tokens)
+
+                written.put((record_part(engine, portion, number, advance), portion.note()))
+                number += 1
+            totals = {name: totals[name] + portion.note()[name] for name in totals}
     if not totals["tokens"]:
-        name = writer.header.corpus["name"]
-        raise CorpusEmpty(name, f"none of its {totals['documents_read']} documents has a token")
+        raise _empty(writer.header, totals["documents_read"])
     problems = getattr(documents, "problems", None)
     writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
 
 
-def _record_part(model: Model, watch: RouterWatch, portion: Portion, header: Header, meter: Meter) -> Part:
-    """Run the model over one part."""
-    added_ids = model.tokenizer.added_ids
-    cut = windows(portion, header.run["window"] - len(added_ids))
-    part = unrouted(portion, cut, header)
-    check_token_ids(portion, model.num_embeddings, model.description["name"])
-    looks_ahead = model.looks_ahead
-    for batch in batches(cut, added_ids, header.run["batch_tokens"], model.batching):
-        inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(model.device)}
-        if batch.attention_mask is not None and looks_ahead:
-            inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(model.device)
-        with weights_put_back(model):
-            spoken = watch.run(model.body, inputs)
-        for layer, choices in spoken.items():
-            gate_weights = choices.gate_weights[batch.places]
-            check_finite(layer, gate_weights, batch.rows, part)
-            part.expert_ids[layer][batch.rows] = choices.expert_ids[batch.places]
-            if header.weights:
-                part.gate_weights[layer][batch.rows] = gate_weights
-            for distance, predicted in choices.predicted.items():
-                part.predictions[layer, distance][batch.rows] = predicted[batch.places]
-        meter.add(len(batch.rows), portion.num_characters * len(batch.rows) / portion.num_tokens)
-    return part
+def _empty(header: Header, num_documents: int) -> CorpusEmpty:
+    return CorpusEmpty(header.corpus["name"], f"none of its {num_documents} documents has a token")
 
 
 def _num_characters(documents: Documents, encode: Encode) -> int | None:
@@ -324,10 +302,18 @@ class _Given:
         return {"name": "documents", "format": "documents", "fingerprint": digest.hexdigest()}
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "moescope": moescope.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+def _without_text(portion: Portion) -> Portion:
+    """The portion without the texts, which are not needed once they are tokens."""
+    documents = [(replace(document, text=""), token_ids) for document, token_ids in portion.documents]
+    return replace(portion, documents=documents)
+
+
+def _digest(read: Sequence[Portion]) -> str:
+    """Hash of the documents, their domains and tokens, and of the portions they are in."""
+    digest = hashlib.sha256()
+    for portion in read:
+        digest.update(f"\n{portion.num_read} {portion.num_tokens} {portion.num_characters}\n".encode())
+        for document, token_ids in portion.documents:
+            digest.update(f"\n{document.number} {document.domain!r} {len(token_ids)}\n".encode())
+            digest.update(token_ids.tobytes())
+    return digest.hexdigest()

@@ -12,6 +12,8 @@ from queue import Queue, SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from moescope.interrupts import despite_interrupts
+
 Source = TypeVar("Source")
 Item = TypeVar("Item")
 
@@ -137,18 +139,3 @@ class WriteBehind(Generic[Item]):
                 del item  # its memory is free while the next is awaited
         finally:
             self._ended.set()
-
-
-def despite_interrupts(wait: Callable[[], object]) -> KeyboardInterrupt | None:
-    """Call `wait` until it returns, whatever Ctrl-C says; return the last Ctrl-C there was.
-
-    `Thread.join`, and what uses it, will not do: interrupted, it takes a thread that still runs for ended (Python 3.11
-    and 3.12, issue 45274 of CPython).
-    """
-    interrupt = None
-    while True:
-        try:
-            wait()
-            return interrupt
-        except KeyboardInterrupt as again:
-            interrupt = again

@@ -1,0 +1,124 @@
+"""The work that an engine keeps beside an unfinished trace, in a folder of its own, until the trace is complete.
+
+Its plan says for which recording it is. A file counts once it is in the folder's ``SHA256SUMS``, as in a trace. What
+else is in it is the engine's; `docs/how-to/larger-than-memory.md` says what the user sees of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moescope.errors import TraceBusy, TraceDamaged
+from moescope.trace import Header, checksums
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no advisory locks; there two runs are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+PLAN = "plan.json"
+SUFFIX = ".stream"
+_FILE = re.compile(r"(choices|weights)-\d{6,}\.npy|states-\d{6,}")
+
+
+def work_folder(out: Path) -> Path:
+    """Where a streamed recording of a trace keeps its work, beside the trace."""
+    return out.with_name(out.name + SUFFIX)
+
+
+def has_work(out: Path) -> bool:
+    """Whether a streamed recording of this trace was begun and not finished."""
+    return (work_folder(out) / PLAN).is_file()
+
+
+def remove_work(out: Path, finished: Header | None = None) -> None:
+    """Remove what a streamed recording left, unless another process is at it.
+
+    Args:
+        out: The trace.
+        finished: Header of what is recorded there; the work of any other recording is kept. None keeps none.
+    """
+    path = work_folder(out)
+    if not (path.is_dir() and is_work(path)):
+        return
+    try:
+        descriptor = lock(path)
+    except TraceBusy:
+        return
+    try:
+        if finished is not None and (path / PLAN).exists():
+            plan = Header.from_json(json.dumps(read_plan(path)["header"]), path)
+            if without_top_k(plan).differences(without_top_k(finished)):
+                return
+        clear(path)
+    except TraceDamaged:
+        return
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def is_work(path: Path) -> bool:
+    """Whether a folder holds nothing but such work."""
+    if path.is_symlink():
+        return False
+    names = [child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()]
+    return all(name in (PLAN, checksums.FILE_NAME) or _FILE.fullmatch(name) for name in names)
+
+
+def clear(path: Path, *, keep: bool = False) -> None:
+    """Remove what is in a work folder, and the folder unless it is to be kept."""
+    (path / PLAN).unlink(missing_ok=True)  # first: without it nothing counts as work
+    if not keep:
+        shutil.rmtree(path)
+        return
+    for child in path.iterdir():
+        child.unlink()
+
+
+def damaged(path: Path, problem: str) -> TraceDamaged:
+    """The error of work that cannot be gone on with."""
+    return TraceDamaged(path, problem, "--force streams anew from the first layer")
+
+
+def lock(path: Path) -> int | None:
+    """Lock a work folder; the lock lasts until the descriptor is closed.
+
+    Raises:
+        TraceBusy: Another process has it.
+    """
+    if fcntl is None:  # pragma: no cover
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TraceBusy(path, "another process is recording into this trace") from None
+    return descriptor
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """For which recording the work in a folder is.
+
+    Raises:
+        TraceDamaged: The plan cannot be read.
+    """
+    try:
+        found = json.loads((path / PLAN).read_bytes())
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"{PLAN} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("header"), dict):
+        raise damaged(path, f"{PLAN} is not the plan of a streamed recording")
+    return found
+
+
+def without_top_k(header: Header) -> Header:
+    """A header that says nothing of how many choices a layer makes, for comparing with one that does not know."""
+    return replace(header, layers=tuple(replace(layer, top_k=1) for layer in header.layers))

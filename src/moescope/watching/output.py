@@ -1,0 +1,159 @@
+"""The trace that a watch writes, created with the first forward pass: that tells how many experts a token gets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from moescope.engines.transformers.provenance import describe_layer
+from moescope.engines.transformers.routers import Experts
+from moescope.errors import ModelUnsupported, RouterNotFinite, TraceExists
+from moescope.trace import Header, Layer, TraceWriter, Vocabulary
+from moescope.watching.calls import Pass
+from moescope.watching.sequences import DECODE, PREFILL, Block, Labels, Sequences, Step
+
+
+class TraceOutput:
+    """Records forward passes; each method may be called from any thread.
+
+    Args:
+        path: Folder of the trace.
+        experts: The layers, one stack of them.
+        header: Makes the header from the layers; called once, with whether token ids are known.
+        vocabulary: Makes the vocabulary; called once.
+        labels: Domains and documents of the sequences that begin.
+        weights: Whether gate weights are recorded.
+        part_tokens: Tokens of a part.
+        force: Replace what is at `path`, if it is a trace.
+    Raises:
+        TraceExists: There is something at the path.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        experts: Sequence[Experts],
+        header: Callable[[tuple[Layer, ...], bool], Header],
+        vocabulary: Callable[[], Vocabulary],
+        labels: Labels,
+        *,
+        weights: bool,
+        part_tokens: int,
+        force: bool,
+    ) -> None:
+        if not force and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise TraceExists(path, "exists and is kept; a watch does not go on with another's trace", "force=True")
+        self._path, self._experts, self._labels = path, experts, labels
+        self._header, self._vocabulary = header, vocabulary
+        self._weights, self._part_tokens, self._force = weights, part_tokens, force
+        self._writer: TraceWriter | None = None
+        self._sequences: Sequences | None = None
+        self._interrupted = False
+        self._lock = threading.Lock()
+
+    def add(self, current: Pass, choices: Sequence[tuple[Tensor, Tensor]], cache: Any, generation: object) -> None:
+        """Record a forward pass.
+
+        Args:
+            current: The pass.
+            choices: For each layer ids and gate weights, by falling weight, shape (token, choice).
+            cache: The cache that holds what was read; None if nothing can follow.
+            generation: The call of ``generate`` that runs; None if none does.
+        """
+        call, past = current.call, current.past or 0
+        counted, starts = current.counted, current.starts
+        with self._lock:
+            if self._writer is None or self._sequences is None:
+                layers = zip(self._experts, choices, strict=True)
+                header = self._header(
+                    tuple(describe_layer(experts, ids.shape[1]) for experts, (ids, _) in layers),
+                    call.input_ids is not None,
+                )
+                self._writer = TraceWriter(self._path, header, self._vocabulary(), force=self._force)
+                self._sequences = Sequences(self._writer, self._part_tokens)
+            header = self._writer.header
+            if header.token_ids and call.input_ids is None:
+                raise ModelUnsupported(
+                    call.subject,
+                    "is called with embeddings, and was called with token ids before; a trace has them or not",
+                )
+            assert starts is not None  # asked for wherever a trace is written
+            recorded = np.ones(call.shape, bool) if counted is None else counted.cpu().numpy()
+            known = call.input_ids if header.token_ids else None
+            step = Step(
+                token_ids=np.zeros(call.shape, np.int64) if known is None else known.cpu().numpy(),
+                recorded=recorded,
+                starts=starts.cpu().numpy(),
+                phase=DECODE if past and call.shape[1] == 1 else PREFILL,
+                expert_ids={},
+                gate_weights={},
+            )
+            for experts, layer, pair in zip(self._experts, header.layers, choices, strict=True):
+                ids, weights = (tensor.cpu().numpy() for tensor in pair)
+                _check(experts, layer, ids[recorded.reshape(-1)], weights[recorded.reshape(-1)])
+                step.expert_ids[experts.layer] = ids.reshape(*call.shape, -1)
+                if self._weights:
+                    step.gate_weights[experts.layer] = weights.reshape(*call.shape, -1)
+
+            def begin(num_rows: int) -> Any:
+                return self._labels.batch(num_rows, generated=generation is not None)
+
+            self._sequences.add(step, cache, past, call.subject, begin, generation)
+
+    def settle(self) -> None:
+        """Write the parts that are full."""
+        with self._writing() as sequences:
+            if sequences is not None:
+                sequences.settle()
+
+    def end_block(self, block: Block, *, whole: bool) -> None:
+        """A document has ended."""
+        with self._writing() as sequences:
+            if sequences is not None:
+                (sequences.end_block if whole else sequences.drop_block)(block)
+
+    def end_generation(self, generation: object, *, whole: bool) -> None:
+        """A call of ``generate`` has ended."""
+        with self._writing() as sequences:
+            if sequences is not None:
+                sequences.end_generation(generation, whole=whole)
+
+    def close(self, *, complete: bool) -> None:
+        """Write what is whole; the trace is complete if no error ended the block and no Ctrl-C came in between."""
+        with self._lock:
+            if self._writer is None or self._sequences is None:
+                return
+            with self._writer:
+                self._sequences.finish(complete=complete and not self._interrupted)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Sequences | None]:
+        """After an error what is not written is kept, and written next; Ctrl-C may come between any two steps."""
+        with self._lock:
+            try:
+                yield self._sequences
+            except Exception:
+                raise
+            except BaseException:
+                self._interrupted = True
+                raise
+
+
+def _check(experts: Experts, layer: Layer, ids: Any, weights: Any) -> None:
+    if not ids.size:
+        return
+    if ids.min() < (-1 if layer.drops else 0) or ids.max() >= layer.num_ids:
+        raise ModelUnsupported(
+            experts.name,
+            f"layer {layer.layer} chose expert {ids.max()} or {ids.min()}, expected 0..{layer.num_ids - 1}",
+        )
+    if ids.shape[1] != layer.top_k:
+        raise ModelUnsupported(experts.name, f"gives a token {ids.shape[1]} experts, and {layer.top_k} before")
+    if not np.isfinite(weights).all():
+        raise RouterNotFinite(f"layer {layer.layer}", "a gate weight is NaN or infinite", "does the loss diverge?")

@@ -1,0 +1,278 @@
+"""Sequences that a watched model reads, until each is whole and goes into a trace.
+
+Unit: a sequence, which is one row of a batch or one piece of a packed row; what is generated after a prompt continues
+its sequence as long as the same cache is used. Convention: a sequence is a document, unless a block says that all of
+its sequences are windows of one document. Documents are numbered in the order in which they end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.errors import ModelUnsupported
+from moescope.trace import Part, TraceWriter
+from moescope.trace.part import PHASES
+
+PREFILL, DECODE = range(len(PHASES))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass adds to the sequences of its batch.
+
+    Attributes:
+        token_ids: Vocabulary ids, shape (sequence, token); zeros if they are not known.
+        recorded: Which tokens are recorded, shape (sequence, token).
+        starts: Where a sequence starts, shape (sequence, token).
+        phase: `PREFILL` or `DECODE`.
+        expert_ids: For each layer the chosen experts, rank 0 first, shape (sequence, token, choice).
+        gate_weights: For each layer their weights, same shapes; empty if not recorded.
+    """
+
+    token_ids: NDArray[np.int64]
+    recorded: NDArray[np.bool_]
+    starts: NDArray[np.bool_]
+    phase: int
+    expert_ids: dict[int, NDArray[np.int32]]
+    gate_weights: dict[int, NDArray[np.float32]]
+
+
+@dataclass(eq=False)
+class Block:
+    """Sequences that are the windows of one document, in the order read."""
+
+    domain: str
+    batches: list[Batch] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Sequences that were read together and may still grow.
+
+    Attributes:
+        domains: Domain of each row.
+        block: The document they belong to; None if each is one.
+        generation: The call of ``generate`` that makes them, so that an error of it leaves them incomplete, or None.
+        ended: Whether nothing can follow.
+        fed: Tokens of each row that the model has read, padding included.
+        steps: What each forward pass added.
+        cache: The cache they are in.
+    """
+
+    domains: Sequence[str]
+    block: Block | None
+    generation: object = None
+    ended: bool = False
+    fed: int = 0
+    steps: list[Step] = field(default_factory=list)
+    cache: Callable[[], Any] = lambda: None
+
+    def sequences(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The sequences with a recorded token, each with its domain and its columns."""
+        recorded, starts, token_ids = (
+            np.concatenate([getattr(step, name) for step in self.steps], 1)
+            for name in ("recorded", "starts", "token_ids")
+        )
+        phase = np.repeat([step.phase for step in self.steps], [step.recorded.shape[1] for step in self.steps])
+        expert_ids = _joined([step.expert_ids for step in self.steps])
+        gate_weights = _joined([step.gate_weights for step in self.steps])
+        sequence = starts.cumsum(1)
+        for row, domain in enumerate(self.domains):
+            for number in np.unique(sequence[row, recorded[row]]):
+                rows = np.flatnonzero(recorded[row] & (sequence[row] == number))
+                yield (
+                    domain,
+                    {
+                        "token_id": token_ids[row, rows],
+                        "phase": phase[rows],
+                        "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
+                        "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
+                    },
+                )
+
+
+class Labels:
+    """Which domains, and which document, the sequences that begin now belong to.
+
+    Attributes:
+        domains: Domain of every sequence, or of each row of a batch.
+        block: The document that is open; None if each sequence is one.
+    """
+
+    def __init__(self, domains: str | Sequence[str]) -> None:
+        self.domains = domains
+        self.block: Block | None = None
+
+    def batch(self, num_rows: int, *, generated: bool) -> Batch:
+        """A batch of sequences that begin now.
+
+        Args:
+            num_rows: How many.
+            generated: Whether ``generate`` makes them, perhaps several of each prompt.
+        Raises:
+            ValueError: There is not a domain for each.
+        """
+        if self.block is not None:
+            return Batch((self.block.domain,) * num_rows, self.block)
+        if isinstance(self.domains, str):
+            return Batch((self.domains,) * num_rows, None)
+        copies, rest = divmod(num_rows, max(1, len(self.domains)))
+        if rest or not copies or (copies > 1 and not generated):
+            raise ValueError(f"{len(self.domains)} domains are given for a batch of {num_rows} sequences")
+        return Batch([name for name in self.domains for _ in range(copies)], None)
+
+
+class Sequences:
+    """Collects sequences and writes those that are whole.
+
+    Args:
+        writer: The trace.
+        part_tokens: Tokens of a part, at least.
+    """
+
+    def __init__(self, writer: TraceWriter, part_tokens: int) -> None:
+        self._writer = writer
+        self._part_tokens = part_tokens
+        self._batches: list[Batch] = []
+        self._whole: list[dict[str, Any]] = []
+        self._waiting = 0
+        self.documents = self.tokens = 0
+
+    def add(
+        self, step: Step, cache: Any, past: int, subject: str, open_batch: Callable[[int], Batch], generation: object
+    ) -> None:
+        """Add what a forward pass read; `settle` writes it once it is due.
+
+        Args:
+            step: It.
+            cache: The cache that holds it now; None if there is none, so that nothing can follow.
+            past: Tokens that the cache held before.
+            subject: What errors call the model.
+            open_batch: Makes a batch of some number of rows, for sequences that begin.
+            generation: The call of ``generate`` that makes the sequences; None if none does.
+        Raises:
+            ModelUnsupported: The cache was rewound or rearranged, so that its rows are other sequences than before.
+        """
+        num_rows, num_tokens = step.recorded.shape
+        batch = next((each for each in self._batches if cache is not None and each.cache() is cache), None)
+        if batch is not None and (past == 0 or batch.ended):
+            batch.ended, batch.cache, batch = True, lambda: None, None  # the cache is used again for something new
+        if batch is None:
+            batch = open_batch(num_rows)
+            self._batches.append(batch)
+            if batch.block is not None:
+                batch.block.batches.append(batch)
+            batch.fed = past
+            self._follow(batch, cache)
+        elif batch.fed != past or len(batch.domains) != num_rows:
+            raise ModelUnsupported(
+                subject,
+                f"its cache holds {num_rows} x {past} tokens, expected {len(batch.domains)} x {batch.fed}; a cache "
+                "that is cut or rearranged on the way (assisted decoding, beam search) cannot be followed in a trace",
+                "watch without a trace counts it all the same",
+            )
+        else:
+            step.starts[:] = False
+        batch.generation = generation
+        batch.fed += num_tokens
+        batch.steps.append(step)
+
+    def _follow(self, batch: Batch, cache: Any) -> None:
+        """End the batch with its cache; the callback may come at any moment and only leaves a mark."""
+        if cache is None:
+            batch.ended = True
+            return
+
+        def end(_: object) -> None:
+            batch.ended = True
+
+        try:
+            batch.cache = weakref.ref(cache, end)
+        except TypeError:  # an object that cannot be followed is kept to the end
+            batch.cache = lambda: cache
+
+    def settle(self) -> None:
+        """Take up the sequences that have ended, and write parts that are full."""
+        for batch in [each for each in self._batches if each.ended and each.block is None]:
+            self._batches.remove(batch)
+            for domain, columns in batch.sequences():
+                self._take(domain, [columns])
+        if self._waiting >= self._part_tokens:
+            self._write()
+
+    def end_block(self, block: Block) -> None:
+        """Make one document of the sequences of a block."""
+        self._batches = [batch for batch in self._batches if batch.block is not block]
+        windows = [columns for batch in block.batches for _, columns in batch.sequences()]
+        if windows:
+            self._take(block.domain, windows)
+        self.settle()
+
+    def drop_block(self, block: Block) -> None:
+        """Forget a document that an error left incomplete."""
+        self._batches = [batch for batch in self._batches if batch.block is not block]
+
+    def end_generation(self, generation: object, *, whole: bool) -> None:
+        """What was being generated is generated, or an error left it incomplete and it is forgotten."""
+        for batch in [each for each in self._batches if each.generation is generation]:
+            batch.generation = None
+            if not whole:
+                self._batches.remove(batch)
+                if batch.block is not None:
+                    batch.block.batches.remove(batch)
+        self.settle()
+
+    def finish(self, *, complete: bool) -> None:
+        """Write what is left, and if `complete` declare the trace so."""
+        for batch in self._batches:
+            batch.ended = batch.ended or batch.generation is None
+        self.settle()
+        if self._whole:
+            self._write()
+        if complete:
+            self._writer.finish({"documents": self.documents, "tokens": self.tokens})
+
+    def _take(self, domain: str, windows: list[dict[str, Any]]) -> None:
+        lengths = [len(columns["token_id"]) for columns in windows]
+        self._whole.append(
+            {
+                "domain": domain,
+                "document": np.full(sum(lengths), self.documents, np.uint32),
+                "sequence": np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
+                "position": np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
+                "token_id": np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
+                "phase": np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
+                "expert_ids": _joined([columns["expert_ids"] for columns in windows], 0),
+                "gate_weights": _joined([columns["gate_weights"] for columns in windows], 0),
+            }
+        )
+        self.documents += 1
+        self._waiting += sum(lengths)
+
+    def _write(self) -> None:
+        documents = self._whole
+        names = tuple(dict.fromkeys(each["domain"] for each in documents))
+        lengths = [len(each["document"]) for each in documents]
+        columns = ("document", "sequence", "position", "token_id", "phase")
+        joined: dict[str, Any] = {name: np.concatenate([each[name] for each in documents]) for name in columns}
+        part = Part(
+            domain=np.repeat([names.index(each["domain"]) for each in documents], lengths),
+            domain_names=names,
+            expert_ids=_joined([each["expert_ids"] for each in documents], 0),
+            gate_weights=_joined([each["gate_weights"] for each in documents], 0),
+            **joined,
+        )
+        self._writer.write(part, {"documents": len(documents), "tokens": part.num_tokens})
+        self._whole, self._waiting = [], 0  # only now: after an error they are written with the next part
+        self.tokens += part.num_tokens
+
+
+def _joined(pieces: Sequence[dict[int, NDArray[Any]]], axis: int = 1) -> dict[int, NDArray[Any]]:
+    """The arrays of each layer, one after the other."""
+    return {layer: np.concatenate([piece[layer] for piece in pieces], axis) for layer in pieces[0]}
