@@ -150,8 +150,8 @@ class Subject:
     """A measure or simulation that is shown.
 
     Attributes:
-        measure: Its result for a report, from the counts and the results of the subjects before it; None, or NotRecorded
-            raised, where there is nothing to show. None itself for a subject that reports leave out.
+        measure: Its result for a report, from the counts and the results of the subjects before it; where there is
+            nothing to show None, or NotRecorded raised. None itself for a subject that no report shows.
         blocks: Shows a result: its figures and tables in the order of the page; a bare `Table` is written to
             ``tables/`` and does not stand on the page.
         section: Where they stand; None if nothing does.
