@@ -229,7 +229,7 @@ def test_the_figure_of_consistency_has_a_panel_a_length(consistency):
     assert [axes.get_title("left") for axes in figure.axes] == ["4 tokens", "16 tokens"]
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     at = consistency.isel(domain=0).sel(length=16)
-    for label, name in (("measured", "srp"), ("random order", "shuffled"), ("uniform", "uniform")):
+    for label, name in (("measured", "srp"), ("random order", "srp_null"), ("uniform", "srp_uniform")):
         assert np.allclose(lines[label], 100 * at[name])
 
 

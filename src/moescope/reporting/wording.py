@@ -11,10 +11,10 @@ def describe_choice(choice: str, top_k: int) -> str:
     """Words for a coordinate of choice.
 
     Example:
-        >>> describe_choice("either", 2), describe_choice("either", 8), describe_choice("4th", 8)
+        >>> describe_choice("all", 2), describe_choice("all", 8), describe_choice("4th", 8)
         ('first or second choice', 'any of the 8 choices', '4th choice')
     """
-    return describe_any(top_k) if choice == "either" else f"{choice} choice"
+    return describe_any(top_k) if choice == "all" else f"{choice} choice"
 
 
 def describe_any(top_k: int) -> str:
@@ -25,6 +25,17 @@ def describe_any(top_k: int) -> str:
 def choice_of(result: xr.Dataset) -> str:
     """Words for the choice that a result is of, which its attributes name."""
     return describe_choice(str(result.attrs["choice"]), int(result["top_k"].values.max()))
+
+
+def describe_kind(kind: str, result: xr.Dataset) -> str:
+    """Words for a coordinate of kind."""
+    return "first choice" if kind == "first" else describe_any(int(result["top_k"].values.max()))
+
+
+def known_kinds(repeats: xr.Dataset) -> list[str]:
+    """The kinds of repeats that are known, and say different things."""
+    kinds = [kind for kind in repeats["kind"].values.tolist() if repeats["rate"].sel(kind=kind).notnull().any()]
+    return kinds[:1] if int(repeats["top_k"].values.max()) == 1 else kinds or ["any"]
 
 
 def expert_name(expert: int, num_experts: int) -> str:
