@@ -7,9 +7,10 @@ from contextlib import suppress
 
 from moescope.errors import NotRecorded
 from moescope.measures.claims import SAMPLE_BYTES
+from moescope.plugins import guarded
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.subject import Results
-from moescope.reporting.subjects import SUBJECTS, load
+from moescope.reporting.subjects import load, names
 from moescope.tallying import INDENTATION, WORDS, count
 from moescope.trace import Trace
 
@@ -31,10 +32,9 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
     results = Results(trace, shown_layers(trace, layers), tuple(words), {})
     asked = (*words, INDENTATION) if results.has_text else ()
     counted = count(trace, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
-    for name in SUBJECTS:
-        measure = load(name).measure
+    for name in names():
         results.found[name] = None
-        with suppress(NotRecorded):  # what the trace does not tell, the report leaves out
-            if measure is not None:
+        with guarded(name), suppress(NotRecorded):  # what the trace does not tell, the report leaves out
+            if (measure := load(name).measure) is not None:
                 results.found[name] = measure(counted, results)
     return results
