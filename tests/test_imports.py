@@ -46,19 +46,19 @@ SIMULATION_TAKES = {"moescope.measures.statistics", "moescope.measures.groups"}
 ONLY_IN = {
     "matplotlib": ("reporting/figures",),
     "jinja2": ("reporting/page",),
-    "torch": ("engines", "recording", "watching"),
-    "transformers": ("engines", "recording", "watching"),
+    "torch": ("engines", "watching"),
+    "transformers": ("engines", "watching"),
     "duckdb": ("exporting",),
 }
 """Packages that come with an extra, and the folders that may import them."""
 
-KNOWN_CIRCLES = [{"moescope.recording.hooks", "moescope.recording.lookahead"}]
+KNOWN_CIRCLES: list[set[str]] = []
 """Circles that are still there; nothing is added here."""
 
 KNOWN_IMPORTS: set[tuple[str, str]] = set()
 """Imports (module, module) against the table that are still there; nothing is added here."""
 
-SHARED_CLASS_NAMES = {"Batch", "Block", "Estimate"}
+SHARED_CLASS_NAMES = {"Estimate"}
 """Names that two classes still share; nothing is added here."""
 
 

@@ -42,7 +42,7 @@ class Choices:
     predicted: Mapping[int, NDArray[np.int16]] = field(default_factory=dict)
 
 
-class Predictor(Protocol):
+class PredictingHooks(Protocol):
     """What predicts choices during a forward pass, before they are made; its hooks last as long as those of a watch."""
 
     def __enter__(self) -> object: ...
@@ -117,7 +117,7 @@ class RouterWatch:
     """
 
     def __init__(
-        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: Predictor | None = None
+        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: PredictingHooks | None = None
     ) -> None:
         self.experts = tuple(experts)
         self._stop_at = stop_at
