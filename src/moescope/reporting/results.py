@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import xarray as xr
 
@@ -23,8 +24,9 @@ from moescope.measures import (
     words,
 )
 from moescope.measures.claims import SAMPLE_BYTES, answered, claims, first_middle_last
-from moescope.reporting.documents import RoutedDocument, sample_documents
+from moescope.reporting.documents import RoutedDocument, choose_documents, read_chosen
 from moescope.simulation import cache, parallel, prefetch
+from moescope.simulation.together import Job, run_together
 from moescope.tallying import INDENTATION, WORDS, count
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.trace import Layer, Trace
@@ -130,6 +132,19 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
     explained = explain(counts, choice="first" if has_order else "either") if has_tokens else None
     of_locality = locality(counts) if has_tokens else None
     embedded = embedded_layers(trace, shown)
+    chosen = choose_documents(trace, words=words_asked) if has_text else []
+    numbers = frozenset(layer.layer for layer in embedded)
+    jobs = [
+        *([Job(_cache), Job(prefetch), Job(_parallel)] if has_tokens else []),
+        *(
+            [Job(partial(read_chosen, chosen=chosen, layers=numbers), numbers, frozenset(c.part for c in chosen))]
+            if chosen
+            else []
+        ),
+    ]
+    played = run_together(trace, jobs)
+    of_cache, of_prefetch, of_parallel = played[:3] if has_tokens else (None, None, None)
+    documents = played[-1] if chosen else []
     return Results(
         trace=trace,
         layers=shown,
@@ -148,13 +163,11 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words_asked: Seque
         transitions=transitions(counts, choice="first" if has_order else "any")
         if TransitionCounter in counts
         else None,
-        cache=_cache(trace),
-        prefetch=prefetch(trace) if has_tokens else None,
-        parallel=_parallel(trace),
+        cache=of_cache,
+        prefetch=of_prefetch,
+        parallel=of_parallel,
         claims=answered(of_divergence, of_words, of_locality, explained),
-        documents=sample_documents(trace, layers=[layer.layer for layer in embedded], words=words_asked)
-        if has_text
-        else [],
+        documents=documents,
         embedded_layers=embedded,
     )
 
@@ -178,14 +191,14 @@ def _known(result: xr.Dataset, name: str) -> xr.Dataset | None:
 
 
 def _cache(trace: Trace) -> xr.Dataset | None:
-    if trace.header.counts_only or all(layer.top_k >= layer.num_experts for layer in trace.layers):
+    if all(layer.top_k >= layer.num_experts for layer in trace.layers):
         return None
     return cache(trace, policies=CACHE_POLICIES if trace.num_documents > 1 else ("lru", "aged-lfu", "belady"))
 
 
 def _parallel(trace: Trace) -> xr.Dataset | None:
     devices = shared_by(trace.layers)
-    if trace.header.counts_only or devices is None:
+    if devices is None:
         return None
     if trace.num_documents > 1:
         return parallel(trace, devices=devices)
