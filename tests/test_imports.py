@@ -21,6 +21,7 @@ SRC = Path(__file__).parents[1] / "src" / "moescope"
 
 MAY_IMPORT = {
     "errors": "",
+    "plugins": "",
     "mini": "",
     "corpus": "",
     "trace": "",
@@ -29,19 +30,20 @@ MAY_IMPORT = {
     "watching": "engines recording trace",
     "importers": "corpus trace",
     "tallying": "trace",
-    "measures": "tallying trace",
+    "measures": "plugins tallying trace",
     "simulation": "measures tallying trace",
-    "reporting": "measures simulation tallying trace",
+    "reporting": "measures plugins simulation tallying trace",
     "explorer": "measures reporting tallying trace",
     "cluster": "recording tallying trace",
     "exporting": "simulation trace",
-    "cli": "corpus engines exporting importers measures mini recording reporting simulation tallying trace watching",
+    "cli": "corpus engines exporting importers measures mini plugins recording reporting simulation tallying trace"
+    " watching",
     "__main__": "cli",
 }
 """By package, the packages it may import beside `errors` and itself, as the table of DESIGN.md says."""
 
-SIMULATION_TAKES = {"moescope.measures.statistics", "moescope.measures.groups"}
-"""All that a simulation takes from the measures: how an interval is made, not what is measured."""
+SIMULATION_TAKES = {"moescope.measures.groups", "moescope.measures.schema", "moescope.measures.statistics"}
+"""All that a simulation takes from the measures: how an interval is made and a result is formed, not what is measured."""
 
 ONLY_IN = {
     "matplotlib": ("reporting/figures",),

@@ -30,14 +30,16 @@ from routed import (
     write,
 )
 from scipy import stats
+from synthetic import result_of
 
 import moescope
 from moescope.measures import divergence, repeats, shares
 from moescope.measures.balance import _of_loads
 from moescope.measures.transitions import _of_layer as _of_transitions
-from moescope.tallying import information_kernels, sample_documents, tally
-from moescope.tallying.balance import count_balance
+from moescope.tallying import information_kernels, tally
+from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.document_groups import document_groups
+from moescope.tallying.document_sample import DocumentCounter
 from moescope.trace import Layer, Trace
 
 CHOICES = {ALL_CHOICES: slice(None), "first": slice(0, 1), "second": slice(1, 2)}
@@ -316,13 +318,13 @@ def bits_of(x: list[int], e: list[int]) -> float:
     return sum(n / total * np.log2(n * total / left[a] / right[b]) for (a, b), n in joint.items())
 
 
-def test_whplacethe_domain_and_the_token_explain(trace: Trace, documents: list[Document]) -> None:
+def test_what_the_domain_and_the_token_explain(trace: Trace, documents: list[Document]) -> None:
     """The variance of `estimate` has an oracle in test_explain; here what is made of it, with that of the null."""
     from moescope.measures.explain import THIN, estimate, frequent
 
     permutations = 7
     found = moescope.explain(trace, [2], permutations=permutations, seed=3, threads=1).isel(layer=0)
-    sample = sample_documents(trace, threads=1)
+    sample = result_of(DocumentCounter, trace)
     first = sample.expert_ids[2][0].astype(np.int32)
     of_token = np.repeat(np.arange(sample.num_documents), np.diff(sample.starts))
     domain = sample.domain.astype(np.int32)[of_token]
@@ -526,9 +528,9 @@ def test_the_null_of_batches_has_the_loads_of_the_whole_trace_though_it_draws_fr
 ) -> None:
     """A sample of 40 tokens has other loads than the trace; batches of all tokens show those of the trace."""
     count_of = sys.modules["moescope.tallying.balance"]
-    whole = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    whole = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
     monkeypatch.setattr(count_of, "SAMPLED_TOKENS", 40)
-    few = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    few = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
     np.testing.assert_allclose(few["batch_null"], whole["batch_null"], rtol=0.04)
 
 
@@ -542,7 +544,7 @@ def of_the_largest(pairs: list[tuple[float, float]], clusters: int) -> tuple[flo
     return max(p - narrow * error for p, error in contenders), high
 
 
-def test_experts_thplaceare_surely_and_possibly_nearly_idle() -> None:
+def test_experts_that_are_surely_and_possibly_nearly_idle() -> None:
     """Between the two counts lie the experts whose interval holds a tenth of the uniform share."""
     rng = np.random.default_rng(0)
     size, number = 20, 12
@@ -559,7 +561,7 @@ def test_experts_thplaceare_surely_and_possibly_nearly_idle() -> None:
 
 
 def test_imbalance_within_batches(trace: Trace, documents: list[Document]) -> None:
-    found = moescope.balance(count_balance(trace, batch_sizes=(2,), threads=1))
+    found = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(2,)))
     for layer in LAYERS:
         sequences: list[list[Token]] = []
         for document in documents:

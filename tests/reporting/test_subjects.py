@@ -27,10 +27,11 @@ from moescope.reporting.chapters import STRUCTURE
 from moescope.reporting.options import figures_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.tallying.tally import TallyCounter
 
 
 def measure(counted, results):
-    return counted.tally.data["tokens"]
+    return counted[TallyCounter].data["tokens"]
 
 
 def blocks(found, results):
