@@ -203,7 +203,7 @@ class CorpusEngine(Engine):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a streamed recording will take, told before it starts.
+    """What a streamed recording will take, reported before it starts.
 
     Attributes:
         model_bytes: Bytes of the checkpoint that will be read.

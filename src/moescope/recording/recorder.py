@@ -251,7 +251,7 @@ def _record_parts(
         meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, encode))
         source = read_ahead(documents, tokenized)
     else:
-        meter = Meter(lambda _: None, 0, 0, None)  # the caller was told while the engine read
+        meter = Meter(lambda _: None, 0, 0, None)  # progress was reported while the engine read
         source = nullcontext(prepared[number:])
     with source as upcoming, WriteBehind(write) as written:
         for portion in upcoming:
