@@ -43,7 +43,7 @@ MAY_IMPORT = {
 """By package, the packages it may import beside `errors` and itself, as the table of DESIGN.md says."""
 
 SIMULATION_TAKES = {"moescope.measures.groups", "moescope.measures.schema", "moescope.measures.statistics"}
-"""All that a simulation takes from the measures: how an interval is made and a result is formed, not what is measured."""
+"""All that a simulation takes from the measures: how an interval and a result are made, not what is measured."""
 
 ONLY_IN = {
     "matplotlib": ("reporting/figures",),
