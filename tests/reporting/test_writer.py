@@ -9,6 +9,7 @@ import pytest
 
 import moescope
 from moescope.errors import NoSuchLayer, OutputExists, TraceNotFound
+from moescope.measures.claims import claims
 from moescope.reporting import writer
 from moescope.reporting.page import MOST_DATA_BYTES
 from moescope.reporting.writer import check_output, report
