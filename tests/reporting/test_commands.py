@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 import moescope
 from moescope.cli import main
+from moescope.measures.claims import claims
 from moescope.reporting.formats import render
-from moescope.reporting.subjects.claims import answer_claims, claims_table
+from moescope.reporting.subjects.claims import claims_table
 from moescope.reporting.subjects.repeats import repeats_table
 from moescope.reporting.subjects.shares import shares_table
 from moescope.reporting.subjects.words import words_table
@@ -125,7 +126,7 @@ def test_report_prints_the_path_of_the_page_and_keeps_what_is_not_its_own(run, m
 
 
 def test_claims_prints_each_answer_with_its_effects(run, mixtral):
-    expected = answer_claims(mixtral, ["wind"])
+    expected = claims(mixtral, ["wind"])
     result = run("claims", mixtral.path, "--word", "wind")
     assert result.exit_code == 0, result.output
     assert result.stdout == render(claims_table(expected), "text")

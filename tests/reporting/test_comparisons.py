@@ -154,7 +154,7 @@ def test_the_table_of_consistency_has_a_section_a_length_and_all_layers_last(con
     assert [row.label for row in table.sections[0].rows] == ["layer 0", "layer 31", "all layers"]
     at = consistency.sel(domain="Github", length=16)
     assert table.sections[1].rows[2].cells[0].value == f"{100 * float(at['model_srp']):.1f}"
-    assert table.sections[1].rows[1].cells[1].value == f"{100 * float(at['shuffled'].sel(layer=31)):.1f}"
+    assert table.sections[1].rows[1].cells[1].value == f"{100 * float(at['srp_null'].sel(layer=31)):.1f}"
     assert len(table.frame) == 4 * 2 * (len(LAYERS) + 1)
 
 

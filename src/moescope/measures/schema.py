@@ -35,6 +35,7 @@ DIMS = {
     "place": "rank in a list",
     "word": "word that was asked for",
     "word_class": "class of tokens",
+    "token": "vocabulary id that was asked for",
     "token_id": "vocabulary id",
     "routing": "observed, or drawn from a null",
     "batch": "sequences or tokens served together",

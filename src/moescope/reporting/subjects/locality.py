@@ -7,6 +7,7 @@ from math import isnan
 from pathlib import Path
 
 import click
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -165,7 +166,7 @@ def _cells(near: xr.Dataset) -> tuple[Cell, ...]:
 
 def _total_last(locality: xr.Dataset) -> xr.Dataset:
     """The domains, then all of them together, as under a table's rule."""
-    return locality.isel(domain=locality["total"].argsort(kind="stable"))
+    return locality.isel(domain=np.argsort(locality["total"].values, kind="stable"))
 
 
 def locality_sentence(locality: xr.Dataset, layer: int) -> str:
