@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
+import pandas as pd
 import xarray as xr
 
 from moescope.measures.explain import explain
@@ -83,7 +84,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
             "same token. No bar says what causes the choice. A wide grey band says that the trace is too short for "
             "that source."
         ),
-        frame=tidy(result.sel(layer=list(results.layers)), "layer", "source"),
+        frame=explain_frame(result.sel(layer=list(results.layers))),
     )
     if result.sizes["layer"] > len(results.layers):
         yield PageFigure(
@@ -101,7 +102,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
                 "The lines overlap and do not add up to 100. What no line explains may be context, or chance of the "
                 "training."
             ),
-            frame=tidy(result, "layer", "source"),
+            frame=explain_frame(result),
         )
     yield PageTable(
         explain_table(result, results.layers),
@@ -158,8 +159,13 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
             f"{percent(SIGNIFICANT, 0)} %). Sources overlap: their bits do not add up.",
             *(explain_sentence(explained, layer) for layer in layers),
         ),
-        frame=tidy(data, "layer", "source"),
+        frame=explain_frame(data),
     )
+
+
+def explain_frame(explained: xr.Dataset) -> pd.DataFrame:
+    """A row a (layer, source) of which something is known."""
+    return tidy(explained, "layer", "source").dropna(subset="bits")
 
 
 def explain_sentence(explained: xr.Dataset, layer: int) -> str:
