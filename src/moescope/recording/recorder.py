@@ -186,7 +186,7 @@ def _documents(
         max_tokens_per_domain=options.max_tokens_per_domain,
         max_documents_per_domain=options.max_documents_per_domain,
         seed=options.sample_seed,
-        num_tokens=tokenizer.num_tokens,
+        num_tokens=lambda text: len(tokenizer.encode(text)),
     )
 
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Queue, SimpleQueue
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from moescope.engines.interrupts import despite_interrupts
@@ -114,7 +113,7 @@ class WriteBehind(Generic[Item]):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait until everything handed over is written, also after an error or Ctrl-C: it is finished work."""
         interrupt = despite_interrupts(lambda: self._queue.put(_End()))
         # A thread left alone would write what its owner has closed.

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xarray as xr
@@ -159,8 +158,8 @@ class Watch:
         self._passes.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._passes.__exit__(kind, error, at)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._passes.__exit__()
         if self._output is not None:
             self._output.close(complete=kind is None)
         if kind is None and not self._passes.seen and not self._passes.paused:

@@ -8,16 +8,13 @@ What comes out is whole layers; once all are through, units are cut from them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from moescope.engines.options import EngineOptions
@@ -35,7 +32,8 @@ from moescope.engines.streamed.estimate import (
 from moescope.engines.streamed.layerwise import NO_STREAM, Layerwise
 from moescope.engines.streamed.rehearsal import Rehearsal, rehearse, run_layer
 from moescope.engines.streamed.spool import Spool
-from moescope.engines.transformers.batches import Batch, batches
+from moescope.engines.transformers.batches import Batch
+from moescope.engines.transformers.engine import ModelEngine
 from moescope.engines.transformers.hooks import Choices, RouterWatch
 from moescope.engines.transformers.model import (
     Checkpoint,
@@ -45,15 +43,17 @@ from moescope.engines.transformers.model import (
     find_device,
     open_checkpoint,
     quiet,
-    ready_to_record,
 )
-from moescope.engines.transformers.provenance import checkpoint_fingerprint, describe_layer, describe_run
+from moescope.engines.transformers.provenance import checkpoint_fingerprint, describe_layer
 from moescope.engines.transformers.routers import find_experts, find_left_out, select_experts
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import ModelNotStreamable
 from moescope.trace import Layer
 from moescope.trace import header as trace_header
 from moescope.trace.reader import read_header
+
+RUN_KEY, RUN_VALUE = "road", "stream"
+"""In the header's ``run``, what a streamed trace says; another word would part unfinished traces from their command."""
 
 
 def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: bool) -> bool:
@@ -70,12 +70,12 @@ def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: 
     if has_work(out):
         return True
     if not force and (out / trace_header.FILE_NAME).exists():
-        return read_header(out).run.get("road") == "stream"
+        return read_header(out).run.get(RUN_KEY) == RUN_VALUE
     available = available_memory(find_device(options.device)) if options.memory is None else options.memory
     return not fits(find_checkpoint(model), options.dtype, available)
 
 
-class StreamedEngine(CorpusEngine):
+class StreamedEngine(ModelEngine, CorpusEngine):
     """Runs a model layer by layer over all units, then hands over what each layer chose.
 
     Args:
@@ -89,34 +89,27 @@ class StreamedEngine(CorpusEngine):
     def __init__(
         self, model: Model, layerwise: Layerwise, rehearsal: Rehearsal, read_rate: float, options: EngineOptions
     ) -> None:
-        self.tokenizer, self.description = model.tokenizer, model.description
-        self.window = min(options.window, model.max_positions or options.window)
-        self.num_embeddings = model.num_embeddings
-        self._model, self._layerwise, self._rehearsal = model, layerwise, rehearsal
-        self._read_rate, self._options = read_rate, options
+        super().__init__(model, options)
+        self._layerwise, self._rehearsal, self._read_rate = layerwise, rehearsal, read_rate
         self._memory = available_memory(layerwise.device) // 2 if options.memory is None else options.memory
-        self._undo = ExitStack()
         self._chosen: dict[int, tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]] = {}
         self._first_rows: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        self._undo.enter_context(self._layerwise)
-        self._undo.enter_context(ready_to_record(self._model))
-        return self
+        self.undo.enter_context(self._layerwise)
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._chosen = {}
-        self._undo.close()
+        super().__exit__()
 
     def run(self) -> dict[str, Any]:
         """Provenance of the run."""
-        return describe_run(self._model.body, self._model.experts[0], self._model.device) | {"road": "stream"}
+        return super().run() | {RUN_KEY: RUN_VALUE}
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, with one choice a token until they have run."""
-        layers = (describe_layer(experts, top_k=1) for experts in self._model.experts)
+        layers = (describe_layer(experts, top_k=1) for experts in self.model.experts)
         if not self._chosen:
             return tuple(layers)
         return tuple(replace(layer, top_k=self._chosen[layer.layer][0].shape[1]) for layer in layers)
@@ -130,12 +123,12 @@ class StreamedEngine(CorpusEngine):
         advance: Callable[[float], None],
     ) -> None:
         """Run every layer that an earlier call has not finished."""
-        num_layers = self._model.experts[-1].layer + 1
+        num_layers = self.model.experts[-1].layer + 1
         memory = spool_bytes(self._layerwise, num_layers, self._memory)
         spool = Spool(
             work_folder(plan.out), plan.header, plan.tokens, num_layers=num_layers, memory=memory, force=plan.force
         )
-        self._undo.enter_context(spool)
+        self.undo.enter_context(spool)
         num_tokens = [unit.num_tokens for unit in units]
         total, first = sum(num_tokens), spool.next_layer
         taken = self._estimate(total, first, num_layers, memory)
@@ -151,11 +144,11 @@ class StreamedEngine(CorpusEngine):
 
             self._run_layer(units, spool, layer, last=layer == num_layers - 1, advance=read)
         spool.settle()
-        self._chosen = {experts.layer: spool.choices(experts.layer) for experts in self._model.experts}
+        self._chosen = {experts.layer: spool.choices(experts.layer) for experts in self.model.experts}
 
     def record(self, unit: Unit, advance: Callable[[int], None]) -> Routed:
         """Cut a unit from what the layers chose."""
-        routed = Routed.empty(self.layers(), unit.num_tokens, weights=self._options.weights)
+        routed = Routed.empty(self.layers(), unit.num_tokens, weights=self.options.weights)
         first = self._first_rows[unit.number]
         rows = slice(first, first + unit.num_tokens)
         for layer, (expert_ids, gate_weights) in self._chosen.items():
@@ -181,7 +174,7 @@ class StreamedEngine(CorpusEngine):
             for layer in range(first, num_layers)
         ]
         states = int(tokens * rehearsal.widths_handed_on * layerwise.hidden_size * layerwise.dtype.itemsize)
-        num_choices = len(self._model.experts) * rehearsal.top_k
+        num_choices = len(self.model.experts) * rehearsal.top_k
         kept = min(spool_bytes, states)
         return Estimate(
             model_bytes=sum(reads) + layerwise.nbytes(None),
@@ -202,7 +195,7 @@ class StreamedEngine(CorpusEngine):
         self, units: Sequence[Unit], spool: Spool, layer: int, *, last: bool, advance: Callable[[int], None]
     ) -> None:
         """Load a layer, have every batch pass, free it, and commit what it chose and returned."""
-        model, layerwise = self._model, self._layerwise
+        model, layerwise = self.model, self._layerwise
         bare = last and self._rehearsal.bare
         with quiet():
             layerwise.load(layer, bare=bare)
@@ -210,15 +203,13 @@ class StreamedEngine(CorpusEngine):
             layerwise.fetch_ahead(layer + 1, bare=layer + 1 == model.experts[-1].layer and self._rehearsal.bare)
         experts = [each for each in model.experts if each.layer == layer]
         num_tokens = sum(unit.num_tokens for unit in units)
-        table = _Table(layer, num_tokens, weights=self._options.weights) if experts else None
+        table = _Table(layer, num_tokens, weights=self.options.weights) if experts else None
         states = None if last else spool.states_of(layer)
         passed = 0
+        all_batches = ((unit, *batch) for unit in units for batch in self.batches(unit, layerwise.device))
         try:
             with RouterWatch(experts, stop_at=layer if bare else None) as watch:
-                for index, (unit, batch) in enumerate(self._batches(units)):
-                    inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(layerwise.device)}
-                    if batch.attention_mask is not None and model.looks_ahead:
-                        inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(layerwise.device)
+                for index, (unit, batch, inputs) in enumerate(all_batches):
                     before = spool.take(index) if layer else None
                     choices, returned = run_layer(layerwise, watch, layer, inputs, before)
                     if table is not None:
@@ -234,13 +225,6 @@ class StreamedEngine(CorpusEngine):
         layerwise.free(layer)
         chosen = (None, None) if table is None else (table.expert_ids, table.weights)
         spool.commit(layer, states, *chosen)
-
-    def _batches(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Batch]]:
-        """Every batch of every unit, as a model in memory cuts them."""
-        for unit in units:
-            added_ids, batch_tokens = self.tokenizer.added_ids, self._options.batch_tokens
-            for batch in batches(unit.sequences, added_ids, batch_tokens, self._model.batching):
-                yield unit, batch
 
 
 class _Table:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,9 +46,7 @@ class PredictingHooks(Protocol):
 
     def __enter__(self) -> object: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def take(self, num_tokens: int) -> Mapping[int, Mapping[int, NDArray[np.int16]]]:
         """What was predicted in the last pass: for each layer and distance ids of shape (token, predicted)."""
@@ -123,21 +120,21 @@ class RouterWatch:
         self._stop_at = stop_at
         self._lookahead = lookahead
         self._calls: list[tuple[Experts, Tensor, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
-            self._handles += listen(experts, self._note(experts))
+            self.handles += listen(experts, self.note(experts))
         if self._lookahead is not None:
             self._lookahead.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._handles:
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         if self._lookahead is not None:
-            self._lookahead.__exit__(kind, error, at)
+            self._lookahead.__exit__()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they spoke.
@@ -189,7 +186,9 @@ class RouterWatch:
             found[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
         return found
 
-    def _note(self, experts: Experts) -> Tell:
+    def note(self, experts: Experts) -> Tell:
+        """What is called when this layer chooses."""
+
         def note(ids: Tensor, weights: Tensor) -> None:
             # Copied at once: a router may answer from a buffer that it fills again, or a model change its answer.
             self._calls.append((experts, ids.clone(), weights.clone()))

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ class Lookahead:
             )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -279,7 +278,7 @@ class _Finder(RouterWatch):
             own = f"{experts.name}."
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
-                    self._handles.append(
+                    self.handles.append(
                         module.register_forward_hook(self._see(self.layers[experts.layer]), with_kwargs=True)
                     )
         super().__enter__()
@@ -292,8 +291,8 @@ class _Finder(RouterWatch):
 
         return after
 
-    def _note(self, experts: Experts) -> Callable[[Tensor, Tensor], None]:
-        note = super()._note(experts)
+    def note(self, experts: Experts) -> Callable[[Tensor, Tensor], None]:
+        note = super().note(experts)
 
         def tell(ids: Tensor, weights: Tensor) -> None:
             layer = self.layers[experts.layer]
