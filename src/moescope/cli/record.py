@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from moescope.cli.options import parse_integers
-from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE_MAPS, DTYPES, WINDOW
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.recording.options import PART_TOKENS, SAMPLE_SEED
@@ -47,7 +47,7 @@ def _parse_distances(ctx: click.Context, param: click.Parameter, value: str | No
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refuse a device that torch does not know or have."""
-    if value != "auto":
+    if value != DEVICE:
         from moescope.engines.transformers.model import find_device
 
         try:
@@ -108,7 +108,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option(
     "--device",
-    default="auto",
+    default=DEVICE,
     show_default=True,
     callback=_parse_device,
     help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …",
@@ -168,7 +168,7 @@ def command(out: Path, **arguments: Any) -> None:
     """
     from moescope.recording import record
 
-    if arguments["device_map"] and arguments["device"] != "auto":
+    if arguments["device_map"] and arguments["device"] != DEVICE:
         raise click.UsageError("--device and --device-map exclude each other.")
     try:
         with _progress_bar() as (progress, announce):

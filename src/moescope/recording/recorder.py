@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.engines.opening import open_engine
-from moescope.engines.options import BATCH_TOKENS, BLOCKS, DTYPES, WINDOW, EngineOptions
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DTYPES, WINDOW, EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTokenizer, Estimate, NotFinite
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
@@ -51,7 +51,7 @@ def record(
     max_documents_per_domain: int | None = None,
     sample_seed: int = SAMPLE_SEED,
     dtype: str = DTYPES[0],
-    device: str = "auto",
+    device: str = DEVICE,
     block: str = BLOCKS[0],
     routers: Sequence[Any] | None = None,
     trust_remote_code: bool = False,

@@ -259,7 +259,7 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
             family comes out differently.
         ModelError: As for a model that is loaded whole.
     """
-    checkpoint = open_checkpoint(path, options.layers, block=options.block)
+    checkpoint = open_checkpoint(path, options)
     _refuse(checkpoint)
     with quiet():
         layerwise = Layerwise(
@@ -288,7 +288,7 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
         )
         before, start = layerwise.shards.bytes_read, time.monotonic()
         with quiet():
-            layerwise.load_rest()
+            layerwise.load(None)
         rate = (layerwise.shards.bytes_read - before) / max(time.monotonic() - start, 1e-9)
     except BaseException:
         layerwise.close()

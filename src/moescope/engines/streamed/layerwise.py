@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from moescope.engines.streamed.shards import Shards, StoredTensor
-from moescope.engines.transformers.routers import Experts
+from moescope.engines.transformers.routers import Experts, hidden_size
 from moescope.errors import ModelDamaged, ModelNotStreamable
 
 try:  # semi-internal; tests/engines/test_streaming.py pins what is used
@@ -63,7 +63,7 @@ class Layerwise:
     Attributes:
         dtype: What it computes in.
         device: Where.
-        body: The model without its head, everything on the meta device until `load_rest`.
+        body: The model without its head, everything on the meta device until it is loaded.
         experts: Its experts by layer, ascending.
         shards: The files.
 
@@ -104,11 +104,6 @@ class Layerwise:
             self.shards.close()
             raise
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the body, dense ones included."""
-        return len(self._layers)
-
     def keys(self, layer: int | None, *, bare: bool = False) -> list[str]:
         """Names, in the checkpoint, of a layer's tensors; for None, of all that lie in no layer.
 
@@ -147,7 +142,7 @@ class Layerwise:
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
-        return int(getattr(self.body.config.get_text_config(), "hidden_size", 0) or 1)
+        return hidden_size(self.body.config) or 1
 
     def check(self, last: int, *, bare: bool) -> None:
         """See that the checkpoint holds every tensor up to a layer in its shape, before hours are spent on the others.
@@ -168,17 +163,19 @@ class Layerwise:
             self._refuse_gaps(info, layer, info.missing_keys, bare=without_experts)
             self._empty_out(layer)
 
-    def load_rest(self) -> None:
-        """Load what lies in no layer: embeddings, norms, rotary tables."""
-        self._load(None, bare=False)
-
-    def load(self, layer: int, *, bare: bool = False) -> None:
-        """Load one layer, or all of it but its routed experts.
+    def load(self, layer: int | None, *, bare: bool = False) -> None:
+        """Load one layer, or all of it but its routed experts; for None, all that lies in no layer.
 
         Raises:
             ModelDamaged: A tensor is missing or misshapen, or a file cannot be read.
         """
-        self._load(layer, bare=bare)
+        tensors = {key: self.shards.tensors[key] for key in self.keys(layer, bare=bare)}
+        for target, merged in self._merge(tensors).items():
+            self._set(target, merged)
+        info = self._convert(tensors, self.device)
+        self._make_buffers(layer)
+        missing = {name for name, tensor in self.body.state_dict().items() if tensor.is_meta}
+        self._refuse_gaps(info, layer, missing, bare=bare)
 
     def fetch_ahead(self, layer: int, *, bare: bool = False) -> None:
         """Have the system read one layer while something else is computed."""
@@ -250,15 +247,6 @@ class Layerwise:
                 if pattern is not None:
                     self._patterns[key] = pattern
         return found
-
-    def _load(self, layer: int | None, *, bare: bool) -> None:
-        tensors = {key: self.shards.tensors[key] for key in self.keys(layer, bare=bare)}
-        for target, merged in self._merge(tensors).items():
-            self._set(target, merged)
-        info = self._convert(tensors, self.device)
-        self._make_buffers(layer)
-        missing = {name for name, tensor in self.body.state_dict().items() if tensor.is_meta}
-        self._refuse_gaps(info, layer, missing, bare=bare)
 
     def _convert(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
         """Give the body these tensors of the checkpoint; return what transformers says of it."""

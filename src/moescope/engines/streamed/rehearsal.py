@@ -143,11 +143,10 @@ def _run_streamed(
     routing: Routing = [{} for _ in inputs]
     states: list[Any] = [None for _ in inputs]
     widths = 0.0
-    hidden_size = int(getattr(config.get_text_config(), "hidden_size", 0) or 1)
     model = Model(small.body, checkpoint.tokenizer, small.experts, {})
     try:
         with ready_to_record(model):
-            small.load_rest()
+            small.load(None)
             last = small.experts[-1].layer
             for layer in range(last + 1):
                 small.load(layer, bare=bare and layer == last)
@@ -158,7 +157,7 @@ def _run_streamed(
                         routing[index] |= choices
                 if layer == 0 and last:
                     handed_on = sum(tensor.numel() for tensor in _tensors(states[0]))
-                    widths = handed_on / inputs[0]["input_ids"].numel() / hidden_size
+                    widths = handed_on / inputs[0]["input_ids"].numel() / small.hidden_size
                 small.free(layer)
     finally:
         small.close()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moescope.engines import provenance
-from moescope.engines.transformers.routers import Experts, hidden_size, num_layers
+from moescope.engines.transformers.routers import Experts, hidden_size, num_layers, text_config
 from moescope.trace import Layer
 
 HASHED_WHOLE_BYTES = 10**9
@@ -75,7 +75,7 @@ def describe_run(body: Any, experts: Experts, device: torch.device) -> dict[str,
         experts: One of its layers.
         device: Where inputs go.
     """
-    config = text_config(body)
+    config = text_config(getattr(body, "config", None))
     experts_config = getattr(experts.module, "config", config)
     return provenance.describe_run(
         device=device.type,
@@ -132,10 +132,3 @@ def tensors_fingerprint(model: nn.Module) -> str:
         values = values if whole else values[:: max(1, len(values) // 4096)]
         digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def text_config(body: Any) -> Any:
-    """The configuration of what reads text; None if the model has none."""
-    config = getattr(body, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config
