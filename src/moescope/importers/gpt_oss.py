@@ -33,11 +33,7 @@ class _Example(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per example.
-
-    Raises:
-        ForeignTraceError: An object is something else.
-    """
+    """One document per example."""
     numbers: dict[str, int] = {}
     for path in find(paths):
         for place, example in objects(path, _Example):

@@ -34,11 +34,7 @@ class _Record(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per pass of a rank; a pass ends where the step changes or a layer recurs.
-
-    Raises:
-        ForeignTraceError: A record is something else, or ranks hold different layers.
-    """
+    """One document per pass of a rank; a pass ends where the step changes or a layer recurs."""
     layers: frozenset[int] | None = None
     for path in find(paths, "router_trace_rank*.jsonl"):
         for document in _passes(path, options, findings):

@@ -28,11 +28,7 @@ class _Line(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per line.
-
-    Raises:
-        ForeignTraceError: A line is something else.
-    """
+    """One document per line."""
     for path in find(paths):
         for place, text in lines(path):
             line = decode(text, _Line, place)

@@ -76,11 +76,7 @@ class _Response(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per answer.
-
-    Raises:
-        ForeignTraceError: A file is none of these, or its array is invalid.
-    """
+    """One document per answer."""
     for path in find(paths):
         domain = options.domain or stem(path)
         with path.open("rb") as file:

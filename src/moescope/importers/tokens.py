@@ -17,8 +17,8 @@ from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
 from moescope.trace.header import ranges
+from moescope.trace.part import PART_TOKENS
 
-PART_TOKENS = 65_536  # as in a recording
 PART_CELLS = 1 << 24
 """Assignments after which a part is closed although it has fewer tokens: 32 MB of int16."""
 MAX_DOCUMENT_CELLS = 1 << 26

@@ -20,13 +20,14 @@ from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DTYPES, WINDO
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTokenizer, Estimate, NotFinite
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
-from moescope.recording.options import PART_TOKENS, SAMPLE_SEED, CorpusOptions, OutputOptions
+from moescope.recording.options import SAMPLE_SEED, CorpusOptions, OutputOptions
 from moescope.recording.parts import not_finite, record_part, unit_of
 from moescope.recording.portions import Encode, Portion, num_characters, portions
 from moescope.recording.progress import Meter, Progress, WholeCorpusMeter
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace import header as trace_header
+from moescope.trace.part import PART_TOKENS
 from moescope.trace.reader import SUMMARY, read_header
 from moescope.trace.writer import refuse_foreign, refuse_other
 

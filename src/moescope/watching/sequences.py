@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,8 @@ class Sequences:
         self._writer = writer
         self._part_tokens = part_tokens
         self._batches: list[SequenceBatch] = []
-        self._whole: list[dict[str, Any]] = []
+        self._whole: list[Part] = []
+        self._domains: dict[str, int] = {}
         self._waiting = 0
         self.documents = self.tokens = 0
 
@@ -246,36 +247,27 @@ class Sequences:
 
     def _take(self, domain: str, windows: list[dict[str, Any]]) -> None:
         lengths = [len(columns["token_id"]) for columns in windows]
+        code = self._domains.setdefault(domain, len(self._domains))
         self._whole.append(
-            {
-                "domain": domain,
-                "document": np.full(sum(lengths), self.documents, np.uint32),
-                "sequence": np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
-                "position": np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
-                "token_id": np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
-                "phase": np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
-                "expert_ids": _joined([columns["expert_ids"] for columns in windows], 0),
-                "gate_weights": _joined([columns["gate_weights"] for columns in windows], 0),
-            }
+            Part(
+                document=np.full(sum(lengths), self.documents, np.uint32),
+                domain=np.full(sum(lengths), code),
+                domain_names=(),  # known once the part is full
+                sequence=np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
+                position=np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
+                token_id=np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
+                phase=np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
+                expert_ids=_joined([columns["expert_ids"] for columns in windows], 0),
+                gate_weights=_joined([columns["gate_weights"] for columns in windows], 0),
+            )
         )
         self.documents += 1
         self._waiting += sum(lengths)
 
     def _write(self) -> None:
-        documents = self._whole
-        names = tuple(dict.fromkeys(each["domain"] for each in documents))
-        lengths = [len(each["document"]) for each in documents]
-        columns = ("document", "sequence", "position", "token_id", "phase")
-        joined: dict[str, Any] = {name: np.concatenate([each[name] for each in documents]) for name in columns}
-        part = Part(
-            domain=np.repeat([names.index(each["domain"]) for each in documents], lengths),
-            domain_names=names,
-            expert_ids=_joined([each["expert_ids"] for each in documents], 0),
-            gate_weights=_joined([each["gate_weights"] for each in documents], 0),
-            **joined,
-        )
-        self._writer.write(part, {"documents": len(documents), "tokens": part.num_tokens})
-        self._whole, self._waiting = [], 0  # only now: after an error they are written with the next part
+        part = replace(Part.joined(self._whole), domain_names=tuple(self._domains))
+        self._writer.write(part, {"documents": len(self._whole), "tokens": part.num_tokens})
+        self._whole, self._domains, self._waiting = [], {}, 0  # only now: after an error the next part has them, too
         self.tokens += part.num_tokens
 
 

@@ -19,6 +19,7 @@ import json
 import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +34,7 @@ from moescope.engines.interrupts import despite_interrupts
 from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
+from moescope.trace.locks import locked
 
 
 class States:
@@ -201,7 +203,7 @@ class Spool:
         self._recorded = tuple(layer.layer for layer in plan.layers)
         self._with_weights = plan.weights
         self._memory = _Memory(memory)
-        self._lock: int | None = None
+        self._lock = ExitStack()
         self._behind = ThreadPoolExecutor(1, "commit")
         self._pending: Future[None] | None = None
         self._states: States | None = None
@@ -209,7 +211,7 @@ class Spool:
             raise TraceExists(path, "exists and is not the work of a streamed recording", "move it away")
         with checksums.no_room(path):
             path.mkdir(parents=True, exist_ok=True)
-        self._lock = work.lock(path)
+        self._lock.enter_context(locked(path))
         try:
             try:
                 self._begin(plan, tokens)
@@ -284,9 +286,7 @@ class Spool:
         if self._states is not None:
             self._states.close()
             self._states = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
         if interrupt is not None:
             raise interrupt
 
@@ -315,9 +315,9 @@ class Spool:
     def _differences(self, plan: Header, tokens: str) -> list[str]:
         if not (self.path / PLAN).exists():
             return []
-        found = work.read_plan(self.path)
-        differences = plan.differences(Header.from_json(json.dumps(found["header"]), self.path))
-        if not differences and found.get("tokens") != tokens:
+        begun = work.read_plan(self.path)
+        differences = plan.differences(Header.from_json(json.dumps(begun["header"]), self.path))
+        if not differences and begun.get("tokens") != tokens:
             differences = ["the tokens of the corpus"]
         return differences
 
@@ -331,7 +331,7 @@ class Spool:
         if not (self.path / PLAN).exists():
             checksums.rewrite(self.path, {})
             text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
-            checksums.commit(self.path, PLAN, lambda file: _write(file, text.encode()))
+            checksums.commit_bytes(self.path, PLAN, text.encode())
 
     def _resume(self) -> int:
         """Drop what a kill left unfinished; open the states of the last finished layer and return the one after it."""
@@ -398,10 +398,6 @@ def _nbytes(value: Any) -> int:
 
 def _save(file: BinaryIO, array: NDArray[Any]) -> None:
     np.save(file, array, allow_pickle=False)
-
-
-def _write(file: BinaryIO, text: bytes) -> None:
-    file.write(text)
 
 
 def _choices(layer: int) -> str:
