@@ -58,7 +58,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option(
@@ -72,9 +72,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="LIST",
     help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
 )
-@click.option(
-    "--window", type=click.IntRange(2), default=WINDOW, show_default=True, help="Longest sequence the model reads."
-)
+@click.option("--window", type=click.IntRange(2), default=WINDOW, help="Longest sequence the model reads.")
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
@@ -83,13 +81,10 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     "--block",
     type=click.Choice(BLOCKS),
     default=BLOCKS[0],
-    show_default=True,
     help="Which routed blocks, of a model that routes its attention, too.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
-@click.option(
-    "--sample-seed", type=int, default=SAMPLE_SEED, show_default=True, help="Another seed draws another sample."
-)
+@click.option("--sample-seed", type=int, default=SAMPLE_SEED, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
 @click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
@@ -104,15 +99,10 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     "--dtype",
     type=click.Choice(DTYPES),
     default=DTYPES[0],
-    show_default=True,
     help="auto is the checkpoint's; another one changes some choices.",
 )
 @click.option(
-    "--device",
-    default=DEVICE,
-    show_default=True,
-    callback=_parse_device,
-    help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …",
+    "--device", default=DEVICE, callback=_parse_device, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
 )
 @click.option(
     "--device-map",
@@ -125,18 +115,11 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="PATH",
     help="Where --device-map keeps, meanwhile, what it puts on disk.  [default: beside the trace]",
 )
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(1),
-    default=BATCH_TOKENS,
-    show_default=True,
-    help="Most tokens of a forward pass.",
-)
+@click.option("--batch-tokens", type=click.IntRange(1), default=BATCH_TOKENS, help="Most tokens of a forward pass.")
 @click.option(
     "--part-tokens",
     type=click.IntRange(1),
     default=PART_TOKENS,
-    show_default=True,
     help="Tokens of a part: what an interruption can cost.",
 )
 @click.option(
@@ -243,14 +226,8 @@ def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Esti
         task = bar.add_task("loading", total=None, numbers="")
 
         def update(progress: Progress) -> None:
-            total = None if progress.fraction is None else 1.0
-            bar.update(
-                task,
-                description="recording",
-                total=total,
-                completed=progress.fraction or 0.0,
-                numbers=describe(progress),
-            )
+            total, done = None if progress.fraction is None else 1.0, progress.fraction or 0.0
+            bar.update(task, description="recording", total=total, completed=done, numbers=describe(progress))
 
         def announce(estimate: Estimate) -> None:
             console.print(describe_estimate(estimate), highlight=False, soft_wrap=True)
