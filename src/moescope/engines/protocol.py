@@ -113,7 +113,7 @@ class Engine(ABC):
 
     Attributes:
         tokenizer: Of the model.
-        description: Provenance of the model, from `provenance.describe_model`.
+        description: Provenance of the model, from `provenance.ModelProvenance`.
         window: Longest sequence it reads, added tokens included: as asked, or what the model was made for.
         num_embeddings: Token ids that the model knows; None if it does not say.
     """

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import ImportIncomplete, ImportMalformed
+from moescope.errors import ImportMalformed
 from moescope.importers.assembly import MAX_LAYERS, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
+from moescope.importers.findings import not_stated
 from moescope.trace import Counts, Header, Layer
 from moescope.trace.header import ranges
 
@@ -97,7 +98,7 @@ class AssignmentCounts(Assembly):
             self.findings.warn(f"layers {ranges(dense)} have no counts and were left out as dense")
         self.check_layers(kept, name)
         if self.model.top_k is None:
-            raise ImportIncomplete(name, "does not state the number of experts per token", "give it with --top-k K")
+            raise not_stated("top_k", name)
         if self._indivisible:
             self.findings.warn(
                 f"in {self._indivisible:,} documents or passes the assignments of a layer are not a multiple of top-k "

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import TokenDocument
+from moescope.importers.documents import ExpertId, TokenDocument
 from moescope.importers.files import find, number, objects, stem
 from moescope.importers.findings import Findings, Options
 
-Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-
 
 class _LayerChoice(msgspec.Struct):
-    selected_experts: list[Id]
+    selected_experts: list[ExpertId]
     selected_probs: list[float] = []
 
 

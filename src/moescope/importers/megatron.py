@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, TokenDocument, integers
+from moescope.importers.documents import ExpertId, Ids, TokenDocument, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
-
-Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
 class _Record(msgspec.Struct):
     step: int
     layer: int
     num_tokens: int
-    top_indices: list[list[Id]]
+    top_indices: list[list[ExpertId]]
     rank: int = 0
     topk: int | None = None
     stage: str = ""

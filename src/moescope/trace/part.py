@@ -8,7 +8,8 @@ weight as executed) and ``P{layer}_{distance}_{rank}`` (expert predicted that ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -291,7 +292,7 @@ class PartFile:
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self._header = header
-        with self._damage():
+        with _damage(self.path):
             metadata = pq.read_metadata(path)
             names = metadata.schema.names
             note = json.loads((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
@@ -332,7 +333,7 @@ class PartFile:
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
         wanted += prediction_columns(layers) if predictions else []
         labels = [name for name in ("domain", "phase") if name in wanted]
-        with self._damage():
+        with _damage(self.path):
             with pq.ParquetFile(
                 self.path, page_checksum_verification=True, read_dictionary=labels, buffer_size=2**16
             ) as file:
@@ -365,7 +366,7 @@ class PartFile:
         Raises:
             TraceDamaged: A page fails its checksum, or a value is invalid.
         """
-        with self._damage():
+        with _damage(self.path):
             with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
                 table = file.read(list(COUNT_COLUMNS), use_threads=False)
             domain, names = _codes(table, "domain")
@@ -375,25 +376,17 @@ class PartFile:
             check_counts(counts, self._header)
         return counts
 
-    def _damage(self) -> _Damage:
-        return _Damage(self.path)
 
-
-class _Damage:
-    """Converts the errors that reading a damaged file raises into `TraceDamaged`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise TraceDamaged(self.path, "is missing") from error
-        if isinstance(error, (OSError, ValueError, KeyError, TypeError, pa.ArrowException)):
-            raise TraceDamaged(
-                self.path, f"cannot be read: {error}", "`moescope verify` lists every damaged file of the trace"
-            ) from error
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Convert the errors that reading a damaged file raises into `TraceDamaged`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise TraceDamaged(path, "is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        hint = "`moescope verify` lists every damaged file of the trace"
+        raise TraceDamaged(path, f"cannot be read: {error}", hint) from error
 
 
 def _numbers(table: pa.Table, name: str) -> NDArray[Any]:

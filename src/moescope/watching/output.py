@@ -116,7 +116,7 @@ class TraceOutput:
         """A document has ended."""
         with self._writing() as sequences:
             if sequences is not None:
-                (sequences.end_block if whole else sequences.drop_block)(block)
+                sequences.end_block(block, whole=whole)
 
     def end_generation(self, generation: object, *, whole: bool) -> None:
         """A call of ``generate`` has ended."""

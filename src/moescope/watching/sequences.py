@@ -213,17 +213,15 @@ class Sequences:
         if self._waiting >= self._part_tokens:
             self._write()
 
-    def end_block(self, block: DocumentBlock) -> None:
-        """Make one document of the sequences of a block."""
+    def end_block(self, block: DocumentBlock, *, whole: bool) -> None:
+        """Make one document of the sequences of a block, or forget one that an error left incomplete."""
         self._batches = [batch for batch in self._batches if batch.block is not block]
+        if not whole:
+            return
         windows = [columns for batch in block.batches for _, columns in batch.sequences()]
         if windows:
             self._take(block.domain, windows)
         self.settle()
-
-    def drop_block(self, block: DocumentBlock) -> None:
-        """Forget a document that an error left incomplete."""
-        self._batches = [batch for batch in self._batches if batch.block is not block]
 
     def end_generation(self, generation: object, *, whole: bool) -> None:
         """What was being generated is generated, or an error left it incomplete and it is forgotten."""

@@ -37,7 +37,7 @@ def describe_body(
     """
     config = getattr(body, "config", None)
     architectures = getattr(config, "architectures", None) or [type(body).__name__]
-    return provenance.describe_model(
+    return provenance.ModelProvenance(
         name=name,
         family=str(getattr(config, "model_type", None) or "custom"),
         architecture=str(architectures[0]),
@@ -47,8 +47,8 @@ def describe_body(
         fingerprint=fingerprint,
         expert_widths=_expert_widths(experts, hidden_size(config)),
         router=_router(body, experts[0]),
-        not_recorded=left_out,
-    )
+        not_recorded=list(left_out),
+    ).described()
 
 
 def _expert_widths(experts: Sequence[Experts], hidden_size: int | None) -> list[int] | None:
