@@ -527,7 +527,7 @@ def test_the_command_says_what_streaming_will_take_and_reads_sizes(mixtral: Path
     assert result.stdout == ""
     assert "through 4 layers, one at a time; each is read once" in result.stderr
     assert "time: about 0:0" in result.stderr
-    assert "0.0 GB of it for what layers hand on" in result.stderr
+    assert "0.0 GB of it for what a layer gives to the next" in result.stderr
     result = run("-o", str(tmp_path / "w.moe"), "--no-stream", "--memory", "1M")
     assert result.exit_code == 0
     assert "one at a time" not in result.stderr

@@ -189,7 +189,7 @@ def describe_estimate(estimate: Estimate) -> str:
         ...     first_layer=0, tokens=100_000, compute_seconds=4100.0, read_seconds=195.0, seconds=4106.0)))
         streaming 100,000 tokens through 32 layers, one at a time; each is read once, 93.4 GB in all
         time: about 1:08:26 (computing 1:08:20, reading 3:15 meanwhile)
-        memory: up to 6.1 GB, 2.0 GB of it for what layers hand on; disk: up to 1.7 GB while it runs
+        memory: up to 6.1 GB, 2.0 GB of it for what a layer gives to the next; disk: up to 1.7 GB while it runs
     """
     start = f", going on with layer {estimate.first_layer}" if estimate.first_layer else ""
     return (
@@ -197,8 +197,8 @@ def describe_estimate(estimate: Estimate) -> str:
         f"{start}; each is read once, {_gigabytes(estimate.model_bytes)} in all\n"
         f"time: about {_duration(estimate.seconds)} (computing {_duration(estimate.compute_seconds)}, reading "
         f"{_duration(estimate.read_seconds)} meanwhile)\n"
-        f"memory: up to {_gigabytes(estimate.memory_bytes)}, {_gigabytes(estimate.spool_bytes)} of it for what layers "
-        f"hand on; disk: up to {_gigabytes(estimate.disk_bytes)} while it runs"
+        f"memory: up to {_gigabytes(estimate.memory_bytes)}, {_gigabytes(estimate.spool_bytes)} of it for what a layer "
+        f"gives to the next; disk: up to {_gigabytes(estimate.disk_bytes)} while it runs"
     )
 
 

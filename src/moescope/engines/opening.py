@@ -41,7 +41,7 @@ def open_engine(
     elif options.stream:
         raise ValueError("a model is streamed through one device, or spread by a device map, not both")
     if options.routers is not None:
-        raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
+        raise ValueError("routers describe a model that you loaded: pass (model, tokenizer)")
     if options.device_map is None:
         from moescope.engines.streamed.engine import must_stream, open_streamed
         from moescope.engines.streamed.layerwise import NO_STREAM

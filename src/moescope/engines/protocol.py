@@ -198,12 +198,12 @@ class CorpusEngine(Engine):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a streamed recording will take, told before it starts.
+    """What a streamed recording will take, known before it starts.
 
     Attributes:
         model_bytes: Bytes of the checkpoint that will be read.
         memory_bytes: Most memory it will hold: a layer with its conversion, the spool, and the rest.
-        spool_bytes: How much of that is for what layers hand on: of the budget for it, what it takes.
+        spool_bytes: How much of that is for what a layer gives to the next: of the budget for it, what it takes.
         disk_bytes: Most it will write beside the trace, removed in the end.
         num_layers: Layers to run.
         first_layer: The layer it starts with; above 0 if it goes on after an interruption.

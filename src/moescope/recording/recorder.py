@@ -102,7 +102,7 @@ def record(
         force: Replace a finished trace, or one of another recording.
         stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
         memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
-            layers hand on stays in memory. None for what is free.
+            a layer gives to the next stays in memory. None for what is free.
         progress: Called after every forward pass.
         announce: Called before a streamed recording starts, with what it will take.
     Returns:
@@ -139,7 +139,7 @@ def record(
         documents = _documents(corpus, corpus_options, engine.tokenizer)
         added = len(engine.tokenizer.added_ids)
         if engine.window <= added:
-            raise ValueError(f"a window of {engine.window} has no room beside the {added} added tokens")
+            raise ValueError(f"a window of {engine.window} is full with the {added} added tokens")
         run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
         header = Header(
             engine.layers(),
@@ -252,7 +252,7 @@ def _record_parts(
         meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, encode))
         source = read_ahead(documents, tokenized)
     else:
-        meter = Meter(lambda _: None, 0, 0, None)  # the caller was told while the engine read
+        meter = Meter(lambda _: None, 0, 0, None)  # the progress was reported while the engine read
         source = nullcontext(prepared[number:])
     with source as upcoming, WriteBehind(write) as written:
         for portion in upcoming:

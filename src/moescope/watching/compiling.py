@@ -23,7 +23,7 @@ from moescope.engines.transformers.hooks import Tell
 
 
 class Listener(Protocol):
-    """Who is told what layers choose."""
+    """Who listens to what layers choose."""
 
     def note(self, place: int, ids: Tensor, weights: Tensor) -> None:
         """The layer at a place among those watched has chosen."""
@@ -33,10 +33,10 @@ _LISTENERS: weakref.WeakValueDictionary[int, Listener] = weakref.WeakValueDictio
 
 
 def teller(listener: Listener, place: int, device: torch.device) -> Tell:
-    """What tells a listener the choices of a layer; inside a compiled graph it is one opaque operator of it.
+    """What passes the choices of a layer to a listener; inside a compiled graph it is one opaque operator of it.
 
     Args:
-        listener: Who is told; it is not kept alive.
+        listener: Who listens; it is not kept alive.
         place: Place of the layer among those watched.
         device: Where the layer is.
     """

@@ -1,4 +1,4 @@
-"""The trace that a watch writes, created with the first forward pass: that tells how many experts a token gets."""
+"""The trace that a watch writes, created with the first forward pass: which shows how many experts a token gets."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def _cache_of(output: Any, given: Any) -> Any:
     if given is not None:
         return given
     if isinstance(output, tuple):
-        return next((each for each in output if hasattr(each, "get_seq_length")), None)
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
     return getattr(output, "past_key_values", None)
 
 

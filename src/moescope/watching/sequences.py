@@ -167,7 +167,7 @@ class Sequences:
             ModelUnsupported: The cache was rewound or rearranged, so that its rows are other sequences than before.
         """
         num_rows, num_tokens = step.recorded.shape
-        batch = next((each for each in self._batches if cache is not None and each.cache() is cache), None)
+        batch = next((open_one for open_one in self._batches if cache is not None and open_one.cache() is cache), None)
         if batch is not None and (past == 0 or batch.ended):
             batch.ended, batch.cache, batch = True, lambda: None, None  # the cache is used again for something new
         if batch is None:
@@ -206,7 +206,7 @@ class Sequences:
 
     def settle(self) -> None:
         """Take up the sequences that have ended, and write parts that are full."""
-        for batch in [each for each in self._batches if each.ended and each.block is None]:
+        for batch in [batch for batch in self._batches if batch.ended and batch.block is None]:
             self._batches.remove(batch)
             for domain, columns in batch.sequences():
                 self._take(domain, [columns])
@@ -225,7 +225,7 @@ class Sequences:
 
     def end_generation(self, generation: object, *, whole: bool) -> None:
         """What was being generated is generated, or an error left it incomplete and it is forgotten."""
-        for batch in [each for each in self._batches if each.generation is generation]:
+        for batch in [batch for batch in self._batches if batch.generation is generation]:
             batch.generation = None
             if not whole:
                 self._batches.remove(batch)

@@ -99,7 +99,7 @@ class Watch:
         else:
             experts = given_experts(self._model, routers)
         self.experts = select_experts(experts, layers, None, self._name)
-        for message in dict.fromkeys(each.warning for each in self.experts if each.warning):
+        for message in dict.fromkeys(block.warning for block in self.experts if block.warning):
             warnings.warn(message, stacklevel=2)
         stacks = find_stacks(self._model, self.experts)
         stack_of = {place: index for index, stack in enumerate(stacks) for place in stack.places}

@@ -21,7 +21,7 @@ from moescope.engines.options import EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Estimate, NotFinite, Routed, Unit
 from moescope.engines.streamed.estimate import (
     BASE_BYTES,
-    LAYER_ROOM,
+    LAYER_FACTOR,
     OVERHEAD,
     available_memory,
     fits,
@@ -76,7 +76,7 @@ def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: 
 
 
 class StreamedEngine(ModelEngine, CorpusEngine):
-    """Runs a model layer by layer over all units, then hands over what each layer chose.
+    """Runs a model layer by layer over all units, then returns what each layer chose.
 
     Args:
         model: As in memory, its layers empty.
@@ -173,12 +173,12 @@ class StreamedEngine(ModelEngine, CorpusEngine):
             layerwise.nbytes(layer, bare=layer == num_layers - 1 and rehearsal.bare)
             for layer in range(first, num_layers)
         ]
-        states = int(tokens * rehearsal.widths_handed_on * layerwise.hidden_size * layerwise.dtype.itemsize)
+        states = int(tokens * rehearsal.state_widths * layerwise.hidden_size * layerwise.dtype.itemsize)
         num_choices = len(self.model.experts) * rehearsal.top_k
         kept = min(spool_bytes, states)
         return Estimate(
             model_bytes=sum(reads) + layerwise.nbytes(None),
-            memory_bytes=int(LAYER_ROOM * max(map(layerwise.memory_bytes, range(num_layers))))
+            memory_bytes=int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
             + layerwise.memory_bytes(None)
             + kept
             + BASE_BYTES,
@@ -201,7 +201,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
             layerwise.load(layer, bare=bare)
         if not last:
             layerwise.fetch_ahead(layer + 1, bare=layer + 1 == model.experts[-1].layer and self._rehearsal.bare)
-        experts = [each for each in model.experts if each.layer == layer]
+        experts = [block for block in model.experts if block.layer == layer]
         num_tokens = sum(unit.num_tokens for unit in units)
         table = _Table(layer, num_tokens, weights=self.options.weights) if experts else None
         states = None if last else spool.states_of(layer)

@@ -2,7 +2,7 @@
 
 The body is built empty. What lies outside its layers is loaded first, then a layer when it is asked for, with
 transformers' own weight conversion on that layer's tensors alone. To run layer 7, the model's own forward pass is run:
-the layers before it hand on what layer 6 returned in its own pass, layer 7 runs, and there the pass ends. So masks,
+the layers before it return what layer 6 returned in its own pass, layer 7 runs, and there the pass ends. So masks,
 positions and whatever else a layer is called with are made by the model's own code, and never stored.
 
 A family that hands more from layer to layer than the layers' outputs comes out wrong that way; `rehearsal` finds out.
@@ -111,7 +111,7 @@ class Layerwise:
             layer: Index of the layer.
             bare: Without those of its routed experts.
         """
-        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
+        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
         start = "" if layer is None else f"{self._prefix}.{layer}."
         return [
             key
@@ -132,7 +132,7 @@ class Layerwise:
     def operations(self, layer: int, *, share_of_experts: float) -> float:
         """Multiplications and additions a token in the matrices of a layer, of whose experts only a share runs."""
         inside = self._names_within(layer)
-        experts = tuple(f"{each.name}." for each in self.experts if each.layer == layer)
+        experts = tuple(f"{block.name}." for block in self.experts if block.layer == layer)
         return sum(
             2 * tensor.numel() * (share_of_experts if experts and name.startswith(experts) else 1)
             for name, tensor in self._empty.items()
@@ -205,11 +205,11 @@ class Layerwise:
             returned.append(own(*args, **kwargs))
             raise _LayerDone
 
-        def hand_on(*_: Any, **__: Any) -> Any:
+        def pass_through(*_: Any, **__: Any) -> Any:
             return before
 
         for earlier in self._layers[:layer]:
-            earlier.forward = hand_on
+            earlier.forward = pass_through
         self._layers[layer].forward = run
         try:
             with suppress(_LayerDone), torch.no_grad():
@@ -233,20 +233,20 @@ class Layerwise:
 
     def _find_targets(self) -> dict[str, str]:
         """For each tensor of the checkpoint that the body has, the name it has there; one of several if it is split."""
-        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        renamings = [conversion for conversion in self._conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in self._conversions if isinstance(conversion, WeightConverter)]
         names, prefix = self.body.state_dict(), self.body.base_model_prefix
-        found: dict[str, str] = {}
+        targets: dict[str, str] = {}
         self._patterns: dict[str, str] = {}
         for key in self.shards.tensors:
             target, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if target not in names and key in names:
                 target, pattern = rename_source_key(key, [], [], prefix, names)
             if target in names:
-                found[key] = target
+                targets[key] = target
                 if pattern is not None:
                     self._patterns[key] = pattern
-        return found
+        return targets
 
     def _convert(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
         """Give the body these tensors of the checkpoint; return what transformers says of it."""
@@ -266,7 +266,7 @@ class Layerwise:
 
     def _refuse_gaps(self, info: Any, layer: int | None, missing: Iterable[str], *, bare: bool) -> None:
         inside = self._names_within(layer)
-        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
+        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
         gaps = sorted(name for name in missing if inside(name) and not (without and name.startswith(without)))
         gaps += sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
         if gaps:
@@ -294,10 +294,10 @@ class Layerwise:
             if key in self._patterns:
                 groups.setdefault(self._targets[key], []).append(key)
         converters = {
-            pattern: each
-            for each in self._conversions
-            if isinstance(each, WeightConverter)
-            for pattern in each.source_patterns
+            pattern: conversion
+            for conversion in self._conversions
+            if isinstance(conversion, WeightConverter)
+            for pattern in conversion.source_patterns
         }
         merged: dict[str, Tensor] = {}
         plan = self.body._get_dtype_plan(self.dtype)
@@ -374,13 +374,13 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, shards: Shards) -> tor
     named = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(named, torch.dtype):
         return named
-    first = next((each.dtype for each in shards.tensors.values() if each.dtype.is_floating_point), torch.float32)
+    first = next((tensor.dtype for tensor in shards.tensors.values() if tensor.dtype.is_floating_point), torch.float32)
     return first
 
 
 def _find_layers(body: nn.Module, experts: tuple[Experts, ...], subject: object) -> tuple[str, nn.ModuleList]:
     """The list of layers that holds all experts, and its name."""
-    prefixes = {re.split(r"\.\d+\.", each.name)[0] for each in experts}
+    prefixes = {re.split(r"\.\d+\.", block.name)[0] for block in experts}
     if len(prefixes) == 1:
         (prefix,) = prefixes
         layers = body.get_submodule(prefix)

@@ -129,7 +129,7 @@ class States:
                 entry["crc32"] = zlib.crc32(_bytes(value))
             return entry
         if isinstance(value, tuple | list):
-            return [isinstance(value, tuple), [self._write_value(each) for each in value]]
+            return [isinstance(value, tuple), [self._write_value(item) for item in value]]
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise ModelNotStreamable("streaming", f"a layer returns a {type(value).__name__}, which cannot be spooled")
@@ -143,7 +143,7 @@ class States:
                     raise ValueError(f"bytes {entry['start']} and on are not those written")
             return tensor
         if isinstance(entry, list):
-            values = [self._read_value(each) for each in entry[1]]
+            values = [self._read_value(item) for item in entry[1]]
             return tuple(values) if entry[0] else values
         return entry
 
@@ -193,7 +193,7 @@ class Spool:
         TraceMismatch: It holds the work of another recording; what differs is named.
         TraceBusy: Another process is at it.
         TraceDamaged: A finished file is missing or fails its checksum.
-        DiskFull: There is no room.
+        DiskFull: The disk is full.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ def move(value: Any, device: torch.device) -> Any:
     """What a layer returned, its tensors contiguous on a device."""
     if isinstance(value, Tensor):
         return value.to(device).contiguous()
-    return type(value)(move(each, device) for each in value) if type(value) in (tuple, list) else value
+    return type(value)(move(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -393,7 +393,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _nbytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
-    return sum(_nbytes(each) for each in value) if isinstance(value, tuple | list) else 0
+    return sum(_nbytes(item) for item in value) if isinstance(value, tuple | list) else 0
 
 
 def _save(file: BinaryIO, array: NDArray[Any]) -> None:

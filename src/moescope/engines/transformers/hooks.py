@@ -1,4 +1,4 @@
-"""Hooks that note what reaches the experts during a forward pass, and stop it once the last layer has spoken.
+"""Hooks that note what reaches the experts during a forward pass, and stop it once the last layer has chosen.
 
 Unit: one `Choices` a layer and forward pass. Convention: rank 0 is the largest gate weight; equal weights keep the
 order in which the router gave them. The hooks read and never change; they are gone when the `with` block ends, however
@@ -109,7 +109,7 @@ class RouterWatch:
 
     Args:
         experts: The layers to watch.
-        stop_at: Layer whose experts need not run any more, because it speaks last; None lets the pass run to its end.
+        stop_at: Layer whose experts need not run any more, because it chooses last; None lets the pass run to its end.
         lookahead: Predicts choices before they are made; None for no predictions.
     """
 
@@ -137,7 +137,7 @@ class RouterWatch:
             self._lookahead.__exit__()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
-        """Run one forward pass and return what each watched layer chose, in the order in which they spoke.
+        """Run one forward pass and return what each watched layer chose, in the order in which they chose.
 
         The decoder of an encoder-decoder reads what its encoder reads, after its start token, which is not returned.
 
@@ -145,7 +145,7 @@ class RouterWatch:
             model: The model, best without its head.
             inputs: ``input_ids`` of shape (sequence, token), and ``attention_mask`` if some tokens are padding.
         Raises:
-            RouterSilent: A layer did not speak exactly once, or not for every token.
+            RouterSilent: A layer did not choose exactly once, or not for every token.
             ModelUnsupported: A layer was called with something else than ids and gate weights.
         """
         input_ids = inputs["input_ids"]
@@ -166,25 +166,25 @@ class RouterWatch:
         with suppress(_LastRouterCalled), torch.no_grad():  # inference_mode would leave its tensors in buffers
             forward()
         calls, self._calls = self._calls, []
-        spoke = [experts.layer for experts, _, _ in calls]
+        called = [experts.layer for experts, _, _ in calls]
         rows = {experts.layer: len(ids) for experts, ids, _ in calls}
         for experts in self.experts:
             expected = num_tokens + num_sequences * experts.in_decoder
-            if spoke.count(experts.layer) != 1 or rows[experts.layer] != expected:
+            if called.count(experts.layer) != 1 or rows[experts.layer] != expected:
                 raise RouterSilent(
                     f"layer {experts.layer}",
-                    f"{experts.name} was called {spoke.count(experts.layer)} times with {rows.get(experts.layer, 0)} "
+                    f"{experts.name} was called {called.count(experts.layer)} times with {rows.get(experts.layer, 0)} "
                     f"rows, expected once with {expected}",
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
-        found = {}
+        choices = {}
         predicted: Mapping[int, Mapping[int, NDArray[np.int16]]]
         predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
                 ids, weights = _without_start(ids, num_sequences), _without_start(weights, num_sequences)
-            found[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
-        return found
+            choices[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
+        return choices
 
     def note(self, experts: Experts) -> Tell:
         """What is called when this layer chooses."""
@@ -201,7 +201,7 @@ class RouterWatch:
 @cache
 def _takes_use_cache(forward: Callable[..., Any]) -> bool:
     parameters = inspect.signature(forward).parameters.values()
-    return any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    return any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _after_start(model: Any, input_ids: Tensor) -> Tensor:

@@ -243,10 +243,10 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
-    """Run a few tokens through the model, to see that every layer speaks and how many experts a token gets.
+    """Run a few tokens through the model, to see that every layer chooses and how many experts a token gets.
 
     Returns:
-        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak.
+        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to choose.
     """
     with weights_put_back(model), RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, _a_few_tokens(model))
@@ -278,9 +278,9 @@ def accelerate_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """The hooks by which accelerate moves weights and inputs, each with its module."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
-            if each is not None:
-                yield module, each
+        for single in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
+            if single is not None:
+                yield module, single
 
 
 @contextmanager
@@ -307,7 +307,7 @@ def ready_to_record(model: Model) -> Iterator[None]:
     No other implementation of the experts is faster on a CPU, and some are far slower (docs/decisions/log.md).
     """
     training = [module for module in model.body.modules() if module.training]
-    configs = {id(config): config for each in model.experts if (config := getattr(each.module, "config", None))}
+    configs = {id(config): config for block in model.experts if (config := getattr(block.module, "config", None))}
     before = {key: getattr(config, "_experts_implementation", None) for key, config in configs.items()}
     try:
         model.body.eval()
@@ -334,7 +334,7 @@ def describe(
 ) -> Model:
     """A model ready to be recorded, from its body, which need not be loaded yet."""
     selected = select_experts(experts, layers, num_layers(getattr(body, "config", None)), name)
-    for message in dict.fromkeys(each.warning for each in selected if each.warning):
+    for message in dict.fromkeys(block.warning for block in selected if block.warning):
         warnings.warn(f"{name}: {message}", stacklevel=2)
     description = describe_body(body, selected, name, fingerprint, left_out)
     return Model(body, tokenizer, selected, description)

@@ -53,7 +53,9 @@ def describe_body(
 
 def _expert_widths(experts: Sequence[Experts], hidden_size: int | None) -> list[int] | None:
     """Widths of the experts, read off their stacked down projections; None if the experts are not stacked."""
-    shapes: list[tuple[int, ...]] = [getattr(getattr(each.module, "down_proj", None), "shape", ()) for each in experts]
+    shapes: list[tuple[int, ...]] = [
+        getattr(getattr(block.module, "down_proj", None), "shape", ()) for block in experts
+    ]
     if hidden_size is None or not all(len(shape) == 3 and hidden_size in shape[1:] for shape in shapes):
         return None
     return sorted({shape[1] * shape[2] // hidden_size for shape in shapes})

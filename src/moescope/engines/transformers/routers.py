@@ -133,21 +133,21 @@ def find_experts(model: nn.Module, subject: object, *, block: str = "mlp") -> tu
             )
     if not candidates:
         _refuse_without_experts(config, subject)
-    found: dict[int, Experts] = {}
+    by_layer: dict[int, Experts] = {}
     for experts in candidates:
         if experts.block != block:
             continue
-        if (other := found.get(experts.layer)) is not None:
+        if (other := by_layer.get(experts.layer)) is not None:
             raise ModelUnsupported(
                 subject,
                 f"{_family(config)}: layer {experts.layer} has two routed blocks, {other.name} and {experts.name}; "
                 "moescope records models with one a layer",
             )
-        found[experts.layer] = experts
-    if not found:
+        by_layer[experts.layer] = experts
+    if not by_layer:
         others = " and ".join(sorted({experts.block for experts in candidates}))
         raise ModelUnsupported(subject, f"{_family(config)} routes no {block} blocks, only {others}")
-    return tuple(found[layer] for layer in sorted(found))
+    return tuple(by_layer[layer] for layer in sorted(by_layer))
 
 
 def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ..
     Returns:
         Their paths, each once, with ``*`` for the index of the layer.
     """
-    taken = {id(module) for each in experts for module in each.module.modules()}
+    taken = {id(module) for block in experts for module in block.module.modules()}
     names = []
     for name, module in model.named_modules():
         routed = (name.rpartition(".")[2] == "experts" and _has_parameters(module)) or _is_routed(module)
@@ -174,7 +174,7 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
     Raises:
         ValueError: A path is not in the model or says no layer, or two routers are of one layer.
     """
-    found: dict[int, Experts] = {}
+    by_layer: dict[int, Experts] = {}
     for router in routers:
         try:
             module = model.get_submodule(router.module)
@@ -184,9 +184,9 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
         layer = int(index[1]) if index is not None else router.layer
         if layer is None:
             raise ValueError(f"{router.module} is in no numbered layer: say which, Router(layer=…)")
-        if layer in found:
-            raise ValueError(f"layer {layer} has two routers, {found[layer].name} and {router.module}")
-        found[layer] = Experts(
+        if layer in by_layer:
+            raise ValueError(f"layer {layer} has two routers, {by_layer[layer].name} and {router.module}")
+        by_layer[layer] = Experts(
             layer=layer,
             name=router.module,
             module=module,
@@ -199,9 +199,9 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
             drops=router.drops,
             batching=router.batching,
         )
-    if not found:
+    if not by_layer:
         raise ValueError("routers must name at least one router")
-    return tuple(found[layer] for layer in sorted(found))
+    return tuple(by_layer[layer] for layer in sorted(by_layer))
 
 
 def select_experts(
@@ -214,13 +214,13 @@ def select_experts(
     """
     if layers is None:
         return tuple(experts)
-    have = [each.layer for each in experts]
+    have = [block.layer for block in experts]
     for layer in layers:
         if layer not in have:
             dense = num_layers is not None and 0 <= layer < num_layers
             problem = f"layer {layer} has no routed experts" if dense else f"there is no layer {layer}"
             raise NoSuchLayer(subject, f"{problem}; the layers with routed experts are {ranges(have)}")
-    return tuple(each for each in experts if each.layer in set(layers))
+    return tuple(block for block in experts if block.layer in set(layers))
 
 
 def text_tower(model: Any) -> Any:
@@ -257,7 +257,7 @@ def hidden_size(config: Any) -> int | None:
 def _routed_blocks(model: nn.Module, subject: object) -> tuple[list[Experts], list[str]]:
     """Every routed block that text reaches, and the names of modules that hold experts and are not called as one."""
     tower = _language_model(model)
-    found: list[Experts] = []
+    blocks: list[Experts] = []
     uncovered: list[str] = []
     for name, module in model.named_modules():
         if not f"{name}.".startswith(tower) or _NOT_FOR_TEXT & set(name.split(".")):
@@ -267,10 +267,10 @@ def _routed_blocks(model: nn.Module, subject: object) -> tuple[list[Experts], li
         except (ValueError, AttributeError, TypeError, OSError) as error:
             raise ModelUnsupported(subject, f"{name} is not as its adapter knows it: {error}", NEWER) from error
         if reading is not None:
-            found.append(_describe(model, name, module, reading, subject))
+            blocks.append(_describe(model, name, module, reading, subject))
         elif name.rpartition(".")[2] == "experts" and _has_parameters(module):
             uncovered.append(name)
-    return found, uncovered
+    return blocks, uncovered
 
 
 def _language_model(model: Any) -> str:
