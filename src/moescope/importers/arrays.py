@@ -71,15 +71,8 @@ def from_arrays(
     weights = {} if gate_weights is None else _by_layer(gate_weights, layers, "fiu")
     if weights and {layer: array.shape for layer, array in weights.items()} != shapes:
         raise ValueError("gate_weights must be shaped like expert_ids")
-    columns = {
-        name: None if values is None else np.asarray(values)
-        for name, values in {
-            "token_ids": token_ids,
-            "documents": documents,
-            "sequences": sequences,
-            "phases": phases,
-        }.items()
-    }
+    given = {"token_ids": token_ids, "documents": documents, "sequences": sequences, "phases": phases}
+    columns = {name: None if values is None else np.asarray(values) for name, values in given.items()}
     for name, column in columns.items():
         if column is not None and (column.shape != (num_tokens,) or column.dtype.kind not in "iub"):
             raise ValueError(f"{name} must be {num_tokens} whole numbers, found {column.dtype} of shape {column.shape}")

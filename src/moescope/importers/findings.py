@@ -47,18 +47,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user supplies because the file lacks it.
-
-    Attributes:
-        num_experts: Routed experts of a layer.
-        top_k: Experts chosen per token.
-        num_layers: Layers of the model, dense ones included.
-        layers: Layers with routed experts, counted over the whole model.
-        domain: Label of all documents.
-        model: Name of the model.
-        ranked: Whether choices are in order of gate weight although there are no weights.
-        fields: Names of columns by what they hold, for files with named columns.
-    """
+    """What the user supplies because the file lacks it; `import_trace` says what each means."""
 
     num_experts: int | None = None
     top_k: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _NAMES = (checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, SUMMARY)
 _OTHER_OUTPUT = "choose another output"
 
 
-class TraceWriter:
+class TraceWriter(AbstractContextManager["TraceWriter"]):
     """Creates a trace, or resumes an unfinished one whose header agrees.
 
     Args:
@@ -124,9 +124,6 @@ class TraceWriter:
     def close(self) -> None:
         """Release the trace; an unfinished one can be resumed."""
         self._undo.close()
-
-    def __enter__(self) -> TraceWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moescope.engines.options import EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Estimate, NotFinite, Routed, Unit
@@ -31,7 +30,7 @@ from moescope.engines.streamed.estimate import (
 )
 from moescope.engines.streamed.layerwise import NO_STREAM, Layerwise
 from moescope.engines.streamed.rehearsal import Rehearsal, rehearse, run_layer
-from moescope.engines.streamed.spool import Spool
+from moescope.engines.streamed.spool import Chosen, Spool
 from moescope.engines.transformers.batches import Batch
 from moescope.engines.transformers.engine import ModelEngine
 from moescope.engines.transformers.hooks import Choices, RouterWatch
@@ -92,7 +91,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         super().__init__(model, options)
         self._layerwise, self._rehearsal, self._read_rate = layerwise, rehearsal, read_rate
         self._memory = available_memory(layerwise.device) // 2 if options.memory is None else options.memory
-        self._chosen: dict[int, tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]] = {}
+        self._chosen: dict[int, Chosen] = {}
         self._first_rows: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -112,7 +111,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         layers = (describe_layer(experts, top_k=1) for experts in self.model.experts)
         if not self._chosen:
             return tuple(layers)
-        return tuple(replace(layer, top_k=self._chosen[layer.layer][0].shape[1]) for layer in layers)
+        return tuple(replace(layer, top_k=self._chosen[layer.layer].expert_ids.shape[1]) for layer in layers)
 
     def prepare(
         self,
@@ -223,29 +222,27 @@ class StreamedEngine(ModelEngine, CorpusEngine):
                 states.close()
             raise
         layerwise.free(layer)
-        chosen = (None, None) if table is None else (table.expert_ids, table.weights)
-        spool.commit(layer, states, *chosen)
+        spool.commit(layer, states, None if table is None else table.chosen)
 
 
 class _Table:
-    """What one layer chose for every token of the corpus."""
+    """What one layer chose for every token of the corpus; None before the first batch shows how many experts."""
 
     def __init__(self, layer: int, num_tokens: int, *, weights: bool) -> None:
         self._layer, self._num_tokens, self._with_weights = layer, num_tokens, weights
-        self.expert_ids: NDArray[np.integer[Any]] | None = None
-        self.weights: NDArray[np.float32] | None = None
+        self.chosen: Chosen | None = None
 
     def add(self, choices: Choices, batch: Batch, unit: int, first_row: int) -> None:
         """Note the choices of one batch of a unit, which starts at `first_row`."""
         gate_weights = choices.gate_weights[batch.places]
         NotFinite.check(self._layer, unit, gate_weights, batch.rows)
-        if self.expert_ids is None:
+        if self.chosen is None:
             shape = (self._num_tokens, choices.expert_ids.shape[1])
-            self.expert_ids = np.empty(shape, choices.expert_ids.dtype)
-            self.weights = np.empty(shape, np.float32) if self._with_weights else None
-        self.expert_ids[first_row + batch.rows] = choices.expert_ids[batch.places]
-        if self.weights is not None:
-            self.weights[first_row + batch.rows] = gate_weights
+            weights = np.empty(shape, np.float32) if self._with_weights else None
+            self.chosen = Chosen(np.empty(shape, choices.expert_ids.dtype), weights)
+        self.chosen.expert_ids[first_row + batch.rows] = choices.expert_ids[batch.places]
+        if self.chosen.gate_weights is not None:
+            self.chosen.gate_weights[first_row + batch.rows] = gate_weights
 
 
 def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:

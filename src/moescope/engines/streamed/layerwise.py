@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class _LayerDone(BaseException):
     """Ends a forward pass after one layer; no ``except Exception`` of a model may swallow it."""
 
 
-class Layerwise:
+class Layerwise(AbstractContextManager["Layerwise"]):
     """The body of a model whose layers are loaded and run one at a time.
 
     Args:
@@ -224,9 +224,6 @@ class Layerwise:
     def close(self) -> None:
         """Close the files."""
         self.shards.close()
-
-    def __enter__(self) -> Layerwise:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class StoredTensor:
             self._shard.read(out.view(-1).view(torch.uint8).numpy().data, self._start)
 
 
-class Shards:
+class Shards(AbstractContextManager["Shards"]):
     """The safetensors files of a checkpoint, opened for reading.
 
     Attributes:
@@ -131,9 +132,6 @@ class Shards:
         self._ahead.shutdown(cancel_futures=True)
         for shard in self._files:
             shard.close()
-
-    def __enter__(self) -> Shards:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -19,10 +19,10 @@ import json
 import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
 from moescope.trace.locks import locked
+
+
+class Chosen(NamedTuple):
+    """What a layer chose for every token of the corpus, shapes (token, choice); weights are None if not recorded."""
+
+    expert_ids: NDArray[np.integer[Any]]
+    gate_weights: NDArray[np.float32] | None
 
 
 class States:
@@ -174,7 +181,7 @@ class States:
             done += count
 
 
-class Spool:
+class Spool(AbstractContextManager["Spool"]):
     """The work folder, created or resumed, locked while it is open.
 
     Args:
@@ -236,20 +243,13 @@ class Spool:
         with checksums.no_room(self.path):
             return States(self.path, _states(layer), self._memory)
 
-    def commit(
-        self,
-        layer: int,
-        states: States | None,
-        expert_ids: NDArray[np.integer[Any]] | None,
-        gate_weights: NDArray[np.float32] | None,
-    ) -> None:
+    def commit(self, layer: int, states: States | None, chosen: Chosen | None) -> None:
         """Finish a layer; its files are synced and listed while the next layer runs.
 
         Args:
             layer: Index of the layer.
             states: What it returned, from `states_of`; None for the last layer.
-            expert_ids: What it chose, shape (token, choice); None if it is not recorded.
-            gate_weights: The weights, if they are recorded, of the same shape.
+            chosen: What it chose; None if it is not recorded.
         """
         try:
             self.settle()
@@ -260,7 +260,7 @@ class Spool:
         before, self._states = self._states, states
         if before is not None:
             before.close()
-        self._pending = self._behind.submit(self._commit, layer, states, expert_ids, gate_weights, before)
+        self._pending = self._behind.submit(self._commit, layer, states, chosen, before)
         self.next_layer = layer + 1
 
     def settle(self) -> None:
@@ -269,14 +269,14 @@ class Spool:
             self._pending.result()
             self._pending = None  # only now: after Ctrl-C `close` waits for it
 
-    def choices(self, layer: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]:
-        """What a layer chose and, if recorded, the gate weights, each of shape (token, choice), not yet read."""
+    def choices(self, layer: int) -> Chosen:
+        """What a layer chose, not yet read."""
         names = [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
         try:
             arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in names]
         except (OSError, ValueError) as error:
             raise work.damaged(self.path, f"what layer {layer} chose cannot be read: {error}") from None
-        return arrays[0], arrays[1] if self._with_weights else None
+        return Chosen(arrays[0], arrays[1] if self._with_weights else None)
 
     def close(self) -> None:
         """Let go of the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
@@ -290,21 +290,11 @@ class Spool:
         if interrupt is not None:
             raise interrupt
 
-    def __enter__(self) -> Spool:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _commit(
-        self,
-        layer: int,
-        states: States | None,
-        expert_ids: NDArray[np.integer[Any]] | None,
-        gate_weights: NDArray[np.float32] | None,
-        before: States | None,
-    ) -> None:
-        for name, array in ((_choices(layer), expert_ids), (_weights(layer), gate_weights)):
+    def _commit(self, layer: int, states: States | None, chosen: Chosen | None, before: States | None) -> None:
+        for name, array in zip((_choices(layer), _weights(layer)), chosen or (), strict=False):
             if array is not None:
                 checksums.commit(self.path, name, partial(_save, array=array))
         if states is not None:
