@@ -167,7 +167,7 @@ class Sequences:
             ModelUnsupported: The cache was rewound or rearranged, so that its rows are other sequences than before.
         """
         num_rows, num_tokens = step.recorded.shape
-        batch = next((open_one for open_one in self._batches if cache is not None and open_one.cache() is cache), None)
+        batch = next((known for known in self._batches if cache is not None and known.cache() is cache), None)
         if batch is not None and (past == 0 or batch.ended):
             batch.ended, batch.cache, batch = True, lambda: None, None  # the cache is used again for something new
         if batch is None:

@@ -106,11 +106,6 @@ class Shards(AbstractContextManager["Shards"]):
         """Bytes read from the files so far, headers included; what is only fetched ahead does not count twice."""
         return sum(shard.bytes_read for shard in self._files)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the files."""
-        return sum(shard.size for shard in self._files)
-
     def fetch_ahead(self, names: Iterable[str]) -> None:
         """Ask the system, from a thread, to read these tensors into its page cache; where it cannot, do nothing."""
         if hasattr(os, "posix_fadvise"):
