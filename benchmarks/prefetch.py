@@ -25,6 +25,7 @@ from tally import seconds
 
 import moescope
 from moescope import mini
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.model import load_model, probe, probe_lookahead, ready_to_record
 from moescope.tallying import tally
@@ -33,7 +34,7 @@ from moescope.tallying import tally
 def passes(repeats: int) -> dict[str, float]:
     """CPU time of a pass with lookahead over that of one without, median of ratios."""
     torch.set_num_threads(1)
-    model = load_model(mini.model_path(), layers=None, dtype="auto", device="cpu")
+    model = load_model(mini.model_path(), EngineOptions(device="cpu"))
     ids = torch.randint(0, 4000, (2, 2048), generator=torch.Generator().manual_seed(0))
     with ready_to_record(model):
         _, stop = probe(model)

@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 
 from moescope import mini
 from moescope.corpus import Document, open_corpus
+from moescope.engines.options import EngineOptions
 from moescope.engines.streamed.estimate import BASE_BYTES
 from moescope.engines.transformers.batches import batches
 from moescope.engines.transformers.model import load_model, ready_to_record
@@ -194,7 +195,7 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
 
 def compute(folder: Path, documents: list[Document]) -> dict[str, float]:
     """Time of the in-memory model's body over the batches, once it is loaded."""
-    model = load_model(folder, layers=None, dtype="auto", device="cpu")
+    model = load_model(folder, EngineOptions(device="cpu"))
     prepared = [
         torch.from_numpy(batch.input_ids)
         for portion in portions(documents, model.tokenizer.encode, 65_536)

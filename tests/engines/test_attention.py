@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 import moescope.engines.transformers.attention as attention
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.attention import SkipMaskedBlocks, masked_spans
 from moescope.engines.transformers.model import adopt_model
 from moescope.recording import record
@@ -149,7 +150,7 @@ def test_a_model_with_a_sliding_window_makes_the_same_choices_in_less_attention(
 
     monkeypatch.setattr(attention, "masked_spans", spy)
     faster = record((model, tokenizer), documents, tmp_path / "faster.moe", weights=True)
-    assert adopt_model(model, tokenizer, layers=None).masks_blocks(2048) is bool(computed)
+    assert adopt_model(model, tokenizer, EngineOptions()).masks_blocks(2048) is bool(computed)
     monkeypatch.setattr("moescope.engines.transformers.model.Model.masks_blocks", lambda *_: False)
     plain = record((model, tokenizer), documents, tmp_path / "plain.moe", weights=True)
     assert_same(faster, plain)
@@ -170,4 +171,4 @@ def test_only_a_sliding_window_shorter_than_ours_is_worth_it(
     changes: dict[str, Any], window: int, masks: bool, tokenizer: Any
 ) -> None:
     model = tiny_model("mixtral", **changes)
-    assert adopt_model(model, tokenizer, layers=None).masks_blocks(window) is masks
+    assert adopt_model(model, tokenizer, EngineOptions()).masks_blocks(window) is masks

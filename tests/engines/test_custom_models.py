@@ -21,6 +21,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 import moescope
 from moescope.cli import main
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.model import adopt_model, load_model
 from moescope.engines.transformers.routers import find_experts, given_experts
@@ -246,7 +247,7 @@ def test_trusted_code_that_fails_is_named(with_code: Path, monkeypatch: pytest.M
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (with_code / "code.py").write_text("raise RuntimeError('boo')")
     with pytest.warns(UserWarning, match="code of the checkpoint"), pytest.raises(ModelUnsupported, match="boo"):
-        load_model(with_code, layers=None, dtype="auto", device="cpu", trust_remote_code=True)
+        load_model(with_code, EngineOptions(device="cpu", trust_remote_code=True))
 
 
 def test_of_an_omni_model_the_thinker_is_recorded_and_the_talker_named(checkpoint: Save, tokenizer: Any) -> None:
@@ -254,8 +255,8 @@ def test_of_an_omni_model_the_thinker_is_recorded_and_the_talker_named(checkpoin
     talker = {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 24}}
     config = tiny_config("qwen3_omni_moe", talker_config=talker, code2wav_config={"decoder_dim": 16})
     whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
-    loaded = load_model(checkpoint(whole, tokenizer), layers=None, dtype="auto", device="cpu")
-    adopted = adopt_model(whole, tokenizer, layers=None)
+    loaded = load_model(checkpoint(whole, tokenizer), EngineOptions(device="cpu"))
+    adopted = adopt_model(whole, tokenizer, EngineOptions())
     for model in (loaded, adopted):
         assert model.description["not_recorded"] == ["talker.model.layers.*.mlp.experts"]
         assert [experts.name for experts in model.experts] == [

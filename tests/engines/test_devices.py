@@ -14,6 +14,7 @@ from families import tiny_model
 from tiny import assert_same, some_documents
 
 from moescope.cli import main
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.model import accelerate_hooks, adopt_model, probe, weights_put_back
 from moescope.errors import ModelDamaged
@@ -116,8 +117,8 @@ def test_an_error_in_the_middle_leaves_no_offloaded_weights(
 
 
 def test_a_pass_that_is_cut_short_puts_the_weights_of_a_given_model_back(bos_tokenizer: Any) -> None:
-    plain = adopt_model(tiny_model("mixtral"), bos_tokenizer, layers=[2])
-    moved = adopt_model(cpu_offload(tiny_model("mixtral")), bos_tokenizer, layers=[2])
+    plain = adopt_model(tiny_model("mixtral"), bos_tokenizer, EngineOptions(layers=[2]))
+    moved = adopt_model(cpu_offload(tiny_model("mixtral")), bos_tokenizer, EngineOptions(layers=[2]))
     inputs = {"input_ids": torch.arange(7).unsqueeze(0)}
     found = []
     for model in (plain, moved):
@@ -132,7 +133,7 @@ def test_a_pass_that_is_cut_short_puts_the_weights_of_a_given_model_back(bos_tok
 
 
 def test_what_a_forward_pass_was_interrupted_in_is_put_back(bos_tokenizer: Any) -> None:
-    model = adopt_model(cpu_offload(tiny_model("mixtral")), bos_tokenizer, layers=None)
+    model = adopt_model(cpu_offload(tiny_model("mixtral")), bos_tokenizer, EngineOptions())
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -20,6 +20,7 @@ from torch import nn
 import moescope
 from moescope import mini
 from moescope.cli import main
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.model import adopt_model, probe_lookahead
 from moescope.errors import ModelNotStreamable, ModelUnsupported, NoSuchLayer, RouterSilent, TraceMismatch
@@ -128,7 +129,7 @@ def test_looking_ahead_changes_no_choice_and_begins_with_the_routers_own(family:
 
 def test_a_bias_that_only_chooses_is_in_a_prediction_and_the_longer_list_follows(tmp_path: Path) -> None:
     model = tiny_model("deepseek_v3")
-    ready = adopt_model(model, byte_level_tokenizer(), layers=None)
+    ready = adopt_model(model, byte_level_tokenizer(), EngineOptions())
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, "e_score_correction_bias"):
@@ -164,7 +165,7 @@ class Stops(Exception):
 
 def test_hooks_and_top_k_are_as_before_also_after_an_exception(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
-    ready = adopt_model(model, byte_level_tokenizer(), layers=None)
+    ready = adopt_model(model, byte_level_tokenizer(), EngineOptions())
     ids = torch.arange(40).reshape(1, 40)
     expected = model(input_ids=ids).last_hidden_state
 
@@ -189,7 +190,7 @@ def test_hooks_and_top_k_are_as_before_also_after_an_exception(tmp_path: Path) -
 
 def test_a_router_that_is_passed_by_is_noticed() -> None:
     model = tiny_model("mixtral")
-    ready = adopt_model(model, byte_level_tokenizer(), layers=None)
+    ready = adopt_model(model, byte_level_tokenizer(), EngineOptions())
     looking = probe_lookahead(ready, [1])
     gate = model.base_model.layers[1].mlp.gate
     model.base_model.layers[1].mlp.gate = type("Bypass", (nn.Module,), {"forward": lambda _, x: gate.forward(x)})()

@@ -14,6 +14,7 @@ import torch
 import transformers
 from families import tiny_model
 
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.model import adopt_model, checkpoint_fingerprint, load_model, probe, ready_to_record
 from moescope.engines.transformers.routers import find_experts, select_experts
@@ -31,7 +32,7 @@ Save = Callable[..., Path]
 
 
 def load(path: Path, layers: list[int] | None = None, dtype: str = "auto") -> Any:
-    return load_model(path, layers=layers, dtype=dtype, device="cpu")
+    return load_model(path, EngineOptions(layers=layers, dtype=dtype, device="cpu"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"])
@@ -238,7 +239,7 @@ def test_an_id_that_no_expert_has_is_an_error() -> None:
 
 
 def test_the_pass_stops_before_the_last_experts_asked_for(tokenizer: Any) -> None:
-    model = adopt_model(tiny_model("mixtral"), tokenizer, layers=[0, 2])
+    model = adopt_model(tiny_model("mixtral"), tokenizer, EngineOptions(layers=[0, 2]))
     layers, stop_at = probe(model)
     assert [layer.layer for layer in layers] == [0, 2]
     assert stop_at == 2
@@ -257,7 +258,7 @@ def test_modes_and_implementations_are_as_before_also_after_an_error(tokenizer: 
     body.layers[0].eval()
     body.set_experts_implementation("grouped_mm")
     modes = [module.training for module in body.modules()]
-    with contextlib.suppress(KeyError), ready_to_record(adopt_model(body, tokenizer, layers=None)):
+    with contextlib.suppress(KeyError), ready_to_record(adopt_model(body, tokenizer, EngineOptions())):
         assert not any(module.training for module in body.modules())
         assert body.config._experts_implementation == "eager"
         raise KeyError

@@ -48,6 +48,7 @@ from moescope.errors import (
 )
 from moescope.recording import Estimate, Progress, record, recorder
 from moescope.trace import Trace, TraceWriter
+from moescope.trace.locks import locked
 
 OPTIONS: dict[str, Any] = {"window": 40, "part_tokens": 100, "batch_tokens": 90, "weights": True}
 
@@ -430,10 +431,9 @@ def test_work_that_is_to_replace_a_complete_trace_is_kept_by_a_call_without_forc
 def test_work_that_another_process_is_at_is_left_alone(mixtral: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.moe"
     interrupted(mixtral, out)
-    lock = work.lock(work.work_folder(out))
-    work.remove_work(out)
+    with locked(work.work_folder(out)):
+        work.remove_work(out)
     assert work.has_work(out)
-    os.close(lock or 0)
     (work.work_folder(out) / work.PLAN).unlink()  # a kill came while it was cleared away
     work.remove_work(out)
     assert not work.work_folder(out).exists()
@@ -466,7 +466,8 @@ def test_the_folder_is_let_go_of_only_when_what_was_committed_is_on_disk_whateve
         signal.signal(signal.SIGINT, own)
     assert ended.is_set()
     monkeypatch.undo()
-    os.close(work.lock(work.work_folder(tmp_path / "s.moe")) or 0)  # it can be taken
+    with locked(work.work_folder(tmp_path / "s.moe")):  # it can be taken
+        pass
     record(mixtral, some_documents(), tmp_path / "s.moe", stream=True, **OPTIONS)
 
 
@@ -526,7 +527,7 @@ def test_the_command_says_what_streaming_will_take_and_reads_sizes(mixtral: Path
     assert result.stdout == ""
     assert "through 4 layers, one at a time; each is read once" in result.stderr
     assert "time: about 0:0" in result.stderr
-    assert "0.0 GB of it for what layers hand on" in result.stderr
+    assert "0.0 GB of it for what a layer gives to the next" in result.stderr
     result = run("-o", str(tmp_path / "w.moe"), "--no-stream", "--memory", "1M")
     assert result.exit_code == 0
     assert "one at a time" not in result.stderr

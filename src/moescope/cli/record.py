@@ -14,12 +14,13 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from moescope.cli.options import parse_integers
-from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE_MAPS, DTYPES, WINDOW
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
-from moescope.recording.options import PART_TOKENS, SAMPLE_SEED
+from moescope.recording.options import SAMPLE_SEED
 from moescope.reporting.numbers import count
 from moescope.trace import open_trace
+from moescope.trace.part import PART_TOKENS
 
 if TYPE_CHECKING:
     from moescope.recording import Estimate, Progress
@@ -47,7 +48,7 @@ def _parse_distances(ctx: click.Context, param: click.Parameter, value: str | No
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refuse a device that torch does not know or have."""
-    if value != "auto":
+    if value != DEVICE:
         from moescope.engines.transformers.model import find_device
 
         try:
@@ -57,7 +58,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option(
@@ -71,9 +72,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="LIST",
     help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
 )
-@click.option(
-    "--window", type=click.IntRange(2), default=WINDOW, show_default=True, help="Longest sequence the model reads."
-)
+@click.option("--window", type=click.IntRange(2), default=WINDOW, help="Longest sequence the model reads.")
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
@@ -82,13 +81,10 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     "--block",
     type=click.Choice(BLOCKS),
     default=BLOCKS[0],
-    show_default=True,
     help="Which routed blocks, of a model that routes its attention, too.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
-@click.option(
-    "--sample-seed", type=int, default=SAMPLE_SEED, show_default=True, help="Another seed draws another sample."
-)
+@click.option("--sample-seed", type=int, default=SAMPLE_SEED, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
 @click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
@@ -103,15 +99,10 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     "--dtype",
     type=click.Choice(DTYPES),
     default=DTYPES[0],
-    show_default=True,
     help="auto is the checkpoint's; another one changes some choices.",
 )
 @click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    callback=_parse_device,
-    help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …",
+    "--device", default=DEVICE, callback=_parse_device, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
 )
 @click.option(
     "--device-map",
@@ -124,18 +115,11 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="PATH",
     help="Where --device-map keeps, meanwhile, what it puts on disk.  [default: beside the trace]",
 )
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(1),
-    default=BATCH_TOKENS,
-    show_default=True,
-    help="Most tokens of a forward pass.",
-)
+@click.option("--batch-tokens", type=click.IntRange(1), default=BATCH_TOKENS, help="Most tokens of a forward pass.")
 @click.option(
     "--part-tokens",
     type=click.IntRange(1),
     default=PART_TOKENS,
-    show_default=True,
     help="Tokens of a part: what an interruption can cost.",
 )
 @click.option(
@@ -168,7 +152,7 @@ def command(out: Path, **arguments: Any) -> None:
     """
     from moescope.recording import record
 
-    if arguments["device_map"] and arguments["device"] != "auto":
+    if arguments["device_map"] and arguments["device"] != DEVICE:
         raise click.UsageError("--device and --device-map exclude each other.")
     try:
         with _progress_bar() as (progress, announce):
@@ -205,7 +189,7 @@ def describe_estimate(estimate: Estimate) -> str:
         ...     first_layer=0, tokens=100_000, compute_seconds=4100.0, read_seconds=195.0, seconds=4106.0)))
         streaming 100,000 tokens through 32 layers, one at a time; each is read once, 93.4 GB in all
         time: about 1:08:26 (computing 1:08:20, reading 3:15 meanwhile)
-        memory: up to 6.1 GB, 2.0 GB of it for what layers hand on; disk: up to 1.7 GB while it runs
+        memory: up to 6.1 GB, 2.0 GB of it for what a layer gives to the next; disk: up to 1.7 GB while it runs
     """
     start = f", going on with layer {estimate.first_layer}" if estimate.first_layer else ""
     return (
@@ -213,8 +197,8 @@ def describe_estimate(estimate: Estimate) -> str:
         f"{start}; each is read once, {_gigabytes(estimate.model_bytes)} in all\n"
         f"time: about {_duration(estimate.seconds)} (computing {_duration(estimate.compute_seconds)}, reading "
         f"{_duration(estimate.read_seconds)} meanwhile)\n"
-        f"memory: up to {_gigabytes(estimate.memory_bytes)}, {_gigabytes(estimate.spool_bytes)} of it for what layers "
-        f"hand on; disk: up to {_gigabytes(estimate.disk_bytes)} while it runs"
+        f"memory: up to {_gigabytes(estimate.memory_bytes)}, {_gigabytes(estimate.spool_bytes)} of it for what a layer "
+        f"gives to the next; disk: up to {_gigabytes(estimate.disk_bytes)} while it runs"
     )
 
 
@@ -242,14 +226,8 @@ def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Esti
         task = bar.add_task("loading", total=None, numbers="")
 
         def update(progress: Progress) -> None:
-            total = None if progress.fraction is None else 1.0
-            bar.update(
-                task,
-                description="recording",
-                total=total,
-                completed=progress.fraction or 0.0,
-                numbers=describe(progress),
-            )
+            total, done = None if progress.fraction is None else 1.0, progress.fraction or 0.0
+            bar.update(task, description="recording", total=total, completed=done, numbers=describe(progress))
 
         def announce(estimate: Estimate) -> None:
             console.print(describe_estimate(estimate), highlight=False, soft_wrap=True)

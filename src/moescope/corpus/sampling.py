@@ -13,7 +13,6 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ BYTES_PER_TOKEN = 6
 
 @dataclass(frozen=True)
 class Sample:
-    """Selected documents, ordered by domain and hash; used like the corpus they come from.
+    """Selected documents, ordered by domain and hash; iterated like the corpus they come from.
 
     Attributes:
         corpus: The corpus they come from.
@@ -50,28 +49,9 @@ class Sample:
         return iter(self.documents)
 
     @property
-    def path(self) -> Path:
-        """Path of the corpus."""
-        return self.corpus.path
-
-    @property
-    def name(self) -> str:
-        """Name of the corpus."""
-        return self.corpus.name
-
-    @property
-    def format(self) -> str:
-        """Format of the corpus."""
-        return self.corpus.format
-
-    @property
     def problems(self) -> Problems:
         """The records of the corpus that were left out."""
         return self.corpus.problems
-
-    def fingerprint(self) -> str:
-        """Digest of the whole corpus; with the quotas and the seed it determines the sample."""
-        return self.corpus.fingerprint()
 
     def description(self) -> dict[str, Any]:
         """What identifies the sample in a trace."""

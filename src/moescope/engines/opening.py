@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moescope.engines.options import EngineOptions
+from moescope.engines.options import DEVICE, DTYPES, EngineOptions
 from moescope.engines.protocol import Engine
 from moescope.errors import ModelNotStreamable
 
@@ -25,23 +26,22 @@ def open_engine(
         ValueError: Options exclude each other, or are not for such a model.
     """
     from moescope.engines.transformers.engine import TransformersEngine
-    from moescope.engines.transformers.model import Spread, adopt_model, find_device, load_model
+    from moescope.engines.transformers.model import adopt_model, find_device, load_model
 
     if not isinstance(model, str | Path):
         if options.stream:
             raise ValueError("a loaded model is in memory already; pass the path of its checkpoint to stream it")
-        if (options.dtype, options.device, options.device_map) != ("auto", "auto", None):
+        if (options.dtype, options.device, options.device_map) != (DTYPES[0], DEVICE, None):
             raise ValueError("the dtype and the devices of a loaded model are what they are")
-        adopted = adopt_model(*model, layers=options.layers, block=options.block, routers=options.routers)
-        return TransformersEngine(adopted, options)
+        return TransformersEngine(adopt_model(*model, options), options)
     if options.device_map is None:
         find_device(options.device)
-    elif options.device != "auto":
+    elif options.device != DEVICE:
         raise ValueError(f"a device ({options.device}) and a device map exclude each other")
     elif options.stream:
         raise ValueError("a model is streamed through one device, or spread by a device map, not both")
     if options.routers is not None:
-        raise ValueError("routers describe a model that you loaded: hand over (model, tokenizer)")
+        raise ValueError("routers describe a model that you loaded: pass (model, tokenizer)")
     if options.device_map is None:
         from moescope.engines.streamed.engine import must_stream, open_streamed
         from moescope.engines.streamed.layerwise import NO_STREAM
@@ -53,18 +53,5 @@ def open_engine(
             if options.trust_remote_code:
                 raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
             return open_streamed(model, options)
-    placement = (
-        options.device
-        if options.device_map is None
-        else Spread(options.device_map, options.offload_folder or out.parent)
-    )
-    loaded = load_model(
-        model,
-        layers=options.layers,
-        dtype=options.dtype,
-        device=placement,
-        block=options.block,
-        trust_remote_code=options.trust_remote_code,
-        lookahead=options.lookahead,
-    )
-    return TransformersEngine(loaded, options)
+    options = replace(options, offload_folder=options.offload_folder or out.parent)
+    return TransformersEngine(load_model(model, options), options)

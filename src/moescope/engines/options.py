@@ -11,6 +11,7 @@ WINDOW = 2048
 BATCH_TOKENS = 4096
 BLOCKS = ("mlp", "attention")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICE = "auto"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -25,7 +26,7 @@ class EngineOptions:
     window: int = WINDOW
     batch_tokens: int = BATCH_TOKENS
     dtype: str = DTYPES[0]
-    device: str = "auto"
+    device: str = DEVICE
     device_map: str | Mapping[str, int | str] | None = None
     offload_folder: Path | None = None
     routers: Sequence[Any] | None = None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -30,9 +29,6 @@ class EngineTokenizer(Protocol):
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Token ids of a text, none added, shape (token,)."""
-
-    def num_tokens(self, text: str) -> int:
-        """Length of a text in tokens, none added."""
 
     def description(self) -> dict[str, Any]:
         """Provenance for the header of a trace."""
@@ -64,14 +60,15 @@ class Routed:
     """What was chosen for the tokens of a unit, a row a token, in the order of its sequences.
 
     Attributes:
-        expert_ids: By layer, the chosen experts by falling gate weight, shape (token, choice).
+        expert_ids: By layer, the chosen experts, shape (token, choice), by falling gate weight if the layer says that
+            it is ranked; -1 where capacity dropped one.
         gate_weights: By layer, their weights as executed, shape (token, choice); empty if they are not recorded.
         predictions: By layer and distance, the experts predicted, shape (token, predicted); empty without lookahead.
     """
 
-    expert_ids: dict[int, NDArray[np.int16]]
+    expert_ids: dict[int, NDArray[np.integer[Any]]]
     gate_weights: dict[int, NDArray[np.float32]]
-    predictions: dict[tuple[int, int], NDArray[np.int16]]
+    predictions: dict[tuple[int, int], NDArray[np.integer[Any]]]
 
     @classmethod
     def empty(cls, layers: Sequence[Layer], num_tokens: int, *, weights: bool) -> Self:
@@ -116,7 +113,7 @@ class Engine(ABC):
 
     Attributes:
         tokenizer: Of the model.
-        description: Provenance of the model, from `provenance.describe_model`.
+        description: Provenance of the model, from `provenance.ModelProvenance`.
         window: Longest sequence it reads, added tokens included: as asked, or what the model was made for.
         num_embeddings: Token ids that the model knows; None if it does not say.
     """
@@ -126,13 +123,11 @@ class Engine(ABC):
     window: int
     num_embeddings: int | None
 
-    @abstractmethod
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     @abstractmethod
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     @abstractmethod
     def run(self) -> dict[str, Any]:
@@ -208,7 +203,7 @@ class Estimate:
     Attributes:
         model_bytes: Bytes of the checkpoint that will be read.
         memory_bytes: Most memory it will hold: a layer with its conversion, the spool, and the rest.
-        spool_bytes: How much of that is for what layers hand on: of the budget for it, what it takes.
+        spool_bytes: How much of that is for what a layer gives to the next: of the budget for it, what it takes.
         disk_bytes: Most it will write beside the trace, removed in the end.
         num_layers: Layers to run.
         first_layer: The layer it starts with; above 0 if it goes on after an interruption.

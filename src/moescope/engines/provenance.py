@@ -5,27 +5,17 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import moescope
 
 
-def describe_model(
-    *,
-    name: str,
-    family: str,
-    architecture: str,
-    num_layers: int | None,
-    hidden_size: int | None,
-    dtype: str,
-    fingerprint: str,
-    expert_widths: Sequence[int] | None,
-    router: str | None,
-    not_recorded: Sequence[str] = (),
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ModelProvenance:
     """Provenance of a model.
 
-    Args:
+    Attributes:
         name: What a trace calls it.
         family: Its ``model_type``; ``custom`` for a module that has none.
         architecture: Its class.
@@ -37,18 +27,21 @@ def describe_model(
         router: Class of the routers; None if that is not known.
         not_recorded: Paths of routed blocks that are not among the layers recorded, ``*`` for the index of the layer.
     """
-    description: dict[str, Any] = {
-        "name": name,
-        "family": family,
-        "architecture": architecture,
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "dtype": dtype,
-        "fingerprint": fingerprint,
-        "expert_widths": None if expert_widths is None else list(expert_widths),
-        "router": router,
-    }
-    return description | ({"not_recorded": list(not_recorded)} if not_recorded else {})
+
+    name: str
+    family: str
+    architecture: str
+    num_layers: int | None
+    hidden_size: int | None
+    dtype: str
+    fingerprint: str
+    expert_widths: list[int] | None
+    router: str | None
+    not_recorded: list[str] = field(default_factory=list)
+
+    def described(self) -> dict[str, Any]:
+        """As a header has it; without `not_recorded` where that is nothing."""
+        return {name: value for name, value in vars(self).items() if name != "not_recorded" or value}
 
 
 def describe_run(

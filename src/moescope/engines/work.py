@@ -7,20 +7,16 @@ else is in it is the engine's; `docs/how-to/larger-than-memory.md` says what the
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import TraceBusy, TraceDamaged
 from moescope.trace import Header, checksums
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no advisory locks; there two runs are not told apart
-    fcntl = None  # type: ignore[assignment]
+from moescope.trace.locks import locked
 
 PLAN = "plan.json"
 SUFFIX = ".stream"
@@ -47,21 +43,12 @@ def remove_work(out: Path, finished: Header | None = None) -> None:
     path = work_folder(out)
     if not (path.is_dir() and is_work(path)):
         return
-    try:
-        descriptor = lock(path)
-    except TraceBusy:
-        return
-    try:
+    with suppress(TraceBusy, TraceDamaged), locked(path):
         if finished is not None and (path / PLAN).exists():
             plan = Header.from_json(json.dumps(read_plan(path)["header"]), path)
             if without_top_k(plan).differences(without_top_k(finished)):
                 return
         clear(path)
-    except TraceDamaged:
-        return
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def is_work(path: Path) -> bool:
@@ -87,23 +74,6 @@ def damaged(path: Path, problem: str) -> TraceDamaged:
     return TraceDamaged(path, problem, "--force streams anew from the first layer")
 
 
-def lock(path: Path) -> int | None:
-    """Lock a work folder; the lock lasts until the descriptor is closed.
-
-    Raises:
-        TraceBusy: Another process has it.
-    """
-    if fcntl is None:  # pragma: no cover
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise TraceBusy(path, "another process is recording into this trace") from None
-    return descriptor
-
-
 def read_plan(path: Path) -> dict[str, Any]:
     """For which recording the work in a folder is.
 
@@ -111,12 +81,12 @@ def read_plan(path: Path) -> dict[str, Any]:
         TraceDamaged: The plan cannot be read.
     """
     try:
-        found = json.loads((path / PLAN).read_bytes())
+        plan = json.loads((path / PLAN).read_bytes())
     except (OSError, ValueError) as error:
         raise damaged(path, f"{PLAN} cannot be read: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("header"), dict):
+    if not isinstance(plan, dict) or not isinstance(plan.get("header"), dict):
         raise damaged(path, f"{PLAN} is not the plan of a streamed recording")
-    return found
+    return plan
 
 
 def without_top_k(header: Header) -> Header:

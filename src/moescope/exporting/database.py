@@ -161,17 +161,9 @@ _ID_TYPES = {1: "UTINYINT", 2: "USMALLINT"}
 
 def _connect(duckdb: Any, trace: Trace) -> Any:
     """An empty database in memory with the views of a trace and nothing else."""
-    pieces = trace.vocabulary.pieces
-    vocabulary = pa.table(
-        {
-            "token_id": pa.array(pieces.keys(), pa.uint32()),
-            "text": pa.array([piece.decode(errors="replace") for piece in pieces.values()], pa.string()),
-            "bytes": pa.array(pieces.values(), pa.binary()),
-        }
-    )
     connection = duckdb.connect(":memory:", config=SETTINGS)
     connection.register("tokens", _tokens(trace))
-    connection.register("vocabulary", vocabulary)
+    connection.register("vocabulary", trace.vocabulary.table())
     connection.execute(f"CREATE VIEW choices AS {_choices(trace)}")
     return connection
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moescope.errors import DiskFull, OutputExists
+from moescope.errors import OutputExists
+from moescope.trace.checksums import no_room
 
 MARKER = "layout.json"
 """The file that identifies a folder as an export of moescope."""
@@ -30,7 +30,7 @@ def new_output(out: Path, *, apart_from: Path, force: bool) -> Iterator[Path]:
         DiskFull: There is no space left; nothing is left behind.
     """
     _check(out, apart_from, force=force)
-    with _full_disk_reported(out):
+    with no_room(out, "no space left on the disk; nothing was exported", None):
         out.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
@@ -53,13 +53,3 @@ def _check(out: Path, apart_from: Path, *, force: bool) -> None:
         raise OutputExists(out, "exists and is kept", "choose another output, or --force to replace it")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise OutputExists(out, "is a folder that is not an export, so not even --force replaces it", "choose another")
-
-
-@contextmanager
-def _full_disk_reported(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(out, "no space left on the disk; nothing was exported") from None
-        raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moescope.errors import NotExportable
+from moescope.exporting.hot_experts import expert_loads
 from moescope.exporting.output import new_output
 from moescope.exporting.vllm import num_model_layers
 from moescope.trace import Trace
@@ -97,10 +98,7 @@ def _sglang(placement: Placement, trace: Trace) -> dict[str, Any]:
 
 
 def _counts(placement: Placement, trace: Trace) -> dict[str, Any]:
-    experts = placement.layers[0].num_experts
-    loads = np.zeros((num_model_layers(trace), experts), np.int64)
-    for part in trace.iter_parts([layer.layer for layer in placement.layers]):
-        for layer, ids in part.expert_ids.items():
-            kept = ids[(ids >= 0) & (ids < experts)]
-            loads[layer] += np.bincount(kept.astype(np.int64), minlength=experts)
-    return {"logical_count": loads.tolist()}
+    table = np.zeros((num_model_layers(trace), placement.layers[0].num_experts), np.int64)
+    for layer, loads in expert_loads(trace, placement.layers).items():
+        table[layer] = loads
+    return {"logical_count": table.tolist()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
 from moescope.trace import Trace, Vocabulary
+from moescope.trace.counts import run_starts
 
 
 def from_arrays(
@@ -69,15 +71,8 @@ def from_arrays(
     weights = {} if gate_weights is None else _by_layer(gate_weights, layers, "fiu")
     if weights and {layer: array.shape for layer, array in weights.items()} != shapes:
         raise ValueError("gate_weights must be shaped like expert_ids")
-    columns = {
-        name: None if values is None else np.asarray(values)
-        for name, values in {
-            "token_ids": token_ids,
-            "documents": documents,
-            "sequences": sequences,
-            "phases": phases,
-        }.items()
-    }
+    given = {"token_ids": token_ids, "documents": documents, "sequences": sequences, "phases": phases}
+    columns = {name: None if values is None else np.asarray(values) for name, values in given.items()}
     for name, column in columns.items():
         if column is not None and (column.shape != (num_tokens,) or column.dtype.kind not in "iub"):
             raise ValueError(f"{name} must be {num_tokens} whole numbers, found {column.dtype} of shape {column.shape}")
@@ -89,11 +84,10 @@ def from_arrays(
 
     def read() -> Generator[TokenDocument, None, None]:
         numbers = columns["documents"]
-        ends = np.append(_changes(numbers), num_tokens) if numbers is not None else np.array([num_tokens])
-        starts = np.append(0, ends[:-1])
-        if numbers is not None and len(np.unique(numbers[starts])) != len(starts):
+        bounds = np.array([0, num_tokens]) if numbers is None else run_starts(numbers)
+        if numbers is not None and len(np.unique(numbers[bounds[:-1]])) != len(bounds) - 1:
             raise ValueError("the tokens of a document must be contiguous")
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        for start, end in pairwise(bounds.tolist()):
             rows = slice(start, end)
             domain = domains if isinstance(domains, str) else str(labels[start]) if labels else ""
             if labels is not None and any(label != labels[start] for label in labels[rows]):
@@ -136,7 +130,3 @@ def _by_layer(
         if array.dtype.kind not in kinds:
             raise ValueError(f"layer {layer} holds {array.dtype}, expected numbers of kind {kinds!r}")
     return arrays
-
-
-def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
-    return np.flatnonzero(values[1:] != values[:-1]) + 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.documents import NO_MODEL, ModelFacts
 from moescope.importers.findings import Findings, Options
+from moescope.trace.header import ranges
 
 MAX_LAYERS = 1024  # several times those of the deepest models; every layer has columns in every part
 MAX_DOMAINS = 1 << 16  # more labels than that are document names, each of which would be held in memory
@@ -137,24 +138,8 @@ class Assembly:
             gaps = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers))
             steps = set(np.diff(layers).tolist())
             if gaps and len(steps) > 1:
-                self.findings.warn(f"layers {spans(gaps)} between others have no routing; are they dense?")
+                self.findings.warn(f"layers {ranges(gaps)} between others have no routing; are they dense?")
 
     def described(self) -> dict[str, Any]:
         """The model, for the header."""
         return {"name": self.model.name or "unknown"}
-
-
-def spans(numbers: list[int]) -> str:
-    """Numbers as text, runs abbreviated.
-
-    Example:
-        >>> spans([0, 1, 2, 5])
-        '0-2, 5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

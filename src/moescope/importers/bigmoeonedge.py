@@ -21,11 +21,7 @@ _NEEDED = ("turn", "phase", "step", "layer", "slot", "expert")
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per turn.
-
-    Raises:
-        ForeignTraceError: A file is something else, or a row is invalid.
-    """
+    """One document per turn."""
     for path in find(paths):
         comments: list[str] = []
         table = rows(path, comments=comments)

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import ImportIncomplete, ImportMalformed
-from moescope.importers.assembly import MAX_LAYERS, Assembly, spans
+from moescope.errors import ImportMalformed
+from moescope.importers.assembly import MAX_LAYERS, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
+from moescope.importers.findings import not_stated
 from moescope.trace import Counts, Header, Layer
+from moescope.trace.header import ranges
 
 PART_ROWS = 1 << 19
 """Rows of a part: 21 MB of five int64 columns while it is assembled."""
@@ -93,10 +95,10 @@ class AssignmentCounts(Assembly):
         dense = sorted(layer for layer, total in self._totals.items() if total == 0)
         kept = sorted(set(self._totals) - set(dense))
         if dense and kept:
-            self.findings.warn(f"layers {spans(dense)} have no counts and were left out as dense")
+            self.findings.warn(f"layers {ranges(dense)} have no counts and were left out as dense")
         self.check_layers(kept, name)
         if self.model.top_k is None:
-            raise ImportIncomplete(name, "does not state the number of experts per token", "give it with --top-k K")
+            raise not_stated("top_k", name)
         if self._indivisible:
             self.findings.warn(
                 f"in {self._indivisible:,} documents or passes the assignments of a layer are not a multiple of top-k "

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed
 
 Ids = NDArray[np.integer[Any]]
+ExpertId = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.corpus.compression import BrokenFile, chunks
 from moescope.errors import ImportMalformed, ImportNotFound, ImportTooLarge
+from moescope.trace.checksums import digest_file
 
 MAX_LINE_BYTES = 1 << 25
 """Longest line or file of JSON; 12 million short values fill it."""
@@ -64,10 +65,7 @@ def find(paths: Sequence[Path], pattern: str | None = None) -> list[Path]:
 
 def fingerprint(files: Sequence[Path]) -> str:
     """SHA-256 of a file, or of the digests of several, in hexadecimal."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [digest_file(path) for path in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

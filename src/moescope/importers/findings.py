@@ -47,18 +47,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user supplies because the file lacks it.
-
-    Attributes:
-        num_experts: Routed experts of a layer.
-        top_k: Experts chosen per token.
-        num_layers: Layers of the model, dense ones included.
-        layers: Layers with routed experts, counted over the whole model.
-        domain: Label of all documents.
-        model: Name of the model.
-        ranked: Whether choices are in order of gate weight although there are no weights.
-        fields: Names of columns by what they hold, for files with named columns.
-    """
+    """What the user supplies because the file lacks it; `import_trace` says what each means."""
 
     num_experts: int | None = None
     top_k: int | None = None
@@ -69,24 +58,25 @@ class Options:
     ranked: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
 
-    def need_top_k(self, place: object) -> int:
-        """The ``top_k`` given.
+    def need(self, name: str, place: object) -> int:
+        """The number given for ``top_k`` or ``num_layers``.
 
         Raises:
             ImportIncomplete: It was not given.
         """
-        if self.top_k is None:
-            raise ImportIncomplete(place, "does not state the number of experts per token", "give it with --top-k K")
-        return self.top_k
+        number: int | None = getattr(self, name)
+        if number is None:
+            raise not_stated(name, place)
+        return number
 
-    def need_num_layers(self, place: object) -> int:
-        """The ``num_layers`` given.
 
-        Raises:
-            ImportIncomplete: It was not given.
-        """
-        if self.num_layers is None:
-            raise ImportIncomplete(
-                place, "does not state the number of layers", "give it with --num-layers N, dense layers included"
-            )
-        return self.num_layers
+def not_stated(name: str, place: object) -> ImportIncomplete:
+    """The error of a number that neither the file nor the user states."""
+    what, hint = _NEEDED[name]
+    return ImportIncomplete(place, f"does not state the number of {what}", f"give it with {hint}")
+
+
+_NEEDED = {
+    "top_k": ("experts per token", "--top-k K"),
+    "num_layers": ("layers", "--num-layers N, dense layers included"),
+}

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import TokenDocument
+from moescope.importers.documents import ExpertId, TokenDocument
 from moescope.importers.files import find, number, objects, stem
 from moescope.importers.findings import Findings, Options
 
-Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-
 
 class _LayerChoice(msgspec.Struct):
-    selected_experts: list[Id]
+    selected_experts: list[ExpertId]
     selected_probs: list[float] = []
 
 
@@ -33,11 +30,7 @@ class _Example(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per example.
-
-    Raises:
-        ForeignTraceError: An object is something else.
-    """
+    """One document per example."""
     numbers: dict[str, int] = {}
     for path in find(paths):
         for place, example in objects(path, _Example):

@@ -21,11 +21,7 @@ _COUNTS = re.compile(r"blk\.(\d{1,5})\.ffn_(gate|up|down|gate_up)_exps\.weight\.
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
-    """One document per file.
-
-    Raises:
-        ForeignTraceError: A file is something else, or its counts are not counts.
-    """
+    """One document per file."""
     for path in find(paths):
         file = gguf.read(path)
         if (kind := file.metadata.get("general.type")) != "imatrix":

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, TokenDocument, integers
+from moescope.importers.documents import ExpertId, Ids, TokenDocument, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
-
-Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
 class _Record(msgspec.Struct):
     step: int
     layer: int
     num_tokens: int
-    top_indices: list[list[Id]]
+    top_indices: list[list[ExpertId]]
     rank: int = 0
     topk: int | None = None
     stage: str = ""
@@ -34,11 +31,7 @@ class _Record(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per pass of a rank; a pass ends where the step changes or a layer recurs.
-
-    Raises:
-        ForeignTraceError: A record is something else, or ranks hold different layers.
-    """
+    """One document per pass of a rank; a pass ends where the step changes or a layer recurs."""
     layers: frozenset[int] | None = None
     for path in find(paths, "router_trace_rank*.jsonl"):
         for document in _passes(path, options, findings):

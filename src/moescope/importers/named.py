@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +59,17 @@ Row = Mapping[str, Any]
 
 
 def read_jsonl(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """Documents of JSON lines, one object per row.
-
-    Raises:
-        ForeignTraceError: A row is not a row of routing.
-    """
+    """Documents of JSON lines, one object per row."""
     yield from _read(find(paths), _json_rows, options, findings)
 
 
 def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """Documents of CSV with a header; a list in a cell is numbers with any separators.
-
-    Raises:
-        ForeignTraceError: A row is not a row of routing.
-    """
+    """Documents of CSV with a header; a list in a cell is numbers with any separators."""
     yield from _read(find(paths), _csv_rows, options, findings)
 
 
 def read_parquet(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """Documents of Parquet files, their row groups read one at a time.
-
-    Raises:
-        ForeignTraceError: A row is not a row of routing.
-    """
+    """Documents of Parquet files, their row groups read one at a time."""
     given = options.fields.values()
     yield from _read(find(paths, "*.parquet"), lambda path: parquet_rows(path, given), options, findings)
 
@@ -136,13 +125,7 @@ def _read(
         if first is None:
             raise ImportMalformed(path, "holds no row")
         columns = find_columns(first[0], first[1], options, findings)
-        yield from read_events(path, chain(first, table), columns, options, findings)
-
-
-def chain(first: tuple[str, Row], rest: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-    """The first row, then the rest."""
-    yield first
-    yield from rest
+        yield from read_events(path, chain([first], table), columns, options, findings)
 
 
 @dataclass(frozen=True)

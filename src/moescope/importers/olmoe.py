@@ -7,32 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from moescope.errors import ImportMalformed
 from moescope.importers.assembly import MAX_LAYERS
-from moescope.importers.documents import TokenDocument, integers
+from moescope.importers.documents import ExpertId, TokenDocument, TokenId, integers
 from moescope.importers.files import decode, find, lines, stem
 from moescope.importers.findings import Findings, Options
-
-Id = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 class _Line(msgspec.Struct):
     input_ids: list[TokenId]
-    exp_ids: list[list[list[Id]]]
+    exp_ids: list[list[list[ExpertId]]]
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per line.
-
-    Raises:
-        ForeignTraceError: A line is something else.
-    """
+    """One document per line."""
     for path in find(paths):
         for place, text in lines(path):
             line = decode(text, _Line, place)

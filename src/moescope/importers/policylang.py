@@ -7,6 +7,7 @@ may be missing or null. Older versions write no ``p``; then a trace is one docum
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.files import decode, find, lines
 from moescope.importers.findings import Findings, Options
-from moescope.importers.named import MAX_EVENT_BYTES, Columns, Row, chain, parquet_rows, read_events
+from moescope.importers.named import MAX_EVENT_BYTES, Columns, Row, parquet_rows, read_events
 
 _LONG = {
     "p": ("p", "prompt_idx", "prompt"),
@@ -36,11 +37,7 @@ class _Header(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per prompt.
-
-    Raises:
-        ForeignTraceError: A file is something else, or has a different number of entries than its header states.
-    """
+    """One document per prompt."""
     for path in find(paths):
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
@@ -68,7 +65,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         model = ModelFacts(header.model_name, header.num_experts, header.top_k, header.num_layers)
         if scores is not None:
             findings.warn("scores were taken as gate weights; the file does not state whether they are those executed")
-        yield from read_events(path, chain(first, table), columns, options, findings, model=model)
+        yield from read_events(path, chain([first], table), columns, options, findings, model=model)
 
 
 def _name(key: str, row: Row) -> str:

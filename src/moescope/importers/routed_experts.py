@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed
-from moescope.importers.documents import Ids, ModelFacts, TokenDocument, integers
+from moescope.importers.documents import Ids, ModelFacts, TokenDocument, TokenId, integers
 from moescope.importers.files import MAX_RESPONSE_BYTES, find, npy, objects, stem, whole
 from moescope.importers.findings import Findings, Options
 
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
 
 Id = Annotated[int, msgspec.Meta(ge=-1, le=65535)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 class _Encoded(msgspec.Struct):
@@ -76,11 +75,7 @@ class _Response(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[TokenDocument, None, None]:
-    """One document per answer.
-
-    Raises:
-        ForeignTraceError: A file is none of these, or its array is invalid.
-    """
+    """One document per answer."""
     for path in find(paths):
         domain = options.domain or stem(path)
         with path.open("rb") as file:
@@ -167,10 +162,9 @@ def _array(data: bytes, place: str, options: Options) -> Ids:
         if array.dtype.kind not in "iu":
             raise ImportMalformed(place, f"holds {array.dtype}, expected whole numbers")
     else:
-        top_k = options.need_top_k(place)
-        num_layers = (
-            len(options.layers) if options.layers and not options.num_layers else options.need_num_layers(place)
-        )
+        top_k = options.need("top_k", place)
+        given = options.layers if not options.num_layers else None
+        num_layers = len(given) if given else options.need("num_layers", place)
         if len(data) % (4 * top_k * num_layers):
             raise ImportMalformed(
                 place,

@@ -30,11 +30,7 @@ MAX_EXPERTS = 1 << 16  # ids of 16 bits, as in a trace
 def read(
     paths: Sequence[Path], options: Options, findings: Findings
 ) -> Generator[TokenDocument | CountedDocument, None, None]:
-    """One document per forward pass.
-
-    Raises:
-        ForeignTraceError: A file is not a recording of SGLang, or invalid.
-    """
+    """One document per forward pass."""
     seen: set[bytes] = set()
     for path in find(paths, "expert_distribution_recorder_*.pt"):
         value = TorchFile(path).value
@@ -167,11 +163,7 @@ def _counted(place: str, counts: Ids, logical: Ids, domain: str, model: ModelFac
 
 
 def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
-    """``layer_id,expert_id,count`` of SGLang 0.4.5; a document is a file.
-
-    Raises:
-        ForeignTraceError: A row is not a count.
-    """
+    """``layer_id,expert_id,count`` of SGLang 0.4.5; a document is a file."""
     for path in find(paths, "expert_distribution_rank*.csv"):
         table: dict[int, dict[int, int]] = {}
         entries = 0

@@ -31,11 +31,7 @@ class _Statistics(msgspec.Struct):
 
 
 def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
-    """One document per iteration, for each given folder.
-
-    Raises:
-        ForeignTraceError: A folder holds something else, or its files contradict each other.
-    """
+    """One document per iteration, for each given folder."""
     for folder in paths:
         if not folder.is_dir() or not (folder / "meta_info.json").is_file():
             raise ImportNotFound(folder, "is no folder with a meta_info.json", "give the folder, not its files")

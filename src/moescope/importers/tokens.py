@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed, ImportTooLarge
-from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly, spans
+from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
+from moescope.trace.header import ranges
+from moescope.trace.part import PART_TOKENS
 
-PART_TOKENS = 65_536  # as in a recording
 PART_CELLS = 1 << 24
 """Assignments after which a part is closed although it has fewer tokens: 32 MB of int16."""
 MAX_DOCUMENT_CELLS = 1 << 26
@@ -353,10 +354,10 @@ class Tokens(Assembly):
         dense = [layer for layer in unrouted if self._layers[layer].zero_rows]
         empty = [layer for layer in unrouted if not self._layers[layer].zero_rows]
         if empty:
-            self.findings.warn(f"layers {spans(empty)} hold padding only and were left out as dense")
+            self.findings.warn(f"layers {ranges(empty)} hold padding only and were left out as dense")
         if dense:
             self.findings.warn(
-                f"layers {spans(dense)} are zero everywhere, as these programs write dense layers, and were left out"
+                f"layers {ranges(dense)} are zero everywhere, as these programs write dense layers, and were left out"
             )
         kept = sorted(set(self._layers) - set(unrouted))
         for layer in kept:

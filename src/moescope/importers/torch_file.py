@@ -12,7 +12,7 @@ import io
 import pickletools
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,26 +266,14 @@ def _top(stack: list[Any], number: int) -> tuple[Any, ...]:
     return items
 
 
-def _appends(stack: list[Any]) -> None:
-    items = _since_mark(stack)
+def _extend(stack: list[Any], items: Sequence[Any]) -> None:
     _target(stack, list).extend(items)
 
 
-def _append(stack: list[Any]) -> None:
-    item = stack.pop()
-    _target(stack, list).append(item)
-
-
-def _setitems(stack: list[Any]) -> None:
-    items = _since_mark(stack)
+def _update(stack: list[Any], items: Sequence[Any]) -> None:
     target = _target(stack, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         target[_key(key)] = value
-
-
-def _setitem(stack: list[Any]) -> None:
-    value, key = stack.pop(), stack.pop()
-    _target(stack, dict)[_key(key)] = value
 
 
 def _target(stack: list[Any], kind: type) -> Any:
@@ -314,10 +302,10 @@ _CONTAINERS: dict[str, Callable[[list[Any]], None]] = {
     "TUPLE3": lambda stack: stack.append(_top(stack, 3)),
 }
 _STEPS: dict[str, Callable[[list[Any]], None]] = {
-    "APPENDS": _appends,
-    "APPEND": _append,
-    "SETITEMS": _setitems,
-    "SETITEM": _setitem,
+    "APPENDS": lambda stack: _extend(stack, _since_mark(stack)),
+    "APPEND": lambda stack: _extend(stack, _top(stack, 1)),
+    "SETITEMS": lambda stack: _update(stack, _since_mark(stack)),
+    "SETITEM": lambda stack: _update(stack, _top(stack, 2)),
 }
 
 

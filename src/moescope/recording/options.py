@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PART_TOKENS = 65_536
+from moescope.trace.part import PART_TOKENS
+
 SAMPLE_SEED = 0
 
 

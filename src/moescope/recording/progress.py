@@ -25,7 +25,7 @@ class Progress:
 
 
 class Meter:
-    """Counts what is recorded and tells the caller."""
+    """Counts what is recorded and reports it to the caller."""
 
     def __init__(
         self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
@@ -51,7 +51,7 @@ class Meter:
 
 
 class WholeCorpusMeter:
-    """Tells the caller how far an engine is that reads the whole corpus before it gives the first part.
+    """Reports how far an engine is that reads the whole corpus before it gives the first part.
 
     Args:
         report: Called with each progress.

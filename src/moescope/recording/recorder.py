@@ -16,17 +16,18 @@ from typing import Any, NoReturn, Protocol
 
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.engines.opening import open_engine
-from moescope.engines.options import BATCH_TOKENS, BLOCKS, DTYPES, WINDOW, EngineOptions
+from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DTYPES, WINDOW, EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTokenizer, Estimate, NotFinite
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
-from moescope.recording.options import PART_TOKENS, SAMPLE_SEED, CorpusOptions, OutputOptions
+from moescope.recording.options import SAMPLE_SEED, CorpusOptions, OutputOptions
 from moescope.recording.parts import not_finite, record_part, unit_of
 from moescope.recording.portions import Encode, Portion, num_characters, portions
 from moescope.recording.progress import Meter, Progress, WholeCorpusMeter
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace import header as trace_header
+from moescope.trace.part import PART_TOKENS
 from moescope.trace.reader import SUMMARY, read_header
 from moescope.trace.writer import refuse_foreign, refuse_other
 
@@ -51,7 +52,7 @@ def record(
     max_documents_per_domain: int | None = None,
     sample_seed: int = SAMPLE_SEED,
     dtype: str = DTYPES[0],
-    device: str = "auto",
+    device: str = DEVICE,
     block: str = BLOCKS[0],
     routers: Sequence[Any] | None = None,
     trust_remote_code: bool = False,
@@ -101,7 +102,7 @@ def record(
         force: Replace a finished trace, or one of another recording.
         stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
         memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
-            layers hand on stays in memory. None for what is free.
+            a layer gives to the next stays in memory. None for what is free.
         progress: Called after every forward pass.
         announce: Called before a streamed recording starts, with what it will take.
     Returns:
@@ -138,7 +139,7 @@ def record(
         documents = _documents(corpus, corpus_options, engine.tokenizer)
         added = len(engine.tokenizer.added_ids)
         if engine.window <= added:
-            raise ValueError(f"a window of {engine.window} has no room beside the {added} added tokens")
+            raise ValueError(f"a window of {engine.window} is full with the {added} added tokens")
         run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
         header = Header(
             engine.layers(),
@@ -186,7 +187,7 @@ def _documents(
         max_tokens_per_domain=options.max_tokens_per_domain,
         max_documents_per_domain=options.max_documents_per_domain,
         seed=options.sample_seed,
-        num_tokens=tokenizer.num_tokens,
+        num_tokens=lambda text: len(tokenizer.encode(text)),
     )
 
 

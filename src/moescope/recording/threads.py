@@ -1,6 +1,6 @@
 """Two threads beside the model: one reads ahead of it, one writes behind it.
 
-Both keep the order, hand on errors as they came, and are gone when their ``with`` block ends, however it ends.
+Both keep the order, raise errors as they came, and are gone when their ``with`` block ends, however it ends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Queue, SimpleQueue
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from moescope.engines.interrupts import despite_interrupts
@@ -41,7 +40,7 @@ def read_ahead(
         The items in their order. An error of `source` or `prepare` is raised where its item would have been.
     """
     queue: SimpleQueue[Item | _End] = SimpleQueue()
-    room = threading.Semaphore(1)
+    vacancy = threading.Semaphore(1)
     stopped, ended = threading.Event(), threading.Event()
 
     def until_stopped() -> Iterator[Source]:
@@ -54,7 +53,7 @@ def read_ahead(
         end = _End()
         try:
             for item in prepare(until_stopped()):
-                room.acquire()
+                vacancy.acquire()
                 if stopped.is_set():
                     return
                 queue.put(item)
@@ -66,7 +65,7 @@ def read_ahead(
 
     def taken() -> Iterator[Item]:
         while not isinstance(item := queue.get(), _End):
-            room.release()
+            vacancy.release()
             yield item
         if item.error is not None:
             raise item.error
@@ -77,7 +76,7 @@ def read_ahead(
         yield taken()
     finally:
         stopped.set()
-        room.release()
+        vacancy.release()
         interrupt = despite_interrupts(ended.wait) if thread.ident is not None else None
     if interrupt is not None:
         raise interrupt
@@ -114,7 +113,7 @@ class WriteBehind(Generic[Item]):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait until everything handed over is written, also after an error or Ctrl-C: it is finished work."""
         interrupt = despite_interrupts(lambda: self._queue.put(_End()))
         # A thread left alone would write what its owner has closed.

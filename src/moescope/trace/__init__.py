@@ -2,8 +2,8 @@
 
 Rule of the package: the format and nothing else. It imports neither torch nor matplotlib and knows no model and no
 measure; each file is written once, checksummed and never changed again. `docs/reference/trace-format.md` is the
-format in words; `header`, `part`, `counts`, `vocabulary` and `checksums` are its pieces, `writer` and `reader` the
-entry points.
+format in words; `header`, `part`, `counts`, `vocabulary`, `checksums` and `locks` are its pieces, `writer` and
+`reader` the entry points.
 """
 
 from moescope.trace.counts import COUNTS_HINT, Counts

@@ -76,6 +76,15 @@ def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:
     return digest
 
 
+def commit_bytes(folder: Path, name: str, data: bytes) -> None:
+    """Write one file of the trace that is small; as `commit`."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    commit(folder, name, write)
+
+
 def enlist(folder: Path, name: str, digest: str) -> None:
     """List a file that is written and synced under its temporary name, then give it its final name.
 
@@ -106,17 +115,17 @@ def digest_file(path: Path) -> str:
 
 
 @contextmanager
-def no_room(folder: Path) -> Iterator[None]:
+def no_room(
+    folder: Path,
+    problem: str = "no space left on the disk; every finished part is kept",
+    hint: str | None = "free some space and run the same command again: it resumes where it stopped",
+) -> Iterator[None]:
     """Raise `DiskFull` where the system reports that no space is left."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                folder,
-                "no space left on the disk; every finished part is kept",
-                "free some space and run the same command again: it resumes where it stopped",
-            ) from None
+            raise DiskFull(folder, problem, hint) from None
         raise
 
 

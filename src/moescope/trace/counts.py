@@ -7,6 +7,7 @@ documents, a document is the unit in which it counted: a forward pass, a file. E
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,7 @@ class Counts:
 
     def document_starts(self) -> NDArray[np.int64]:
         """Row at which each document starts, with the number of rows at the end, shape (document + 1,)."""
-        changes = np.flatnonzero(self.document[1:] != self.document[:-1]) + 1
-        return np.concatenate([[0], changes, [len(self.document)]]).astype(np.int64)
+        return run_starts(self.document)
 
 
 def check_counts(counts: Counts, header: Header) -> None:
@@ -74,3 +74,11 @@ def check_counts(counts: Counts, header: Header) -> None:
     keys = np.stack([counts.document, counts.layer, counts.expert])
     if len(np.unique(keys, axis=1).T) != len(counts.document):
         raise ValueError("an expert of a layer has two rows in one document")
+
+
+def run_starts(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Indices at which a new run of equal values starts, with the length at the end."""
+    if not len(values):
+        return np.zeros(1, np.int64)
+    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return np.concatenate([[0], changes, [len(values)]]).astype(np.int64)

@@ -7,6 +7,7 @@ that change when a recording moves to another machine may differ.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,22 @@ class Header:
             left[section].pop(name, None)
             right[section].pop(name, None)
         return list(_differences("", left, right))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers of layers as text, runs abbreviated.
+
+    Example:
+        >>> ranges([0, 1, 2, 3, 5])
+        '0-3, 5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
 _JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict, "tuple[int, ...]": list}

@@ -8,7 +8,8 @@ weight as executed) and ``P{layer}_{distance}_{rank}`` (expert predicted that ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded, TraceDamaged
-from moescope.trace.counts import COUNT_COLUMNS, COUNTS_HINT, Counts, check_counts
+from moescope.trace.counts import COUNT_COLUMNS, COUNTS_HINT, Counts, check_counts, run_starts
 from moescope.trace.header import Header, Layer
 
 DROPPED = -1
@@ -29,8 +30,13 @@ DROPPED = -1
 PHASES = ("prefill", "decode")
 """Names of the codes of `Part.phase`: processed as part of a prompt, or one at a time as generated."""
 
-ROW_GROUP_TOKENS = 131_072  # twice the usual tokens of a part: only a part with a very long document has several
+PART_TOKENS = 65_536
+"""Tokens of a part, unless the caller says otherwise: what an interruption can cost."""
+
+ROW_GROUP_TOKENS = 2 * PART_TOKENS  # only a part with a very long document has several
 _METADATA_KEY = b"moescope"
+_NUMBERS = ("document", "domain", "sequence", "position", "token_id")
+_BY_LAYER = ("expert_ids", "gate_weights", "predictions")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Part:
 
     def document_starts(self) -> NDArray[np.int64]:
         """Row at which each document starts, with the number of rows at the end, shape (document + 1,)."""
-        return _run_starts(self.document)
+        return run_starts(self.document)
 
     def sequence_starts(self) -> NDArray[np.int64]:
         """Row at which each sequence starts, with the number of rows at the end, shape (sequence + 1,)."""
@@ -89,33 +95,16 @@ class Part:
         def columns(name: str) -> dict[Any, NDArray[Any]]:
             return {key: np.concatenate([getattr(part, name)[key] for part in parts]) for key in getattr(first, name)}
 
-        return cls(
-            column("document"),
-            column("domain"),
-            first.domain_names,
-            column("sequence"),
-            column("position"),
-            column("token_id"),
-            columns("expert_ids"),
-            columns("gate_weights"),
-            None if first.phase is None else column("phase"),
-            columns("predictions"),
-        )
+        phase = None if first.phase is None else column("phase")
+        joined: dict[str, Any] = {name: column(name) for name in _NUMBERS} | {name: columns(name) for name in _BY_LAYER}
+        return replace(first, **joined, phase=phase)
 
     def rows(self, selected: slice | NDArray[Any]) -> Part:
         """The part that holds only the selected rows."""
-        return replace(
-            self,
-            document=self.document[selected],
-            domain=self.domain[selected],
-            sequence=self.sequence[selected],
-            position=self.position[selected],
-            token_id=self.token_id[selected],
-            expert_ids={layer: ids[selected] for layer, ids in self.expert_ids.items()},
-            gate_weights={layer: weights[selected] for layer, weights in self.gate_weights.items()},
-            phase=None if self.phase is None else self.phase[selected],
-            predictions={key: ids[selected] for key, ids in self.predictions.items()},
-        )
+        chosen: dict[str, Any] = {name: getattr(self, name)[selected] for name in _NUMBERS}
+        for name in _BY_LAYER:
+            chosen[name] = {key: column[selected] for key, column in getattr(self, name).items()}
+        return replace(self, **chosen, phase=None if self.phase is None else self.phase[selected])
 
 
 def token_columns(header: Header) -> list[str]:
@@ -191,7 +180,7 @@ def _check_order(part: Part) -> None:
         raise ValueError("a document starts with sequence 0, position 0")
     # Few rows do not advance by one position; only these may change the sequence or the document.
     jumps = np.flatnonzero(part.position[1:] != part.position[:-1] + 1) + 1
-    sequences = _run_starts(part.sequence)[1:-1]
+    sequences = run_starts(part.sequence)[1:-1]
     inner = np.setdiff1d(jumps, documents, assume_unique=True)  # where a document continues in its next sequence
     if (
         not np.isin(np.concatenate([sequences, documents[1:-1]]), jumps).all()
@@ -199,7 +188,7 @@ def _check_order(part: Part) -> None:
         or (part.sequence[inner] != part.sequence[inner - 1] + 1).any()
     ):
         raise ValueError("the rows of a document must be in the order of its text")
-    if not np.isin(_run_starts(part.domain)[1:-1], documents).all():
+    if not np.isin(run_starts(part.domain)[1:-1], documents).all():
         raise ValueError("a document has one domain")
 
 
@@ -303,7 +292,7 @@ class PartFile:
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self._header = header
-        with self._damage():
+        with _damage(self.path):
             metadata = pq.read_metadata(path)
             names = metadata.schema.names
             note = json.loads((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
@@ -344,7 +333,7 @@ class PartFile:
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
         wanted += prediction_columns(layers) if predictions else []
         labels = [name for name in ("domain", "phase") if name in wanted]
-        with self._damage():
+        with _damage(self.path):
             with pq.ParquetFile(
                 self.path, page_checksum_verification=True, read_dictionary=labels, buffer_size=2**16
             ) as file:
@@ -377,7 +366,7 @@ class PartFile:
         Raises:
             TraceDamaged: A page fails its checksum, or a value is invalid.
         """
-        with self._damage():
+        with _damage(self.path):
             with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
                 table = file.read(list(COUNT_COLUMNS), use_threads=False)
             domain, names = _codes(table, "domain")
@@ -387,25 +376,17 @@ class PartFile:
             check_counts(counts, self._header)
         return counts
 
-    def _damage(self) -> _Damage:
-        return _Damage(self.path)
 
-
-class _Damage:
-    """Converts the errors that reading a damaged file raises into `TraceDamaged`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise TraceDamaged(self.path, "is missing") from error
-        if isinstance(error, (OSError, ValueError, KeyError, TypeError, pa.ArrowException)):
-            raise TraceDamaged(
-                self.path, f"cannot be read: {error}", "`moescope verify` lists every damaged file of the trace"
-            ) from error
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Convert the errors that reading a damaged file raises into `TraceDamaged`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise TraceDamaged(path, "is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        hint = "`moescope verify` lists every damaged file of the trace"
+        raise TraceDamaged(path, f"cannot be read: {error}", hint) from error
 
 
 def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
@@ -456,11 +437,3 @@ def _gate_weights(table: pa.Table, layer: Layer) -> NDArray[np.float32]:
     for rank, name in enumerate(layer.weight_columns()):
         weights[rank] = _numbers(table, name)
     return weights.T
-
-
-def _run_starts(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Indices at which a new run of equal values starts, with the length at the end."""
-    if not len(values):
-        return np.zeros(1, np.int64)
-    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
-    return np.concatenate([[0], changes, [len(values)]]).astype(np.int64)

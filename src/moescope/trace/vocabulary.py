@@ -58,18 +58,21 @@ class Vocabulary:
         """One more than the largest known id."""
         return max(self.pieces, default=-1) + 1
 
-    def write(self, file: BinaryIO) -> None:
-        """Write ``vocabulary.parquet``."""
+    def table(self) -> pa.Table:
+        """The columns of ``vocabulary.parquet``, by id."""
         ids = sorted(self.pieces)
         pieces = [self.pieces[token_id] for token_id in ids]
-        table = pa.table(
+        return pa.table(
             {
                 "token_id": pa.array(ids, pa.uint32()),
                 "text": pa.array([piece.decode(errors="replace") for piece in pieces], pa.string()),
                 "bytes": pa.array(pieces, pa.binary()),
             }
         )
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True, use_dictionary=False)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write ``vocabulary.parquet``."""
+        pq.write_table(self.table(), file, compression="zstd", write_page_checksum=True, use_dictionary=False)
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from moescope.errors import TraceBusy, TraceDamaged, TraceExists, TraceMismatch, TraceNotFound
+from moescope.errors import TraceDamaged, TraceExists, TraceMismatch, TraceNotFound
 from moescope.trace import checksums, header, part, vocabulary
 from moescope.trace.counts import Counts, check_counts
 from moescope.trace.header import Header
+from moescope.trace.locks import locked
 from moescope.trace.part import Part
 from moescope.trace.reader import PARTS, SUMMARY, is_part_name, open_parts, part_name, read_header
 from moescope.trace.vocabulary import Vocabulary
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no advisory locks; two writers are not detected there
-    fcntl = None  # type: ignore[assignment]
 
 _NAMES = (checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, SUMMARY)
 _OTHER_OUTPUT = "choose another output"
 
 
-class TraceWriter:
+class TraceWriter(AbstractContextManager["TraceWriter"]):
     """Creates a trace, or resumes an unfinished one whose header agrees.
 
     Args:
@@ -45,11 +40,11 @@ class TraceWriter:
     def __init__(self, path: Path | str, header: Header, vocabulary: Vocabulary, *, force: bool = False) -> None:
         self.path = Path(path)
         self.header = header
-        self._lock: int | None = None
+        self._undo = ExitStack()
         refuse_foreign(self.path, force=force)
         with checksums.no_room(self.path):
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        self._undo.enter_context(locked(self.path))
         try:
             if force and not self._can_resume():
                 self._clear()
@@ -58,16 +53,6 @@ class TraceWriter:
         except BaseException:
             self.close()
             raise
-
-    def _acquire(self) -> None:
-        if fcntl is None:  # pragma: no cover
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise TraceBusy(self.path, "another process is recording into this trace") from None
 
     def _can_resume(self) -> bool:
         if (self.path / SUMMARY).exists() or _unlisted(self.path, force=True):
@@ -106,7 +91,7 @@ class TraceWriter:
             return
         checksums.rewrite(self.path, {})
         checksums.commit(self.path, vocabulary.FILE_NAME, pieces.write)
-        checksums.commit(self.path, header.FILE_NAME, _writer(self.header.to_json().encode()))
+        checksums.commit_bytes(self.path, header.FILE_NAME, self.header.to_json().encode())
 
     def write(self, rows: Part | Counts, progress: Mapping[str, Any]) -> None:
         """Write the next part; once this returns, no kill or crash can lose it.
@@ -134,18 +119,13 @@ class TraceWriter:
             summary: JSON-able totals of the run, such as documents, tokens, malformed records, seconds.
         """
         text = (json.dumps(dict(summary), indent=1, ensure_ascii=False) + "\n").encode()
-        checksums.commit(self.path, SUMMARY, _writer(text))
+        checksums.commit_bytes(self.path, SUMMARY, text)
 
     def close(self) -> None:
         """Release the trace; an unfinished one can be resumed."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._undo.close()
 
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -211,10 +191,3 @@ def refuse_other(path: Path, wanted: Header, found: Header) -> None:
             "holds an unfinished trace of another recording: " + "; ".join(differences[:4]),
             "run the command it was started with, choose another output, or --force to record it again",
         )
-
-
-def _writer(text: bytes) -> Callable[[BinaryIO], None]:
-    def write(file: BinaryIO) -> None:
-        file.write(text)
-
-    return write

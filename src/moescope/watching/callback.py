@@ -134,18 +134,18 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
 def figures(loads: Loads, *, per_layer: bool = False) -> dict[str, float]:
     """The figures of an entry, as plain numbers; those that are undefined (no assignments) are left out."""
     measures = {"imbalance": loads.imbalance, "max_violation": loads.max_violation, "entropy": loads.entropy}
-    found: dict[str, float] = {}
+    entry: dict[str, float] = {}
     for name, values in measures.items():
         end = "min" if name == "entropy" else "max"
-        found[f"moe/{name}"] = float(values.mean())
-        found[f"moe/{name}_{end}"] = float(values.min() if end == "min" else values.max())
-    found["moe/idle_experts"] = float(loads.idle.sum())
-    found["moe/idle_experts_max"] = float(loads.idle.max())
+        entry[f"moe/{name}"] = float(values.mean())
+        entry[f"moe/{name}_{end}"] = float(values.min() if end == "min" else values.max())
+    entry["moe/idle_experts"] = float(loads.idle.sum())
+    entry["moe/idle_experts_max"] = float(loads.idle.max())
     if per_layer:
         for name, values in {**measures, "idle_experts": loads.idle}.items():
             for layer in values["layer"].values.tolist():
-                found[f"moe/layer_{layer}/{name}"] = float(values.sel(layer=layer))
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+                entry[f"moe/layer_{layer}/{name}"] = float(values.sel(layer=layer))
+    return {name: value for name, value in entry.items() if np.isfinite(value)}
 
 
 def _distributed() -> bool:

@@ -39,14 +39,14 @@ class Stack:
 def find_stacks(model: nn.Module, experts: Sequence[Experts]) -> tuple[Stack, ...]:
     """The stacks that hold the experts: for each the nearest ancestor that takes ``input_ids``, else the model."""
     places: dict[str, list[int]] = {}
-    for place, each in enumerate(experts):
-        name = each.name
+    for place, block in enumerate(experts):
+        name = block.name
         while name:
             name = name.rpartition(".")[0]
             if "input_ids" in _parameters(model.get_submodule(name)):
                 break
         places.setdefault(name, []).append(place)
-    return tuple(Stack(name, model.get_submodule(name), tuple(found)) for name, found in places.items())
+    return tuple(Stack(name, model.get_submodule(name), tuple(members)) for name, members in places.items())
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Call:
         given = {**dict(zip(_parameters(stack.module), args, strict=False)), **kwargs}
         subject = stack.name or type(stack.module).__name__
         tokens = [given.get(name) for name in _TOKENS] + list(given.values())
-        batch = next((each for each in tokens if isinstance(each, Tensor) and each.dim() >= 2), None)
+        batch = next((tensor for tensor in tokens if isinstance(tensor, Tensor) and tensor.dim() >= 2), None)
         if batch is None:
             raise ModelUnsupported(subject, "is called without a tensor of shape (sequence, token, …)")
         ids, positions = given.get("input_ids"), given.get("position_ids")
@@ -138,10 +138,10 @@ class Call:
                 itself = mask[:, 0].diagonal(past, -2, -1)[:, :num_tokens]
                 real = itself if itself.dtype == torch.bool else itself == 0
                 return real.expand(num_sequences, num_tokens)
-        found = f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}"
+        given = f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}"
         raise ModelUnsupported(
             self.subject,
-            f"its attention mask, {found}, does not tell which of {self.shape} tokens are padding",
+            f"its attention mask, {given}, does not tell which of {self.shape} tokens are padding",
             "give a mask of shape (sequence, token), or none where nothing is padded",
         )
 
@@ -152,7 +152,9 @@ class Call:
         say that it is packed of several.
         """
         device = next(
-            each.device for each in (self.input_ids, real, self.position_ids, self.boundaries, _CPU) if each is not None
+            tensor.device
+            for tensor in (self.input_ids, real, self.position_ids, self.boundaries, _CPU)
+            if tensor is not None
         )
         starts = torch.zeros(self.shape, dtype=torch.bool, device=device)
         if real is None:

@@ -33,7 +33,7 @@ _LISTENERS: weakref.WeakValueDictionary[int, Listener] = weakref.WeakValueDictio
 
 
 def teller(listener: Listener, place: int, device: torch.device) -> Tell:
-    """What tells a listener the choices of a layer; inside a compiled graph it is one opaque operator of it.
+    """What passes the choices of a layer to a listener; inside a compiled graph it is one opaque operator of it.
 
     Args:
         listener: It is not kept alive.

@@ -42,8 +42,8 @@ class Generation:
         def value(name: str) -> Any:
             if kwargs.get(name) is not None:
                 return kwargs[name]
-            found = getattr(given, name, None)
-            return found if found is not None else getattr(getattr(model, "generation_config", None), name, None)
+            chosen = getattr(given, name, None)
+            return chosen if chosen is not None else getattr(getattr(model, "generation_config", None), name, None)
 
         odd = {
             "num_beams": (value("num_beams") or 1) > 1,
@@ -87,7 +87,7 @@ class Generation:
 
 
 _GENERATING: weakref.WeakKeyDictionary[nn.Module, tuple[list[Announce], Any]] = weakref.WeakKeyDictionary()
-"""For each watched model what announces it, and a ``generate`` that the instance had of its own."""
+"""For each watched model who listens, and a ``generate`` that the instance had of its own."""
 
 
 @contextmanager
@@ -97,23 +97,23 @@ def generate_announced(model: nn.Module, announce: Announce) -> Iterator[None]:
     if original is None:
         yield
         return
-    announced, own = _GENERATING.setdefault(model, ([], model.__dict__.get("generate")))
-    announced.append(announce)
-    if len(announced) == 1:
+    listeners, own = _GENERATING.setdefault(model, ([], model.__dict__.get("generate")))
+    listeners.append(announce)
+    if len(listeners) == 1:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
-                for each in tuple(announced):
-                    stack.enter_context(each(model, args, kwargs))
+                for listener in tuple(listeners):
+                    stack.enter_context(listener(model, args, kwargs))
                 return original(*args, **kwargs)
 
         model.__dict__["generate"] = generate
     try:
         yield
     finally:
-        announced.remove(announce)
-        if not announced:
+        listeners.remove(announce)
+        if not listeners:
             del model.__dict__["generate"], _GENERATING[model]
             if own is not None:
                 model.__dict__["generate"] = own

@@ -92,7 +92,7 @@ class LiveTally:
         self._experts = tuple(experts)
         self._stacks = np.zeros(len(self._experts), np.int64) if stacks is None else np.asarray(stacks)
         self._window = window
-        self._width = 2 + max(_num_ids(each) for each in experts)  # dropped, the ids, impossible ids
+        self._width = 2 + max(_num_ids(block) for block in experts)  # dropped, the ids, impossible ids
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
         self.reset()
 
@@ -162,24 +162,25 @@ class LiveTally:
         return self._labelled(counts, int(tokens.max(initial=0)), forwards)
 
     def _check(self, counts: NDArray[np.int64], top_k: NDArray[np.int64]) -> None:
-        for each, row in zip(self._experts, counts, strict=True):
-            if row[_num_ids(each) + 1 :].any():
+        for block, row in zip(self._experts, counts, strict=True):
+            if row[_num_ids(block) + 1 :].any():
                 raise ModelUnsupported(
-                    each.name, f"layer {each.layer} chose an expert id outside 0..{_num_ids(each) - 1}"
+                    block.name, f"layer {block.layer} chose an expert id outside 0..{_num_ids(block) - 1}"
                 )
         tokens = counts.sum(1) / np.maximum(top_k, 1)
         for stack in np.unique(self._stacks):
-            if len(np.unique(found := tokens[self._stacks == stack])) > 1:
+            if len(np.unique(counted := tokens[self._stacks == stack])) > 1:
                 raise RouterSilent(
-                    "the live tally", f"layers counted {found.min()} to {found.max()} tokens, expected the same in each"
+                    "the live tally",
+                    f"layers counted {counted.min()} to {counted.max()} tokens, expected the same in each",
                 )
 
     def _labelled(self, counts: NDArray[np.int64], tokens: int, forwards: int) -> Loads:
-        layers = [each.layer for each in self._experts]
+        layers = [block.layer for block in self._experts]
         coordinates = {
             "layer": layers,
             "expert": np.arange(self._width - 2),
-            "num_experts": ("layer", [each.num_experts for each in self._experts]),
+            "num_experts": ("layer", [block.num_experts for block in self._experts]),
         }
         load = xr.DataArray(
             counts[:, 1:-1], coordinates, ("layer", "expert"), "load", {"units": "assignments", "long_name": "load"}

@@ -1,10 +1,9 @@
-"""The trace that a watch writes, created with the first forward pass: that tells how many experts a token gets."""
+"""The trace that a watch writes, created with the first forward pass: which shows how many experts a token gets."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,21 +107,15 @@ class TraceOutput:
 
     def settle(self) -> None:
         """Write the parts that are full."""
-        with self._writing() as sequences:
-            if sequences is not None:
-                sequences.settle()
+        self._write(lambda sequences: sequences.settle())
 
     def end_block(self, block: DocumentBlock, *, whole: bool) -> None:
         """A document has ended."""
-        with self._writing() as sequences:
-            if sequences is not None:
-                (sequences.end_block if whole else sequences.drop_block)(block)
+        self._write(lambda sequences: sequences.end_block(block, whole=whole))
 
     def end_generation(self, generation: object, *, whole: bool) -> None:
         """A call of ``generate`` has ended."""
-        with self._writing() as sequences:
-            if sequences is not None:
-                sequences.end_generation(generation, whole=whole)
+        self._write(lambda sequences: sequences.end_generation(generation, whole=whole))
 
     def close(self, *, complete: bool) -> None:
         """Write what is whole; the trace is complete if no error ended the block and no Ctrl-C came in between."""
@@ -132,12 +125,12 @@ class TraceOutput:
             with self._writer:
                 self._sequences.finish(complete=complete and not self._interrupted)
 
-    @contextmanager
-    def _writing(self) -> Iterator[Sequences | None]:
+    def _write(self, write: Callable[[Sequences], None]) -> None:
         """After an error what is not written is kept, and written next; Ctrl-C may come between any two steps."""
         with self._lock:
             try:
-                yield self._sequences
+                if self._sequences is not None:
+                    write(self._sequences)
             except Exception:
                 raise
             except BaseException:

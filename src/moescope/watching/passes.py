@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -84,9 +83,7 @@ class Passes:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()
         self._open = threading.local()
 
@@ -202,7 +199,7 @@ def _cache_of(output: Any, given: Any) -> Any:
     if given is not None:
         return given
     if isinstance(output, tuple):
-        return next((each for each in output if hasattr(each, "get_seq_length")), None)
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
     return getattr(output, "past_key_values", None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,8 @@ class Sequences:
         self._writer = writer
         self._part_tokens = part_tokens
         self._batches: list[SequenceBatch] = []
-        self._whole: list[dict[str, Any]] = []
+        self._whole: list[Part] = []
+        self._domains: dict[str, int] = {}
         self._waiting = 0
         self.documents = self.tokens = 0
 
@@ -166,7 +167,7 @@ class Sequences:
             ModelUnsupported: The cache was rewound or rearranged, so that its rows are other sequences than before.
         """
         num_rows, num_tokens = step.recorded.shape
-        batch = next((each for each in self._batches if cache is not None and each.cache() is cache), None)
+        batch = next((known for known in self._batches if cache is not None and known.cache() is cache), None)
         if batch is not None and (past == 0 or batch.ended):
             batch.ended, batch.cache, batch = True, lambda: None, None  # the cache is used again for something new
         if batch is None:
@@ -205,28 +206,26 @@ class Sequences:
 
     def settle(self) -> None:
         """Take up the sequences that have ended, and write parts that are full."""
-        for batch in [each for each in self._batches if each.ended and each.block is None]:
+        for batch in [batch for batch in self._batches if batch.ended and batch.block is None]:
             self._batches.remove(batch)
             for domain, columns in batch.sequences():
                 self._take(domain, [columns])
         if self._waiting >= self._part_tokens:
             self._write()
 
-    def end_block(self, block: DocumentBlock) -> None:
-        """Make one document of the sequences of a block."""
+    def end_block(self, block: DocumentBlock, *, whole: bool) -> None:
+        """Make one document of the sequences of a block, or forget one that an error left incomplete."""
         self._batches = [batch for batch in self._batches if batch.block is not block]
+        if not whole:
+            return
         windows = [columns for batch in block.batches for _, columns in batch.sequences()]
         if windows:
             self._take(block.domain, windows)
         self.settle()
 
-    def drop_block(self, block: DocumentBlock) -> None:
-        """Forget a document that an error left incomplete."""
-        self._batches = [batch for batch in self._batches if batch.block is not block]
-
     def end_generation(self, generation: object, *, whole: bool) -> None:
         """What was being generated is generated, or an error left it incomplete and it is forgotten."""
-        for batch in [each for each in self._batches if each.generation is generation]:
+        for batch in [batch for batch in self._batches if batch.generation is generation]:
             batch.generation = None
             if not whole:
                 self._batches.remove(batch)
@@ -246,36 +245,27 @@ class Sequences:
 
     def _take(self, domain: str, windows: list[dict[str, Any]]) -> None:
         lengths = [len(columns["token_id"]) for columns in windows]
+        code = self._domains.setdefault(domain, len(self._domains))
         self._whole.append(
-            {
-                "domain": domain,
-                "document": np.full(sum(lengths), self.documents, np.uint32),
-                "sequence": np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
-                "position": np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
-                "token_id": np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
-                "phase": np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
-                "expert_ids": _joined([columns["expert_ids"] for columns in windows], 0),
-                "gate_weights": _joined([columns["gate_weights"] for columns in windows], 0),
-            }
+            Part(
+                document=np.full(sum(lengths), self.documents, np.uint32),
+                domain=np.full(sum(lengths), code),
+                domain_names=(),  # known once the part is full
+                sequence=np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
+                position=np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
+                token_id=np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
+                phase=np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
+                expert_ids=_joined([columns["expert_ids"] for columns in windows], 0),
+                gate_weights=_joined([columns["gate_weights"] for columns in windows], 0),
+            )
         )
         self.documents += 1
         self._waiting += sum(lengths)
 
     def _write(self) -> None:
-        documents = self._whole
-        names = tuple(dict.fromkeys(each["domain"] for each in documents))
-        lengths = [len(each["document"]) for each in documents]
-        columns = ("document", "sequence", "position", "token_id", "phase")
-        joined: dict[str, Any] = {name: np.concatenate([each[name] for each in documents]) for name in columns}
-        part = Part(
-            domain=np.repeat([names.index(each["domain"]) for each in documents], lengths),
-            domain_names=names,
-            expert_ids=_joined([each["expert_ids"] for each in documents], 0),
-            gate_weights=_joined([each["gate_weights"] for each in documents], 0),
-            **joined,
-        )
-        self._writer.write(part, {"documents": len(documents), "tokens": part.num_tokens})
-        self._whole, self._waiting = [], 0  # only now: after an error they are written with the next part
+        part = replace(Part.joined(self._whole), domain_names=tuple(self._domains))
+        self._writer.write(part, {"documents": len(self._whole), "tokens": part.num_tokens})
+        self._whole, self._domains, self._waiting = [], {}, 0  # only now: after an error the next part has them, too
         self.tokens += part.num_tokens
 
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xarray as xr
@@ -32,8 +31,8 @@ from moescope.engines.transformers.routers import (
 )
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import ModelUnsupported, RouterSilent
-from moescope.recording.options import PART_TOKENS
 from moescope.trace import Header, Layer, Vocabulary
+from moescope.trace.part import PART_TOKENS
 from moescope.watching.calls import find_stacks
 from moescope.watching.live import LiveTally, Loads
 from moescope.watching.output import TraceOutput
@@ -44,21 +43,11 @@ UNLABELLED = "watched"
 """Domain of sequences for which none is given."""
 
 
-def watch(
-    model: nn.Module,
-    out: str | Path | None = None,
-    *,
-    tokenizer: Any = None,
-    domain: str = UNLABELLED,
-    layers: Sequence[int] | None = None,
-    window: int | None = None,
-    weights: bool = False,
-    part_tokens: int = PART_TOKENS,
-    block: str = BLOCKS[0],
-    routers: Sequence[Router] | None = None,
-    force: bool = False,
-) -> Watch:
-    """Watch the routers of a model while a ``with`` block lasts.
+class Watch:
+    """Watches the routers of a model while a ``with`` block lasts.
+
+    The figures (`load`, `imbalance` …) may be read in the block and after it. Each reading waits for the device; what
+    lies between two readings does not.
 
     Args:
         model: A model of transformers, bare or wrapped (DistributedDataParallel, DataParallel, torch.compile).
@@ -83,43 +72,35 @@ def watch(
             model(**batch).loss.backward()
         w.imbalance.max()
     """
-    if (window is not None and window < 1) or part_tokens < 1:
-        raise ValueError(f"window {window} or part_tokens {part_tokens} is below 1")
-    check_block(block)
-    return Watch(model, out, tokenizer, domain, layers, window, weights, part_tokens, block, routers, force)
-
-
-class Watch:
-    """Watches a model; made by `watch`, used as a context manager.
-
-    The figures (`load`, `imbalance` …) may be read in the block and after it. Each reading waits for the device; what
-    lies between two readings does not.
-    """
 
     def __init__(
         self,
         model: nn.Module,
-        out: str | Path | None,
-        tokenizer: Any,
-        domain: str,
-        layers: Sequence[int] | None,
-        window: int | None,
-        weights: bool,
-        part_tokens: int,
-        block: str,
-        routers: Sequence[Router] | None,
-        force: bool,
+        out: str | Path | None = None,
+        *,
+        tokenizer: Any = None,
+        domain: str = UNLABELLED,
+        layers: Sequence[int] | None = None,
+        window: int | None = None,
+        weights: bool = False,
+        part_tokens: int = PART_TOKENS,
+        block: str = BLOCKS[0],
+        routers: Sequence[Router] | None = None,
+        force: bool = False,
     ) -> None:
+        if (window is not None and window < 1) or part_tokens < 1:
+            raise ValueError(f"window {window} or part_tokens {part_tokens} is below 1")
+        check_block(block)
         self._model = unwrapped(model)
         self._name = Path(str(getattr(self._model, "name_or_path", "") or type(self._model).__name__)).name
         self._known = routers is None
         if routers is None:
-            found = find_experts(self._model, self._name, block=block)
+            experts = find_experts(self._model, self._name, block=block)
         else:
-            found = given_experts(self._model, routers)
-        self.experts = select_experts(found, layers, None, self._name)
-        for message in dict.fromkeys(each.warning for each in self.experts if each.warning):
-            warnings.warn(message, stacklevel=3)
+            experts = given_experts(self._model, routers)
+        self.experts = select_experts(experts, layers, None, self._name)
+        for message in dict.fromkeys(block.warning for block in self.experts if block.warning):
+            warnings.warn(message, stacklevel=2)
         stacks = find_stacks(self._model, self.experts)
         stack_of = {place: index for index, stack in enumerate(stacks) for place in stack.places}
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
@@ -159,8 +140,8 @@ class Watch:
         self._passes.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._passes.__exit__(kind, error, at)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._passes.__exit__()
         if self._output is not None:
             self._output.close(complete=kind is None)
         if kind is None and not self._passes.seen and not self._passes.paused:
@@ -300,6 +281,10 @@ class Watch:
 
     def _nothing_seen(self) -> RouterSilent:
         return RouterSilent(self._name, "no forward pass of the watched model was seen", BYPASSED)
+
+
+watch = Watch
+"""The name under which callers know it: a function that makes a `Watch`."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,23 +8,19 @@ What comes out is whole layers; once all are through, units are cut from them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from moescope.engines.options import EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Estimate, NotFinite, Routed, Unit
 from moescope.engines.streamed.estimate import (
     BASE_BYTES,
-    LAYER_ROOM,
+    LAYER_FACTOR,
     OVERHEAD,
     available_memory,
     fits,
@@ -34,8 +30,9 @@ from moescope.engines.streamed.estimate import (
 )
 from moescope.engines.streamed.layerwise import NO_STREAM, Layerwise
 from moescope.engines.streamed.rehearsal import Rehearsal, rehearse, run_layer
-from moescope.engines.streamed.spool import Spool
-from moescope.engines.transformers.batches import Batch, batches
+from moescope.engines.streamed.spool import Chosen, Spool
+from moescope.engines.transformers.batches import Batch
+from moescope.engines.transformers.engine import ModelEngine
 from moescope.engines.transformers.hooks import Choices, RouterWatch
 from moescope.engines.transformers.model import (
     Checkpoint,
@@ -45,15 +42,17 @@ from moescope.engines.transformers.model import (
     find_device,
     open_checkpoint,
     quiet,
-    ready_to_record,
 )
-from moescope.engines.transformers.provenance import checkpoint_fingerprint, describe_layer, describe_run
+from moescope.engines.transformers.provenance import checkpoint_fingerprint, describe_layer
 from moescope.engines.transformers.routers import find_experts, find_left_out, select_experts
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import ModelNotStreamable
 from moescope.trace import Layer
 from moescope.trace import header as trace_header
 from moescope.trace.reader import read_header
+
+RUN_KEY, RUN_VALUE = "road", "stream"
+"""In the header's ``run``, what a streamed trace says; another word would part unfinished traces from their command."""
 
 
 def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: bool) -> bool:
@@ -70,13 +69,13 @@ def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: 
     if has_work(out):
         return True
     if not force and (out / trace_header.FILE_NAME).exists():
-        return read_header(out).run.get("road") == "stream"
+        return read_header(out).run.get(RUN_KEY) == RUN_VALUE
     available = available_memory(find_device(options.device)) if options.memory is None else options.memory
     return not fits(find_checkpoint(model), options.dtype, available)
 
 
-class StreamedEngine(CorpusEngine):
-    """Runs a model layer by layer over all units, then hands over what each layer chose.
+class StreamedEngine(ModelEngine, CorpusEngine):
+    """Runs a model layer by layer over all units, then returns what each layer chose.
 
     Args:
         model: As in memory, its layers empty.
@@ -89,37 +88,30 @@ class StreamedEngine(CorpusEngine):
     def __init__(
         self, model: Model, layerwise: Layerwise, rehearsal: Rehearsal, read_rate: float, options: EngineOptions
     ) -> None:
-        self.tokenizer, self.description = model.tokenizer, model.description
-        self.window = min(options.window, model.max_positions or options.window)
-        self.num_embeddings = model.num_embeddings
-        self._model, self._layerwise, self._rehearsal = model, layerwise, rehearsal
-        self._read_rate, self._options = read_rate, options
+        super().__init__(model, options)
+        self._layerwise, self._rehearsal, self._read_rate = layerwise, rehearsal, read_rate
         self._memory = available_memory(layerwise.device) // 2 if options.memory is None else options.memory
-        self._undo = ExitStack()
-        self._chosen: dict[int, tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]] = {}
+        self._chosen: dict[int, Chosen] = {}
         self._first_rows: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        self._undo.enter_context(self._layerwise)
-        self._undo.enter_context(ready_to_record(self._model))
-        return self
+        self.undo.enter_context(self._layerwise)
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._chosen = {}
-        self._undo.close()
+        super().__exit__()
 
     def run(self) -> dict[str, Any]:
         """Provenance of the run."""
-        return describe_run(self._model.body, self._model.experts[0], self._model.device) | {"road": "stream"}
+        return super().run() | {RUN_KEY: RUN_VALUE}
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, with one choice a token until they have run."""
-        layers = (describe_layer(experts, top_k=1) for experts in self._model.experts)
+        layers = (describe_layer(experts, top_k=1) for experts in self.model.experts)
         if not self._chosen:
             return tuple(layers)
-        return tuple(replace(layer, top_k=self._chosen[layer.layer][0].shape[1]) for layer in layers)
+        return tuple(replace(layer, top_k=self._chosen[layer.layer].expert_ids.shape[1]) for layer in layers)
 
     def prepare(
         self,
@@ -130,12 +122,12 @@ class StreamedEngine(CorpusEngine):
         advance: Callable[[float], None],
     ) -> None:
         """Run every layer that an earlier call has not finished."""
-        num_layers = self._model.experts[-1].layer + 1
+        num_layers = self.model.experts[-1].layer + 1
         memory = spool_bytes(self._layerwise, num_layers, self._memory)
         spool = Spool(
             work_folder(plan.out), plan.header, plan.tokens, num_layers=num_layers, memory=memory, force=plan.force
         )
-        self._undo.enter_context(spool)
+        self.undo.enter_context(spool)
         num_tokens = [unit.num_tokens for unit in units]
         total, first = sum(num_tokens), spool.next_layer
         taken = self._estimate(total, first, num_layers, memory)
@@ -151,11 +143,11 @@ class StreamedEngine(CorpusEngine):
 
             self._run_layer(units, spool, layer, last=layer == num_layers - 1, advance=read)
         spool.settle()
-        self._chosen = {experts.layer: spool.choices(experts.layer) for experts in self._model.experts}
+        self._chosen = {experts.layer: spool.choices(experts.layer) for experts in self.model.experts}
 
     def record(self, unit: Unit, advance: Callable[[int], None]) -> Routed:
         """Cut a unit from what the layers chose."""
-        routed = Routed.empty(self.layers(), unit.num_tokens, weights=self._options.weights)
+        routed = Routed.empty(self.layers(), unit.num_tokens, weights=self.options.weights)
         first = self._first_rows[unit.number]
         rows = slice(first, first + unit.num_tokens)
         for layer, (expert_ids, gate_weights) in self._chosen.items():
@@ -180,12 +172,12 @@ class StreamedEngine(CorpusEngine):
             layerwise.nbytes(layer, bare=layer == num_layers - 1 and rehearsal.bare)
             for layer in range(first, num_layers)
         ]
-        states = int(tokens * rehearsal.widths_handed_on * layerwise.hidden_size * layerwise.dtype.itemsize)
-        num_choices = len(self._model.experts) * rehearsal.top_k
+        states = int(tokens * rehearsal.state_widths * layerwise.hidden_size * layerwise.dtype.itemsize)
+        num_choices = len(self.model.experts) * rehearsal.top_k
         kept = min(spool_bytes, states)
         return Estimate(
             model_bytes=sum(reads) + layerwise.nbytes(None),
-            memory_bytes=int(LAYER_ROOM * max(map(layerwise.memory_bytes, range(num_layers))))
+            memory_bytes=int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
             + layerwise.memory_bytes(None)
             + kept
             + BASE_BYTES,
@@ -202,23 +194,21 @@ class StreamedEngine(CorpusEngine):
         self, units: Sequence[Unit], spool: Spool, layer: int, *, last: bool, advance: Callable[[int], None]
     ) -> None:
         """Load a layer, have every batch pass, free it, and commit what it chose and returned."""
-        model, layerwise = self._model, self._layerwise
+        model, layerwise = self.model, self._layerwise
         bare = last and self._rehearsal.bare
         with quiet():
             layerwise.load(layer, bare=bare)
         if not last:
             layerwise.fetch_ahead(layer + 1, bare=layer + 1 == model.experts[-1].layer and self._rehearsal.bare)
-        experts = [each for each in model.experts if each.layer == layer]
+        experts = [block for block in model.experts if block.layer == layer]
         num_tokens = sum(unit.num_tokens for unit in units)
-        table = _Table(layer, num_tokens, weights=self._options.weights) if experts else None
+        table = _Table(layer, num_tokens, weights=self.options.weights) if experts else None
         states = None if last else spool.states_of(layer)
         passed = 0
+        all_batches = ((unit, *batch) for unit in units for batch in self.batches(unit, layerwise.device))
         try:
             with RouterWatch(experts, stop_at=layer if bare else None) as watch:
-                for index, (unit, batch) in enumerate(self._batches(units)):
-                    inputs = {"input_ids": torch.from_numpy(batch.input_ids).to(layerwise.device)}
-                    if batch.attention_mask is not None and model.looks_ahead:
-                        inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(layerwise.device)
+                for index, (unit, batch, inputs) in enumerate(all_batches):
                     before = spool.take(index) if layer else None
                     choices, returned = run_layer(layerwise, watch, layer, inputs, before)
                     if table is not None:
@@ -232,36 +222,27 @@ class StreamedEngine(CorpusEngine):
                 states.close()
             raise
         layerwise.free(layer)
-        chosen = (None, None) if table is None else (table.expert_ids, table.weights)
-        spool.commit(layer, states, *chosen)
-
-    def _batches(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Batch]]:
-        """Every batch of every unit, as a model in memory cuts them."""
-        for unit in units:
-            added_ids, batch_tokens = self.tokenizer.added_ids, self._options.batch_tokens
-            for batch in batches(unit.sequences, added_ids, batch_tokens, self._model.batching):
-                yield unit, batch
+        spool.commit(layer, states, None if table is None else table.chosen)
 
 
 class _Table:
-    """What one layer chose for every token of the corpus."""
+    """What one layer chose for every token of the corpus; None before the first batch shows how many experts."""
 
     def __init__(self, layer: int, num_tokens: int, *, weights: bool) -> None:
         self._layer, self._num_tokens, self._with_weights = layer, num_tokens, weights
-        self.expert_ids: NDArray[np.integer[Any]] | None = None
-        self.weights: NDArray[np.float32] | None = None
+        self.chosen: Chosen | None = None
 
     def add(self, choices: Choices, batch: Batch, unit: int, first_row: int) -> None:
         """Note the choices of one batch of a unit, which starts at `first_row`."""
         gate_weights = choices.gate_weights[batch.places]
         NotFinite.check(self._layer, unit, gate_weights, batch.rows)
-        if self.expert_ids is None:
+        if self.chosen is None:
             shape = (self._num_tokens, choices.expert_ids.shape[1])
-            self.expert_ids = np.empty(shape, choices.expert_ids.dtype)
-            self.weights = np.empty(shape, np.float32) if self._with_weights else None
-        self.expert_ids[first_row + batch.rows] = choices.expert_ids[batch.places]
-        if self.weights is not None:
-            self.weights[first_row + batch.rows] = gate_weights
+            weights = np.empty(shape, np.float32) if self._with_weights else None
+            self.chosen = Chosen(np.empty(shape, choices.expert_ids.dtype), weights)
+        self.chosen.expert_ids[first_row + batch.rows] = choices.expert_ids[batch.places]
+        if self.chosen.gate_weights is not None:
+            self.chosen.gate_weights[first_row + batch.rows] = gate_weights
 
 
 def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
@@ -275,7 +256,7 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
             family comes out differently.
         ModelError: As for a model that is loaded whole.
     """
-    checkpoint = open_checkpoint(path, options.layers, block=options.block)
+    checkpoint = open_checkpoint(path, options)
     _refuse(checkpoint)
     with quiet():
         layerwise = Layerwise(
@@ -304,7 +285,7 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
         )
         before, start = layerwise.shards.bytes_read, time.monotonic()
         with quiet():
-            layerwise.load_rest()
+            layerwise.load(None)
         rate = (layerwise.shards.bytes_read - before) / max(time.monotonic() - start, 1e-9)
     except BaseException:
         layerwise.close()

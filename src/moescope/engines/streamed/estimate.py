@@ -17,8 +17,8 @@ from moescope.errors import DiskFull, ModelNotStreamable
 BASE_BYTES = 10**9
 """What the interpreter, torch and the activations of a batch are allowed beside a layer and the spool."""
 
-LAYER_ROOM = 1.5  # a layer, and what its conversion needs for a moment
-_WHOLE_ROOM = 1.2  # a whole model in memory, and what loading it needs
+LAYER_FACTOR = 1.5  # a layer, and what its conversion needs for a moment
+_WHOLE_FACTOR = 1.2  # a whole model in memory, and what loading it needs
 
 OVERHEAD = 1.25
 """Time of a layer over that of its matrix products: attention, norms, routing (docs/decisions/log.md)."""
@@ -34,13 +34,13 @@ def fits(folder: Path, dtype: str, available: int) -> bool:
         dtype: What it would be loaded in.
         available: Bytes of memory that recording may take.
     """
-    return _WHOLE_ROOM * model_bytes(folder, dtype) + BASE_BYTES <= available
+    return _WHOLE_FACTOR * model_bytes(folder, dtype) + BASE_BYTES <= available
 
 
 def spool_bytes(layerwise: Layerwise, num_layers: int, memory: int) -> int:
-    """Bytes of memory that are left, beside a layer, for what layers hand on."""
+    """Bytes of memory that are left, beside a layer, for what a layer gives to the next."""
     layer_bytes = max(map(layerwise.memory_bytes, range(num_layers)))
-    return max(0, int(memory - BASE_BYTES - LAYER_ROOM * layer_bytes))
+    return max(0, int(memory - BASE_BYTES - LAYER_FACTOR * layer_bytes))
 
 
 def model_bytes(folder: Path, dtype: str) -> int:
@@ -52,10 +52,10 @@ def model_bytes(folder: Path, dtype: str) -> int:
         with Shards(folder) as shards:
             wanted = None if dtype == "auto" else getattr(torch, dtype).itemsize
             return sum(
-                each.nbytes // each.dtype.itemsize * wanted
-                if wanted is not None and each.dtype.is_floating_point
-                else each.nbytes
-                for each in shards.tensors.values()
+                tensor.nbytes // tensor.dtype.itemsize * wanted
+                if wanted is not None and tensor.dtype.is_floating_point
+                else tensor.nbytes
+                for tensor in shards.tensors.values()
             )
     except ModelNotStreamable:  # dtypes that cannot be streamed, but perhaps loaded
         return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
@@ -94,7 +94,7 @@ def operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def refuse_small_disk(work: Path, estimate: Estimate) -> None:
-    """Refuse a disk without room for what the layers hand on.
+    """Refuse a disk too small for what a layer gives to the next.
 
     Raises:
         DiskFull: It has less free than will be written.
@@ -104,7 +104,7 @@ def refuse_small_disk(work: Path, estimate: Estimate) -> None:
     if free < estimate.disk_bytes - there:
         raise DiskFull(
             work,
-            f"needs some {estimate.disk_bytes / 1e9:,.1f} GB for what the layers hand on, and {free / 1e9:,.1f} GB are "
-            "free",
+            f"needs some {estimate.disk_bytes / 1e9:,.1f} GB for what a layer gives to the next, and {free / 1e9:,.1f} "
+            "GB are free",
             "put the output on a larger disk, or record fewer tokens",
         )

@@ -2,7 +2,7 @@
 
 The body is built empty. What lies outside its layers is loaded first, then a layer when it is asked for, with
 transformers' own weight conversion on that layer's tensors alone. To run layer 7, the model's own forward pass is run:
-the layers before it hand on what layer 6 returned in its own pass, layer 7 runs, and there the pass ends. So masks,
+the layers before it return what layer 6 returned in its own pass, layer 7 runs, and there the pass ends. So masks,
 positions and whatever else a layer is called with are made by the model's own code, and never stored.
 
 A family that hands more from layer to layer than the layers' outputs comes out wrong that way; `rehearsal` finds out.
@@ -13,9 +13,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from moescope.engines.streamed.shards import Shards, StoredTensor
-from moescope.engines.transformers.routers import Experts
+from moescope.engines.transformers.routers import Experts, hidden_size
 from moescope.errors import ModelDamaged, ModelNotStreamable
 
 try:  # semi-internal; tests/engines/test_streaming.py pins what is used
@@ -50,7 +49,7 @@ class _LayerDone(BaseException):
     """Ends a forward pass after one layer; no ``except Exception`` of a model may swallow it."""
 
 
-class Layerwise:
+class Layerwise(AbstractContextManager["Layerwise"]):
     """The body of a model whose layers are loaded and run one at a time.
 
     Args:
@@ -64,7 +63,7 @@ class Layerwise:
     Attributes:
         dtype: What it computes in.
         device: Where.
-        body: The model without its head, everything on the meta device until `load_rest`.
+        body: The model without its head, everything on the meta device until it is loaded.
         experts: Its experts by layer, ascending.
         shards: The files.
 
@@ -105,11 +104,6 @@ class Layerwise:
             self.shards.close()
             raise
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the body, dense ones included."""
-        return len(self._layers)
-
     def keys(self, layer: int | None, *, bare: bool = False) -> list[str]:
         """Names, in the checkpoint, of a layer's tensors; for None, of all that lie in no layer.
 
@@ -117,7 +111,7 @@ class Layerwise:
             layer: Index of the layer.
             bare: Without those of its routed experts.
         """
-        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
+        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
         start = "" if layer is None else f"{self._prefix}.{layer}."
         return [
             key
@@ -138,7 +132,7 @@ class Layerwise:
     def operations(self, layer: int, *, share_of_experts: float) -> float:
         """Multiplications and additions a token in the matrices of a layer, of whose experts only a share runs."""
         inside = self._names_within(layer)
-        experts = tuple(f"{each.name}." for each in self.experts if each.layer == layer)
+        experts = tuple(f"{block.name}." for block in self.experts if block.layer == layer)
         return sum(
             2 * tensor.numel() * (share_of_experts if experts and name.startswith(experts) else 1)
             for name, tensor in self._empty.items()
@@ -148,7 +142,7 @@ class Layerwise:
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
-        return int(getattr(self.body.config.get_text_config(), "hidden_size", 0) or 1)
+        return hidden_size(self.body.config) or 1
 
     def check(self, last: int, *, bare: bool) -> None:
         """See that the checkpoint holds every tensor up to a layer in its shape, before hours are spent on the others.
@@ -169,17 +163,19 @@ class Layerwise:
             self._refuse_gaps(info, layer, info.missing_keys, bare=without_experts)
             self._empty_out(layer)
 
-    def load_rest(self) -> None:
-        """Load what lies in no layer: embeddings, norms, rotary tables."""
-        self._load(None, bare=False)
-
-    def load(self, layer: int, *, bare: bool = False) -> None:
-        """Load one layer, or all of it but its routed experts.
+    def load(self, layer: int | None, *, bare: bool = False) -> None:
+        """Load one layer, or all of it but its routed experts; for None, all that lies in no layer.
 
         Raises:
             ModelDamaged: A tensor is missing or misshapen, or a file cannot be read.
         """
-        self._load(layer, bare=bare)
+        tensors = {key: self.shards.tensors[key] for key in self.keys(layer, bare=bare)}
+        for target, merged in self._merge(tensors).items():
+            self._set(target, merged)
+        info = self._convert(tensors, self.device)
+        self._make_buffers(layer)
+        missing = {name for name, tensor in self.body.state_dict().items() if tensor.is_meta}
+        self._refuse_gaps(info, layer, missing, bare=bare)
 
     def fetch_ahead(self, layer: int, *, bare: bool = False) -> None:
         """Have the system read one layer while something else is computed."""
@@ -209,11 +205,11 @@ class Layerwise:
             returned.append(own(*args, **kwargs))
             raise _LayerDone
 
-        def hand_on(*_: Any, **__: Any) -> Any:
+        def pass_through(*_: Any, **__: Any) -> Any:
             return before
 
         for earlier in self._layers[:layer]:
-            earlier.forward = hand_on
+            earlier.forward = pass_through
         self._layers[layer].forward = run
         try:
             with suppress(_LayerDone), torch.no_grad():
@@ -229,37 +225,25 @@ class Layerwise:
         """Close the files."""
         self.shards.close()
 
-    def __enter__(self) -> Layerwise:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _find_targets(self) -> dict[str, str]:
         """For each tensor of the checkpoint that the body has, the name it has there; one of several if it is split."""
-        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        renamings = [conversion for conversion in self._conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in self._conversions if isinstance(conversion, WeightConverter)]
         names, prefix = self.body.state_dict(), self.body.base_model_prefix
-        found: dict[str, str] = {}
+        targets: dict[str, str] = {}
         self._patterns: dict[str, str] = {}
         for key in self.shards.tensors:
             target, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if target not in names and key in names:
                 target, pattern = rename_source_key(key, [], [], prefix, names)
             if target in names:
-                found[key] = target
+                targets[key] = target
                 if pattern is not None:
                     self._patterns[key] = pattern
-        return found
-
-    def _load(self, layer: int | None, *, bare: bool) -> None:
-        tensors = {key: self.shards.tensors[key] for key in self.keys(layer, bare=bare)}
-        for target, merged in self._merge(tensors).items():
-            self._set(target, merged)
-        info = self._convert(tensors, self.device)
-        self._make_buffers(layer)
-        missing = {name for name, tensor in self.body.state_dict().items() if tensor.is_meta}
-        self._refuse_gaps(info, layer, missing, bare=bare)
+        return targets
 
     def _convert(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
         """Give the body these tensors of the checkpoint; return what transformers says of it."""
@@ -279,7 +263,7 @@ class Layerwise:
 
     def _refuse_gaps(self, info: Any, layer: int | None, missing: Iterable[str], *, bare: bool) -> None:
         inside = self._names_within(layer)
-        without = tuple(f"{each.name}." for each in self.experts if bare and each.layer == layer)
+        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
         gaps = sorted(name for name in missing if inside(name) and not (without and name.startswith(without)))
         gaps += sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
         if gaps:
@@ -307,10 +291,10 @@ class Layerwise:
             if key in self._patterns:
                 groups.setdefault(self._targets[key], []).append(key)
         converters = {
-            pattern: each
-            for each in self._conversions
-            if isinstance(each, WeightConverter)
-            for pattern in each.source_patterns
+            pattern: conversion
+            for conversion in self._conversions
+            if isinstance(conversion, WeightConverter)
+            for pattern in conversion.source_patterns
         }
         merged: dict[str, Tensor] = {}
         plan = self.body._get_dtype_plan(self.dtype)
@@ -387,13 +371,13 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, shards: Shards) -> tor
     named = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(named, torch.dtype):
         return named
-    first = next((each.dtype for each in shards.tensors.values() if each.dtype.is_floating_point), torch.float32)
+    first = next((tensor.dtype for tensor in shards.tensors.values() if tensor.dtype.is_floating_point), torch.float32)
     return first
 
 
 def _find_layers(body: nn.Module, experts: tuple[Experts, ...], subject: object) -> tuple[str, nn.ModuleList]:
     """The list of layers that holds all experts, and its name."""
-    prefixes = {re.split(r"\.\d+\.", each.name)[0] for each in experts}
+    prefixes = {re.split(r"\.\d+\.", block.name)[0] for block in experts}
     if len(prefixes) == 1:
         (prefix,) = prefixes
         layers = body.get_submodule(prefix)

@@ -38,12 +38,12 @@ class Rehearsal:
     Attributes:
         bare: Whether the last layer can do without its experts' weights.
         top_k: Choices of a token in its first layer with routed experts.
-        widths_handed_on: Numbers that a layer hands on for a token, in multiples of the hidden size.
+        state_widths: Numbers that a layer gives to the next for a token, in multiples of the hidden size.
     """
 
     bare: bool
     top_k: int
-    widths_handed_on: float
+    state_widths: float
 
 
 def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dtype) -> Rehearsal:
@@ -143,22 +143,21 @@ def _run_streamed(
     routing: Routing = [{} for _ in inputs]
     states: list[Any] = [None for _ in inputs]
     widths = 0.0
-    hidden_size = int(getattr(config.get_text_config(), "hidden_size", 0) or 1)
     model = Model(small.body, checkpoint.tokenizer, small.experts, {})
     try:
         with ready_to_record(model):
-            small.load_rest()
+            small.load(None)
             last = small.experts[-1].layer
             for layer in range(last + 1):
                 small.load(layer, bare=bare and layer == last)
-                own = [each for each in small.experts if each.layer == layer]
+                own = [block for block in small.experts if block.layer == layer]
                 with RouterWatch(own, stop_at=layer if layer == last and bare else None) as watch:
                     for index, batch in enumerate(inputs):
                         choices, states[index] = run_layer(small, watch, layer, batch, states[index])
                         routing[index] |= choices
                 if layer == 0 and last:
-                    handed_on = sum(tensor.numel() for tensor in _tensors(states[0]))
-                    widths = handed_on / inputs[0]["input_ids"].numel() / hidden_size
+                    state_numbers = sum(tensor.numel() for tensor in _tensors(states[0]))
+                    widths = state_numbers / inputs[0]["input_ids"].numel() / small.hidden_size
                 small.free(layer)
     finally:
         small.close()
@@ -207,7 +206,7 @@ def _first_difference(left: Routing, right: Routing) -> int | None:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, tuple | list) else []
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
 
 
 def _no_small_model(checkpoint: Checkpoint, error: Exception) -> ModelNotStreamable:

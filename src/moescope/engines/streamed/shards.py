@@ -12,8 +12,8 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -63,9 +63,9 @@ class StoredTensor:
             raise IndexError("a stored tensor is read whole")
         # Where matrices start in memory changes the last bit of some products. Loaded whole, a tensor starts where it
         # does in its file, counted from a page, so here it does, too.
-        room = torch.empty(self.nbytes + 2 * _LINE_BYTES, dtype=torch.uint8)
-        skip = (self._start - room.data_ptr()) % _LINE_BYTES if self._start % self.dtype.itemsize == 0 else 0
-        tensor = room[skip : skip + self.nbytes].view(self.dtype).view(self.shape)
+        padded = torch.empty(self.nbytes + 2 * _LINE_BYTES, dtype=torch.uint8)
+        skip = (self._start - padded.data_ptr()) % _LINE_BYTES if self._start % self.dtype.itemsize == 0 else 0
+        tensor = padded[skip : skip + self.nbytes].view(self.dtype).view(self.shape)
         self.read_into(tensor)
         return tensor
 
@@ -81,7 +81,7 @@ class StoredTensor:
             self._shard.read(out.view(-1).view(torch.uint8).numpy().data, self._start)
 
 
-class Shards:
+class Shards(AbstractContextManager["Shards"]):
     """The safetensors files of a checkpoint, opened for reading.
 
     Attributes:
@@ -106,16 +106,13 @@ class Shards:
         """Bytes read from the files so far, headers included; what is only fetched ahead does not count twice."""
         return sum(shard.bytes_read for shard in self._files)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the files."""
-        return sum(shard.size for shard in self._files)
-
     def fetch_ahead(self, names: Iterable[str]) -> None:
         """Ask the system, from a thread, to read these tensors into its page cache; where it cannot, do nothing."""
         if hasattr(os, "posix_fadvise"):
-            places = sorted((self.tensors[name] for name in names), key=lambda each: (each._shard.path, each._start))
-            self._ahead.submit(self._advise, [(each._shard, each._start, each.nbytes) for each in places])
+            places = sorted(
+                (self.tensors[name] for name in names), key=lambda tensor: (tensor._shard.path, tensor._start)
+            )
+            self._ahead.submit(self._advise, [(tensor._shard, tensor._start, tensor.nbytes) for tensor in places])
 
     def _advise(self, places: list[tuple[_Shard, int, int]]) -> None:
         for shard, start, nbytes in places:
@@ -131,10 +128,7 @@ class Shards:
         for shard in self._files:
             shard.close()
 
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -102,7 +102,7 @@ def _shrink_part(part: Any, factor: int, num_layers: int) -> None:
 def _shrink_sections(rope: dict[str, Any], factor: int) -> dict[str, Any]:
     """Rotary parameters whose sections, which add up to half a head, are shrunk like it."""
     return {
-        name: [each // factor for each in value]
+        name: [section // factor for section in value]
         if name.endswith("_section") and isinstance(value, list)
         else _shrink_sections(value, factor)
         if isinstance(value, dict)

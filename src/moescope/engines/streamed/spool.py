@@ -19,10 +19,10 @@ import json
 import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ from moescope.engines.interrupts import despite_interrupts
 from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
+from moescope.trace.locks import locked
+
+
+class Chosen(NamedTuple):
+    """What a layer chose for every token of the corpus, shapes (token, choice); weights are None if not recorded."""
+
+    expert_ids: NDArray[np.integer[Any]]
+    gate_weights: NDArray[np.float32] | None
 
 
 class States:
@@ -128,7 +136,7 @@ class States:
                 entry["crc32"] = zlib.crc32(_bytes(value))
             return entry
         if isinstance(value, tuple | list):
-            return [isinstance(value, tuple), [self._write_value(each) for each in value]]
+            return [isinstance(value, tuple), [self._write_value(item) for item in value]]
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise ModelNotStreamable("streaming", f"a layer returns a {type(value).__name__}, which cannot be spooled")
@@ -142,7 +150,7 @@ class States:
                     raise ValueError(f"bytes {entry['start']} and on are not those written")
             return tensor
         if isinstance(entry, list):
-            values = [self._read_value(each) for each in entry[1]]
+            values = [self._read_value(item) for item in entry[1]]
             return tuple(values) if entry[0] else values
         return entry
 
@@ -173,7 +181,7 @@ class States:
             done += count
 
 
-class Spool:
+class Spool(AbstractContextManager["Spool"]):
     """The work folder, created or resumed, locked while it is open.
 
     Args:
@@ -192,7 +200,7 @@ class Spool:
         TraceMismatch: It holds the work of another recording; what differs is named.
         TraceBusy: Another process is at it.
         TraceDamaged: A finished file is missing or fails its checksum.
-        DiskFull: There is no room.
+        DiskFull: The disk is full.
     """
 
     def __init__(
@@ -202,7 +210,7 @@ class Spool:
         self._recorded = tuple(layer.layer for layer in plan.layers)
         self._with_weights = plan.weights
         self._memory = _Memory(memory)
-        self._lock: int | None = None
+        self._lock = ExitStack()
         self._behind = ThreadPoolExecutor(1, "commit")
         self._pending: Future[None] | None = None
         self._states: States | None = None
@@ -210,7 +218,7 @@ class Spool:
             raise TraceExists(path, "exists and is not the work of a streamed recording", "move it away")
         with checksums.no_room(path):
             path.mkdir(parents=True, exist_ok=True)
-        self._lock = work.lock(path)
+        self._lock.enter_context(locked(path))
         try:
             try:
                 self._begin(plan, tokens)
@@ -235,20 +243,13 @@ class Spool:
         with checksums.no_room(self.path):
             return States(self.path, _states(layer), self._memory)
 
-    def commit(
-        self,
-        layer: int,
-        states: States | None,
-        expert_ids: NDArray[np.integer[Any]] | None,
-        gate_weights: NDArray[np.float32] | None,
-    ) -> None:
+    def commit(self, layer: int, states: States | None, chosen: Chosen | None) -> None:
         """Finish a layer; its files are synced and listed while the next layer runs.
 
         Args:
             layer: Index of the layer.
             states: What it returned, from `states_of`; None for the last layer.
-            expert_ids: What it chose, shape (token, choice); None if it is not recorded.
-            gate_weights: The weights, if they are recorded, of the same shape.
+            chosen: What it chose; None if it is not recorded.
         """
         try:
             self.settle()
@@ -259,7 +260,7 @@ class Spool:
         before, self._states = self._states, states
         if before is not None:
             before.close()
-        self._pending = self._behind.submit(self._commit, layer, states, expert_ids, gate_weights, before)
+        self._pending = self._behind.submit(self._commit, layer, states, chosen, before)
         self.next_layer = layer + 1
 
     def settle(self) -> None:
@@ -268,14 +269,14 @@ class Spool:
             self._pending.result()
             self._pending = None  # only now: after Ctrl-C `close` waits for it
 
-    def choices(self, layer: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32] | None]:
-        """What a layer chose and, if recorded, the gate weights, each of shape (token, choice), not yet read."""
+    def choices(self, layer: int) -> Chosen:
+        """What a layer chose, not yet read."""
         names = [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
         try:
             arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in names]
         except (OSError, ValueError) as error:
             raise work.damaged(self.path, f"what layer {layer} chose cannot be read: {error}") from None
-        return arrays[0], arrays[1] if self._with_weights else None
+        return Chosen(arrays[0], arrays[1] if self._with_weights else None)
 
     def close(self) -> None:
         """Let go of the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
@@ -285,27 +286,15 @@ class Spool:
         if self._states is not None:
             self._states.close()
             self._states = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
         if interrupt is not None:
             raise interrupt
 
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _commit(
-        self,
-        layer: int,
-        states: States | None,
-        expert_ids: NDArray[np.integer[Any]] | None,
-        gate_weights: NDArray[np.float32] | None,
-        before: States | None,
-    ) -> None:
-        for name, array in ((_choices(layer), expert_ids), (_weights(layer), gate_weights)):
+    def _commit(self, layer: int, states: States | None, chosen: Chosen | None, before: States | None) -> None:
+        for name, array in zip((_choices(layer), _weights(layer)), chosen or (), strict=False):
             if array is not None:
                 checksums.commit(self.path, name, partial(_save, array=array))
         if states is not None:
@@ -316,9 +305,9 @@ class Spool:
     def _differences(self, plan: Header, tokens: str) -> list[str]:
         if not (self.path / PLAN).exists():
             return []
-        found = work.read_plan(self.path)
-        differences = plan.differences(Header.from_json(json.dumps(found["header"]), self.path))
-        if not differences and found.get("tokens") != tokens:
+        begun = work.read_plan(self.path)
+        differences = plan.differences(Header.from_json(json.dumps(begun["header"]), self.path))
+        if not differences and begun.get("tokens") != tokens:
             differences = ["the tokens of the corpus"]
         return differences
 
@@ -332,7 +321,7 @@ class Spool:
         if not (self.path / PLAN).exists():
             checksums.rewrite(self.path, {})
             text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
-            checksums.commit(self.path, PLAN, lambda file: _write(file, text.encode()))
+            checksums.commit_bytes(self.path, PLAN, text.encode())
 
     def _resume(self) -> int:
         """Drop what a kill left unfinished; open the states of the last finished layer and return the one after it."""
@@ -384,7 +373,7 @@ def move(value: Any, device: torch.device) -> Any:
     """What a layer returned, its tensors contiguous on a device."""
     if isinstance(value, Tensor):
         return value.to(device).contiguous()
-    return type(value)(move(each, device) for each in value) if type(value) in (tuple, list) else value
+    return type(value)(move(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -394,15 +383,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _nbytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
-    return sum(_nbytes(each) for each in value) if isinstance(value, tuple | list) else 0
+    return sum(_nbytes(item) for item in value) if isinstance(value, tuple | list) else 0
 
 
 def _save(file: BinaryIO, array: NDArray[Any]) -> None:
     np.save(file, array, allow_pickle=False)
-
-
-def _write(file: BinaryIO, text: bytes) -> None:
-    file.write(text)
 
 
 def _choices(layer: int) -> str:

@@ -3,7 +3,7 @@
 Unit: one `Reading` a routed block. Convention: what is read is what the block **acts** on: the arguments of its
 experts, or the very output of its router that it goes on with. A block is known by the name of its class, so it is read
 wherever it stands. What an adapter finds must have the shape it was written for; another version of transformers may
-hand over something else, and then the block is refused by name.
+give something else, and then the block is refused by name.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Read = Callable[[tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How a routed block tells what it chose.
+    """How a routed block shows what it chose.
 
     Attributes:
         read: From arguments and output, the chosen ids and their gate weights, each of shape (token, choice).
         called: The module whose arguments tell; None if the router's output alone does.
-        router: The module whose output tells; None if the arguments alone do.
+        router: The module whose output shows it; None if the arguments alone do.
         num_experts: Routed experts.
         num_null_experts: Ids after the routed ones that run no expert.
         num_shared_experts: Experts inside the block that always run, where nothing else shows them.
@@ -89,7 +89,7 @@ def _llama4(block: Any) -> Reading:
 
 
 def _jetmoe(block: Any) -> Reading:
-    """The router hands over assignments sorted by expert: the place of each before sorting, gates, and loads."""
+    """The router returns assignments sorted by expert: the place of each before sorting, gates, and loads."""
     top_k, num_experts = block.router.top_k, block.router.num_experts
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Any, Any]:

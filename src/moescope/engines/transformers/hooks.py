@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,9 +46,7 @@ class PredictingHooks(Protocol):
 
     def __enter__(self) -> object: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def take(self, num_tokens: int) -> Mapping[int, Mapping[int, NDArray[np.int16]]]:
         """What was predicted in the last pass: for each layer and distance ids of shape (token, predicted)."""
@@ -123,21 +120,21 @@ class RouterWatch:
         self._stop_at = stop_at
         self._lookahead = lookahead
         self._calls: list[tuple[Experts, Tensor, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
-            self._handles += listen(experts, self._note(experts))
+            self.handles += listen(experts, self.note(experts))
         if self._lookahead is not None:
             self._lookahead.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._handles:
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         if self._lookahead is not None:
-            self._lookahead.__exit__(kind, error, at)
+            self._lookahead.__exit__()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they chose.
@@ -180,16 +177,18 @@ class RouterWatch:
                     f"rows, expected once with {expected}",
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
-        found = {}
+        choices = {}
         predicted: Mapping[int, Mapping[int, NDArray[np.int16]]]
         predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
                 ids, weights = _without_start(ids, num_sequences), _without_start(weights, num_sequences)
-            found[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
-        return found
+            choices[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
+        return choices
 
-    def _note(self, experts: Experts) -> Tell:
+    def note(self, experts: Experts) -> Tell:
+        """What is called when this layer chooses."""
+
         def note(ids: Tensor, weights: Tensor) -> None:
             # Copied at once: a router may answer from a buffer that it fills again, or a model change its answer.
             self._calls.append((experts, ids.clone(), weights.clone()))
@@ -202,7 +201,7 @@ class RouterWatch:
 @cache
 def _takes_use_cache(forward: Callable[..., Any]) -> bool:
     parameters = inspect.signature(forward).parameters.values()
-    return any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    return any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _after_start(model: Any, input_ids: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ class Lookahead:
             )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -125,12 +124,12 @@ class Lookahead:
             RouterSilent: A router was passed by, or not called with every token.
             ModelUnsupported: An id is none of the layer's.
         """
-        found, self._found = self._found, {}
+        predictions, self._found = self._found, {}
         taken: dict[int, dict[int, NDArray[np.int16]]] = {}
         for source, targets in self.targets.items():
             for distance, target in targets:
                 router = self.routers[target]
-                ids = found.get(target, {}).get(distance)
+                ids = predictions.get(target, {}).get(distance)
                 if ids is None or ids.shape != (num_tokens, router.num_predicted):
                     raise RouterSilent(
                         f"layer {source}",
@@ -186,7 +185,9 @@ def check_distances(distances: Sequence[int], num_layers: int, subject: object) 
         ValueError: One is no whole number from 1.
         NoSuchLayer: No two of the layers are so far apart.
     """
-    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 1 for each in distances):
+    if not all(
+        isinstance(distance, int) and not isinstance(distance, bool) and distance >= 1 for distance in distances
+    ):
         raise ValueError(f"distances to look ahead are whole numbers from 1, not {tuple(distances)}")
     if distances and max(distances) >= num_layers:
         most = f"distances go up to {num_layers - 1}" if num_layers > 1 else "there is no layer to look ahead to"
@@ -214,14 +215,14 @@ def find_lookahead(
     with _Finder(body, experts) as finder:
         finder.run(body, inputs)
     kept = {id(tensor) for tensors in (body.parameters(), body.buffers()) for tensor in tensors}
-    routers = {each.layer: _router(each, finder, kept, f"{subject} ({family})") for each in experts}
+    routers = {block.layer: _router(block, finder, kept, f"{subject} ({family})") for block in experts}
     targets: dict[int, list[tuple[int, int]]] = {}
-    for place, each in enumerate(experts):
+    for place, block in enumerate(experts):
         for distance in distances:
             if place + distance < len(experts):
-                targets.setdefault(each.layer, []).append((distance, experts[place + distance].layer))
-    for source, found in targets.items():
-        for _, target in found:
+                targets.setdefault(block.layer, []).append((distance, experts[place + distance].layer))
+    for source, later in targets.items():
+        for _, target in later:
             if not routers[target].alone:
                 raise ModelUnsupported(
                     f"{subject} ({family})",
@@ -269,7 +270,7 @@ class _Finder(RouterWatch):
     def __init__(self, body: Any, experts: Sequence[Experts]) -> None:
         super().__init__(experts)
         self.body = body
-        self.layers = {each.layer: _Layer() for each in experts}
+        self.layers = {block.layer: _Layer() for block in experts}
         self.hidden: dict[int, Tensor] = {}
 
     def __enter__(self) -> _Finder:
@@ -279,7 +280,7 @@ class _Finder(RouterWatch):
             own = f"{experts.name}."
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
-                    self._handles.append(
+                    self.handles.append(
                         module.register_forward_hook(self._see(self.layers[experts.layer]), with_kwargs=True)
                     )
         super().__enter__()
@@ -292,8 +293,8 @@ class _Finder(RouterWatch):
 
         return after
 
-    def _note(self, experts: Experts) -> Callable[[Tensor, Tensor], None]:
-        note = super()._note(experts)
+    def note(self, experts: Experts) -> Callable[[Tensor, Tensor], None]:
+        note = super().note(experts)
 
         def tell(ids: Tensor, weights: Tensor) -> None:
             layer = self.layers[experts.layer]
@@ -308,16 +309,18 @@ def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> 
     seen = finder.layers[experts.layer]
     assert seen.ids is not None  # RouterWatch refuses a layer that is silent
     assert seen.weights is not None
-    found = None if experts.drops or experts.in_decoder else _giver(experts, seen.calls, seen.ids, seen.weights)
-    if found is None:
+    giving = None if experts.drops or experts.in_decoder else _giver(experts, seen.calls, seen.ids, seen.weights)
+    if giving is None:
         reason = "capacity drops assignments" if experts.drops else "no module gives the ids that reach its experts"
         raise ModelUnsupported(
             subject, f"layer {experts.layer} cannot be predicted from another one's hidden states: {reason}", _HINT
         )
-    call, read = found
+    call, read = giving
     named: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     given = {place: value for place, value in named if not isinstance(value, _CONSTANTS) and id(value) not in kept}
-    place = next((at for at, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()), None)
+    place = next(
+        (name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()), None
+    )
     if place is None:
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} is not called with hidden states", _HINT)
     alone = len(given) == 1
@@ -334,32 +337,32 @@ def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> 
 def _giver(experts: Experts, calls: Sequence[_Seen], ids: Tensor, weights: Tensor) -> tuple[_Seen, Read] | None:
     """The call that gave the ids, and how to read them from its output."""
     if experts.called is None:
-        call = next((each for each in reversed(calls) if each.module is experts.router), None)
+        call = next((call for call in reversed(calls) if call.module is experts.router), None)
         return None if call is None else (call, experts.read)
     num_choices = ids.shape[1]
     for call in calls:
         given = list(_tensors(call.output))
-        at = next((at for at, each in enumerate(given) if _same(each, ids)), None)
-        if at is None:
+        index = next((index for index, tensor in enumerate(given) if _same(tensor, ids)), None)
+        if index is None:
             continue
-        alike = [each.is_floating_point() and each.numel() == ids.numel() for each in given]
-        equal = [fits and _same(each, weights) for fits, each in zip(alike, given, strict=True)]
-        rank_at = equal.index(True) if any(equal) else alike.index(True) if any(alike) else None
+        alike = [tensor.is_floating_point() and tensor.numel() == ids.numel() for tensor in given]
+        equal = [fits and _same(tensor, weights) for fits, tensor in zip(alike, given, strict=True)]
+        rank_index = equal.index(True) if any(equal) else alike.index(True) if any(alike) else None
 
-        return call, _reader(at, rank_at, num_choices)
+        return call, _reader(index, rank_index, num_choices)
     return None
 
 
-def _reader(at: int, rank_at: int | None, num_choices: int) -> Read:
+def _reader(index: int, rank_index: int | None, num_choices: int) -> Read:
     """Reads the ids, and what they rank by, from two places of an output; without the latter they keep their order."""
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
         given = list(_tensors(output))
-        width = given[at].shape[-1] if given[at].dim() > 1 else num_choices
-        ids = given[at].reshape(-1, width)
-        if rank_at is None:
+        width = given[index].shape[-1] if given[index].dim() > 1 else num_choices
+        ids = given[index].reshape(-1, width)
+        if rank_index is None:
             return ids, torch.arange(width, 0, -1.0, device=ids.device).expand(len(ids), width)
-        return ids, given[rank_at].reshape(-1, width)
+        return ids, given[rank_index].reshape(-1, width)
 
     return read
 
@@ -396,8 +399,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
+        for item in value:
+            yield from _tensors(item)
     elif isinstance(value, Mapping):
         yield from _tensors(tuple(value.values()))
 

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
+from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.batches import Batching
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.lookahead import Lookahead, check_distances, find_lookahead
@@ -26,34 +27,20 @@ from moescope.engines.transformers.provenance import (
     describe_body,
     describe_layer,
     tensors_fingerprint,
-    text_config,
 )
 from moescope.engines.transformers.routers import (
     Experts,
-    Router,
     find_experts,
     find_left_out,
     given_experts,
     num_layers,
     select_experts,
+    text_config,
     text_tower,
 )
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import ModelDamaged, ModelNotFound, ModelUnsupported
 from moescope.trace import Layer
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A checkpoint spread over devices, memory and disk by accelerate.
-
-    Attributes:
-        device_map: ``auto``, ``balanced``, ``balanced_low_0``, ``sequential``, or a device for each module.
-        offload_folder: Where a temporary folder holds what is put on disk, until the recording is over.
-    """
-
-    device_map: str | Mapping[str, int | str]
-    offload_folder: Path
 
 
 @dataclass(frozen=True)
@@ -84,9 +71,14 @@ class Model:
         return device
 
     @property
+    def text_config(self) -> Any:
+        """Its configuration, of what reads text; None if it has none."""
+        return text_config(getattr(self.body, "config", None))
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sequence the model was made for, if it says so."""
-        limit = getattr(text_config(self.body), "max_position_embeddings", None)
+        limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
@@ -99,7 +91,7 @@ class Model:
 
     def masks_blocks(self, window: int) -> bool:
         """Whether torch, on a CPU, would compute attention that a mask then throws away: beyond a sliding window."""
-        config = text_config(self.body)
+        config = self.text_config
         reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         return (
             isinstance(reach, int)
@@ -145,100 +137,70 @@ class Checkpoint:
     elsewhere: tuple[str, ...] = ()
 
 
-def load_model(
-    path: Path | str,
-    *,
-    layers: Sequence[int] | None,
-    dtype: str,
-    device: str | Spread,
-    block: str = "mlp",
-    trust_remote_code: bool = False,
-    lookahead: Sequence[int] = (),
-) -> Model:
+def load_model(path: Path | str, options: EngineOptions) -> Model:
     """Load a checkpoint; everything that can be refused is refused before its weights are read.
 
     Args:
         path: Folder of a checkpoint, or the name of one in the local Hugging Face cache. Nothing is downloaded.
-        layers: Layers to record, or None for all with routed experts.
-        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or several.
-        block: ``mlp`` or ``attention``: which routed blocks to record.
-        trust_remote_code: Run code that the checkpoint brings, with a warning; otherwise such a model is refused.
-        lookahead: Distances between its layers that will be asked for; one that is too large is refused.
+        options: How it is loaded; a device map needs an offload folder.
     Raises:
         ModelNotFound: There is no checkpoint.
         ModelDamaged: Its configuration or weights cannot be read, or lack a tensor.
         TokenizerMissing: It has no tokenizer.
         ModelNotMoE: It has no routed experts.
         ModelUnsupported: It has some whose routing cannot be read exactly.
-        NoSuchLayer: A layer asked for has no routed experts.
+        NoSuchLayer: A layer asked for has no routed experts, or no two are as far apart as is to be looked ahead.
     """
-    checkpoint = open_checkpoint(path, layers, block=block, trust_remote_code=trust_remote_code, lookahead=lookahead)
+    checkpoint = open_checkpoint(path, options)
     with quiet():
-        if isinstance(device, Spread):
-            whole, remove = _load_spread(checkpoint, dtype, device, trust_remote_code)
+        if options.device_map is not None:
+            whole, remove = _load_spread(checkpoint, options)
         else:
-            whole = _load_weights(checkpoint, trust_remote_code, dtype=dtype).to(find_device(device))
-            remove = None
+            whole, remove = _load_weights(checkpoint, options).to(find_device(options.device)), None
     body = text_tower(whole)
-    experts = find_experts(body, checkpoint.name, block=block)
+    experts = find_experts(body, checkpoint.name, block=options.block)
     left_out = (*find_left_out(whole, experts), *checkpoint.elsewhere)
     fingerprint = checkpoint_fingerprint(checkpoint.folder)
-    model = describe(body, checkpoint.tokenizer, experts, layers, checkpoint.name, fingerprint, left_out)
+    model = describe(body, checkpoint.tokenizer, experts, options.layers, checkpoint.name, fingerprint, left_out)
     return model if remove is None else replace(model, remove_offloaded=remove)
 
 
-def open_checkpoint(
-    path: Path | str,
-    layers: Sequence[int] | None,
-    *,
-    block: str = "mlp",
-    trust_remote_code: bool = False,
-    lookahead: Sequence[int] = (),
-) -> Checkpoint:
+def open_checkpoint(path: Path | str, options: EngineOptions) -> Checkpoint:
     """Find a checkpoint, and refuse what can be refused before its weights are read; as `load_model`."""
     folder = find_checkpoint(path)
     with quiet():
-        config = _load_config(folder, trust_remote_code)
+        config = _load_config(folder, options.trust_remote_code)
         kind, config, renamed, elsewhere = _how_to_build(config)
         with torch.device("meta"):
-            skeleton = text_tower(_build(kind, config, path, trust_remote_code))
-        experts = select_experts(find_experts(skeleton, path, block=block), layers, num_layers(config), path)
-        check_distances(lookahead, len(experts), path)
-        tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
+            skeleton = text_tower(_build(kind, config, path, options.trust_remote_code))
+        experts = find_experts(skeleton, path, block=options.block)
+        experts = select_experts(experts, options.layers, num_layers(config), path)
+        check_distances(options.lookahead, len(experts), path)
+        tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
     name = folder.resolve().name if Path(path).is_dir() else str(path)
     return Checkpoint(folder, name, config, tokenizer, kind, renamed, elsewhere)
 
 
-def adopt_model(
-    model: Any,
-    tokenizer: Any,
-    *,
-    layers: Sequence[int] | None,
-    block: str = "mlp",
-    routers: Sequence[Router] | None = None,
-) -> Model:
+def adopt_model(model: Any, tokenizer: Any, options: EngineOptions) -> Model:
     """Take a model and a tokenizer that the caller has loaded; both are left as they are.
 
     Args:
-        model: A model of transformers; with `routers`, any module that is called with ``input_ids``.
+        model: A model of transformers; with routers in the options, any module that is called with ``input_ids``.
         tokenizer: A tokenizer of transformers.
-        layers: Layers to record, or None for all with routed experts.
-        block: ``mlp`` or ``attention``: which routed blocks to record.
-        routers: How to read the model's routers, if it is not one that moescope knows.
+        options: What is read of it.
     Raises:
         ValueError: A router is not in the model.
         MoescopeError: As `load_model`.
     """
     name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
-    if routers is not None:
-        body, experts = model, given_experts(model, routers)
+    if options.routers is not None:
+        body, experts = model, given_experts(model, options.routers)
         left_out: tuple[str, ...] = ()
     else:
         body = text_tower(model.base_model)
-        experts = find_experts(body, name, block=block)
+        experts = find_experts(body, name, block=options.block)
         left_out = find_left_out(model.base_model, experts)
-    return describe(body, Tokenizer(tokenizer), experts, layers, name, tensors_fingerprint(body), left_out)
+    return describe(body, Tokenizer(tokenizer), experts, options.layers, name, tensors_fingerprint(body), left_out)
 
 
 def find_device(device: str) -> torch.device:
@@ -316,9 +278,9 @@ def accelerate_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """The hooks by which accelerate moves weights and inputs, each with its module."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
-            if each is not None:
-                yield module, each
+        for single in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
+            if single is not None:
+                yield module, single
 
 
 @contextmanager
@@ -345,7 +307,7 @@ def ready_to_record(model: Model) -> Iterator[None]:
     No other implementation of the experts is faster on a CPU, and some are far slower (docs/decisions/log.md).
     """
     training = [module for module in model.body.modules() if module.training]
-    configs = {id(config): config for each in model.experts if (config := getattr(each.module, "config", None))}
+    configs = {id(config): config for block in model.experts if (config := getattr(block.module, "config", None))}
     before = {key: getattr(config, "_experts_implementation", None) for key, config in configs.items()}
     try:
         model.body.eval()
@@ -372,7 +334,7 @@ def describe(
 ) -> Model:
     """A model ready to be recorded, from its body, which need not be loaded yet."""
     selected = select_experts(experts, layers, num_layers(getattr(body, "config", None)), name)
-    for message in dict.fromkeys(each.warning for each in selected if each.warning):
+    for message in dict.fromkeys(block.warning for block in selected if block.warning):
         warnings.warn(f"{name}: {message}", stacklevel=2)
     description = describe_body(body, selected, name, fingerprint, left_out)
     return Model(body, tokenizer, selected, description)
@@ -430,24 +392,22 @@ def _unknown_family(folder: Path) -> str | None:
     return str(family) if family not in transformers.CONFIG_MAPPING else None
 
 
-def _load_spread(
-    checkpoint: Checkpoint, dtype: str, spread: Spread, trust_remote_code: bool
-) -> tuple[Any, Callable[[], object]]:
+def _load_spread(checkpoint: Checkpoint, options: EngineOptions) -> tuple[Any, Callable[[], object]]:
     """The model, and what removes the folder with its offloaded weights, which is gone with the model at the latest."""
-    spread.offload_folder.mkdir(parents=True, exist_ok=True)
-    offloaded = tempfile.mkdtemp(prefix="moescope-offload-", dir=spread.offload_folder)
+    assert options.offload_folder is not None
+    options.offload_folder.mkdir(parents=True, exist_ok=True)
+    offloaded = tempfile.mkdtemp(prefix="moescope-offload-", dir=options.offload_folder)
     try:
-        device_map = spread.device_map if isinstance(spread.device_map, str) else dict(spread.device_map)
-        body = _load_weights(
-            checkpoint, trust_remote_code, dtype=dtype, device_map=device_map, offload_folder=offloaded
-        )
+        given = options.device_map
+        device_map = dict(given) if isinstance(given, Mapping) else given
+        body = _load_weights(checkpoint, options, device_map=device_map, offload_folder=offloaded)
     except BaseException:
         shutil.rmtree(offloaded, ignore_errors=True)
         raise
     return body, weakref.finalize(body, shutil.rmtree, offloaded, ignore_errors=True)
 
 
-def _load_weights(checkpoint: Checkpoint, trust_remote_code: bool, **options: Any) -> Any:
+def _load_weights(checkpoint: Checkpoint, options: EngineOptions, **placement: Any) -> Any:
     folder = checkpoint.folder
     try:
         body, loading = checkpoint.kind.from_pretrained(
@@ -455,12 +415,13 @@ def _load_weights(checkpoint: Checkpoint, trust_remote_code: bool, **options: An
             config=checkpoint.config,
             local_files_only=True,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             key_mapping=checkpoint.renamed or None,
-            **options,
+            dtype=options.dtype,
+            **placement,
         )
     except Exception as error:  # whatever a damaged file makes three libraries raise
-        hint = "does the device map name every module?" if "device_map" in options else None
+        hint = "does the device map name every module?" if placement else None
         raise ModelDamaged(folder, f"its weights cannot be loaded: {error}", hint) from error
     lacking = sorted({*loading["missing_keys"], *(str(key) for key in loading.get("mismatched_keys", ()))})
     if lacking:  # transformers would go on with random values

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moescope.engines import provenance
-from moescope.engines.transformers.routers import Experts, hidden_size, num_layers
+from moescope.engines.transformers.routers import Experts, hidden_size, num_layers, text_config
 from moescope.trace import Layer
 
 HASHED_WHOLE_BYTES = 10**9
@@ -37,7 +37,7 @@ def describe_body(
     """
     config = getattr(body, "config", None)
     architectures = getattr(config, "architectures", None) or [type(body).__name__]
-    return provenance.describe_model(
+    return provenance.ModelProvenance(
         name=name,
         family=str(getattr(config, "model_type", None) or "custom"),
         architecture=str(architectures[0]),
@@ -47,13 +47,15 @@ def describe_body(
         fingerprint=fingerprint,
         expert_widths=_expert_widths(experts, hidden_size(config)),
         router=_router(body, experts[0]),
-        not_recorded=left_out,
-    )
+        not_recorded=list(left_out),
+    ).described()
 
 
 def _expert_widths(experts: Sequence[Experts], hidden_size: int | None) -> list[int] | None:
     """Widths of the experts, read off their stacked down projections; None if the experts are not stacked."""
-    shapes: list[tuple[int, ...]] = [getattr(getattr(each.module, "down_proj", None), "shape", ()) for each in experts]
+    shapes: list[tuple[int, ...]] = [
+        getattr(getattr(block.module, "down_proj", None), "shape", ()) for block in experts
+    ]
     if hidden_size is None or not all(len(shape) == 3 and hidden_size in shape[1:] for shape in shapes):
         return None
     return sorted({shape[1] * shape[2] // hidden_size for shape in shapes})
@@ -75,7 +77,7 @@ def describe_run(body: Any, experts: Experts, device: torch.device) -> dict[str,
         experts: One of its layers.
         device: Where inputs go.
     """
-    config = text_config(body)
+    config = text_config(getattr(body, "config", None))
     experts_config = getattr(experts.module, "config", config)
     return provenance.describe_run(
         device=device.type,
@@ -132,10 +134,3 @@ def tensors_fingerprint(model: nn.Module) -> str:
         values = values if whole else values[:: max(1, len(values) // 4096)]
         digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def text_config(body: Any) -> Any:
-    """The configuration of what reads text; None if the model has none."""
-    config = getattr(body, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config

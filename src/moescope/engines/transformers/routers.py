@@ -23,9 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moescope.engines.transformers.adapters import Read, Reading, find_adapter
+from moescope.engines.transformers.adapters import Reading, find_adapter
 from moescope.engines.transformers.batches import Batching
 from moescope.errors import ModelNotMoE, ModelUnsupported, NoSuchLayer
+from moescope.trace.header import ranges
 
 ID_PARAMETERS = frozenset({"top_k_index", "router_indices", "selected_experts"})
 WEIGHT_PARAMETERS = frozenset({"top_k_weights", "routing_weights"})
@@ -54,42 +55,21 @@ NEWER = "a newer transformers may call its experts with both"
 """The hint where a family is refused: from version to version more of them do."""
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, kw_only=True)
+class Experts(Reading):
     """The experts of one layer and how to read which of them were chosen.
 
     Attributes:
         layer: Index in the whole model, dense layers included; a decoder's follow its encoder's.
         name: Path in the model of the module that holds the experts.
         module: That module; where an adapter reads it, the router may be in it, too.
-        num_experts: Routed experts.
-        num_null_experts: Ids after the routed ones that run no expert (zero-compute experts, a skip expert).
-        num_shared_experts: Experts beside them that always run.
-        read: From the arguments of a call of `called`, and the output of `router`, the chosen ids and their gate
-            weights, each of shape (token, choice). The general rule needs no output.
-        called: The module whose arguments tell what was chosen; None if the router's output alone does.
-        router: The module whose output tells, too; None if the arguments alone do.
-        drops: Whether capacity may drop assignments: id -1, weight 0.
-        batching: Whether sequences may be ``padded``, must be of ``equal`` length, or have to run ``alone``.
-        block: ``mlp`` or ``attention``: what the experts replace.
         in_decoder: Whether it stands in the decoder of an encoder-decoder, which reads a token before each sequence.
-        warning: What the user must know before trusting the numbers; empty if nothing.
     """
 
     layer: int
     name: str
     module: nn.Module
-    num_experts: int
-    num_null_experts: int
-    num_shared_experts: int
-    read: Read
-    called: nn.Module | None
-    router: nn.Module | None = None
-    drops: bool = False
-    batching: Batching = "padded"
-    block: str = "mlp"
     in_decoder: bool = False
-    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,21 +133,21 @@ def find_experts(model: nn.Module, subject: object, *, block: str = "mlp") -> tu
             )
     if not candidates:
         _refuse_without_experts(config, subject)
-    found: dict[int, Experts] = {}
+    by_layer: dict[int, Experts] = {}
     for experts in candidates:
         if experts.block != block:
             continue
-        if (other := found.get(experts.layer)) is not None:
+        if (other := by_layer.get(experts.layer)) is not None:
             raise ModelUnsupported(
                 subject,
                 f"{_family(config)}: layer {experts.layer} has two routed blocks, {other.name} and {experts.name}; "
                 "moescope records models with one a layer",
             )
-        found[experts.layer] = experts
-    if not found:
+        by_layer[experts.layer] = experts
+    if not by_layer:
         others = " and ".join(sorted({experts.block for experts in candidates}))
         raise ModelUnsupported(subject, f"{_family(config)} routes no {block} blocks, only {others}")
-    return tuple(found[layer] for layer in sorted(found))
+    return tuple(by_layer[layer] for layer in sorted(by_layer))
 
 
 def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ...]:
@@ -179,7 +159,7 @@ def find_left_out(model: nn.Module, experts: Sequence[Experts]) -> tuple[str, ..
     Returns:
         Their paths, each once, with ``*`` for the index of the layer.
     """
-    taken = {id(module) for each in experts for module in each.module.modules()}
+    taken = {id(module) for block in experts for module in block.module.modules()}
     names = []
     for name, module in model.named_modules():
         routed = (name.rpartition(".")[2] == "experts" and _has_parameters(module)) or _is_routed(module)
@@ -194,7 +174,7 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
     Raises:
         ValueError: A path is not in the model or says no layer, or two routers are of one layer.
     """
-    found: dict[int, Experts] = {}
+    by_layer: dict[int, Experts] = {}
     for router in routers:
         try:
             module = model.get_submodule(router.module)
@@ -204,9 +184,9 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
         layer = int(index[1]) if index is not None else router.layer
         if layer is None:
             raise ValueError(f"{router.module} is in no numbered layer: say which, Router(layer=…)")
-        if layer in found:
-            raise ValueError(f"layer {layer} has two routers, {found[layer].name} and {router.module}")
-        found[layer] = Experts(
+        if layer in by_layer:
+            raise ValueError(f"layer {layer} has two routers, {by_layer[layer].name} and {router.module}")
+        by_layer[layer] = Experts(
             layer=layer,
             name=router.module,
             module=module,
@@ -219,9 +199,9 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
             drops=router.drops,
             batching=router.batching,
         )
-    if not found:
+    if not by_layer:
         raise ValueError("routers must name at least one router")
-    return tuple(found[layer] for layer in sorted(found))
+    return tuple(by_layer[layer] for layer in sorted(by_layer))
 
 
 def select_experts(
@@ -234,13 +214,13 @@ def select_experts(
     """
     if layers is None:
         return tuple(experts)
-    have = [each.layer for each in experts]
+    have = [block.layer for block in experts]
     for layer in layers:
         if layer not in have:
             dense = num_layers is not None and 0 <= layer < num_layers
             problem = f"layer {layer} has no routed experts" if dense else f"there is no layer {layer}"
-            raise NoSuchLayer(subject, f"{problem}; the layers with routed experts are {_ranges(have)}")
-    return tuple(each for each in experts if each.layer in set(layers))
+            raise NoSuchLayer(subject, f"{problem}; the layers with routed experts are {ranges(have)}")
+    return tuple(block for block in experts if block.layer in set(layers))
 
 
 def text_tower(model: Any) -> Any:
@@ -254,24 +234,30 @@ def text_tower(model: Any) -> Any:
     return model
 
 
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
 def num_layers(config: Any) -> int | None:
     """Layers of a model, those of an encoder and a decoder together; None if the configuration does not say."""
     if getattr(config, "is_encoder_decoder", False):
         stacks = [_whole_number(config, f"{stack}_layers", f"num_{stack}_layers") for stack in ("encoder", "decoder")]
         stacks[0] = stacks[0] or _whole_number(config, "num_layers")
         return sum(number for number in stacks if number) if all(stacks) else None
-    return _whole_number(_text_config(config), "num_hidden_layers")
+    return _whole_number(text_config(config), "num_hidden_layers")
 
 
 def hidden_size(config: Any) -> int | None:
     """Values of a hidden state; None if the configuration does not say."""
-    return _whole_number(_text_config(config), "hidden_size", "d_model")
+    return _whole_number(text_config(config), "hidden_size", "d_model")
 
 
 def _routed_blocks(model: nn.Module, subject: object) -> tuple[list[Experts], list[str]]:
     """Every routed block that text reaches, and the names of modules that hold experts and are not called as one."""
     tower = _language_model(model)
-    found: list[Experts] = []
+    blocks: list[Experts] = []
     uncovered: list[str] = []
     for name, module in model.named_modules():
         if not f"{name}.".startswith(tower) or _NOT_FOR_TEXT & set(name.split(".")):
@@ -281,10 +267,10 @@ def _routed_blocks(model: nn.Module, subject: object) -> tuple[list[Experts], li
         except (ValueError, AttributeError, TypeError, OSError) as error:
             raise ModelUnsupported(subject, f"{name} is not as its adapter knows it: {error}", NEWER) from error
         if reading is not None:
-            found.append(_describe(model, name, module, reading, subject))
+            blocks.append(_describe(model, name, module, reading, subject))
         elif name.rpartition(".")[2] == "experts" and _has_parameters(module):
             uncovered.append(name)
-    return found, uncovered
+    return blocks, uncovered
 
 
 def _language_model(model: Any) -> str:
@@ -344,22 +330,12 @@ def _describe(model: nn.Module, name: str, module: nn.Module, reading: Reading, 
         name, module = f"{name}.{reading.holder}", module.get_submodule(reading.holder)
     config = getattr(model, "config", None)
     in_decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in name[: index.start()].split(".")
-    return Experts(
-        layer=int(index[1]) + (_num_encoder_layers(model) if in_decoder else 0),
-        name=name,
-        module=module,
-        num_experts=reading.num_experts,
-        num_null_experts=reading.num_null_experts,
-        num_shared_experts=reading.num_shared_experts or _num_shared_experts(model, name, index.end(1)),
-        read=reading.read,
-        called=reading.called,
-        router=reading.router,
-        drops=reading.drops,
-        batching=reading.batching,
-        block="attention" if re.search("attn|attention", name[index.end(1) :]) else reading.block,
-        in_decoder=in_decoder,
-        warning=reading.warning,
-    )
+    in_place = {
+        "num_shared_experts": reading.num_shared_experts or _num_shared_experts(model, name, index.end(1)),
+        "block": "attention" if re.search("attn|attention", name[index.end(1) :]) else reading.block,
+    }
+    layer = int(index[1]) + (_num_encoder_layers(model) if in_decoder else 0)
+    return Experts(**vars(reading) | in_place, layer=layer, name=name, module=module, in_decoder=in_decoder)
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -393,7 +369,7 @@ def _num_shared_experts(model: nn.Module, name: str, end_of_layer: int) -> int:
     )
     if not shared:
         return 0
-    return _whole_number(_text_config(getattr(model, "config", None)), *_SHARED_FIELDS) or 1
+    return _whole_number(text_config(getattr(model, "config", None)), *_SHARED_FIELDS) or 1
 
 
 def _parents(name: str, end: int) -> Iterator[str]:
@@ -415,7 +391,7 @@ def _whole_number(config: Any, *names: str) -> int | None:
 def _refuse_without_experts(config: Any, subject: object) -> None:
     family = _family(config)
     for name in _MOE_FIELDS:
-        number = getattr(_text_config(config), name, None)
+        number = getattr(text_config(config), name, None)
         if isinstance(number, int) and number > 1:
             raise ModelUnsupported(
                 subject,
@@ -426,30 +402,8 @@ def _refuse_without_experts(config: Any, subject: object) -> None:
     raise ModelNotMoE(subject, f"{family} is not a mixture of experts: none of its layers has routed experts")
 
 
-def _text_config(config: Any) -> Any:
-    """The part of a configuration that describes the language model."""
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config
-
-
 def _family(config: Any) -> str:
     return str(getattr(config, "model_type", None) or "the model")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3, 5`` for 0, 1, 2, 3, 5.
-
-    Example:
-        >>> _ranges([0, 1, 2, 3, 5])
-        '0-3, 5'
-    """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(str(number) for number in run) for run in runs)
 
 
 def check_call(experts: Experts, ids: Any, weights: Any) -> tuple[Tensor, Tensor]:

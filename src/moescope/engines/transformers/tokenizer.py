@@ -61,10 +61,6 @@ class Tokenizer:
         ids = self._ids(text, add_special_tokens=False)
         return np.asarray(ids, np.uint32)
 
-    def num_tokens(self, text: str) -> int:
-        """Length of a text in tokens, none added."""
-        return len(self.encode(text))
-
     def description(self) -> dict[str, Any]:
         """Provenance for the header of a trace: class, fingerprint, added tokens."""
         return {
