@@ -67,6 +67,15 @@ ENDINGS = {
 _PLAIN = ("p", "q")
 """Endings whose unit is 1, whatever that of the value."""
 
+FRACTION = "fraction"
+"""Unit of a part of a whole, from 0 to 1; shown in per cent."""
+
+DIFFERENCE = "difference of fractions"
+"""Unit of one fraction less another, from -1 to 1; shown in points, with its sign."""
+
+EXPERT_ID = "expert id"
+"""Unit of a variable that names an expert, NaN for none."""
+
 TOTAL = "(all)"
 """Label of all domains together, unless a domain is called so (`with_total`)."""
 
@@ -99,8 +108,7 @@ def estimate(
         name: Name of the value.
         dims: Dims of all of them.
         long_name: Definition of the value.
-        units: Unit of all but the p-values: "fraction" for a part of a whole, which is shown in per cent; "bits";
-            "1" for ratios; or what is counted.
+        units: Unit of all but the p-values: `FRACTION`, `DIFFERENCE`, "bits", "1" for ratios, or what is counted.
         source: Where the definition is from.
         meanings: By ending, what it is if `ENDINGS` does not say it well, such as the null hypothesis.
         value: The value itself.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from math import isnan
+from math import isnan, nan
 
 import xarray as xr
 
-from moescope.reporting.numbers import MISSING, bits, number, percent, points, spread
-from moescope.reporting.tables import SIGNIFICANT, Cell
+from moescope.measures.schema import DIFFERENCE, EXPERT_ID, FRACTION
+from moescope.reporting.numbers import MISSING, bits, count, number, percent, points, spread
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, grid
 
 BY_DOCUMENT = "± the larger side of a 95 % interval, by document."
 CLUSTERED = "± the larger side of a 95 % interval, clustered by document."
+
+_DIGITS = {FRACTION: 1, DIFFERENCE: 1, "bits": 4}
 
 
 def values(at: xr.Dataset, *names: str) -> list[float]:
@@ -21,6 +24,38 @@ def values(at: xr.Dataset, *names: str) -> list[float]:
 def mark(q_value: xr.DataArray | float) -> str:
     """``*`` where a test found something."""
     return "*" if float(q_value) < SIGNIFICANT else ""
+
+
+def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
+    """A value in its unit, with the larger side of its interval, and the mark of its test.
+
+    Args:
+        place: One place of a result: no dims left. Of ``x_low``, ``x_high`` and ``x_q`` is shown what is in it.
+        name: The value.
+        digits: After the point; None for as many as the unit usually has.
+    """
+    value, unit = place[name].item(), place[name].attrs.get("units", "1")
+    digits = _DIGITS.get(unit, 2) if digits is None else digits
+    if isinstance(value, int):
+        return Cell(count(value))
+    if isnan(value) and unit in (DIFFERENCE, EXPERT_ID):
+        return Cell(MISSING)
+    low, high = values(place, f"{name}_low", f"{name}_high") if f"{name}_low" in place else (nan, nan)
+    if unit == FRACTION:
+        text, beside = percent(value, digits), spread(value, low, high, digits)
+    else:
+        half = max(value - low, high - value)
+        text = points(value, digits) if unit == DIFFERENCE else number(value, 0 if unit == EXPERT_ID else digits)
+        beside = (
+            "" if isnan(half) else f"±{100 * half:.{digits}f}" if unit == DIFFERENCE else f"±{number(half, digits)}"
+        )
+    return Cell(text, beside, mark(place[f"{name}_q"]) if f"{name}_q" in place else "")
+
+
+def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:
+    """A row a label of one dim, in it the cell of a variable a label of another dim."""
+    rows, columns = data[row].values.tolist(), data[column].values.tolist()
+    return grid(rows, columns, lambda here, there: cell(data.sel({row: here, column: there}), name, digits))
 
 
 def share_cell(at: xr.Dataset, name: str, low: str = "low", high: str = "high", digits: int = 1) -> Cell:

@@ -12,10 +12,62 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from moescope.measures.schema import DIFFERENCE, EXPERT_ID, FRACTION
+
 DIGITS = 6
+SIZES = ("documents", "tokens", "pairs")
+"""What a row rests on: the last columns."""
+
+SHAPES = ("num_experts", "num_ids", "top_k", "total")
+"""Coordinates that have no column: the metadata of a trace has them."""
 
 
-def tidy(data: xr.Dataset, names: Sequence[str], dims: Sequence[str]) -> pd.DataFrame:
+def tidy(result: xr.Dataset, *dims: str) -> pd.DataFrame:
+    """A result as rows: a row a combination of the dims, a column a variable that lies within them.
+
+    Columns are the dims, coordinates that name a row in another way, the variables in the order of the result, those
+    with fewer dims repeated, and `SIZES`. The unit is in the name: a fraction is in per cent, a difference of fractions
+    in points, `_bits` are bits. A row without any value, such as that of an expert beyond the layer's, is left out.
+
+    Args:
+        result: A result as `moescope.measures.schema` describes it, or some of its variables.
+        dims: Dims in the order of the rows, the first the slowest.
+    """
+    shape = {dim: result.sizes[dim] for dim in dims}
+    columns, filled = {}, []
+    for name in _columns(result, dims):
+        variable = result[name].variable
+        column, scale = _in_unit(name, variable.attrs.get("units", ""))
+        ordered = variable.transpose(*(dim for dim in dims if dim in variable.dims))
+        repeated = ordered.values.reshape([size if dim in variable.dims else 1 for dim, size in shape.items()])
+        values = pd.Series(np.broadcast_to(repeated, list(shape.values())).ravel())
+        columns[column] = values if scale == 1 else scale * values
+        if variable.attrs.get("units") == EXPERT_ID:
+            columns[column] = values.astype("Int64")  # a whole number, or missing
+        if name in result.data_vars and set(variable.dims) == set(dims):
+            filled.append(column)
+    index = pd.MultiIndex.from_product([result[dim].values.tolist() for dim in dims], names=list(dims))
+    frame = pd.concat([index.to_frame(index=False), pd.DataFrame(columns)], axis=1)
+    return frame.dropna(how="all", subset=filled or None).reset_index(drop=True)
+
+
+def _columns(result: xr.Dataset, dims: Sequence[str]) -> list[str]:
+    """Coordinates that name a row, variables, sizes."""
+    within = [str(name) for name, variable in result.variables.items() if set(variable.dims) <= set(dims)]
+    names = [name for name in within if name in result.coords and result[name].dims]
+    values = [name for name in within if name in result.data_vars and name not in SIZES]
+    sizes = [name for name in SIZES if name in within]
+    return [*(name for name in names if name not in {*dims, *SHAPES, *SIZES}), *values, *sizes]
+
+
+def _in_unit(name: str, unit: str) -> tuple[str, int]:
+    """Name of a column, and what its values are multiplied by."""
+    if unit in (FRACTION, DIFFERENCE):
+        return f"{name}_{'percent' if unit == FRACTION else 'points'}", 100
+    return (f"{name}_bits" if unit == "bits" and "bits" not in name.split("_") else name), 1
+
+
+def tidy_named(data: xr.Dataset, names: Sequence[str], dims: Sequence[str]) -> pd.DataFrame:
     """Variables, repeated along the dims they lack, as columns; a row a combination of the dims."""
     full = xr.broadcast(*(data[name].drop_vars([c for c in data[name].coords if c not in dims]) for name in names))
     index = pd.MultiIndex.from_product([data[dim].values.tolist() for dim in dims], names=list(dims))

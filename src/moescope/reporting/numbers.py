@@ -89,15 +89,15 @@ def signed(value: float, digits: int = 2) -> str:
     return MISSING if isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def points(difference: float) -> str:
+def points(difference: float, digits: int = 1) -> str:
     """A difference of shares, in points, with its sign unless it rounds to zero.
 
     Example:
         >>> points(0.123), points(-0.0501), points(0.0004)
         ('+12.3', '−5.0', '0.0')
     """
-    text = f"{100 * abs(difference):.1f}"
-    return text if text == "0.0" else f"{'+' if difference > 0 else '−'}{text}"
+    text = f"{100 * abs(difference):.{digits}f}"
+    return text if float(text) == 0 else f"{'+' if difference > 0 else '−'}{text}"
 
 
 def plus_minus(value: float, low: float, high: float) -> str:

@@ -14,7 +14,7 @@ from moescope.measures.locality import ALL_DOMAINS, LONGEST_RUN, locality
 from moescope.reporting import figures as drawn
 from moescope.reporting.cells import CLUSTERED, points_cell, share_cell, values
 from moescope.reporting.chapters import LOCALITY
-from moescope.reporting.frames import in_percent, tidy
+from moescope.reporting.frames import in_percent, tidy_named
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent, plain, points
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
@@ -228,7 +228,7 @@ def locality_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, pairs, null, layer, kind)."""
     names = {name: f"{name}_percent" for name in ("rate", "low", "high", "expected")}
     names |= {name: f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
-    frame = tidy(locality, [*names, "p_value", "q_value"], ["domain", "pairs", "null", "layer", "kind"])
+    frame = tidy_named(locality, [*names, "p_value", "q_value"], ["domain", "pairs", "null", "layer", "kind"])
     return in_percent(frame[frame["rate"].notna()].reset_index(drop=True), names)
 
 
@@ -236,14 +236,14 @@ def lags_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer, kind, lag)."""
     names = {f"lag_{name}": f"{name}_percent" for name in ("rate", "low", "high", "expected")}
     names |= {f"lag_{name}": f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
-    frame = tidy(locality, list(names), ["domain", "layer", "kind", "lag"])
+    frame = tidy_named(locality, list(names), ["domain", "layer", "kind", "lag"])
     return in_percent(frame[frame["lag_rate"].notna()].reset_index(drop=True), names)
 
 
 def runs_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (layer, run)."""
     names = {"runs": "runs_percent", "runs_geometric": "independent_percent"}
-    frame = tidy(locality, list(names), ["layer", "run"])
+    frame = tidy_named(locality, list(names), ["layer", "run"])
     return in_percent(frame[frame["runs"].notna()].reset_index(drop=True), names)
 
 

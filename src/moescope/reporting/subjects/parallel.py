@@ -14,7 +14,7 @@ import xarray as xr
 from moescope.reporting import figures as drawn
 from moescope.reporting.cells import CLUSTERED, share_cell, values
 from moescope.reporting.chapters import WORTH
-from moescope.reporting.frames import tidy
+from moescope.reporting.frames import tidy_named
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count, number, percent, plain, plus_minus
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
@@ -387,17 +387,17 @@ def drops_frame(parallel: xr.Dataset) -> pd.DataFrame:
     """
     names = ["dropped", "dropped_low", "dropped_high"]
     keys = ["batch", "domain", "layer", "capacity_factor"]
-    by_domain = tidy(parallel, names, keys)
-    whole = tidy(parallel, ["dropped_shuffled", "dropped_uniform"], ["batch", "layer", "capacity_factor"])
+    by_domain = tidy_named(parallel, names, keys)
+    whole = tidy_named(parallel, ["dropped_shuffled", "dropped_uniform"], ["batch", "layer", "capacity_factor"])
     whole["domain"] = parallel["domain"].values[0]
     by_domain = by_domain.merge(whole, on=keys, how="left")
-    by_position = tidy(parallel, ["dropped_by_position"], ["batch", "position", "layer", "capacity_factor"])
+    by_position = tidy_named(parallel, ["dropped_by_position"], ["batch", "position", "layer", "capacity_factor"])
     by_position = by_position.rename(columns={"dropped_by_position": "dropped", "position": "first_position"})
     frame = pd.concat([by_domain, by_position[by_position["dropped"].notna()]], ignore_index=True)
     columns = [name for name in frame.columns if name.startswith("dropped")]
     frame[columns] *= 100
     frame = frame.rename(columns={name: f"{name}_percent" for name in columns})
-    needed = tidy(parallel, ["sufficient_factor", "sufficient_factor_shuffled"], ["batch", "layer"])
+    needed = tidy_named(parallel, ["sufficient_factor", "sufficient_factor_shuffled"], ["batch", "layer"])
     return pd.concat([frame, needed], ignore_index=True)
 
 
@@ -405,7 +405,7 @@ def reach_frame(parallel: xr.Dataset) -> pd.DataFrame:
     """A row a (placement, batch, layer)."""
     names = [f"{what}_reached{end}" for what in ("devices", "nodes") for end in ("", "_low", "_high", "_uniform")]
     names += [name for name in ("bytes_within_nodes", "bytes_between_nodes") if name in parallel]
-    return tidy(parallel, names, ["placement", "batch", "layer"])
+    return tidy_named(parallel, names, ["placement", "batch", "layer"])
 
 
 def foreign_frame(parallel: xr.Dataset) -> pd.DataFrame:
@@ -413,14 +413,14 @@ def foreign_frame(parallel: xr.Dataset) -> pd.DataFrame:
     if "foreign" not in parallel:
         return pd.DataFrame()
     names = ["foreign", "foreign_low", "foreign_high"]
-    frame = tidy(parallel, names, ["foreign_placement", "fitted_on", "domain"])
+    frame = tidy_named(parallel, names, ["foreign_placement", "fitted_on", "domain"])
     new = {"foreign_placement": "placement", "foreign": "slowest", "foreign_low": "slowest_low"}
     return frame.rename(columns=new | {"foreign_high": "slowest_high"})
 
 
 def _frame(parallel: xr.Dataset, name: str, ends: Sequence[str]) -> pd.DataFrame:
     dims = [str(dim) for dim in parallel[name].dims]
-    return tidy(parallel, [f"{name}{end}" for end in ends], dims)
+    return tidy_named(parallel, [f"{name}{end}" for end in ends], dims)
 
 
 def _with_quantiles(frame: pd.DataFrame, parallel: xr.Dataset, name: str, dims: list[str]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from moescope.measures.repeats import repeats
 from moescope.reporting import figures
 from moescope.reporting.cells import CLUSTERED, percent_cell, share_cell
 from moescope.reporting.chapters import PUBLISHED
-from moescope.reporting.frames import in_percent, tidy, with_sizes
+from moescope.reporting.frames import in_percent, tidy_named, with_sizes
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
@@ -113,7 +113,7 @@ def repeats_frame(repeats: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer, kind)."""
     names = {"rate": "rate_percent", "low": "low_percent", "high": "high_percent", "uniform": "uniform_percent"}
     names["marginal"] = "popularity_alone_percent"
-    return with_sizes(in_percent(tidy(repeats, list(names), ["domain", "layer", "kind"]), names), repeats)
+    return with_sizes(in_percent(tidy_named(repeats, list(names), ["domain", "layer", "kind"]), names), repeats)
 
 
 def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:

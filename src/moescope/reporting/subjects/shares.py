@@ -13,7 +13,7 @@ import xarray as xr
 from moescope.measures.shares import shares
 from moescope.reporting import figures
 from moescope.reporting.chapters import TOPICS
-from moescope.reporting.frames import in_percent, tidy, with_sizes
+from moescope.reporting.frames import in_percent, tidy_named, with_sizes
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent, spread
 from moescope.reporting.options import shown_layers_option, trace_argument
@@ -163,7 +163,7 @@ def shares_frame(shares: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer, choice, expert) that the layer has."""
     names = {"share": "share_percent", "low": "low_percent", "high": "high_percent", "uniform": "uniform_percent"}
     names["share_of_tokens"] = "share_of_tokens_percent"
-    frame = in_percent(tidy(shares, list(names), ["domain", "layer", "choice", "expert"]), names)
+    frame = in_percent(tidy_named(shares, list(names), ["domain", "layer", "choice", "expert"]), names)
     exists = frame["expert"] < frame["layer"].map(shares["num_ids"].to_series())
     rank = {choice: place for place, choice in enumerate(shares["choice"].values.tolist())}
     exists &= frame["choice"].map(rank) <= frame["layer"].map(shares["top_k"].to_series())

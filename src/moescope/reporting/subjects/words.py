@@ -12,7 +12,7 @@ import xarray as xr
 from moescope.measures.words import words as words_of
 from moescope.reporting.cells import BY_DOCUMENT, percent_cell, share_cell
 from moescope.reporting.chapters import TEXT
-from moescope.reporting.frames import in_percent, tidy
+from moescope.reporting.frames import in_percent, tidy_named
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import MISSING, count
 from moescope.reporting.options import parse_words, shown_layers_option, trace_argument
@@ -98,7 +98,7 @@ def words_frame(words: xr.Dataset) -> pd.DataFrame:
     """A row a (word, layer)."""
     sizes = ["occurrences", "tokens", "documents", "multi_token"]
     shares = {str(name): f"{name}_percent" for name in words.data_vars if name not in {*sizes, "top_expert"}}
-    frame = in_percent(tidy(words, list(shares), ["word", "layer"]), shares)
+    frame = in_percent(tidy_named(words, list(shares), ["word", "layer"]), shares)
     plain = words[[*sizes, "top_expert"]].to_dataframe().reset_index()
     plain["top_expert"] = plain["top_expert"].astype("Int64")
     merged = plain[["word", "layer", *sizes, "top_expert"]].merge(frame, on=["word", "layer"], how="left")
