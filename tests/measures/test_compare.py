@@ -305,7 +305,7 @@ def test_other_tokens_are_compared_by_distribution_only_and_it_says_so(tmp_path:
     assert found.distances is not None
     from scipy.spatial.distance import jensenshannon
 
-    shares = [moescope.shares(moescope.tally(trace)).sel(choice="either", layer=0)["share"] for trace in (a, b)]
+    shares = [moescope.shares(moescope.tally(trace)).sel(choice="all", layer=0)["share"] for trace in (a, b)]
     for domain in a.domains:
         p, q = (side.sel(domain=domain).values for side in shares)
         assert float(found.distances["jsd"].sel(domain=domain, layer=0)) == pytest.approx(jensenshannon(p, q, 2) ** 2)

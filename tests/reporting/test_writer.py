@@ -11,7 +11,6 @@ import moescope
 from moescope.errors import NoSuchLayer, OutputExists, TraceNotFound
 from moescope.reporting import writer
 from moescope.reporting.page import MOST_DATA_BYTES
-from moescope.reporting.subjects.claims import answer_claims
 from moescope.reporting.writer import check_output, report
 
 FIGURES = (
@@ -66,7 +65,7 @@ def test_a_report_is_a_page_with_every_figure_and_table_in_every_format(written)
 
 def test_the_report_answers_the_claims_for_reading_by_machine(written, mixtral):
     claims = json.loads((written.parent / "report.json").read_text())["claims"]
-    expected = answer_claims(mixtral, ["self"])
+    expected = moescope.claims(mixtral, ["self"])
     assert claims == json.loads(json.dumps([asdict(claim) for claim in expected]))
     effects = [effect for claim in claims for effect in claim["effects"]]
     assert len(effects) > 20

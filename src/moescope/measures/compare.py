@@ -375,7 +375,7 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
     chosen = layers
     if chosen is None:
         chosen = sorted({layer.layer for layer in a.layers} & {layer.layer for layer in b.layers})
-    sides = [shares(tally(trace, chosen)).sel(choice="either") for trace in (a, b)] if chosen else []
+    sides = [shares(tally(trace, chosen)).sel(choice="all") for trace in (a, b)] if chosen else []
     domains = [name for name in a.domains if name in b.domains]
     alike = {layer.layer for layer in common_layers(a, b)}
     comparable = _same_experts(a, b)[0] is None
@@ -390,7 +390,7 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
             if not (comparable and layer in alike and all(np.isfinite(values).all() for values in p)):
                 continue
             jsd[i, j] = js_divergence(*p)
-            variance = np.stack([values["standard_error"].values[: len(p[0])] ** 2 for values in at])
+            variance = np.stack([values["share_error"].values[: len(p[0])] ** 2 for values in at])
             degrees = np.array([float(values["documents"]) - 1 for values in at])
             if degrees.min() >= 1:
                 null[i, j], p_value[i, j], low[i, j], high[i, j] = divergence_of_samples(

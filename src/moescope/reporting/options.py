@@ -56,12 +56,12 @@ figures_option = click.option(
 
 choice_option = click.option(
     "--choice",
-    type=click.Choice(["first", "either"]),
+    type=click.Choice(["first", "all"]),
     default="first",
     show_default=True,
     help="The first choice of a token, or each of its choices.",
 )
-"""``--choice first|either`` -> ``choice``."""
+"""``--choice first|all`` -> ``choice``."""
 
 permutations_option = click.option(
     "--permutations",

@@ -11,10 +11,10 @@ def describe_choice(choice: str, top_k: int) -> str:
     """Words for a coordinate of choice.
 
     Example:
-        >>> describe_choice("either", 2), describe_choice("either", 8), describe_choice("4th", 8)
+        >>> describe_choice("all", 2), describe_choice("all", 8), describe_choice("4th", 8)
         ('first or second choice', 'any of the 8 choices', '4th choice')
     """
-    return describe_any(top_k) if choice == "either" else f"{choice} choice"
+    return describe_any(top_k) if choice == "all" else f"{choice} choice"
 
 
 def describe_any(top_k: int) -> str:

@@ -37,7 +37,7 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
         divergence: Of `moescope.divergence`.
     """
     value = divergence["jsd_rest"].transpose("domain", "layer").values
-    found = divergence["q_value"].transpose("domain", "layer").values < SIGNIFICANT
+    found = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
     return draw_map(names, divergence["layer"].values, value, found)
 
@@ -131,7 +131,7 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
             known = np.where(np.eye(len(names), dtype=bool), np.nan, value)
             mesh = axes.pcolormesh(known, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
             axes.invert_yaxis()
-            found = divergence["pair_q_value"].sel(layer=layer).values < SIGNIFICANT
+            found = divergence["jsd_q"].sel(layer=layer).values < SIGNIFICANT
             for colour, here in (("#ffffff", value > 0.45 * largest), ("#000000", value <= 0.45 * largest)):
                 rows, columns = np.nonzero(here & found)
                 axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.6, color=colour, markeredgewidth=0)

@@ -57,11 +57,11 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     # Side by side, so that the intervals at one layer do not cover each other, and within the margins.
     apart = min([0.05 * (layers[-1] - layers[0]) + 0.15, *(0.24 * np.diff(layers))])
-    marginal = 100 * data["marginal"].values
-    if np.isfinite(marginal).any():
-        known = np.isfinite(marginal).any(axis=0)
+    popularity = 100 * data["rate_null"].values
+    if np.isfinite(popularity).any():
+        known = np.isfinite(popularity).any(axis=0)
         x, lowest, highest = _widened(
-            layers[known], np.nanmin(marginal[:, known], axis=0), np.nanmax(marginal[:, known], axis=0)
+            layers[known], np.nanmin(popularity[:, known], axis=0), np.nanmax(popularity[:, known], axis=0)
         )
         axes.fill_between(
             x,
@@ -72,11 +72,11 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
             linewidth=0,
             label="popularity of the experts alone",
         )
-    x, uniform = _widened(layers, 100 * data["uniform"].values)
+    x, uniform = _widened(layers, 100 * data["rate_uniform"].values)
     axes.plot(x, uniform, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="uniform")
     for number, mark in enumerate(marks):
         at = data.isel(domain=number)
-        low, high, rate = (100 * at[name].values for name in ("low", "high", "rate"))
+        low, high, rate = (100 * at[name].values for name in ("rate_low", "rate_high", "rate"))
         if few:
             shift = apart * ((number + 0.5) / len(marks) - 0.5)
             style.add_verticals(axes, layers + shift, low, high, edgecolor=mark.colour, linewidth=0.9, alpha=0.8)
