@@ -255,7 +255,7 @@ def of_compare(case: Case) -> dict[str, Found]:
         )
         for kind in ("set", "first")
     }
-    rows["compare, change of a share"] = Found(*(change[name].values for name in ("change", "low", "high", "p_value")))
+    rows["compare, change of a share"] = Found(*(change[f"change{end}"].values for end in ("", "_low", "_high", "_p")))
     return rows
 
 

@@ -11,12 +11,20 @@ from reporting.conftest import write_trace
 
 import moescope
 from moescope.measures import schema
+from moescope.measures.compare import _distances
 from moescope.trace import Trace
 
 RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
     "shares": moescope.shares,
     "repeats": moescope.repeats,
     "divergence": moescope.divergence,
+    "words": lambda trace: moescope.words(trace, ["self", "the"], indentation=True),
+    "agreement": lambda trace: moescope.compare(trace, trace).agreement,
+    "changes": lambda trace: moescope.compare(trace, trace).changes,
+    "weights": lambda trace: moescope.compare(trace, trace).weights,
+    "tokens": lambda trace: moescope.compare(trace, trace).tokens,
+    "distances": lambda trace: _distances(trace, trace, None),
+    "saturation": lambda trace: moescope.saturation([trace, trace]),
 }
 
 

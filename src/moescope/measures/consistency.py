@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moescope.measures import statistics
-from moescope.measures.compare import all_domains_label
-from moescope.measures.schema import described
+from moescope.measures.schema import described, with_total
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options
@@ -98,7 +97,7 @@ def consistency(
     return xr.Dataset(
         variables,
         {
-            "domain": [all_domains_label(counts.domains), *counts.domains],
+            "domain": with_total(counts.domains),
             "layer": layer,
             "length": list(counts.lengths),
             "num_experts": ("layer", [a.num_experts for a in counts.layers]),

@@ -32,7 +32,7 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
     top_k = int(agreement["top_k"].values.max())
     kinds = [kind for kind in ("set", "first") if np.isfinite(agreement["agreement"].sel(kind=kind)).any()]
     kinds = kinds[:1] if top_k == 1 else kinds
-    lowest = 100 * float(agreement["low"].sel(kind=kinds).min())
+    lowest = 100 * float(agreement["agreement_low"].sel(kind=kinds).min())
     bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
     with style.style():
         handles = [
@@ -63,7 +63,7 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
 def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
     layers = data["layer"].values
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
-    value, low, high, null = (100 * data[name].values for name in ("agreement", "low", "high", "popularity"))
+    value, low, high, null = (100 * data[f"agreement{end}"].values for end in ("", "_low", "_high", "_null"))
     reach = style.beside(layers)
     x = np.concatenate([layers[:1] - reach, layers, layers[-1:] + reach])
     lowest, highest = (np.concatenate([v[:1], v, v[-1:]]) for v in (null.min(axis=0), null.max(axis=0)))

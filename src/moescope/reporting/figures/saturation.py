@@ -10,6 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
+from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
@@ -30,7 +31,7 @@ def draw_saturation(saturation: xr.Dataset) -> Figure:
     Args:
         saturation: Of `moescope.saturation`.
     """
-    data = saturation.isel(domain=0)
+    data = total(saturation)
     kinds = [kind for kind in ("set", "first") if np.isfinite(data["agreement"].sel(kind=kind)).any()]
     top_k = int(data["top_k"].values.max())
     kinds = kinds[:1] if top_k == 1 else kinds
@@ -54,7 +55,7 @@ def draw_saturation(saturation: xr.Dataset) -> Figure:
 def _draw_lines(axes: Axes, data: xr.Dataset, *, named: bool) -> None:
     steps, layers = data["step"].values.astype(float), data["layer"].values
     value, low, high, null = (
-        100 * data[name].transpose("layer", "checkpoint").values for name in ("agreement", "low", "high", "popularity")
+        100 * data[f"agreement{end}"].transpose("layer", "step").values for end in ("", "_low", "_high", "_null")
     )
     axes.fill_between(
         steps, null.min(axis=0), null.max(axis=0), color=MUTED, alpha=0.25, linewidth=0, label="popularity"
