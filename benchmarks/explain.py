@@ -25,8 +25,9 @@ from moescope.tallying.counter import Options
 from moescope.tallying.document_sample import DocumentCounter
 
 EXPLAIN = """
-from moescope.tallying import sample_documents
-sample = sample_documents(trace, threads=1)
+from moescope.tallying.counted import counted
+from moescope.tallying.document_sample import DocumentCounter
+sample = counted(trace, DocumentCounter, threads=1)
 moescope.explain(sample, permutations={permutations}, threads=1)
 moescope.locality(sample, threads=1)
 """

@@ -42,6 +42,12 @@ class MissingExtra(MoescopeError):
     code = "missing-extra"
 
 
+class PluginFailed(MoescopeError):
+    """A command that another package adds failed; whom to tell is that package's maker."""
+
+    code = "plugin-failed"
+
+
 class DiskFull(MoescopeError):
     """The disk is full. Finished parts are kept; the same command resumes once there is free space."""
 

@@ -331,6 +331,8 @@ def test_wrong_arguments_are_value_errors(arguments: dict[str, Any], documents: 
 def test_the_header_says_what_could_change_a_choice(documents: list[Document], tokenizer: Any, tmp_path: Path) -> None:
     header = record((tiny_model("gpt_oss"), tokenizer), documents, tmp_path / "t.moe").header
     assert header.model | {"fingerprint": ""} == {
+        "expert_widths": [24],
+        "router": "GptOssTopKRouter",
         "name": "GptOssModel",
         "family": "gpt_oss",
         "architecture": "GptOssModel",

@@ -134,6 +134,13 @@ def test_text_and_names_appear_escaped_and_templates_in_them_are_not_run(written
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f]", text)
 
 
+def test_a_sentence_of_a_section_is_not_said_again_under_its_table(written):
+    text = written[0].read_text("utf-8")
+    sentences = re.findall(r"<li>(Layer \d+: .*?)</li>", text)
+    assert len(sentences) > 3
+    assert [text.count(sentence) for sentence in sentences] == [1] * len(sentences)
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")

@@ -27,10 +27,11 @@ from moescope.reporting.chapters import STRUCTURE
 from moescope.reporting.options import figures_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.tallying.tally import TallyCounter
 
 
 def measure(counted, results):
-    return counted.tally.data["tokens"]
+    return counted[TallyCounter].data["tokens"]
 
 
 def blocks(found, results):
@@ -96,7 +97,7 @@ def test_a_module_and_a_line_are_a_section_of_the_page_a_table_a_figure_and_a_co
 def test_a_subject_has_a_command_if_and_only_if_the_registry_has_its_line(name: str) -> None:
     subject = load(name)
     assert (subject.command is not None) == bool(SUBJECTS[name])
-    assert (subject.measure is None) == (subject.blocks is None)
+    assert (subject.measure is None and subject.play is None) == (subject.blocks is None)
 
 
 def test_figures_and_tables_of_a_report_have_names_of_their_own(mixtral: Trace) -> None:

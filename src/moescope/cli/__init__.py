@@ -20,43 +20,66 @@ import click
 
 import moescope
 from moescope.errors import DiskFull, MoescopeError
-from moescope.reporting.subjects import SUBJECTS
+from moescope.plugins import installed_plugins
+from moescope.reporting.subjects import COMPARISONS, MEASURES, SIMULATIONS, SUBJECTS
 
-COMMANDS = {
-    "record": "Run a model over a corpus and record its routing.",
-    "import": "Make a trace of what another program recorded.",
-    "info": "Show what a trace holds.",
-    **{name: line for name, line in SUBJECTS.items() if line},
-    "text": "Show a document with its tokens coloured by expert.",
-    "report": "Write everything as one offline HTML page, with figures and tables.",
-    "verify": "Check every byte of a trace.",
-    "export": "Write a trace in a format of other programs.",
-    "placement": "Write a placement of the experts, fitted on a trace.",
-    "sql": "Query a trace in SQL.",
-    "demo": "Record the embedded model on the embedded corpus and write its report.",
+GROUPS = {
+    "Record": {
+        "record": "Run a model over a corpus and record its routing.",
+        "import": "Make a trace of what another program recorded.",
+        "verify": "Check every byte of a trace.",
+        "demo": "Record the embedded model on the embedded corpus and write its report.",
+    },
+    "Look": {
+        "info": "Show what a trace holds.",
+        "text": "Show a document with its tokens coloured by expert.",
+        "report": "Write everything as one offline HTML page, with figures and tables.",
+        "sql": "Query a trace in SQL.",
+    },
+    "Measure": {name: line for name, line in {**MEASURES, **COMPARISONS}.items() if line},
+    "Simulate": SIMULATIONS,
+    "Export": {
+        "export": "Write a trace in a format of other programs.",
+        "placement": "Write a placement of the experts, fitted on a trace.",
+    },
 }
+"""Commands with their line of help, as ``moescope --help`` lists them."""
+
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 
 
 class _Commands(click.Group):
     """A group that knows its commands by name, imports them on use and turns errors into lines and exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *self._of_plugins()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
         if cmd_name in SUBJECTS:
             from moescope.cli.subjects import command_of
 
-            return command_of(cmd_name)
+            return command_of(cmd_name) if SUBJECTS[cmd_name] else None
+        if cmd_name not in COMMANDS:
+            return self._of_plugins().get(cmd_name)
         module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
         command: click.Command = importlib.import_module(f"moescope.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        plugins = {name: command.get_short_help_str(limit=200) for name, command in self._of_plugins().items()}
+        for title, commands in {**GROUPS, "Plug-ins": plugins}.items():
+            if commands:
+                with formatter.section(title):
+                    formatter.write_dl(list(commands.items()), col_max=16)
+
+    def _of_plugins(self) -> dict[str, click.Command]:
+        """Commands of other packages; asked for only where ours do not do, since it imports those packages."""
+        if not installed_plugins():
+            return {}
+        from moescope.cli.subjects import plugin_command
+
+        found = {name: plugin_command(name) for name in installed_plugins() if name not in COMMANDS}
+        return {name: command for name, command in found.items() if command is not None}
 
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():

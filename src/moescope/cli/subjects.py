@@ -11,7 +11,8 @@ import click
 
 from moescope.cli.options import format_option
 from moescope.cli.printing import print_table
-from moescope.errors import require
+from moescope.errors import MoescopeError, PluginFailed, require
+from moescope.plugins import describe, guarded, installed_plugins
 from moescope.reporting.subject import Drawing
 from moescope.reporting.subjects import load
 from moescope.trace import Trace, open_trace
@@ -26,6 +27,33 @@ def command_of(name: str) -> click.Command:
     show = load(name).command
     assert show is not None
     return format_option(click.command(name)(_run(show)))
+
+
+def plugin_command(name: str) -> click.Command | None:
+    """The command of a subject of another package; None, with a warning, if it fails, and if there is none."""
+    with guarded(name):
+        if load(name).command is not None:
+            command = command_of(name)
+            command.callback = _named(name, command.callback)
+            return command
+    return None
+
+
+def _named(name: str, run: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Run a command of another package; what it fails with is said to be that package's."""
+    assert run is not None
+
+    @wraps(run)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except (MoescopeError, click.ClickException, click.exceptions.Exit, OSError):
+            raise
+        except Exception as error:
+            subject = describe(installed_plugins()[name])
+            raise PluginFailed(subject, f"{type(error).__name__}: {error}", "`moescope --debug` shows where") from error
+
+    return named
 
 
 def _run(show: Callable[..., Any]) -> Callable[..., None]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moescope.trace import Header, Layer, Vocabulary
 
 
-class Tokenizer(Protocol):
+class EngineTokenizer(Protocol):
     """What turns text into the token ids that an engine reads."""
 
     @property
@@ -121,7 +121,7 @@ class Engine(ABC):
         num_embeddings: Token ids that the model knows; None if it does not say.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: EngineTokenizer
     description: dict[str, Any]
     window: int
     num_embeddings: int | None
@@ -156,7 +156,7 @@ class Engine(ABC):
 
 
 @dataclass(frozen=True)
-class Plan:
+class CorpusPlan:
     """What a whole corpus is to be read for, so that interrupted work goes on for the same recording only.
 
     Attributes:
@@ -183,7 +183,7 @@ class CorpusEngine(Engine):
     def prepare(
         self,
         units: Sequence[Unit],
-        plan: Plan,
+        plan: CorpusPlan,
         *,
         announce: Callable[[Estimate], None],
         advance: Callable[[float], None],
@@ -203,7 +203,7 @@ class CorpusEngine(Engine):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a streamed recording will take, told before it starts.
+    """What a streamed recording will take, reported before it starts.
 
     Attributes:
         model_bytes: Bytes of the checkpoint that will be read.

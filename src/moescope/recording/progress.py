@@ -1,4 +1,4 @@
-"""How far a recording is, told to the caller after every forward pass."""
+"""How far a recording is, reported to the caller after every forward pass."""
 
 from __future__ import annotations
 

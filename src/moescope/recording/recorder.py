@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.engines.opening import open_engine
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DTYPES, WINDOW, EngineOptions
-from moescope.engines.protocol import CorpusEngine, Engine, Estimate, NotFinite, Plan, Tokenizer
+from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTokenizer, Estimate, NotFinite
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
 from moescope.recording.options import PART_TOKENS, SAMPLE_SEED, CorpusOptions, OutputOptions
@@ -173,7 +173,9 @@ def _refuse_complete(out: Path) -> NoReturn:
     raise TraceExists(out, "holds a complete trace, which is kept", "--force records it anew")
 
 
-def _documents(corpus: Corpus | Sample | Iterable[Document], options: CorpusOptions, tokenizer: Tokenizer) -> Documents:
+def _documents(
+    corpus: Corpus | Sample | Iterable[Document], options: CorpusOptions, tokenizer: EngineTokenizer
+) -> Documents:
     """The documents to record: those given, or a sample of them."""
     if options.max_tokens_per_domain is None and options.max_documents_per_domain is None:
         return corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
@@ -216,7 +218,7 @@ def _prepare(
         announce(estimate)
         meter.start(estimate.first_layer / estimate.num_layers)
 
-    plan = Plan(header, _digest(read), out, output.force)
+    plan = CorpusPlan(header, _digest(read), out, output.force)
     try:
         engine.prepare(units, plan, announce=begin, advance=meter.advance)
     except NotFinite as error:
@@ -249,7 +251,7 @@ def _record_parts(
         meter = Meter(report, totals["tokens"], totals["characters"], _num_characters(documents, encode))
         source = read_ahead(documents, tokenized)
     else:
-        meter = Meter(lambda _: None, 0, 0, None)  # the caller was told while the engine read
+        meter = Meter(lambda _: None, 0, 0, None)  # progress was reported while the engine read
         source = nullcontext(prepared[number:])
     with source as upcoming, WriteBehind(write) as written:
         for portion in upcoming:

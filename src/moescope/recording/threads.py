@@ -12,7 +12,7 @@ from queue import Queue, SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from moescope.interrupts import despite_interrupts
+from moescope.engines.interrupts import despite_interrupts
 
 Source = TypeVar("Source")
 Item = TypeVar("Item")

@@ -13,26 +13,26 @@ PUBLISHED = Chapter(
 EXPLANATION = Chapter(
     "explanation",
     "What explains the routing",
-    "From shares and repeats to reasons: how much of a choice is known from the word, the neighbours or the "
-    "domain, and what is left of the repeats when the words are taken away.",
+    "How much of a choice can be predicted from the token, its neighbours or the domain, and how much of the repeats "
+    "remains once the tokens are accounted for.",
 )
 STRUCTURE = Chapter(
     "structure",
     "Balance and structure",
-    "What training made of the experts as a whole: how evenly they work, which of them work together, and the "
-    "roads that tokens take through the layers.",
+    "The experts as a whole: how evenly they are loaded, which of them are chosen together, and the paths that tokens "
+    "take through the layers.",
 )
 DOMAINS = Chapter(
     "domains",
     "Domain by domain",
-    "The divergence above sets each domain against all others; this one sets any two side by side.",
+    "The divergence above compares each domain with all others; this one compares any two.",
 )
 WORTH = Chapter(
     "worth",
-    "What this routing is worth",
-    "Section 5 ends with two consequences: tokens that stay together pay for a cache of experts, and overload "
-    "devices that share them. Here both are played through on the trace, beside what it would give without the "
-    "locality.",
+    "What this routing means for serving",
+    "Section 5 ends with two consequences: consecutive tokens with the same experts make a cache of experts "
+    "worthwhile, and overload the devices that share the experts. Both are simulated on this trace, beside the same "
+    "trace without its locality.",
 )
 
 TOPICS = PageSection(
@@ -40,31 +40,30 @@ TOPICS = PageSection(
     "topics",
     "Do experts follow topics?",
     "Topics",
-    "If experts divided the world by subject, mathematics would go to some of them and biology to others. "
-    "Each figure compares, within a layer, how the domains spread their assignments over the experts.",
+    "If experts specialized by subject, mathematics would go to some of them and biology to others. Each figure "
+    "compares, within a layer, how the domains distribute their assignments over the experts.",
 )
 TEXT = PageSection(
     PUBLISHED,
     "text",
     "Do experts follow words and syntax?",
     "Words and syntax",
-    "The paper coloured text by expert and saw syntax rather than subject: words such as “self” in Python "
-    "and “Question” in English, and the indentation of code, kept to one expert. Below, the same text in "
-    "as many layers as you like.",
+    "The paper coloured text by expert and saw syntax rather than subject: words such as “self” in Python and "
+    "“Question” in English, and the indentation of code, kept to one expert. Below, the same text in as many layers "
+    "as you like.",
 )
 LOCALITY = PageSection(
     EXPLANATION,
     "locality",
     "Are repeats more than words?",
     "Locality",
-    "Neighbouring tokens are alike, and like tokens go to like experts. So the repeats are set against "
-    "four nulls, the last of which asks what the same words do elsewhere; and followed over longer "
-    "distances.",
+    "Neighbouring tokens are similar, and similar tokens go to similar experts. The repeats are therefore compared "
+    "with four nulls, the last of which is the same words in other documents, and measured over longer distances.",
 )
 VOCABULARY = PageSection(
     EXPLANATION,
     "vocabulary",
     "Which words have an expert?",
     "Vocabulary",
-    "The words that the paper names are three. Here are all that occur often enough.",
+    "The paper names three words. Here are all token ids that occur often enough.",
 )

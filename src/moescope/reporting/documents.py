@@ -100,6 +100,14 @@ def sample_documents(
     Returns:
         The documents by domain, in the order of the trace's domains.
     """
+    chosen = choose_documents(trace, per_domain=per_domain, most_tokens=most_tokens, words=words)
+    return read_chosen(trace, chosen, layers=layers, most_tokens=most_tokens)
+
+
+def choose_documents(
+    trace: Trace, *, per_domain: int = 3, most_tokens: int = 600, words: Sequence[str] = ()
+) -> list[Candidate]:
+    """The documents of `sample_documents`, from their text alone."""
     candidates = _candidates(trace)
     cut = slice(most_tokens)
     plain = _read(trace, [c for found in candidates for c in found], (), weights=False)
@@ -107,9 +115,16 @@ def sample_documents(
     for found in candidates:
         by_words = sorted(found, key=lambda c: -len(plain[c.number].tokens(cut).find(words)))
         chosen += by_words[:per_domain]
+    return chosen
+
+
+def read_chosen(
+    trace: Trace, chosen: Sequence[Candidate], *, layers: Iterable[int] | None = None, most_tokens: int = 600
+) -> list[RoutedDocument]:
+    """The documents of `sample_documents` once they are chosen; each part that holds one is read once, in order."""
     kept = tuple(layer.layer for layer in trace.select_layers(layers))
     full = _read(trace, chosen, kept, weights=trace.header.weights)
-    return [full[candidate.number].tokens(cut) for candidate in chosen]
+    return [full[candidate.number].tokens(slice(most_tokens)) for candidate in chosen]
 
 
 def example_documents(
@@ -125,12 +140,14 @@ def example_documents(
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A document that may be shown, and the part that holds it."""
+
     number: int
     part: int
 
 
-def _candidates(trace: Trace) -> list[list[_Candidate]]:
+def _candidates(trace: Trace) -> list[list[Candidate]]:
     """For each domain a few documents, evenly over the trace, the longer half of what is too short left out."""
     columns = []
     for index, file in enumerate(trace.parts):
@@ -147,12 +164,12 @@ def _candidates(trace: Trace) -> list[list[_Candidate]]:
         long = rows[rows[:, 2] >= SHORTEST]
         rows = long if len(long) else rows
         picked = rows[np.unique(np.linspace(0, len(rows) - 1, min(CANDIDATES, len(rows))).round().astype(int))]
-        found.append([_Candidate(int(row[0]), int(row[3])) for row in picked])
+        found.append([Candidate(int(row[0]), int(row[3])) for row in picked])
     return found
 
 
 def _read(
-    trace: Trace, wanted: Sequence[_Candidate], layers: tuple[int, ...], *, weights: bool
+    trace: Trace, wanted: Sequence[Candidate], layers: tuple[int, ...], *, weights: bool
 ) -> dict[int, RoutedDocument]:
     """The documents by number; each part is read once."""
     documents = {}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from moescope.errors import NotRecorded
 from moescope.measures.claims import SAMPLE_BYTES
+from moescope.plugins import guarded
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.subject import Results
-from moescope.reporting.subjects import SUBJECTS, load
+from moescope.reporting.subject import Results, Subject
+from moescope.reporting.subjects import load, names
+from moescope.simulation.together import Job, run_together
 from moescope.tallying import INDENTATION, WORDS, count
 from moescope.trace import Trace
 
@@ -18,7 +23,7 @@ SEGMENT_LENGTHS = (16,)
 
 
 def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[str] = WORDS) -> Results:
-    """Measure a trace for a report: one pass for all counters, then each subject in turn.
+    """Measure a trace for a report: one pass for all counters, then those of the simulations, side by side.
 
     Args:
         trace: The trace.
@@ -31,10 +36,23 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
     results = Results(trace, shown_layers(trace, layers), tuple(words), {})
     asked = (*words, INDENTATION) if results.has_text else ()
     counted = count(trace, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
-    for name in SUBJECTS:
-        measure = load(name).measure
-        results.found[name] = None
-        with suppress(NotRecorded):  # what the trace does not tell, the report leaves out
-            if measure is not None:
-                results.found[name] = measure(counted, results)
+    subjects: dict[str, Subject] = {}
+    jobs: dict[str, Job] = {}
+    for name in names():
+        with guarded(name):
+            subjects[name] = load(name)
+            if (play := subjects[name].play) is not None and (job := play(results)) is not None:
+                jobs[name] = replace(job, call=partial(_known, name, job.call))
+    results.found.update(dict.fromkeys(subjects))  # in the order of the page
+    results.found.update(zip(jobs, run_together(trace, list(jobs.values())), strict=True))
+    for name, subject in subjects.items():
+        if subject.measure is not None:
+            results.found[name] = _known(name, subject.measure, counted, results)
     return results
+
+
+def _known(name: str, measure: Any, *arguments: Any) -> Any:
+    """The result of a subject; None where the trace does not tell it, which the report leaves out."""
+    with guarded(name), suppress(NotRecorded):
+        return measure(*arguments)
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from moescope.reporting.tables import Table
+from moescope.simulation.together import Job
 from moescope.tallying import Counted
 from moescope.trace import Trace
 
@@ -152,6 +153,8 @@ class Subject:
     Attributes:
         measure: Its result for a report, from the counts and the results of the subjects before it; where there is
             nothing to show None, or NotRecorded raised. None itself for a subject that no report shows.
+        play: In place of `measure` for what goes through the trace token by token: a job that gives the result, run
+            beside those of other subjects; None where there is nothing to show.
         blocks: Shows a result: its figures and tables in the order of the page; a bare `Table` is written to
             ``tables/`` and does not stand on the page.
         section: Where they stand; None if nothing does.
@@ -162,6 +165,7 @@ class Subject:
     """
 
     measure: Callable[[Counted, Results], Any] | None = None
+    play: Callable[[Results], Job | None] | None = None
     blocks: Callable[[Any, Results], Iterator[PageFigure | PageTable | Table]] | None = None
     section: PageSection | None = None
     sentence: Callable[[Any, int], str] | None = None

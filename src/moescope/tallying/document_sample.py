@@ -272,10 +272,16 @@ class _HeldPart(PartFile):
         self.num_tokens = self._rows.stop - self._rows.start
 
     def read(
-        self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True, predictions: bool = False
+        self,
+        layers: Iterable[Layer],
+        *,
+        weights: bool = False,
+        tokens: bool = True,
+        predictions: bool = False,
+        choices: bool = True,
     ) -> Part:
         """The rows, as `PartFile.read` gives them."""
-        layers = tuple(layers)
+        layers = tuple(layers) if choices else ()
         if weights or (predictions and any(layer.lookahead for layer in layers)):
             what = "gate weights" if weights else "predictions of the routers of later layers"
             raise NotRecorded(self.path, f"the counts hold no {what}", "give the trace itself")

@@ -316,7 +316,13 @@ class PartFile:
         self.num_tokens: int = metadata.num_rows
 
     def read(
-        self, layers: Iterable[Layer], *, weights: bool = False, tokens: bool = True, predictions: bool = False
+        self,
+        layers: Iterable[Layer],
+        *,
+        weights: bool = False,
+        tokens: bool = True,
+        predictions: bool = False,
+        choices: bool = True,
     ) -> Part:
         """Read the token columns and the columns of some layers.
 
@@ -325,6 +331,7 @@ class PartFile:
             weights: Also read the gate weights.
             tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
             predictions: Also read the predictions for these layers.
+            choices: Read the chosen experts; otherwise `Part.expert_ids` is empty.
         Raises:
             NotRecorded: It is a part of a trace of counts.
             TraceDamaged: A page fails its checksum, or a value is invalid.
@@ -333,7 +340,7 @@ class PartFile:
             raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
         layers = tuple(layers)
         wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase")]
-        wanted += [name for layer in layers for name in layer.expert_columns()]
+        wanted += [name for layer in layers for name in layer.expert_columns()] if choices else []
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
         wanted += prediction_columns(layers) if predictions else []
         labels = [name for name in ("domain", "phase") if name in wanted]
@@ -352,7 +359,7 @@ class PartFile:
                 _numbers(table, "sequence"),
                 _numbers(table, "position"),
                 _numbers(table, "token_id") if "token_id" in wanted else np.zeros(self.num_tokens, np.uint32),
-                {layer.layer: _ids(table, layer, layer.expert_columns()) for layer in layers},
+                {layer.layer: _ids(table, layer, layer.expert_columns()) for layer in layers} if choices else {},
                 {layer.layer: _gate_weights(table, layer) for layer in layers} if weights else {},
                 _phase(table) if "phase" in wanted else None,
                 {

@@ -23,7 +23,7 @@ from moescope.engines.transformers.hooks import Tell
 
 
 class Listener(Protocol):
-    """Who is told what layers choose."""
+    """What learns which experts layers choose."""
 
     def note(self, place: int, ids: Tensor, weights: Tensor) -> None:
         """The layer at a place among those watched has chosen."""
@@ -36,7 +36,7 @@ def teller(listener: Listener, place: int, device: torch.device) -> Tell:
     """What tells a listener the choices of a layer; inside a compiled graph it is one opaque operator of it.
 
     Args:
-        listener: Who is told; it is not kept alive.
+        listener: It is not kept alive.
         place: Place of the layer among those watched.
         device: Where the layer is.
     """

@@ -87,7 +87,7 @@ class Generation:
 
 
 _GENERATING: weakref.WeakKeyDictionary[nn.Module, tuple[list[Announce], Any]] = weakref.WeakKeyDictionary()
-"""For each watched model whom to tell, and a ``generate`` that the instance had of its own."""
+"""For each watched model what announces it, and a ``generate`` that the instance had of its own."""
 
 
 @contextmanager
@@ -97,14 +97,14 @@ def generate_announced(model: nn.Module, announce: Announce) -> Iterator[None]:
     if original is None:
         yield
         return
-    told, own = _GENERATING.setdefault(model, ([], model.__dict__.get("generate")))
-    told.append(announce)
-    if len(told) == 1:
+    announced, own = _GENERATING.setdefault(model, ([], model.__dict__.get("generate")))
+    announced.append(announce)
+    if len(announced) == 1:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
-                for each in tuple(told):
+                for each in tuple(announced):
                     stack.enter_context(each(model, args, kwargs))
                 return original(*args, **kwargs)
 
@@ -112,8 +112,8 @@ def generate_announced(model: nn.Module, announce: Announce) -> Iterator[None]:
     try:
         yield
     finally:
-        told.remove(announce)
-        if not told:
+        announced.remove(announce)
+        if not announced:
             del model.__dict__["generate"], _GENERATING[model]
             if own is not None:
                 model.__dict__["generate"] = own

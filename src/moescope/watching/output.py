@@ -16,7 +16,7 @@ from moescope.engines.transformers.routers import Experts
 from moescope.errors import ModelUnsupported, RouterNotFinite, TraceExists
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 from moescope.watching.calls import Pass
-from moescope.watching.sequences import DECODE, PREFILL, Block, Labels, Sequences, Step
+from moescope.watching.sequences import DECODE, PREFILL, DocumentBlock, Labels, Sequences, Step
 
 
 class TraceOutput:
@@ -112,7 +112,7 @@ class TraceOutput:
             if sequences is not None:
                 sequences.settle()
 
-    def end_block(self, block: Block, *, whole: bool) -> None:
+    def end_block(self, block: DocumentBlock, *, whole: bool) -> None:
         """A document has ended."""
         with self._writing() as sequences:
             if sequences is not None:

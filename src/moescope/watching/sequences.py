@@ -44,15 +44,15 @@ class Step:
 
 
 @dataclass(eq=False)
-class Block:
+class DocumentBlock:
     """Sequences that are the windows of one document, in the order read."""
 
     domain: str
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[SequenceBatch] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Batch:
+class SequenceBatch:
     """Sequences that were read together and may still grow.
 
     Attributes:
@@ -66,7 +66,7 @@ class Batch:
     """
 
     domains: Sequence[str]
-    block: Block | None
+    block: DocumentBlock | None
     generation: object = None
     ended: bool = False
     fed: int = 0
@@ -107,9 +107,9 @@ class Labels:
 
     def __init__(self, domains: str | Sequence[str]) -> None:
         self.domains = domains
-        self.block: Block | None = None
+        self.block: DocumentBlock | None = None
 
-    def batch(self, num_rows: int, *, generated: bool) -> Batch:
+    def batch(self, num_rows: int, *, generated: bool) -> SequenceBatch:
         """A batch of sequences that begin now.
 
         Args:
@@ -119,13 +119,13 @@ class Labels:
             ValueError: There is not a domain for each.
         """
         if self.block is not None:
-            return Batch((self.block.domain,) * num_rows, self.block)
+            return SequenceBatch((self.block.domain,) * num_rows, self.block)
         if isinstance(self.domains, str):
-            return Batch((self.domains,) * num_rows, None)
+            return SequenceBatch((self.domains,) * num_rows, None)
         copies, rest = divmod(num_rows, max(1, len(self.domains)))
         if rest or not copies or (copies > 1 and not generated):
             raise ValueError(f"{len(self.domains)} domains are given for a batch of {num_rows} sequences")
-        return Batch([name for name in self.domains for _ in range(copies)], None)
+        return SequenceBatch([name for name in self.domains for _ in range(copies)], None)
 
 
 class Sequences:
@@ -139,13 +139,19 @@ class Sequences:
     def __init__(self, writer: TraceWriter, part_tokens: int) -> None:
         self._writer = writer
         self._part_tokens = part_tokens
-        self._batches: list[Batch] = []
+        self._batches: list[SequenceBatch] = []
         self._whole: list[dict[str, Any]] = []
         self._waiting = 0
         self.documents = self.tokens = 0
 
     def add(
-        self, step: Step, cache: Any, past: int, subject: str, open_batch: Callable[[int], Batch], generation: object
+        self,
+        step: Step,
+        cache: Any,
+        past: int,
+        subject: str,
+        open_batch: Callable[[int], SequenceBatch],
+        generation: object,
     ) -> None:
         """Add what a forward pass read; `settle` writes it once it is due.
 
@@ -183,7 +189,7 @@ class Sequences:
         batch.fed += num_tokens
         batch.steps.append(step)
 
-    def _follow(self, batch: Batch, cache: Any) -> None:
+    def _follow(self, batch: SequenceBatch, cache: Any) -> None:
         """End the batch with its cache; the callback may come at any moment and only leaves a mark."""
         if cache is None:
             batch.ended = True
@@ -206,7 +212,7 @@ class Sequences:
         if self._waiting >= self._part_tokens:
             self._write()
 
-    def end_block(self, block: Block) -> None:
+    def end_block(self, block: DocumentBlock) -> None:
         """Make one document of the sequences of a block."""
         self._batches = [batch for batch in self._batches if batch.block is not block]
         windows = [columns for batch in block.batches for _, columns in batch.sequences()]
@@ -214,7 +220,7 @@ class Sequences:
             self._take(block.domain, windows)
         self.settle()
 
-    def drop_block(self, block: Block) -> None:
+    def drop_block(self, block: DocumentBlock) -> None:
         """Forget a document that an error left incomplete."""
         self._batches = [batch for batch in self._batches if batch.block is not block]
 

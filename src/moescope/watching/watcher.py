@@ -38,7 +38,7 @@ from moescope.watching.calls import find_stacks
 from moescope.watching.live import LiveTally, Loads
 from moescope.watching.output import TraceOutput
 from moescope.watching.passes import BYPASSED, Passes, device_of
-from moescope.watching.sequences import Block, Labels
+from moescope.watching.sequences import DocumentBlock, Labels
 
 UNLABELLED = "watched"
 """Domain of sequences for which none is given."""
@@ -182,7 +182,7 @@ class Watch:
         domain = self._labels.domains if domain is None else domain  # type: ignore[assignment]
         if not isinstance(domain, str):
             raise ValueError(f"a document has one domain, not {domain!r}")
-        block = self._labels.block = Block(domain)
+        block = self._labels.block = DocumentBlock(domain)
         whole = False
         try:
             yield

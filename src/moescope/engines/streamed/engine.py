@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.engines.options import EngineOptions
-from moescope.engines.protocol import CorpusEngine, Estimate, NotFinite, Plan, Routed, Unit
+from moescope.engines.protocol import CorpusEngine, CorpusPlan, Estimate, NotFinite, Routed, Unit
 from moescope.engines.streamed.estimate import (
     BASE_BYTES,
     LAYER_ROOM,
@@ -124,7 +124,7 @@ class StreamedEngine(CorpusEngine):
     def prepare(
         self,
         units: Sequence[Unit],
-        plan: Plan,
+        plan: CorpusPlan,
         *,
         announce: Callable[[Estimate], None],
         advance: Callable[[float], None],

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.engines import work
+from moescope.engines.interrupts import despite_interrupts
 from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
-from moescope.interrupts import despite_interrupts
 from moescope.trace import Header, checksums
 
 

@@ -1,4 +1,4 @@
-"""Hooks that note what reaches the experts during a forward pass, and stop it once the last layer has spoken.
+"""Hooks that note what reaches the experts during a forward pass, and stop it once the last layer has chosen.
 
 Unit: one `Choices` a layer and forward pass. Convention: rank 0 is the largest gate weight; equal weights keep the
 order in which the router gave them. The hooks read and never change; they are gone when the `with` block ends, however
@@ -42,7 +42,7 @@ class Choices:
     predicted: Mapping[int, NDArray[np.int16]] = field(default_factory=dict)
 
 
-class Predictor(Protocol):
+class PredictingHooks(Protocol):
     """What predicts choices during a forward pass, before they are made; its hooks last as long as those of a watch."""
 
     def __enter__(self) -> object: ...
@@ -112,12 +112,12 @@ class RouterWatch:
 
     Args:
         experts: The layers to watch.
-        stop_at: Layer whose experts need not run any more, because it speaks last; None lets the pass run to its end.
+        stop_at: Layer whose experts need not run any more, because it chooses last; None lets the pass run to its end.
         lookahead: Predicts choices before they are made; None for no predictions.
     """
 
     def __init__(
-        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: Predictor | None = None
+        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: PredictingHooks | None = None
     ) -> None:
         self.experts = tuple(experts)
         self._stop_at = stop_at
@@ -140,7 +140,7 @@ class RouterWatch:
             self._lookahead.__exit__(kind, error, at)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
-        """Run one forward pass and return what each watched layer chose, in the order in which they spoke.
+        """Run one forward pass and return what each watched layer chose, in the order in which they chose.
 
         The decoder of an encoder-decoder reads what its encoder reads, after its start token, which is not returned.
 
@@ -148,7 +148,7 @@ class RouterWatch:
             model: The model, best without its head.
             inputs: ``input_ids`` of shape (sequence, token), and ``attention_mask`` if some tokens are padding.
         Raises:
-            RouterSilent: A layer did not speak exactly once, or not for every token.
+            RouterSilent: A layer did not choose exactly once, or not for every token.
             ModelUnsupported: A layer was called with something else than ids and gate weights.
         """
         input_ids = inputs["input_ids"]
@@ -169,14 +169,14 @@ class RouterWatch:
         with suppress(_LastRouterCalled), torch.no_grad():  # inference_mode would leave its tensors in buffers
             forward()
         calls, self._calls = self._calls, []
-        spoke = [experts.layer for experts, _, _ in calls]
+        called = [experts.layer for experts, _, _ in calls]
         rows = {experts.layer: len(ids) for experts, ids, _ in calls}
         for experts in self.experts:
             expected = num_tokens + num_sequences * experts.in_decoder
-            if spoke.count(experts.layer) != 1 or rows[experts.layer] != expected:
+            if called.count(experts.layer) != 1 or rows[experts.layer] != expected:
                 raise RouterSilent(
                     f"layer {experts.layer}",
-                    f"{experts.name} was called {spoke.count(experts.layer)} times with {rows.get(experts.layer, 0)} "
+                    f"{experts.name} was called {called.count(experts.layer)} times with {rows.get(experts.layer, 0)} "
                     f"rows, expected once with {expected}",
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )

@@ -281,10 +281,10 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
-    """Run a few tokens through the model, to see that every layer speaks and how many experts a token gets.
+    """Run a few tokens through the model, to see that every layer is read and how many experts a token gets.
 
     Returns:
-        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to speak.
+        The layers as a trace describes them, and the layer after which a forward pass may stop: the last to choose.
     """
     with weights_put_back(model), RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, _a_few_tokens(model))

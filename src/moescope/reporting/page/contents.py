@@ -6,10 +6,15 @@ Subjects say what they show and in which section, and come in the order of the p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-from moescope.reporting.subject import Chapter, PageFigure, PageSection, PageTable, Recommendation, Results
-from moescope.reporting.subjects import SUBJECTS, load
+from moescope.plugins import guarded, installed_plugins
+from moescope.reporting import frames
+from moescope.reporting.formats import FORMATS
+from moescope.reporting.subject import Chapter, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
+from moescope.reporting.subjects import load
 from moescope.reporting.tables import Table
 
 MOST_SENTENCES = 12
@@ -32,6 +37,12 @@ class FilledSection:
     sentences: list[str] = field(default_factory=list)
     blocks: list[PageFigure | PageTable] = field(default_factory=list)
 
+    def extend(self, other: FilledSection) -> None:
+        """Add what another subject of the section says."""
+        self.advice.extend(other.advice)
+        self.sentences.extend(other.sentences)
+        self.blocks.extend(other.blocks)
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -50,30 +61,67 @@ class Contents:
 
 def contents(results: Results) -> Contents:
     """What the subjects show of their results; those that the trace cannot tell show nothing."""
-    figures: list[PageFigure] = []
-    tables: dict[str, Table] = {}
+    shown = Contents([], {}, {})
     sections: dict[PageSection, FilledSection] = {}
-    recorded = [layer.layer for layer in results.trace.layers]
-    layers = recorded if len(recorded) <= MOST_SENTENCES else results.layers
-    for name in SUBJECTS:
-        subject, found = load(name), results.found[name]
-        if found is None or subject.blocks is None:
-            continue
-        blocks = list(subject.blocks(found, results))
-        figures += [block for block in blocks if isinstance(block, PageFigure)]
-        for block in blocks:
-            if not isinstance(block, PageFigure):
-                table = block.table if isinstance(block, PageTable) else block
-                tables[table.name] = table
-        if subject.section is not None:
-            section = sections.setdefault(subject.section, FilledSection(subject.section))
-            section.blocks.extend(block for block in blocks if not isinstance(block, Table))
-            if subject.sentence is not None:
-                section.sentences.extend(filter(None, (subject.sentence(found, layer) for layer in layers)))
-            if subject.advise is not None:
-                section.advice.append(subject.advise(found))
+    for name, result in results.found.items():
+        with guarded(name):
+            if result is None or (subject := load(name)).blocks is None:
+                continue
+            blocks = list(subject.blocks(result, results))
+            if name in installed_plugins():
+                blocks = _checked(blocks, shown)
+            section = _filled(subject, result, blocks, results)
+            for block in blocks:
+                if isinstance(block, PageFigure):
+                    shown.figures.append(block)
+                else:
+                    table = block.table if isinstance(block, PageTable) else block
+                    shown.tables[table.name] = table
+            if section is not None:
+                sections.setdefault(section.about, FilledSection(section.about)).extend(section)
     chapters: dict[Chapter, list[FilledSection]] = {}
     for section in sections.values():
         if any(isinstance(block, PageFigure) for block in section.blocks):
             chapters.setdefault(section.about.chapter, []).append(section)
-    return Contents(figures, tables, chapters)
+    return replace(shown, chapters=chapters)
+
+
+def _filled(
+    subject: Subject, result: Any, blocks: list[PageFigure | PageTable | Table], results: Results
+) -> FilledSection | None:
+    """What a subject adds to its section."""
+    if subject.section is None:
+        return None
+    recorded = [layer.layer for layer in results.trace.layers]
+    layers = recorded if len(recorded) <= MOST_SENTENCES else results.layers
+    sentences = [] if subject.sentence is None else [subject.sentence(result, layer) for layer in layers]
+    return FilledSection(
+        subject.section,
+        [] if subject.advise is None else [subject.advise(result)],
+        [sentence for sentence in sentences if sentence],
+        [block for block in blocks if not isinstance(block, Table)],
+    )
+
+
+def _checked(blocks: list[PageFigure | PageTable | Table], shown: Contents) -> list[PageFigure | PageTable | Table]:
+    """The blocks of another package, drawn and written once, so that what fails fails before the page is made.
+
+    Raises:
+        ValueError: A figure or a table has the name of an earlier one.
+    """
+    names, files = {figure.name for figure in shown.figures}, {figure.file for figure in shown.figures}
+    checked: list[PageFigure | PageTable | Table] = []
+    for block in blocks:
+        if isinstance(block, PageFigure):
+            if block.name in names or block.file in files:
+                raise ValueError(f"there is a figure {block.name!r} or a file {block.file!r} already")
+            frames.csv(block.frame)
+            block = replace(block, draw=partial(lambda figure: figure, block.draw()))
+        else:
+            table = block.table if isinstance(block, PageTable) else block
+            if table.name in shown.tables:
+                raise ValueError(f"there is a table {table.name!r} already")
+            for write in FORMATS.values():
+                write(table)
+        checked.append(block)
+    return checked

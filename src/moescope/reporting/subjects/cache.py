@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
 from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
-from moescope.tallying import Counted
+from moescope.simulation.together import Job
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -72,12 +73,13 @@ _ENDS = (POLICY_NAMES["lru"], POLICY_NAMES["belady"])
 MOST_SIZES = 6
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
+def play(results: Results) -> Job | None:
     """Of `REPORTED`; nothing for counts, nor where every token takes all experts."""
     trace = results.trace
     if trace.header.counts_only or all(layer.top_k >= layer.num_experts for layer in trace.layers):
         return None
-    return cache(trace, policies=REPORTED if trace.num_documents > 1 else ("lru", "aged-lfu", "belady"))
+    policies = REPORTED if trace.num_documents > 1 else ("lru", "aged-lfu", "belady")
+    return Job(partial(cache, policies=policies))
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -534,4 +536,4 @@ def _if_known(text: str, share: float) -> str:
     return "" if isnan(share) else text.format(percent(share))
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, advise=advise, command=command)
+subject = Subject(play=play, blocks=blocks, section=SECTION, advise=advise, command=command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from math import isnan
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
 from moescope.simulation.parallel import parallel
 from moescope.simulation.placements import ALGORITHMS
-from moescope.tallying import Counted
+from moescope.simulation.together import Job
 from moescope.trace import Layer, Trace
 
 SECTION = PageSection(
@@ -63,15 +64,17 @@ _BY_EFFORT = ("linear", "eplb", "affinity", "eplb-replicated")
 """Placements that can be advised, what costs least first; random order is a null, not a plan."""
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
+def play(results: Results) -> Job | None:
     """On `shared_by` devices; nothing for counts, nor where so few experts cannot be shared."""
     trace = results.trace
     devices = shared_by(trace.layers)
     if trace.header.counts_only or devices is None:
         return None
     if trace.num_documents > 1:
-        return parallel(trace, devices=devices)
-    return parallel(trace, devices=devices, placements=("linear", "random"))  # the others are fitted on documents
+        return Job(partial(parallel, devices=devices))
+    return Job(
+        partial(parallel, devices=devices, placements=("linear", "random"))
+    )  # the others are fitted on documents
 
 
 def shared_by(layers: Iterable[Layer]) -> int | None:
@@ -529,4 +532,4 @@ def _less(at: xr.Dataset, name: str, against: str) -> str:
     return f"{number(abs(value))}{plus_minus(value, low, high)} {'more' if value > 0 else 'less'}"
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, advise=advise, command=command)
+subject = Subject(play=play, blocks=blocks, section=SECTION, advise=advise, command=command)

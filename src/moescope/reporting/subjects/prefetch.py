@@ -30,6 +30,7 @@ from moescope.reporting.subject import (
 )
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.simulation.prefetch import prefetch
+from moescope.simulation.together import Job
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -334,7 +335,7 @@ def _ahead(distance: int) -> str:
 
 
 subject = Subject(
-    measure=lambda _, results: prefetch(results.trace),
+    play=lambda results: None if results.trace.header.counts_only else Job(prefetch),
     blocks=blocks,
     section=SECTION,
     advise=advise,

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from moescope.reporting import figures
 from moescope.reporting.chapters import TEXT
-from moescope.reporting.documents import RoutedDocument, example_documents, sample_documents
+from moescope.reporting.documents import RoutedDocument, choose_documents, example_documents, read_chosen
 from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.visible import visible
-from moescope.tallying import Counted
+from moescope.simulation.together import Job
 from moescope.trace import Layer, Trace
 
 MOST_EMBEDDED_CHOICES = 128
 """Choices a token that the page can hold."""
 
 
-def measure(counted: Counted, results: Results) -> list[RoutedDocument] | None:
+def play(results: Results) -> Job | None:
     """A sample of documents with the choices of `embedded_layers`."""
     if not results.has_text:
         return None
-    layers = [layer.layer for layer in embedded_layers(results.trace, results.layers)]
-    return sample_documents(results.trace, layers=layers, words=results.words)
+    layers = frozenset(layer.layer for layer in embedded_layers(results.trace, results.layers))
+    chosen = choose_documents(results.trace, words=results.words)
+    parts = frozenset(candidate.part for candidate in chosen)
+    return Job(partial(read_chosen, chosen=chosen, layers=layers), layers, parts)
 
 
 def blocks(found: list[RoutedDocument], results: Results) -> Iterator[PageFigure]:
@@ -74,4 +77,4 @@ def tokens_frame(documents: Sequence[RoutedDocument], layers: Sequence[int]) -> 
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-subject = Subject(measure=measure, blocks=blocks, section=TEXT)
+subject = Subject(play=play, blocks=blocks, section=TEXT)
