@@ -16,7 +16,7 @@ import xarray as xr
 from scipy import stats
 
 from moescope.measures import statistics
-from moescope.measures.divergence import divergence_of_samples, js_divergence
+from moescope.measures.divergence import MEANINGS, divergence_of_samples, js_divergence
 from moescope.measures.schema import (
     DIFFERENCE,
     FRACTION,
@@ -186,20 +186,11 @@ def agreement(counted: PairTally) -> xr.Dataset:
             for end in (agreed["value"], agreed["low"], agreed["high"])
         )
     dims = ("domain", "layer", "kind")
+    long_name = "chosen by both, of the choices of a token"
+    meanings = {"null": "agreement if B were dealt to the tokens at random"}
     kappa = "agreement beyond popularity, of what there was to gain"
     return xr.Dataset(
-        estimate(
-            "agreement",
-            dims,
-            "chosen by both, of the choices of a token",
-            FRACTION,
-            OLMOE,
-            meanings={"null": "agreement if B were dealt to the tokens at random"},
-            value=agreed["value"],
-            low=agreed["low"],
-            high=agreed["high"],
-            null=null,
-        )
+        estimate("agreement", dims, long_name, FRACTION, OLMOE, meanings=meanings, **agreed, null=null)
         | {"agreement_uniform": described(most / data["num_ids"].values[:, None], ("layer", "kind"), "k/E", FRACTION)}
         | estimate("kappa", dims, kappa, "1", "Cohen 1960", value=value, low=low, high=high),
         {"kind": list(KINDS)} | _coordinates(data),
@@ -214,53 +205,37 @@ def changes(counted: PairTally) -> xr.Dataset:
     top_k = data["top_k"].values[None, :, None]
     a, b = (data[f"loads_{side}"].values for side in "ab")
     change = statistics.ratio(b - a, n * top_k)
-    error = (
-        statistics.ratio_standard_error(
-            b - a, n, data["change_squared"].values, data["change_by_tokens"].values, nn, documents
-        )
-        / top_k
-    )
+    squares, products = data["change_squared"].values, data["change_by_tokens"].values
+    error = statistics.ratio_standard_error(b - a, n, squares, products, nn, documents) / top_k
     half = statistics.student_t(documents) * error
     with np.errstate(invalid="ignore", divide="ignore"):
         p_value = 2 * stats.t.sf(np.abs(change) / error, np.maximum(documents - 1, 1))
     # Without any spread between documents there is nothing to judge by, but no change in any of them is no change.
-    p_value = np.where(
-        error > 0, p_value, np.where((data["change_squared"].values == 0) & (documents > 1), 1.0, np.nan)
-    )
-    exists = np.arange(data.sizes["expert"])[None, None, :] < data["num_ids"].values[None, :, None]
-    q_value = np.concatenate(
-        [
-            statistics.false_discovery_rate(np.where(exists, p_value, np.nan)[part])
-            for part in (slice(1), slice(1, None))
-        ]
-    )
+    p_value = np.where(error > 0, p_value, np.where((squares == 0) & (documents > 1), 1.0, np.nan))
+    exists = data["expert"] < data["num_ids"]
+    p_value = np.where(exists.transpose("layer", "expert"), p_value, np.nan)
+    parts = (p_value[:1], p_value[1:])  # all domains together apart from each of them
     dims = ("domain", "layer", "expert")
-
-    def known(values: Numbers) -> Numbers:
-        return np.where(exists, values, np.nan)
-
-    return xr.Dataset(
+    result = xr.Dataset(
         {
-            "share_a": described(known(statistics.ratio(a, n * top_k)), dims, "share in the first trace", FRACTION),
-            "share_b": described(known(statistics.ratio(b, n * top_k)), dims, "share in the second trace", FRACTION),
+            "share_a": described(statistics.ratio(a, n * top_k), dims, "share in the first trace", FRACTION),
+            "share_b": described(statistics.ratio(b, n * top_k), dims, "share in the second trace", FRACTION),
         }
         | estimate(
             "change",
             dims,
             "share in the second trace less that in the first",
             DIFFERENCE,
-            meanings={
-                "p": "p-value of no change: t test of a ratio, paired by document",
-                "q": "p-value adjusted over layers and experts",
-            },
-            value=known(change),
-            low=known(change - half),
-            high=known(change + half),
-            p=known(p_value),
-            q=known(q_value),
+            meanings={"p": "p-value of no change: t test of a ratio, paired by document"},
+            value=change,
+            low=change - half,
+            high=change + half,
+            p=p_value,
+            q=np.concatenate([statistics.false_discovery_rate(part) for part in parts]),
         ),
         {"expert": data["expert"]} | _coordinates(data),
     )
+    return result.where(exists)
 
 
 def shared_weight(counted: PairTally) -> xr.Dataset:
@@ -276,15 +251,7 @@ def shared_weight(counted: PairTally) -> xr.Dataset:
     kept = statistics.proportion(y, n, yy, yn, nn, data["documents"].values[:, None])
     dims = ("domain", "layer")
     return xr.Dataset(
-        estimate(
-            "kept",
-            dims,
-            "gate weight of A on experts that B chose, too",
-            FRACTION,
-            value=kept["value"],
-            low=kept["low"],
-            high=kept["high"],
-        )
+        estimate("kept", dims, "gate weight of A on experts that B chose, too", FRACTION, **kept)
         | {
             f"margin_{side}": described(
                 statistics.ratio(data[f"margin_{side}"], data[f"num_{side}"]),
@@ -320,21 +287,12 @@ def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
     value = agreed["value"]
     # A few documents that happen to agree exactly say nothing on the spread between documents.
     certain = (agreed["error"] > 0) | (value == 0) | (value == 1)
-    low, high = (np.where(certain, agreed[end], np.nan) for end in ("low", "high"))
+    low, high = (np.where(certain, end, np.nan) for end in (agreed["low"], agreed["high"]))
     order = np.lexsort([known["token_id"].values, value, high])
     text = [vocabulary.piece(token_id).decode(errors="replace") for token_id in known["token_id"].values.tolist()]
-    dims = ("token_id",)
+    dims, long_name = ("token_id",), "chosen by both, of the choices in all layers"
     result = xr.Dataset(
-        estimate(
-            "agreement",
-            dims,
-            "chosen by both, of the choices in all layers",
-            FRACTION,
-            OLMOE,
-            value=value,
-            low=low,
-            high=high,
-        )
+        estimate("agreement", dims, long_name, FRACTION, OLMOE, value=value, low=low, high=high)
         | {"seen": described(known["seen"].values, dims, "matched tokens with this id", "tokens")},
         {
             "token_id": known["token_id"],
@@ -445,11 +403,7 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
             "Jensen-Shannon divergence between the shares",
             "bits",
             "Lin 1991",
-            meanings={
-                "null": "divergence expected from sampling alone",
-                "p": "p-value of equal shares (Rao and Scott 1984)",
-                "q": "p-value adjusted over layers and domains",
-            },
+            meanings=MEANINGS,
             value=jsd,
             low=low,
             high=high,

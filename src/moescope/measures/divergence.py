@@ -20,6 +20,15 @@ from moescope.measures.shares import shares
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 
+MEANINGS = {
+    "null": "divergence expected from sampling alone",
+    "low": "95 % interval of the true divergence, low end",
+    "high": "95 % interval of the true divergence, high end",
+    "p": "p-value of equal shares (Rao and Scott 1984)",
+    "q": "p-value adjusted over all that are compared",
+}
+"""What stands beside a divergence."""
+
 LIN = "Lin 1991, Divergence measures based on the Shannon entropy"
 
 
@@ -81,25 +90,12 @@ def divergence(trace: Source, layers: Iterable[int] | None = None, *, threads: i
     information, information_null = _information(p_DLE[seen_D], variance_DLE[seen_D])
     leader, significant = _leader(jsd_rest["value"], jsd_rest["low"], jsd_rest["high"])
     names = np.array([*data["domain"].values.tolist(), ""])
-    meanings = {"null": "divergence expected from sampling alone", "p": "p-value of equal shares (Rao and Scott 1984)"}
+    dims = ("domain", "layer")
+    long_name = "divergence from the mean of the others"
     return xr.Dataset(
-        estimate(
-            "jsd_rest",
-            ("domain", "layer"),
-            "divergence from the mean of the others",
-            "bits",
-            LIN,
-            meanings=meanings | {"q": "p-value adjusted over layers and domains"},
-            **jsd_rest,
-        )
+        estimate("jsd_rest", dims, long_name, "bits", LIN, meanings=MEANINGS, **jsd_rest)
         | estimate(
-            "jsd",
-            ("domain", "other", "layer"),
-            "Jensen-Shannon divergence",
-            "bits",
-            LIN,
-            meanings=meanings | {"q": "p-value adjusted over layers and pairs"},
-            **of_pairs,
+            "jsd", ("domain", "other", "layer"), "Jensen-Shannon divergence", "bits", LIN, meanings=MEANINGS, **of_pairs
         )
         | estimate(
             "information",
