@@ -46,7 +46,7 @@ import planted_routing as planted
 from planted_routing import DOMAINS, KINDS, Draw, Generator, inclusion, pair_inclusion
 
 import moescope
-from moescope.measures import divergence, repeats, shares
+from moescope.measures import divergence, repeats, schema, shares
 from moescope.trace import Trace
 
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -182,7 +182,7 @@ def of_transitions(case: Case) -> dict[str, Found]:
 
 def of_explain(case: Case) -> dict[str, Found]:
     of = moescope.explain(case.trace, [1], permutations=PERMUTATIONS, seed=case.seed, threads=1).sel(layer=1)
-    names = "bits", "low", "high", "p_value"
+    names = "bits", "bits_low", "bits_high", "bits_p"
     rows = {f"explain, {s}": Found(*(float(of[name].sel(source=s)) for name in names)) for s in of["source"].values}
     rows["explain, entropy"] = Found(*(float(of[name]) for name in ("entropy", "entropy_low", "entropy_high")))
     return rows
@@ -190,14 +190,16 @@ def of_explain(case: Case) -> dict[str, Found]:
 
 def of_locality(case: Case) -> dict[str, Found]:
     of = moescope.locality(case.trace, [1], lags=LAGS, seed=case.seed, threads=1)
-    of = of.sel(layer=1, domain="(all)")
+    of = schema.total(of).sel(layer=1)
     every = of.sel(pairs="all")
     rows = {}
     for kind in ("first", "any"):
-        rows[f"locality, rate ({kind})"] = Found(*(float(every[n].sel(kind=kind)) for n in ("rate", "low", "high")))
+        rows[f"locality, rate ({kind})"] = Found(
+            *(float(every[f"rate{end}"].sel(kind=kind)) for end in ("", "_low", "_high"))
+        )
         for null in every["null"].values:
             at = every.sel(kind=kind, null=null)
-            names = "excess", "excess_low", "excess_high", "p_value"
+            names = "excess", "excess_low", "excess_high", "excess_p"
             rows[f"locality, above {null} ({kind})"] = Found(*(float(at[name]) for name in names))
     for lag in LAGS:
         at = of.sel(kind="first", lag=lag)
@@ -212,8 +214,8 @@ def of_consistency(case: Case) -> dict[str, Found]:
     rows = {}
     for length in LENGTHS:
         at = of.sel(length=length)
-        rows[f"SRP({length})"] = Found(*(float(at[name]) for name in ("srp", "low", "high")))
-        names = "beyond", "beyond_low", "beyond_high", "p_value"
+        rows[f"SRP({length})"] = Found(*(float(at[name]) for name in ("srp", "srp_low", "srp_high")))
+        names = "excess", "excess_low", "excess_high", "excess_p"
         rows[f"SRP({length}), beyond any order"] = Found(*(float(at[name]) for name in names))
     return rows
 

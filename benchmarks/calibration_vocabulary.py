@@ -45,7 +45,14 @@ def main() -> None:
             for by in ("input", "next"):
                 value, null, held_out, low, high, p_value = (
                     np.array([float(at[name].sel(by=by)) for at in found])
-                    for name in ("specialization", "null", "held_out", "low", "high", "p_value")
+                    for name in (
+                        "specialization",
+                        "specialization_null",
+                        "held_out",
+                        "specialization_low",
+                        "specialization_high",
+                        "specialization_p",
+                    )
                 )
                 holds, holds_null = (
                     100 * np.mean((low <= truth + 1e-12) & (truth - 1e-12 <= high))

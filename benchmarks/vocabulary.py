@@ -63,7 +63,7 @@ def peaks(path: Path) -> dict[str, float]:
     """Peak memory, MB, of fresh processes with two threads."""
     calls = (
         "vocabulary(trace, threads=2)",
-        "vocabulary(trace, threads=2, choice='either')",
+        "vocabulary(trace, threads=2, choice='all')",
         "syntax(trace, threads=2)",
     )
     return peaks_of_calls({call: f"moescope.{call}" for call in calls}, path)

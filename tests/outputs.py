@@ -42,7 +42,7 @@ COMMANDS = {
     "locality-lags": "locality TRACE --show lags",
     "locality-runs": "locality TRACE --show runs",
     "explain": "explain TRACE --permutations 19 --figures FIGURES",
-    "explain-either": "explain TRACE --permutations 19 --choice either",
+    "explain-either": "explain TRACE --permutations 19 --choice all",
     "words": "words TRACE --word self --word the --indentation",
     "vocabulary": "vocabulary TRACE --figures FIGURES",
     "vocabulary-next": "vocabulary TRACE --by next",

@@ -137,7 +137,7 @@ RESULTS: dict[str, Callable[[Trace, Trace], object]] = {
     "claims": lambda trace, _: answered(trace),
     "consistency": lambda trace, _: moescope.consistency(trace, lengths=(4, 16), threads=1),
     "explain": lambda trace, _: moescope.explain(trace, permutations=19, threads=1),
-    "explain each choice": lambda trace, _: moescope.explain(trace, choice="either", permutations=9, threads=1),
+    "explain each choice": lambda trace, _: moescope.explain(trace, choice="all", permutations=9, threads=1),
     "locality": lambda trace, _: moescope.locality(trace, lags=(1, 4, 16), threads=1),
     "balance": lambda trace, _: moescope.balance(trace, threads=1),
     "coactivation": lambda trace, _: moescope.coactivation(trace, threads=1),

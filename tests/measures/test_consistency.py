@@ -13,6 +13,7 @@ from synthetic import make_part, make_trace
 
 import moescope
 from moescope.measures.consistency import best_f1, uniform_srp
+from moescope.measures.schema import TOTAL
 from moescope.tallying.segments import DocumentGroups, SegmentCounter
 from moescope.trace import Layer, Part
 
@@ -39,9 +40,9 @@ def test_srp_is_the_published_one(tmp_path: Path) -> None:
     layers = (Layer(0, 8, 2), Layer(4, 12, 3, num_null_experts=2))
     part = make_part(np.random.default_rng(0), layers, [40, 3, 25, 30], window=24, domains=("A", "B"), dropped=0.1)
     found = moescope.consistency(make_trace(tmp_path / "t.moe", [part], layers), lengths=(3, 8))
-    assert found["domain"].values.tolist() == ["(all)", "A", "B"]
+    assert found["domain"].values.tolist() == [TOTAL, "A", "B"]
     for length in (3, 8):
-        for domain, rows in (("(all)", part), ("A", part.rows(part.domain == 0)), ("B", part.rows(part.domain == 1))):
+        for domain, rows in ((TOTAL, part), ("A", part.rows(part.domain == 0)), ("B", part.rows(part.domain == 1))):
             at = found.sel(domain=domain, length=length)
             for layer in layers:
                 srp, ratio = published_f1(rows, (layer,), length)
@@ -110,9 +111,9 @@ def test_without_order_nothing_is_found_beyond_it_in_ninety_five_of_a_hundred(nu
     layer = Layer(0, num_experts, top_k)
     found = [judged(routed(rng, 40, 0.0, layer), layer, (4, 16)) for _ in range(200)]
     for length in (4, 16):
-        p_values = np.array([float(at["p_value"].sel(length=length)) for at in found])
+        p_values = np.array([float(at["excess_p"].sel(length=length)) for at in found])
         assert 0.01 <= (p_values < 0.05).mean() <= 0.10
-        beyond = np.array([float(at["beyond"].sel(length=length)) for at in found])
+        beyond = np.array([float(at["excess"].sel(length=length)) for at in found])
         assert abs(beyond.mean()) < 0.003
 
 
@@ -122,11 +123,11 @@ def test_the_interval_holds_the_true_srp_at_the_nominal_rate_and_order_is_found(
     truth = judged(routed(rng, 6000, 0.4, layer), layer, (4, 16))
     found = [judged(routed(rng, 40, 0.4, layer), layer, (4, 16)) for _ in range(200)]
     for length in (4, 16):
-        for value, low, high in (("srp", "low", "high"), ("beyond", "beyond_low", "beyond_high")):
+        for value, low, high in (("srp", "srp_low", "srp_high"), ("excess", "excess_low", "excess_high")):
             true = float(truth[value].sel(length=length))
             held = [float(at[low].sel(length=length)) <= true <= float(at[high].sel(length=length)) for at in found]
             assert 0.90 <= np.mean(held) <= 0.99, (length, value, np.mean(held))
-    assert all(float(at["q_value"].sel(length=4)) < 0.01 for at in found)
+    assert all(float(at["excess_q"].sel(length=4)) < 0.01 for at in found)
 
 
 def test_a_token_that_always_keeps_its_set_has_an_srp_of_one() -> None:
@@ -135,7 +136,7 @@ def test_a_token_that_always_keeps_its_set_has_an_srp_of_one() -> None:
     found = judged(routed(rng, 40, 1.0, layer), layer, (4, 16))
     assert found["srp"].values.tolist() == [1, 1]
     assert found["size_ratio"].values.tolist() == [1, 1]
-    assert found["shuffled"].values.tolist() == pytest.approx([1, 1])  # in any order: each document has one set
+    assert found["srp_null"].values.tolist() == pytest.approx([1, 1])  # in any order: each document has one set
 
 
 def test_documents_shorter_than_a_segment_leave_no_value(tmp_path: Path) -> None:
@@ -143,8 +144,8 @@ def test_documents_shorter_than_a_segment_leave_no_value(tmp_path: Path) -> None
     part = make_part(np.random.default_rng(5), layers, [20, 6, 20, 6], domains=("A", "B"), window=64)
     found = moescope.consistency(make_trace(tmp_path / "t.moe", [part], layers), lengths=(4, 16, 64))
     assert np.isnan(found["srp"].sel(domain="B", layer=0)).values.tolist() == [False, True, True]
-    assert np.isnan(found["srp"].sel(domain="(all)", layer=0)).values.tolist() == [False, False, True]
-    for name in ("low", "high", "p_value"):
+    assert np.isnan(found["srp"].sel(domain=TOTAL, layer=0)).values.tolist() == [False, False, True]
+    for name in ("srp_low", "srp_high", "excess_p"):
         assert np.isnan(found[name].sel(domain="B", length=16)).all()
     assert found["documents"].sel(domain="B").values.tolist() == [2, 0, 0]
 
@@ -154,5 +155,5 @@ def test_one_document_has_a_value_and_no_interval(tmp_path: Path) -> None:
     part = make_part(np.random.default_rng(6), layers, [40], domains=("A",), window=64)
     found = moescope.consistency(make_trace(tmp_path / "t.moe", [part], layers), lengths=(4,)).sel(layer=0, length=4)
     assert np.isfinite(found["srp"]).all()
-    for name in ("low", "high", "beyond_low", "p_value"):
+    for name in ("srp_low", "srp_high", "excess_low", "excess_p"):
         assert np.isnan(found[name]).all()

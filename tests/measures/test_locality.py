@@ -15,7 +15,8 @@ from scipy import stats
 from synthetic import make_part, make_trace
 
 from moescope.measures import repeats
-from moescope.measures.locality import ALL_DOMAINS, geometric_runs, locality
+from moescope.measures.locality import geometric_runs, locality
+from moescope.measures.schema import TOTAL
 from moescope.tallying import locality_kernels as kernels
 from moescope.tallying import tally
 from moescope.tallying.document_sample import DocumentSample
@@ -69,7 +70,7 @@ def test_the_document_in_any_order_is_the_mean_over_all_orders() -> None:
         firsts = sample.expert_ids[0][0, start:end].tolist()
         counts.append(np.mean([sum(a == b for a, b in pairwise(o)) for o in orders(firsts)]))
     found = locality(sample).sel(layer=0, domain="A", pairs="all", null="document", kind="first")
-    assert found["expected"] == pytest.approx(sum(counts) / 5)
+    assert found["rate_null"] == pytest.approx(sum(counts) / 5)
 
 
 @pytest.mark.parametrize(("layer", "dropped"), [(Layer(0, 8, 2), 0.0), (Layer(0, 130, 4), 0.2), (Layer(0, 4, 1), 0.1)])
@@ -90,7 +91,7 @@ def test_every_null_is_near_the_loop_over_all_pairs_that_it_draws_from(
     pairs = [t for t in every[:-1] if part.position[t + 1] == part.position[t] + 1 and document[t] == document[t + 1]]
     draws = []
     for seed in range(12):
-        draws.append(locality(trace, seed=seed).sel(layer=0, domain=ALL_DOMAINS, pairs="all")["expected"])
+        draws.append(locality(trace, seed=seed).sel(layer=0, domain=TOTAL, pairs="all")["rate_null"])
     found = np.mean([d.values for d in draws], axis=0)
     spread = np.std([d.values for d in draws], axis=0) / np.sqrt(12)
     for kind in range(2):
@@ -117,11 +118,11 @@ def test_rates_and_the_popularity_null_are_those_of_repeats(tmp_path: Path) -> N
     domains, kinds = known["domain"].values, ["first", "any"]
     at = found.sel(domain=domains, pairs="all")
     assert np.allclose(at["rate"], known["rate"].sel(kind=kinds))
-    assert np.allclose(at["low"], known["low"].sel(kind=kinds))
+    assert np.allclose(at["rate_low"], known["low"].sel(kind=kinds))
     assert np.allclose(at["lag_rate"].sel(lag=1), known["rate"].sel(kind=kinds))
-    assert np.allclose(at["expected"].sel(null="uniform", domain="ArXiv"), known["uniform"].sel(kind=kinds))
-    assert np.allclose(at["expected"].sel(null="popularity", kind="first"), known["marginal"].sel(kind="first"))
-    assert np.allclose(at["expected"].sel(null="popularity"), known["marginal"].sel(kind=kinds), atol=0.03)
+    assert np.allclose(at["rate_null"].sel(null="uniform", domain="ArXiv"), known["uniform"].sel(kind=kinds))
+    assert np.allclose(at["rate_null"].sel(null="popularity", kind="first"), known["marginal"].sel(kind="first"))
+    assert np.allclose(at["rate_null"].sel(null="popularity"), known["marginal"].sel(kind=kinds), atol=0.03)
 
 
 def test_stand_ins_have_the_same_ids_come_from_other_documents_and_are_two_tokens() -> None:
@@ -152,11 +153,11 @@ def test_planted_rates_and_excesses_are_inside_their_intervals(kind: str) -> Non
     draws, inside, total = 40, {}, {}
     for seed in range(draws):
         made = planted(np.random.default_rng(seed), kind)
-        found = locality(made.sample, [1], lags=[1], seed=seed).sel(layer=1, kind="first", domain=ALL_DOMAINS)
+        found = locality(made.sample, [1], lags=[1], seed=seed).sel(layer=1, kind="first", domain=TOTAL)
         found = found.sel(pairs="all")
         truths = {}
         if made.first is not None:
-            truths["rate"] = made.first, found["low"], found["high"]
+            truths["rate"] = made.first, found["rate_low"], found["rate_high"]
             excess = found["excess_low"].sel(null="words"), found["excess_high"].sel(null="words")
             truths["words"] = made.first - made.words, *excess
         if kind not in ("sticky", "alternating", "domain", "collapsed"):
@@ -200,23 +201,23 @@ def test_the_error_of_an_excess_is_that_of_a_jackknife_over_documents(
 
 def test_words_that_choose_for_themselves_leave_nothing_and_a_sticky_router_leaves_all() -> None:
     words = locality(planted(np.random.default_rng(0), "token", documents=200, strength=0.9).sample, [1])
-    at = words.sel(layer=1, domain=ALL_DOMAINS, kind="first", null="words")
+    at = words.sel(layer=1, domain=TOTAL, kind="first", null="words")
     equal, different = at.sel(pairs="equal ids"), at.sel(pairs="different ids")
     assert equal["rate"] > 0.7
     assert abs(float(equal["excess"])) < 0.05
     assert abs(float(different["excess"])) < 0.01
     sticky = locality(planted(np.random.default_rng(0), "sticky", documents=200).sample, [1])
-    at = sticky.sel(layer=1, domain=ALL_DOMAINS, kind="first", pairs="all")
+    at = sticky.sel(layer=1, domain=TOTAL, kind="first", pairs="all")
     assert at["excess"].sel(null="words") == pytest.approx(0.42, abs=0.03)
     # A repeat at distance d is d repeats in a row, or chance: (1/2)^d of the excess at none.
-    curve = sticky["lag_excess"].sel(layer=1, domain=ALL_DOMAINS, kind="first").values
+    curve = sticky["lag_excess"].sel(layer=1, domain=TOTAL, kind="first").values
     assert curve[1] / curve[0] == pytest.approx(0.5, abs=0.06)
     assert abs(curve[5]) < 0.04  # below zero: in short documents any order has near repeats, too
 
 
 def test_runs_of_a_sticky_router_are_geometric_and_those_of_two_in_turn_are_not() -> None:
     sticky = locality(planted(np.random.default_rng(0), "sticky", 64, documents=400).sample, [1]).sel(layer=1)
-    assert np.abs(sticky["runs"] - sticky["runs_geometric"]).max() < 0.02
+    assert np.abs(sticky["runs"] - sticky["runs_null"]).max() < 0.02
     turn = locality(planted(np.random.default_rng(0), "alternating").sample, [1]).sel(layer=1)
     assert turn["runs"].sel(run=1) == 1
     assert turn["run_mean"] == 1
@@ -232,12 +233,12 @@ def test_runs_of_a_sticky_router_are_geometric_and_those_of_two_in_turn_are_not(
 
 def test_routing_that_does_not_vary_has_an_interval_of_a_pair_either_way() -> None:
     turns = sample_of([[(0, (place % 2,)) for place in range(length)] for length in range(20, 60)])
-    of = locality(turns, lags=[1]).sel(layer=0, kind="first", domain=ALL_DOMAINS, pairs="all", null="popularity")
+    of = locality(turns, lags=[1]).sel(layer=0, kind="first", domain=TOTAL, pairs="all", null="popularity")
     pairs = sum(length - 1 for length in range(20, 60))
     half = stats.t.ppf(0.975, 39) / pairs
     assert float(of["excess_high"] - of["excess"]) == pytest.approx(half)
     assert float(of["excess_low"]) < -0.5 < float(of["excess_high"])
-    assert float(of["p_value"]) < 1e-10
+    assert float(of["excess_p"]) < 1e-10
 
 
 def test_geometric_runs_are_those_of_a_simulation() -> None:
@@ -257,7 +258,7 @@ def test_a_trace_without_ids_or_order_has_what_can_be_known(tmp_path: Path) -> N
     trace = make_trace(
         tmp_path / "t.moe", [make_part(np.random.default_rng(0), layers, [20] * 6)], layers, token_ids=False
     )
-    found = locality(trace).sel(layer=0, domain=ALL_DOMAINS)
+    found = locality(trace).sel(layer=0, domain=TOTAL)
     assert found["rate"].sel(kind="first").isnull().all()
     assert found["rate"].sel(kind="any", pairs="all").notnull()
     assert found["rate"].sel(pairs=["equal ids", "different ids"]).isnull().all()
@@ -269,14 +270,14 @@ def test_a_trace_without_ids_or_order_has_what_can_be_known(tmp_path: Path) -> N
 def test_documents_too_short_for_pairs_are_no_error(tmp_path: Path, lengths: list[int]) -> None:
     layers = (Layer(0, 8, 2),)
     found = locality(make_trace(tmp_path / "t.moe", [make_part(np.random.default_rng(0), layers, lengths)], layers))
-    assert found["pairs_counted"].sel(domain=ALL_DOMAINS, pairs="all") == sum(n - 1 for n in lengths)
+    assert found["pairs_counted"].sel(domain=TOTAL, pairs="all") == sum(n - 1 for n in lengths)
 
 
 def test_the_seed_decides_and_threads_do_not() -> None:
     sample = planted(np.random.default_rng(0), "documents", documents=10).sample
     a, b = locality(sample, threads=1), locality(sample, threads=2)
     assert a.equals(b)
-    assert not a["expected"].equals(locality(sample, seed=1)["expected"])
+    assert not a["rate_null"].equals(locality(sample, seed=1)["rate_null"])
     for wrong in ({"lags": []}, {"lags": [0, 1]}, {"lags": [2, 2]}, {"threads": 0}):
         with pytest.raises(ValueError, match="must"):
             locality(sample, **wrong)
@@ -285,23 +286,23 @@ def test_the_seed_decides_and_threads_do_not() -> None:
 def test_a_domain_called_all_is_not_taken_for_all_of_them() -> None:
     sample = planted(np.random.default_rng(0), "domain", documents=9).sample
     found = locality(replace(sample, domain_names=("(all)", "B", "C")))
-    assert found["domain"].values.tolist() == ["(all) (a domain)", "B", "C", ALL_DOMAINS]
+    assert found["domain"].values.tolist() == ["((all))", "(all)", "B", "C"]
     counted = found["pairs_counted"].sel(pairs="all")
-    assert counted.sel(domain=ALL_DOMAINS) == counted[:3].sum()
+    assert counted.sel(domain="((all))") == counted[1:].sum()
 
 
 def test_where_one_expert_takes_nearly_all_the_excess_has_no_interval_until_there_are_pairs_without_it() -> None:
     def of(documents: int):
         made = planted(np.random.default_rng(0), "collapsed", documents=documents)
-        return locality(made.sample, [1], lags=[1]).sel(layer=1, kind="first", domain=ALL_DOMAINS)
+        return locality(made.sample, [1], lags=[1]).sel(layer=1, kind="first", domain=TOTAL)
 
     # 2 % of the tokens go elsewhere: of 3,540 pairs 1.4 are to be expected with neither at the popular one; then 14
     few, many = of(60), of(600)
     for null in ("popularity", "document"):
         assert np.isnan(few["excess_low"].sel(pairs="all", null=null))
-        assert np.isnan(few["p_value"].sel(pairs="all", null=null))
+        assert np.isnan(few["excess_p"].sel(pairs="all", null=null))
         assert np.isfinite(few["excess"].sel(pairs="all", null=null))
         assert many["excess_low"].sel(pairs="all", null=null) < 0 < many["excess_high"].sel(pairs="all", null=null)
-    assert np.isfinite(few["low"].sel(pairs="all"))
+    assert np.isfinite(few["rate_low"].sel(pairs="all"))
     assert np.isnan(few["lag_excess_low"]).all()
     assert np.isfinite(many["lag_excess_low"]).all()

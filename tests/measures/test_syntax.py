@@ -70,20 +70,20 @@ def test_the_digits_of_two_documents_counted_by_hand(tmp_path: Path) -> None:
     at = syntax(trace).sel(word_class="digits", layer=0)
     p, q = [0, 0, 1 / 3, 2 / 3], [2 * 0.5 / 3, (2 * 0.5 + 1) / 3, 0, 0]
     assert float(at["jsd"]) == pytest.approx(jensenshannon(p, q, base=2) ** 2)
-    assert (int(at["top_expert"]), float(at["top_share"]), float(at["top_share_others"])) == (3, 2 / 3, 0)
+    assert (int(at["top_expert"]), float(at["top_share"]), float(at["top_share_null"])) == (3, 2 / 3, 0)
     everything = [2, 0, 1, 2], [2, 4, 0, 0]
     assert float(at["jsd_all"]) == pytest.approx(jensenshannon(*everything, base=2) ** 2)
     assert (int(at["tokens"]), int(at["documents"])) == (5, 3)
-    either = syntax(trace, choice="either").sel(word_class="digits", layer=0)
+    every = syntax(trace, choice="all").sel(word_class="digits", layer=0)
     p, q = [2 / 6, 0, 1 / 6, 3 / 6], [2 * 0.25 / 3, (2 * 0.5 + 0.5) / 3, (2 * 0.25 + 0.5) / 3, 0]
-    assert float(either["jsd"]) == pytest.approx(jensenshannon(p, q, base=2) ** 2)
+    assert float(every["jsd"]) == pytest.approx(jensenshannon(p, q, base=2) ** 2)
 
 
 def test_a_class_without_a_token_or_without_others_beside_it_has_no_numbers(tmp_path: Path) -> None:
     trace = write(tmp_path / "t.moe", [("A", ["1", "2"], [0, 1]), ("A", ["a", " b"], [0, 1])])
     result = syntax(trace)
     assert result["jsd"].isnull().all()
-    assert result["q_value"].isnull().all()
+    assert result["jsd_q"].isnull().all()
     assert result["tokens"].sel(word_class="digits") == 2
     assert result["jsd_all"].sel(word_class="digits").notnull().all()
     assert result["word_class"].values.tolist() == list(CLASSES)
@@ -97,7 +97,7 @@ def test_divergences_are_within_bounds_and_do_not_depend_on_the_names_of_experts
     kinds = [rng.random(len(of)) < 0.3 for of in experts]
     one = syntax(counted(experts, kinds, 6)).isel(word_class=0, layer=0)
     other = syntax(counted([np.array(names)[of] for of in experts], kinds, 6)).isel(word_class=0, layer=0)
-    for name in ("jsd", "jsd_low", "jsd_high", "jsd_null", "jsd_all", "p_value"):
+    for name in ("jsd", "jsd_low", "jsd_high", "jsd_null", "jsd_all", "jsd_p"):
         assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-5, nan_ok=True), name
     assert 0 <= float(one["jsd"]) <= 1
     if np.isfinite(one["jsd_low"]):
@@ -126,7 +126,7 @@ def test_a_class_that_chooses_like_the_others_is_found_different_at_the_rate_of_
     base = np.random.default_rng(num_experts).dirichlet(np.full(num_experts, 3.0))
     rng = np.random.default_rng(2)
     found = [_drawn(rng, base, base, num_experts, spread) for _ in range(150)]
-    p_values = np.array([float(at["p_value"]) for at in found])
+    p_values = np.array([float(at["jsd_p"]) for at in found])
     assert (p_values < 0.05).sum() <= 16  # of 150; at a true 5 % with probability 0.998
     if num_experts == 8:
         assert stats.kstest(p_values, "uniform").pvalue > 1e-4
@@ -162,5 +162,5 @@ def test_what_the_domain_alone_explains_is_not_taken_for_syntax(tmp_path: Path) 
     at = syntax(write(tmp_path / "t.moe", documents)).sel(word_class="newline", layer=0)
     assert float(at["jsd_all"]) > 0.1
     assert float(at["jsd"]) < 0.005
-    assert float(at["p_value"]) > 0.01
+    assert float(at["jsd_p"]) > 0.01
     assert float(at["jsd_low"]) == 0

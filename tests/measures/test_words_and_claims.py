@@ -255,7 +255,7 @@ def test_where_no_choice_is_the_first_the_sets_are_compared(tmp_path: Path) -> N
     trace = in_runs(tmp_path / "t.moe", sticky=True)
     unranked = replace(trace, header=replace(trace.header, layers=tuple(replace(a, ranked=False) for a in LAYERS)))
     kept = result_of(DocumentCounter, unranked, threads=1)
-    explained = explain(kept, choice="either", permutations=19)
+    explained = explain(kept, choice="all", permutations=19)
     found = answered(divergence(tally(unranked)), None, locality(kept, threads=1), explained)
     claim = next(claim for claim in found if claim.name == "Consecutive tokens repeat")
     assert claim.answer == "yes"

@@ -154,7 +154,7 @@ def test_the_table_of_consistency_has_a_section_a_length_and_all_layers_last(con
     assert [row.label for row in table.sections[0].rows] == ["layer 0", "layer 31", "all layers"]
     at = consistency.sel(domain="Github", length=16)
     assert table.sections[1].rows[2].cells[0].value == f"{100 * float(at['model_srp']):.1f}"
-    assert table.sections[1].rows[1].cells[1].value == f"{100 * float(at['shuffled'].sel(layer=31)):.1f}"
+    assert table.sections[1].rows[1].cells[1].value == f"{100 * float(at['srp_null'].sel(layer=31)):.1f}"
     assert len(table.frame) == 4 * 2 * (len(LAYERS) + 1)
 
 
@@ -231,7 +231,7 @@ def test_the_figure_of_consistency_has_a_panel_a_length(consistency):
     assert [axes.get_title("left") for axes in figure.axes] == ["4 tokens", "16 tokens"]
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     at = consistency.isel(domain=0).sel(length=16)
-    for label, name in (("measured", "srp"), ("random order", "shuffled"), ("uniform", "uniform")):
+    for label, name in (("measured", "srp"), ("random order", "srp_null"), ("uniform", "srp_uniform")):
         assert np.allclose(lines[label], 100 * at[name])
 
 

@@ -11,16 +11,17 @@ from synthetic import make_counts, make_part, make_trace
 
 import moescope
 from moescope.cli import main
+from moescope.measures.schema import TOTAL
 from moescope.reporting import figures
 from moescope.reporting.formats import FORMATS, render
-from moescope.reporting.subjects.explain import explain_frame, explain_sentence, explain_table
+from moescope.reporting.frames import tidy
+from moescope.reporting.subjects.explain import explain_sentence, explain_table
 from moescope.reporting.subjects.locality import (
     lags_frame,
     lags_table,
     locality_frame,
     locality_sentence,
     locality_table,
-    runs_frame,
     runs_table,
 )
 from moescope.trace import Layer
@@ -52,7 +53,7 @@ def test_explain_prints_three_layers_and_a_sentence_each(run, mixtral):
     rows = json.loads(run("explain", mixtral.path, "--layer", "31", "--format", "json").stdout)
     assert [row["source"] for row in rows] == moescope.explain(mixtral, [31])["source"].values.tolist()
     assert "previous layer" not in run("explain", mixtral.path, "--layer", "0", "--format", "csv").stdout
-    assert "2 choices" not in run("explain", mixtral.path, "--layer", "0", "--choice", "either").stdout
+    assert "2 choices" not in run("explain", mixtral.path, "--layer", "0", "--choice", "all").stdout
 
 
 @pytest.mark.parametrize("show", ["excess", "lags", "runs"])
@@ -66,32 +67,32 @@ def test_locality_prints_its_three_tables(run, mixtral, locality, show):
 
 
 def test_the_frames_hold_the_values(explained, locality):
-    frame = explain_frame(explained).set_index(["layer", "source"])
+    frame = tidy(explained, "layer", "source").set_index(["layer", "source"])
     assert frame.loc[(7, "token"), "bits"] == float(explained["bits"].sel(layer=7, source="token"))
     assert (0, "previous layer") not in frame.index
     frame = locality_frame(locality).set_index(["domain", "pairs", "null", "layer", "kind"])
-    at = {"domain": "(all)", "pairs": "all", "null": "words", "layer": 31, "kind": "first"}
+    at = {"domain": TOTAL, "pairs": "all", "null": "words", "layer": 31, "kind": "first"}
     assert frame.loc[tuple(at.values()), "excess_points"] == 100 * float(locality["excess"].sel(at))
     frame = lags_frame(locality).set_index(["domain", "layer", "kind", "lag"])
     at = {"domain": "ArXiv", "layer": 31, "kind": "any", "lag": 8}
-    assert frame.loc[tuple(at.values()), "rate_percent"] == 100 * float(locality["lag_rate"].sel(at))
-    assert runs_frame(locality).groupby("layer")["runs_percent"].sum().to_numpy() == pytest.approx(100)
+    assert frame.loc[tuple(at.values()), "lag_rate_percent"] == 100 * float(locality["lag_rate"].sel(at))
+    assert runs_table(locality, [0, 31]).frame.groupby("layer")["runs_percent"].sum().to_numpy() == pytest.approx(100)
 
 
 def test_the_sentences_say_what_is_significant_and_only_that(explained, locality):
     made = explained.copy(deep=True)
-    made["q_value"].loc[{"layer": 31}] = 1.0
+    made["bits_q"].loc[{"layer": 31}] = 1.0
     assert "no source tells much. Not told from chance:" in explain_sentence(made, 31)
-    made["q_value"].loc[{"layer": 31, "source": ["token", "position"]}] = 0.01
+    made["bits_q"].loc[{"layer": 31, "source": ["token", "position"]}] = 0.01
     made["share"].loc[{"layer": 31, "source": "token"}] = 0.5
     made["bits"].loc[{"layer": 31, "source": "token"}] = 1.5
     made["share"].loc[{"layer": 31, "source": "position"}] = 0.01
     sentence = explain_sentence(made, 31)
     assert "each by itself tells: the token 1.500 (50 %)." in sentence
     assert "A little (under 5 %): the place in the sequence." in sentence
-    made["high"].loc[{"layer": 31, "source": "position"}] = 0.0731 * float(made["entropy"].sel(layer=31))
+    made["bits_high"].loc[{"layer": 31, "source": "position"}] = 0.0731 * float(made["entropy"].sel(layer=31))
     assert "A little (under 5 %): the place in the sequence (up to 7 %)." in explain_sentence(made, 31)
-    at = {"layer": 31, "domain": "(all)", "pairs": "all", "kind": "first", "null": "words"}
+    at = {"layer": 31, "domain": TOTAL, "pairs": "all", "kind": "first", "null": "words"}
     made = locality.copy(deep=True)
     for name, value in {"excess": -0.03, "excess_low": -0.05, "excess_high": 0.01}.items():
         made[name].loc[at] = value
@@ -106,20 +107,20 @@ def test_the_bars_are_the_bits_and_the_ticks_what_permuted_routing_gives(explain
                 width = patch.get_path().vertices[:, 0].max()
                 assert width == pytest.approx(float(explained["bits"].sel(layer=layer, source=patch.get_label())))
         (ticks,) = (c for c in axes.collections if c.get_label() == "permuted routing")
-        null = explained["null"].sel(layer=layer).values
+        null = explained["bits_null"].sel(layer=layer).values
         assert [s[0, 0] for s in ticks.get_segments()] == pytest.approx(null[np.isfinite(null)].tolist())
 
 
 def test_the_lines_are_the_excess_and_the_rates(explained, locality):
     figure = figures.locality.draw_excess(locality)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    at = locality["excess"].sel(domain="(all)", pairs="all", kind="first")
+    at = locality["excess"].sel(domain=TOTAL, pairs="all", kind="first")
     assert lines["same words elsewhere"] == pytest.approx(100 * at.sel(null="words").values)
     assert lines["document in any order"] == pytest.approx(100 * at.sel(null="document").values)
     figure = figures.locality.draw_lags(locality, [0, 31])
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     assert lines["layer 31"] == pytest.approx(
-        100 * locality["lag_rate"].sel(domain="(all)", kind="any", layer=31).values, nan_ok=True
+        100 * locality["lag_rate"].sel(domain=TOTAL, kind="any", layer=31).values, nan_ok=True
     )
     figure = figures.explain.draw_explained_by_layer(explained)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
@@ -133,7 +134,7 @@ def test_many_experts_one_layer_and_what_a_trace_lacks_can_be_drawn(wide, tmp_pa
             figures.explain.draw_explained(explained, [11]),
             figures.explain.draw_explained_by_layer(explained),
             figures.locality.draw_excess(locality),
-            figures.locality.draw_lags(locality.assign(excess=locality["excess"] * np.nan), [11], "Code"),
+            figures.locality.draw_lags(locality.assign(excess=locality["excess"] * np.nan), [11]),
         ]
     ):
         figures.style.save(figure, tmp_path, str(number))
@@ -154,8 +155,8 @@ def test_a_trace_without_order_is_explained_if_all_its_choices_are_asked_for(run
     path = make_trace(tmp_path / "t.moe", [part], layers).path
     refused = run("explain", path)
     assert refused.exit_code == 1
-    assert "--choice either" in refused.stderr
-    result = run("explain", path, "--choice", "either", "--permutations", "5")
+    assert "--choice all" in refused.stderr
+    result = run("explain", path, "--choice", "all", "--permutations", "5")
     assert result.exit_code == 0
     assert "previous expert" not in result.stdout
     assert "first or second choice" in run("locality", path).stdout

@@ -79,14 +79,14 @@ def test_csv_and_json_of_vocabulary_hold_layers_experts_and_tokens_once(run, mix
     at = vocabulary.sel(layer=7, by="next")
     row = next(row for row in of["layer"] if row["by"] == "next")
     assert float(row["specialization_percent"]) == pytest.approx(100 * float(at["specialization"]), rel=1e-5)
-    assert float(row["null_percent"]) == pytest.approx(100 * float(at["null"]), rel=1e-5)
+    assert float(row["specialization_null_percent"]) == pytest.approx(100 * float(at["specialization_null"]), rel=1e-5)
     row = next(
         row for row in of["token of an expert"] if (row["by"], row["expert"], row["place"]) == ("next", "6", "2")
     )
     best = at.sel(expert=6).isel(place=1)
     assert int(row["token_id"]) == int(best["top_token"])
     assert row["text"] == mixtral.vocabulary.piece(int(best["top_token"])).decode().replace("\n", "↵")
-    assert (int(row["count"]), int(row["tokens"])) == (int(best["top_count"]), int(best["top_tokens"]))
+    assert (int(row["top_count"]), int(row["top_tokens"])) == (int(best["top_count"]), int(best["top_tokens"]))
     row = next(row for row in of["expert of a token"] if (row["by"], row["expert"]) == ("next", "6"))
     asked = at.sel(token=int(row["token_id"]), expert=6)
     assert float(row["share_percent"]) == pytest.approx(100 * float(asked["share"]), rel=1e-5)
@@ -100,7 +100,8 @@ def test_syntax_prints_its_tables_and_the_frame_a_row_a_class_and_layer(run, mix
         assert (found.exit_code, found.stderr) == (0, "")
         assert found.stdout == "\n".join(render(table, format) for table in expected)
     rows = list(csv.DictReader(io.StringIO(run("syntax", mixtral.path, "--layer", "7", "--format", "csv").stdout)))
-    assert [row["word_class"] for row in rows] == syntax["word_class"].values.tolist()
+    known = syntax["jsd_all"].sel(layer=7).notnull()
+    assert [row["word_class"] for row in rows] == syntax["word_class"].values[known].tolist()
     at = syntax.sel(layer=7, word_class="keyword")
     row = next(row for row in rows if row["word_class"] == "keyword")
     assert float(row["jsd_bits"]) == pytest.approx(float(at["jsd"]), rel=1e-5)
@@ -143,8 +144,9 @@ def test_the_figure_of_vocabulary_draws_values_null_and_experts_in_order(vocabul
     for column, by in enumerate(("input", "next")):
         at = vocabulary.sel(by=by)
         lines = {str(line.get_label()): line.get_ydata() for line in figure.axes[column].lines}
-        for name in ("specialization", "null", "popularity"):
-            np.testing.assert_allclose(lines[name], 100 * at[name])
+        drawn = {"specialization": "specialization", "null": "specialization_null", "popularity": "popularity"}
+        for label, name in drawn.items():
+            np.testing.assert_allclose(lines[label], 100 * at[name])
         value = 100 * at["expert_specialization"].transpose("expert", "layer").values
         expected = -np.sort(-value, axis=0)
         np.testing.assert_allclose(mesh_of(figure.axes[2 + column]).reshape(expected.shape), expected)
@@ -164,7 +166,7 @@ def test_the_map_of_word_classes_draws_each_divergence_and_leaves_out_classes_wi
     np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(expected.shape), expected)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == kept["word_class"].values.tolist()
     dots = sum("•" in text.get_text() for text in figure.axes[0].texts)
-    assert dots == int((kept["q_value"] < 0.05).sum())
+    assert dots == int((kept["jsd_q"] < 0.05).sum())
 
 
 def test_figures_are_written_and_the_same_bytes_every_time(run, mixtral, vocabulary, syntax, tmp_path: Path) -> None:
@@ -186,11 +188,11 @@ def test_what_cannot_be_told_or_is_not_there_is_refused_in_one_line(run, mixtral
     make_synthetic(tmp_path / "i.moe", [part], (Layer(0, 8, 2),), token_ids=False)
     make_synthetic(tmp_path / "u.moe", [part], (Layer(0, 8, 2, ranked=False),))
     for command in ("vocabulary", "syntax"):
-        for name, words in (("c.moe", "holds counts"), ("i.moe", "no token ids"), ("u.moe", "--choice either")):
+        for name, words in (("c.moe", "holds counts"), ("i.moe", "no token ids"), ("u.moe", "--choice all")):
             refused = run(command, tmp_path / name)
             assert (refused.exit_code, refused.output.count("error[not-recorded]")) == (1, 1), (command, name)
             assert words in refused.output
-        assert run(command, tmp_path / "u.moe", "--choice", "either").exit_code == 0
+        assert run(command, tmp_path / "u.moe", "--choice", "all").exit_code == 0
     refused = run("vocabulary", mixtral.path, "--token", "\x1bno such token")
     assert refused.exit_code == 2
     assert "is not one token of the trace's vocabulary" in refused.output

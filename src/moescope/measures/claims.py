@@ -17,10 +17,10 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from moescope.measures import statistics
+from moescope.measures import schema, statistics
 from moescope.measures.divergence import divergence
 from moescope.measures.explain import explain
-from moescope.measures.locality import ALL_DOMAINS, locality
+from moescope.measures.locality import locality
 from moescope.measures.statistics import Numbers
 from moescope.measures.words import words as measured_words
 from moescope.tallying import INDENTATION, WORDS, Source
@@ -259,11 +259,11 @@ def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
                     f"domain explains, layer {layer}: {_percent(at['share'].item())} of H(E)",
                     at["bits"].item(),
                     "bits",
-                    _known(at["low"].item()),
-                    _known(at["high"].item()),
+                    _known(at["bits_low"].item()),
+                    _known(at["bits_high"].item()),
                     "domains permuted over documents",
-                    _known(at["null"].item()),
-                    _known(at["p_value"].item()),
+                    _known(at["bits_null"].item()),
+                    _known(at["bits_p"].item()),
                 )
             )
     return effects
@@ -402,8 +402,9 @@ def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, ju
         return _undecided(name, statement, "The trace holds counts, not the order of tokens.")
     kind = "first" if locality["rate"].sel(kind="first").notnull().any() else "any"
     of = locality.sel(pairs="all", kind=kind)
-    if not np.isfinite(of["excess_low"].sel(domain=ALL_DOMAINS, null="uniform")).any():
-        pairs = int(of["pairs_counted"].sel(domain=ALL_DOMAINS))
+    whole = schema.total(of)
+    if not np.isfinite(whole["excess_low"].sel(null="uniform")).any():
+        pairs = int(whole["pairs_counted"])
         why = "Intervals need at least two documents." if pairs else "No sequence has two tokens."
         return _undecided(name, statement, why)
     return judge(name, statement, of)
@@ -414,7 +415,7 @@ def _in_words(null: str) -> str:
 
 
 def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
-    whole = locality.sel(domain=ALL_DOMAINS)
+    whole = schema.total(locality)
     layers = whole["layer"].values.tolist()
     above = (whole["excess_low"].sel(null="popularity") > 0).values
     layer = _top_layer(whole["excess"].sel(null="popularity"))
@@ -452,7 +453,7 @@ def _above(of: xr.Dataset) -> Answer:
 
 
 def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
-    whole = locality.sel(domain=ALL_DOMAINS)
+    whole = schema.total(locality)
     of = whole.sel(null="words")
     if not np.isfinite(of["excess_low"]).any():
         return _undecided(name, statement, "The trace has no token ids, or no word is in two documents.")
@@ -475,7 +476,7 @@ def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
 
 
 def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
-    whole = locality.sel(domain=ALL_DOMAINS)
+    whole = schema.total(locality)
     layers = whole["layer"].values.tolist()
     if len(layers) < 3:
         return _undecided(name, statement, "Fewer than three layers were recorded.")
@@ -520,22 +521,23 @@ def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
 
 
 def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
-    rates = locality.drop_sel(domain=ALL_DOMAINS)
-    enough = np.isfinite(rates["low"].transpose("layer", "domain").values).all(axis=0)
+    rates = schema.by_domain(locality)
+    enough = np.isfinite(rates["rate_low"].transpose("layer", "domain").values).all(axis=0)
     if enough.sum() < 2:
         return _undecided(name, statement, "At least two domains of several documents are needed.")
     rates = rates.isel(domain=enough)
-    of_rates = _differences(rates, ("rate", "low", "high"), "most less least repeating domain")
+    of_rates = _differences(rates, ("rate", "rate_low", "rate_high"), "most less least repeating domain")
     different = statistics.false_discovery_rate(of_rates.p_values) < SIGNIFICANT
     found = rates.sel(layer=of_rates.layer)
     order = found["rate"].values.argsort()
-    high, low = (found.isel(domain=int(place)) for place in (order[-1], order[0]))
+    most, least = (
+        f"{rates['domain'].values[place]} "
+        + "{} ({} to {})".format(*(_percent(found[name].values[place]) for name in ("rate", "rate_low", "rate_high")))
+        for place in (order[-1], order[0])
+    )
     evidence = (
         f"The rates of the domains differ at {int(different.sum())} of {len(different)} layers (Welch's test, false "
-        f"discovery rate {_percent(SIGNIFICANT, 0)}). Most at layer {of_rates.layer}: {high['domain'].item()} "
-        f"{_percent(high['rate'].item())} ({_percent(high['low'].item())} to {_percent(high['high'].item())}), "
-        f"{low['domain'].item()} "
-        f"{_percent(low['rate'].item())} ({_percent(low['low'].item())} to {_percent(low['high'].item())})."
+        f"discovery rate {_percent(SIGNIFICANT, 0)}). Most at layer {of_rates.layer}: {most}, {least}."
     )
     effects = [of_rates.effect]
     over_words = rates.sel(null="words")
@@ -653,8 +655,8 @@ def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
 
 def _excess(whole: xr.Dataset, layer: int, null: str) -> Effect:
     at = whole.sel(layer=layer, null=null)
-    rate, expected, low, high = (at[name].item() for name in ("rate", "expected", "excess_low", "excess_high"))
-    return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], at["p_value"].item())
+    rate, expected, low, high = (at[name].item() for name in ("rate", "rate_null", "excess_low", "excess_high"))
+    return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], at["excess_p"].item())
 
 
 def _points(

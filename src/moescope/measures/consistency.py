@@ -14,8 +14,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from moescope.measures import statistics
-from moescope.measures.schema import described, with_total
+from moescope.measures import schema, statistics
+from moescope.measures.schema import DIFFERENCE, FRACTION
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options
@@ -42,15 +42,15 @@ def consistency(
         Dims (domain, layer, length), the first domain being all of them together; and, with `model_` before the name,
         (domain, length) of all layers together with one threshold, as the source publishes it:
 
-        * `srp`, `low`, `high`: the F1 score of the best threshold; 95 %, jackknife over (groups of) documents;
-        * `size_ratio`: experts in the best fixed set over experts that a token chooses;
-        * `shuffled`: the SRP to expect if the tokens of each document stood in random order, exact;
-        * `beyond`, `beyond_low`, `beyond_high`: srp - shuffled, paired by document; `p_value` that it is 0 and
-          `q_value` with the false discovery rate controlled over layers and lengths (and over domains, apart from all
+        * `srp`, `srp_low`, `srp_high`: the F1 score of the best threshold; 95 %, jackknife over (groups of) documents;
+        * `srp_null`: the SRP to expect if the tokens of each document stood in random order, exact;
+        * `excess`, `excess_low`, `excess_high`: `srp` less `srp_null`, paired by document; `excess_p` that it is 0 and
+          `excess_q` with the false discovery rate controlled over layers and lengths (and over domains, apart from all
           of them together);
-        * `uniform` (layer, length): SRP if each token drew k of E experts uniformly and without end;
-        * `documents` (domain, length): documents that hold a segment.
+        * `size_ratio`: experts in the best fixed set over experts that a token chooses;
+        * `srp_uniform` (layer, length): SRP if each token drew k of E experts uniformly and without end.
 
+        `documents` (domain, length), a coordinate, are those that hold a segment.
         NaN where no document is long enough. Null experts are no experts here; a dropped assignment activates none.
     Raises:
         NoSuchLayer: A layer was not recorded.
@@ -65,58 +65,51 @@ def consistency(
     total = counted(trace, SegmentCounter, layers=layers, options=options, threads=threads)
     counts = total[SegmentCounter].of_lengths(lengths)
     num_layers, num_domains, num_lengths = len(counts.layers), len(counts.domains) + 1, len(counts.lengths)
-    fields = ("srp", "low", "high", "size_ratio", "shuffled", "beyond", "beyond_low", "beyond_high", "p_value")
-    table = np.full((len(fields), num_domains, num_layers + 1, num_lengths), np.nan)
+    table = np.full((len(_JUDGED), num_domains, num_layers + 1, num_lengths), np.nan)
     for m, length in enumerate(counts.lengths):
-        for at in range(num_layers + 1):
-            pick = slice(None) if at == num_layers else slice(at, at + 1)
-            real = counts.at_least[m][pick].sum(axis=0).astype(float)
-            null = counts.expected[m][pick].sum(axis=0) / FIXED
+        for place in range(num_layers + 1):
+            layers_here = slice(None) if place == num_layers else slice(place, place + 1)
+            real = counts.at_least[m][layers_here].sum(axis=0).astype(float)
+            null = counts.expected[m][layers_here].sum(axis=0) / FIXED
             for d in range(num_domains):
                 rows = np.flatnonzero(counts.segments[:, m] > 0)
                 rows = rows if d == 0 else rows[counts.domain_of_group[rows] == d - 1]
                 if len(rows):
-                    table[:, d, at, m] = _judge(real[rows], null[rows], counts.domain_of_group[rows], length)
-    values = dict(zip(fields, table, strict=True))
-    documents = np.concatenate([counts.documents.sum(axis=0, keepdims=True), counts.documents])
-    layer = [layer.layer for layer in counts.layers]
-    by_layer, by_model = ("domain", "layer", "length"), ("domain", "length")
-    variables = {}
-    for name, (meaning, source) in _MEANINGS.items():
-        if name == "q_value":
-            p = values["p_value"]
-            q = np.concatenate([statistics.false_discovery_rate(p[:1]), statistics.false_discovery_rate(p[1:])])
-            parts = q[:, :num_layers], q[:, num_layers]
-        else:
-            parts = values[name][:, :num_layers], values[name][:, num_layers]
-        variables[name] = described(parts[0], by_layer, meaning, "1", source)
-        variables[f"model_{name}"] = described(parts[1], by_model, f"{meaning}, all layers together", "1", source)
+                    table[:, d, place, m] = _judge(real[rows], null[rows], counts.domain_of_group[rows], length)
+    values = dict(zip(_JUDGED, table, strict=True))
+    p = values["excess_p"]
+    adjusted = (statistics.false_discovery_rate(p[some]) for some in (slice(0, 1), slice(1, None)))
+    values["excess_q"] = np.concatenate(list(adjusted))
+    by_layer = {name: array[:, :num_layers] for name, array in values.items()}
+    by_model = {f"model_{name}": array[:, num_layers] for name, array in values.items()}
+    whole = {f"model_{name}": (f"{words[0]}, all layers together", *words[1:]) for name, words in _MEANINGS.items()}
     uniform = [[uniform_srp(a.num_experts, a.top_k, length) for length in counts.lengths] for a in counts.layers]
-    variables["uniform"] = described(uniform, ("layer", "length"), "SRP of uniform independent routing", "1")
-    variables["documents"] = described(documents, by_model, "documents with a segment", "documents")
     return xr.Dataset(
-        variables,
         {
-            "domain": with_total(counts.domains),
-            "layer": layer,
+            **schema.labelled(by_layer, ("domain", "layer", "length"), _MEANINGS),
+            **schema.labelled(by_model, ("domain", "length"), whole),
+            "srp_uniform": schema.described(
+                uniform, ("layer", "length"), "SRP of uniform independent routing", FRACTION
+            ),
+        },
+        {
+            **schema.total_coordinates(counts.domains, np.zeros(num_domains - 1)),
+            **schema.layer_coordinates(counts.layers),
             "length": list(counts.lengths),
-            "num_experts": ("layer", [a.num_experts for a in counts.layers]),
-            "top_k": ("layer", [a.top_k for a in counts.layers]),
+            "documents": (("domain", "length"), schema.add_total(counts.documents), {"units": "documents"}),
         },
     )
 
 
+_JUDGED = ("srp", "srp_low", "srp_high", "size_ratio", "srp_null", "excess", "excess_low", "excess_high", "excess_p")
+"""What `_judge` gives."""
+
 _MEANINGS = {
-    "srp": ("F1 of the best fixed set of experts for a segment", SOURCE),
-    "low": ("95 % interval, low end", ""),
-    "high": ("95 % interval, high end", ""),
-    "size_ratio": ("experts in the best fixed set over experts a token chooses", SOURCE),
-    "shuffled": ("SRP with the tokens of each document in random order", ""),
-    "beyond": ("SRP less that of random order", ""),
-    "beyond_low": ("95 % interval, low end", ""),
-    "beyond_high": ("95 % interval, high end", ""),
-    "p_value": ("p-value of no more than random order", ""),
-    "q_value": ("p-value adjusted over layers and lengths", "Benjamini and Hochberg 1995"),
+    "srp": ("F1 of the best fixed set of experts for a segment", FRACTION, SOURCE),
+    "size_ratio": ("experts in the best fixed set over experts a token chooses", "1", SOURCE),
+    "srp_null": ("SRP with the tokens of each document in random order", FRACTION),
+    "excess": ("SRP less that of random order", DIFFERENCE),
+    "excess_q": ("p-value adjusted over layers and lengths", "1", "Benjamini and Hochberg 1995"),
 }
 
 
@@ -156,7 +149,7 @@ def best_f1(at_least_V: NDArray[np.float64], length: int) -> tuple[NDArray[np.fl
 def _judge(
     real_RV: NDArray[np.float64], null_RV: NDArray[np.float64], domain_R: NDArray[np.int64], length: int
 ) -> tuple[float, ...]:
-    """The values of one cell: see `fields` of `consistency`; R groups of documents with a segment."""
+    """The values of `_JUDGED` for one cell; R groups of documents with a segment."""
     sides = np.stack([real_RV, null_RV])
     total = sides.sum(axis=1)
     (srp, shuffled), threshold = best_f1(total, length)

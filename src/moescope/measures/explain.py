@@ -8,22 +8,22 @@ and one from all *other* documents: their errors are equal and opposite. Sources
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.errors import NotRecorded
-from moescope.measures import statistics
-from moescope.measures.schema import described
+from moescope.measures import schema, statistics
+from moescope.measures.schema import FRACTION
+from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying import information_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
+from moescope.tallying.counter import need_order
 from moescope.trace import Layer
 
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
@@ -75,7 +75,7 @@ def explain(
         trace: The trace or its folder; or what was counted of it (`moescope.count`).
             Layers follow one another as they were recorded or counted.
         layers: Layers to explain, or None for all.
-        choice: "first", the first choice of a token; or "either", each of its choices, all ranks alike.
+        choice: "first", the first choice of a token; or "all", each of its choices, all ranks alike.
         permutations: Permutations of each test, at least 1; the smallest p-value is one over this plus one.
         seed: Of the permutations, which are the same in every layer.
         threads: Layers measured at a time; None for the number of processors.
@@ -83,22 +83,22 @@ def explain(
     Returns:
         Dims (layer, source):
 
-        * `bits`, `low`, `high`: bits explained, with a 95 % interval: the sampling of documents, and what the trace is
-          too short to learn; 0 where less;
+        * `bits`, `bits_low`, `bits_high`: bits explained, with a 95 % interval: the sampling of documents, and what the
+          trace is too short to learn; 0 where less;
         * `share`: bits over the entropy of the choice;
         * `held_out`, `plug_in`: a lower and an upper bound of the truth, both but for sampling: bits saved on documents
           left out, and the plain mutual information of the counts; `miller_madow`, the latter less its bias if every
           pair of value and expert that occurs occurred often;
-        * `null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert before,
-          tokens permuted within the document; else, the choices of each document rotated to a random change of the
-          source's value, so that they last as long as they do. What a document's own mix of experts explains is left in
-          the last two;
+        * `bits_null`: `bits` of permuted routing: for the domain, domains permuted over documents; for the expert
+          before, tokens permuted within the document; else, the choices of each document rotated to a random change of
+          the source's value, so that they last as long as they do. What a document's own mix of experts explains is
+          left in the last two;
         * `rows_a_cell`: rows over the pairs of a value and an expert that could be. Below 5 the trace is short for the
           source, and the interval allows for all that could hide there;
-        * `p_value` of the permutation test on the plug-in value, `q_value` with the false discovery rate controlled
-          over layers and sources.
+        * `bits_p` of the permutation test on the plug-in value, `bits_q` with the false discovery rate controlled over
+          layers and sources.
 
-        And `entropy` (layer), bits of the choice in all, with `entropy_low`, `entropy_high`; `documents`, `tokens`.
+        And `entropy` (layer), bits of the choice in all, with `entropy_low`, `entropy_high`; `documents`, a coordinate.
         A source that a trace does not have (token ids, a layer before, the order of the choices) is NaN.
     Raises:
         NotRecorded: The first choice is asked for and not known, or the trace holds counts.
@@ -108,40 +108,25 @@ def explain(
         Mutual information: Cover and Thomas 2006. Miller 1955 and Madow 1948 (bias). Estimator, nulls and interval are
         ours; docs/reference/measures/explain.md has their calibration.
     """
-    if choice not in ("first", "either"):
-        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
+    if choice not in ("first", "all"):
+        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, not {permutations}")
-    threads = threads if threads is not None else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    threads = threads_to_use(threads)
     source = opened(trace)
     source.need_tokens()
     chosen = source.select_layers(layers)
-    if choice == "first" and not all(layer.ranked for layer in chosen):
-        raise NotRecorded(
-            source.path,
-            "does not say which of a token's choices is the first",
-            "ask for each of the choices: --choice either, or choice='either'",
-        )
+    need_order(source.path, chosen, choice)
     befores = {layer: before for before, layer in pairwise(source.layers)}
     needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
     sample = documents_of(source, [layer.layer for layer in needed], threads=threads)
     rows = _Rows.of(sample, choice)
     small = _Rows.of(sample.thinned(TEST_TOKENS), choice)
-    found: list[_Explained] = [_NOTHING] * len(chosen)
-    done = 0
 
-    def measure(at: int) -> None:
-        nonlocal done
-        found[at] = _explain_layer(rows, small, chosen[at], befores.get(chosen[at]), permutations, seed)
-        done += 1
-        if progress is not None:
-            progress(done, len(chosen))
+    def measure(layer: Layer) -> _Explained:
+        return _explain_layer(rows, small, layer, befores.get(layer), permutations, seed)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(measure, range(len(chosen))))
-    return _labelled(sample, chosen, choice, found)
+    return _labelled(sample, chosen, choice, layer_by_layer(measure, chosen, threads, progress))
 
 
 @dataclass(frozen=True)
@@ -237,7 +222,7 @@ class _Rows:
             sources["token"] = value_T, num_values
             sources["previous token"] = _before(value_T, inner_T), num_values
         sources["position"] = position_bins(sample.position), 33
-        return cls(sample, 0 if choice == "either" else 1, document_T, sources)
+        return cls(sample, 0 if choice == "all" else 1, document_T, sources)
 
     def experts(self, layer: Layer) -> NDArray[np.int32]:
         """The choices to explain, shape (rank, T)."""
@@ -285,15 +270,11 @@ def _before(value_T: NDArray[np.int32], inner_T: NDArray[np.bool_]) -> NDArray[n
     return before
 
 
-@dataclass(frozen=True)
-class _Explained:
-    entropy: float
-    entropy_low: float
-    entropy_high: float
+class _Explained(NamedTuple):
+    """Entropy of a layer's choice with its interval, and the values of `_BY_SOURCE` of each source."""
+
+    entropy: tuple[float, float, float]
     by_source: dict[str, dict[str, float]]
-
-
-_NOTHING = _Explained(float("nan"), float("nan"), float("nan"), {})
 
 
 def _explain_layer(
@@ -305,31 +286,31 @@ def _explain_layer(
     nulls["domain"] = _permuted_domains(rows, small, few_KT, layer, permutations, seed)
     by_source = {}
     for name, (x_T, num_values) in sources.items():
-        found = estimate(*_flat(x_T, experts_KT, rows.sample.starts), num_values, layer.num_ids)
+        explained = estimate(*_flat(x_T, experts_KT, rows.sample.starts), num_values, layer.num_ids)
         null = nulls[name]
         # Where a source tells nothing the variance between documents vanishes, and what is left is that of the null,
         # which falls as one over the number of tokens.
         tested = rows.sample.num_tokens if name == "domain" else small.sample.num_tokens
         spread = float(null.permuted.std()) * tested / max(1, rows.sample.num_tokens)
         t = float(statistics.student_t(rows.sample.num_documents))
-        half = t * np.sqrt(found.variance + spread**2)
-        low = found.bits - half
-        if found.rows_a_cell < THIN:  # wide; but what is saved on documents left out is there
-            low = max(low, found.held_out - t * np.sqrt(found.between + spread**2))
-        bits = float(np.maximum(found.bits, 0.0))  # which keeps NaN
+        half = t * np.sqrt(explained.variance + spread**2)
+        low = explained.bits - half
+        if explained.rows_a_cell < THIN:  # wide; but what is saved on documents left out is there
+            low = max(low, explained.held_out - t * np.sqrt(explained.between + spread**2))
+        bits = float(np.maximum(explained.bits, 0.0))  # which keeps NaN
         by_source[name] = {
             "bits": bits,
-            "low": float(np.maximum(low, 0.0)),
-            "high": float(np.maximum(found.bits + half, 0.0)),
-            "share": bits / found.entropy if found.entropy > 0 else float("nan"),
-            "held_out": found.held_out,
-            "plug_in": found.plug_in,
-            "miller_madow": found.miller_madow,
-            "rows_a_cell": found.rows_a_cell,
-            "null": null.bits,
-            "p_value": null.p_value,
+            "bits_low": float(np.maximum(low, 0.0)),
+            "bits_high": float(np.maximum(explained.bits + half, 0.0)),
+            "bits_null": null.bits,
+            "bits_p": null.p_value,
+            "share": bits / explained.entropy if explained.entropy > 0 else float("nan"),
+            "held_out": explained.held_out,
+            "plug_in": explained.plug_in,
+            "miller_madow": explained.miller_madow,
+            "rows_a_cell": explained.rows_a_cell,
         }
-    return _Explained(*_entropy_interval(experts_KT, rows.sample.starts, layer.num_ids), by_source)
+    return _Explained(_entropy_interval(experts_KT, rows.sample.starts, layer.num_ids), by_source)
 
 
 def _sources(rows: _Rows, layer: Layer, before: Layer | None) -> dict[str, tuple[NDArray[np.int32], int]]:
@@ -493,48 +474,39 @@ def _workspace(num_values: int, num_ids: int) -> tuple[NDArray[np.int32], NDArra
     return np.zeros((num_values, num_ids), np.int32), np.zeros(num_values, np.int32), np.zeros(num_ids, np.int32)
 
 
-_VARIABLES = {
+_BY_SOURCE = {
     "bits": ("bits of the choice that the source explains", "bits", COVER),
-    "low": ("95 % interval, low end", "bits", ""),
-    "high": ("95 % interval, high end", "bits", ""),
-    "share": ("bits explained over the entropy of the choice", "1", ""),
-    "held_out": ("bits saved on documents left out", "bits", ""),
+    "bits_null": ("bits that the source explains of permuted routing", "bits"),
+    "bits_p": ("p-value of the permutation test", "1"),
+    "bits_q": ("p-value adjusted over layers and sources", "1", "Benjamini and Hochberg 1995"),
+    "share": ("bits explained over the entropy of the choice", FRACTION),
+    "held_out": ("bits saved on documents left out", "bits"),
     "plug_in": ("mutual information of the counts, without correction", "bits", COVER),
     "miller_madow": ("mutual information less its first-order bias", "bits", "Miller 1955; Madow 1948"),
-    "rows_a_cell": ("rows over the pairs of a value and an expert that could be", "rows", ""),
-    "null": ("bits that the source explains of permuted routing", "bits", ""),
-    "p_value": ("p-value of the permutation test", "1", ""),
+    "rows_a_cell": ("rows over the pairs of a value and an expert that could be", "rows"),
 }
 
 
-def _labelled(sample: DocumentSample, layers: Sequence[Layer], choice: str, found: Sequence[_Explained]) -> xr.Dataset:
-    dims = ("layer", "source")
+def _labelled(
+    sample: DocumentSample, layers: Sequence[Layer], choice: str, explained: Sequence[_Explained]
+) -> xr.Dataset:
     values = {
-        name: np.array([[of.by_source.get(s, {}).get(name, np.nan) for s in SOURCES] for of in found])
-        for name in _VARIABLES
+        name: np.array([[one.by_source.get(s, {}).get(name, np.nan) for s in SOURCES] for one in explained])
+        for name in ("bits", "bits_low", "bits_high", *_BY_SOURCE)
     }
-    q_value = statistics.false_discovery_rate(values["p_value"])
-    entropy = {name: [getattr(of, name) for of in found] for name in ("entropy", "entropy_low", "entropy_high")}
+    values["bits_q"] = statistics.false_discovery_rate(values["bits_p"])
+    entropy, low, high = np.array([one.entropy for one in explained]).T
     return xr.Dataset(
         {
-            **{name: described(values[name], dims, *_VARIABLES[name]) for name in _VARIABLES},
-            "q_value": described(
-                q_value, dims, "p-value adjusted over layers and sources", "1", "Benjamini and Hochberg 1995"
+            **schema.labelled(values, ("layer", "source"), _BY_SOURCE),
+            **schema.estimate(
+                "entropy", ("layer",), "entropy of the choice", "bits", COVER, value=entropy, low=low, high=high
             ),
-            "entropy": described(entropy["entropy"], ("layer",), "entropy of the choice", "bits", COVER),
-            "entropy_low": described(entropy["entropy_low"], ("layer",), "95 % interval, low end", "bits"),
-            "entropy_high": described(entropy["entropy_high"], ("layer",), "95 % interval, high end", "bits"),
         },
         {
-            "layer": [layer.layer for layer in layers],
+            **schema.layer_coordinates(layers),
             "source": list(SOURCES),
-            "num_experts": ("layer", [layer.num_experts for layer in layers]),
-            "top_k": ("layer", [layer.top_k for layer in layers]),
+            "documents": ((), sample.num_documents, {"units": "documents"}),
         },
-        {
-            "choice": choice,
-            "documents": sample.num_documents,
-            "tokens": sample.num_tokens,
-            "sampled_fraction": sample.fraction,
-        },
+        {"choice": choice, "tokens": sample.num_tokens, "sampled_fraction": sample.fraction},
     )

@@ -9,9 +9,7 @@ it may explain more than the others or less.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,15 +19,17 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from moescope.measures import statistics
+from moescope.measures import schema, statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
-from moescope.measures.schema import described
+from moescope.measures.schema import DIFFERENCE, FRACTION, described, estimate
+from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying import locality_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
 from moescope.trace import Layer
 
+TABLE_5 = "arXiv 2401.04088, Table 5"
 KINDS = ("first", "any")
 NULLS = ("uniform", "popularity", "document", "words")
 """Every token draws uniformly; two tokens of the domain; two tokens of the document; two tokens with the same ids in
@@ -37,9 +37,6 @@ other documents."""
 
 PAIRS = ("all", "equal ids", "different ids")
 """All pairs of neighbours; those of two equal token ids; the others."""
-
-ALL_DOMAINS = "(all)"
-"""Name, among the domains, of the whole trace."""
 
 FEWEST_EXPECTED = 10
 """Pairs expected to repeat, or in which neither token goes to the most popular expert, below which an excess above the
@@ -70,19 +67,20 @@ def locality(
         threads: Layers measured at a time; None for the number of processors.
         progress: Called with the number of layers done and of all.
     Returns:
-        `domain` holds the domains and "(all)".
+        `domain`: all of them together first (the coordinate `total` says so), then each.
 
-        * `rate`, `low`, `high` (domain, pairs, layer, kind): repeats over pairs of neighbours;
-        * `expected`, `excess`, `excess_low`, `excess_high`, `p_value`, `q_value` (domain, pairs, null, layer, kind):
+        * `rate`, `rate_low`, `rate_high` (domain, pairs, layer, kind): repeats over pairs of neighbours;
+        * `rate_null`, `excess`, `excess_low`, `excess_high`, `excess_p`, `excess_q` (domain, pairs, null, layer, kind):
           the rate the null predicts; the rate less that, with its interval, the p-value of no excess, and the same with
           the false discovery rate controlled;
-        * `lag_rate`, `lag_low`, `lag_high`, `lag_expected`, `lag_excess`, `lag_excess_low`, `lag_excess_high` (domain,
-          layer, kind, lag): the same by distance, against the document in any order, which knows no distance;
-        * `runs`, `runs_geometric` (layer, run): share of the runs of one first choice that have so many tokens (the
-          last: or more), and the same if each token repeated the one before with the chance `rate`, independently;
-          `run_mean`, `run_mean_low`, `run_mean_high` (layer): tokens a run;
-        * `pairs_counted` (domain, pairs), `documents` (domain); `known` (attribute): part of the pairs of which both
-          ids occur in other documents.
+        * `lag_rate`, `lag_rate_low`, `lag_rate_high`, `lag_rate_null`, `lag_excess`, `lag_excess_low`,
+          `lag_excess_high` (domain, layer, kind, lag): the same by distance, against the document in any order, which
+          knows no distance;
+        * `runs`, `runs_null` (layer, run): share of the runs of one first choice that have so many tokens (the last: or
+          more), and the same if each token repeated the one before with the chance `rate`, independently; `run_mean`,
+          `run_mean_low`, `run_mean_high` (layer): tokens a run;
+        * `pairs_counted` (domain, pairs); `documents` (domain), a coordinate; `known` (attribute): part of the pairs of
+          which both ids occur in other documents.
 
         All intervals are 95 %, clustered by document; those of an excess are of paired differences. NaN where a trace
         lacks what it takes: token ids, or the order of the choices. Above the popularity and the document, there is no
@@ -98,27 +96,14 @@ def locality(
     lags = tuple(lags)
     if not lags or lags[0] < 1 or any(b <= a for a, b in pairwise(lags)):
         raise ValueError(f"lags must ascend from at least 1, not {lags}")
-    threads = threads if threads is not None else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    threads = threads_to_use(threads)
     source = opened(trace)
     source.need_tokens()
     chosen = source.select_layers(layers)
     sample = documents_of(source, [layer.layer for layer in chosen], threads=threads)
     drawn = _Drawn.of(sample, seed)
-    found: list[_Counted | None] = [None] * len(chosen)
-    done = 0
-
-    def measure(at: int) -> None:
-        nonlocal done
-        found[at] = _count(sample, drawn, chosen[at], lags)
-        done += 1
-        if progress is not None:
-            progress(done, len(chosen))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(measure, range(len(chosen))))
-    return _labelled(sample, drawn, chosen, lags, [counted for counted in found if counted is not None])
+    counts = layer_by_layer(lambda layer: _count(sample, drawn, layer, lags), chosen, threads, progress)
+    return _labelled(sample, drawn, chosen, lags, counts)
 
 
 @dataclass(frozen=True)
@@ -262,9 +247,9 @@ def _same_first_in_domain(
 def _elsewhere(
     sample: DocumentSample, drawn: _Drawn, ids_KT: NDArray[np.integer[Any]], num_ids: int
 ) -> NDArray[np.float64]:
-    """Part of the tokens of each domain, the last of them all, not at the most popular expert: by first choice, by set.
+    """Part of the tokens of all domains and of each, not at the most popular expert: by first choice, by set.
 
-    Shape (domain + 1, kind).
+    Shape (1 + domain, kind).
     """
     num_domains = len(sample.domain_names)
     code_T = sample.domain[drawn.document_T] * num_ids
@@ -272,11 +257,9 @@ def _elsewhere(
     for ids_T in ids_KT:
         made = ids_T >= 0
         cells = np.bincount(code_T[made] + ids_T[made], minlength=num_domains * num_ids)
-        loads.append(cells.reshape(num_domains, num_ids))
-    tokens_D = np.bincount(sample.domain, np.diff(sample.starts), minlength=num_domains)
-    tokens_D = np.append(tokens_D, tokens_D.sum())
+        loads.append(schema.add_total(cells.reshape(num_domains, num_ids)))
+    tokens_D = schema.add_total(np.bincount(sample.domain, np.diff(sample.starts), minlength=num_domains))
     load_SDE = np.stack([loads[0], np.sum(loads, axis=0)])
-    load_SDE = np.concatenate([load_SDE, load_SDE.sum(axis=1, keepdims=True)], axis=1)
     return 1 - (load_SDE.max(axis=2) / np.maximum(tokens_D, 1)).T
 
 
@@ -324,112 +307,101 @@ def _labelled(
     drawn: _Drawn,
     layers: Sequence[Layer],
     lags: Sequence[int],
-    found: Sequence[_Counted],
+    counted: Sequence[_Counted],
 ) -> xr.Dataset:
-    named = [f"{name} (a domain)" if name == ALL_DOMAINS else name for name in sample.domain_names]
-    domains = [*named, ALL_DOMAINS]
-    shape = (len(domains), len(PAIRS), len(NULLS), len(layers), len(KINDS))
+    num_domains = len(sample.domain_names)
+    shape = (1 + num_domains, len(PAIRS), len(NULLS), len(layers), len(KINDS))
     rate, expected, error, rate_error = (np.full(shape, np.nan) for _ in range(4))
-    lag_shape = (len(domains), len(layers), len(KINDS), len(lags))
+    lag_shape = (1 + num_domains, len(layers), len(KINDS), len(lags))
     lag_rate, lag_expected, lag_error, lag_rate_error = (np.full(lag_shape, np.nan) for _ in range(4))
-    documents, lag_documents = np.zeros(shape[:2]), np.zeros((len(domains), len(lags)))
+    documents, lag_documents = np.zeros(shape[:2]), np.zeros((1 + num_domains, len(lags)))
     counted_pairs = np.zeros(shape[:2])
     lengths_G = np.diff(sample.starts).astype(float)
-    for d in range(len(domains)):
-        mine_G = np.ones(sample.num_documents, np.bool_) if d == len(domains) - 1 else sample.domain == d
-        for at, of in enumerate(found):
-            kinds = range(len(KINDS)) if of.layer.ranked else [kernels.ANY]
-            uniform = uniform_repeats(of.layer.num_ids, of.layer.top_k)[: len(KINDS)]
+    for d in range(1 + num_domains):
+        mine_G = sample.domain == d - 1 if d else np.ones(sample.num_documents, np.bool_)
+        for place, counts in enumerate(counted):
+            kinds = range(len(KINDS)) if counts.layer.ranked else [kernels.ANY]
+            uniform = uniform_repeats(counts.layer.num_ids, counts.layer.top_k)[: len(KINDS)]
             for s in kinds:
-                chance_G, influence_G = _popularity(sample, of.in_domain_GS[:, s], lengths_G)
+                chance_G, influence_G = _popularity(sample, counts.in_domain_GS[:, s], lengths_G)
                 for p, classes in enumerate(([0, 1], [1], [0])):
                     if p and sample.token_id is None:
                         continue
-                    y_G = of.repeat_GIS[:, classes, s].sum(axis=1) * mine_G
-                    n_G = of.pair_GI[:, classes].sum(axis=1) * mine_G
+                    y_G = counts.repeat_GIS[:, classes, s].sum(axis=1) * mine_G
+                    n_G = counts.pair_GI[:, classes].sum(axis=1) * mine_G
                     documents[d, p], counted_pairs[d, p] = np.count_nonzero(n_G), n_G.sum()
-                    weight_D = np.bincount(sample.domain, n_G, minlength=len(domains) - 1) / max(1.0, n_G.sum())
+                    weight_D = np.bincount(sample.domain, n_G, minlength=num_domains) / max(1.0, n_G.sum())
                     by_null = (
                         (uniform[s] * n_G, 0.0),
                         (chance_G * n_G, weight_D[sample.domain] * influence_G * mine_G),
-                        (of.in_document_GS[:, s] * n_G, 0.0),
-                        (of.words_GIS[:, classes, s].sum(axis=1) * mine_G, 0.0),
+                        (counts.in_document_GS[:, s] * n_G, 0.0),
+                        (counts.words_GIS[:, classes, s].sum(axis=1) * mine_G, 0.0),
                     )
-                    elsewhere = n_G.sum() * of.elsewhere_DS[d, s] ** 2
+                    elsewhere = n_G.sum() * counts.elsewhere_DS[d, s] ** 2
                     for null, (expected_G, correction_G) in enumerate(by_null):
                         one = _excess(y_G, n_G, expected_G, correction_G)
-                        place = d, p, null, at, s
-                        rate[place], expected[place] = one.rate, one.expected
-                        error[place], rate_error[place] = one.excess_error, one.error
+                        cell = d, p, null, place, s
+                        rate[cell], expected[cell] = one.rate, one.expected
+                        error[cell], rate_error[cell] = one.excess_error, one.error
                         fewest = min(elsewhere, float(expected_G.sum()))
                         if NULLS[null] in ("popularity", "document") and fewest < FEWEST_EXPECTED:
-                            error[place] = np.nan
+                            error[cell] = np.nan
                 for a in range(len(lags)):
-                    n_G = of.pair_GA[:, a] * mine_G
-                    one = _excess(of.repeat_GAS[:, a, s] * mine_G, n_G, of.in_document_GS[:, s] * n_G)
+                    n_G = counts.pair_GA[:, a] * mine_G
+                    one = _excess(counts.repeat_GAS[:, a, s] * mine_G, n_G, counts.in_document_GS[:, s] * n_G)
                     lag_documents[d, a] = np.count_nonzero(n_G)
-                    place_ = d, at, s, a
-                    lag_rate[place_], lag_expected[place_] = one.rate, one.expected
-                    fewest = n_G.sum() * min(of.elsewhere_DS[d, s] ** 2, one.expected)
-                    lag_error[place_] = one.excess_error if fewest >= FEWEST_EXPECTED else np.nan
-                    lag_rate_error[place_] = one.error
-    documents_5 = documents[:, :, None, None, None]
+                    lag_cell = d, place, s, a
+                    lag_rate[lag_cell], lag_expected[lag_cell] = one.rate, one.expected
+                    fewest = n_G.sum() * min(counts.elsewhere_DS[d, s] ** 2, one.expected)
+                    lag_error[lag_cell] = one.excess_error if fewest >= FEWEST_EXPECTED else np.nan
+                    lag_rate_error[lag_cell] = one.error
     low, high = statistics.proportion_interval(rate[:, :, 0], rate_error[:, :, 0], documents[:, :, None, None])
     lag_low, lag_high = statistics.proportion_interval(lag_rate, lag_rate_error, lag_documents[:, None, None, :])
-    half = statistics.student_t(documents_5) * error
+    half = statistics.student_t(documents[:, :, None, None, None]) * error
     lag_half = statistics.student_t(lag_documents[:, None, None, :]) * lag_error
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p_value = 2 * stats.t.sf(np.abs(rate - expected) / error, np.maximum(documents_5 - 1, 1))
-    p_value[~(error > 0)] = np.nan
     excess, lag_excess = rate - expected, lag_rate - lag_expected
-    plain, full, by_lag = (
-        ("domain", "pairs", "layer", "kind"),
-        ("domain", "pairs", "null", "layer", "kind"),
-        ("domain", "layer", "kind", "lag"),
-    )
-    ends = "95 % interval, low end", "95 % interval, high end"
-    runs = _runs(sample, found)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p_value = 2 * stats.t.sf(np.abs(excess) / error, np.maximum(documents[:, :, None, None, None] - 1, 1))
+    p_value[~(error > 0)] = np.nan
+    q_value = np.stack([statistics.false_discovery_rate(p_value[:, :, null]) for null in range(len(NULLS))], axis=2)
+    against, by_lag = ("domain", "pairs", "null", "layer", "kind"), ("domain", "layer", "kind", "lag")
     return xr.Dataset(
         {
-            "rate": described(rate[:, :, 0], plain, "neighbours that repeat", "1", "arXiv 2401.04088, Table 5"),
-            "low": described(low, plain, ends[0], "1"),
-            "high": described(high, plain, ends[1], "1"),
-            "expected": described(expected, full, "rate that the null predicts", "1"),
-            "excess": described(excess, full, "rate less what the null predicts", "1"),
-            "excess_low": described(excess - half, full, ends[0], "1"),
-            "excess_high": described(excess + half, full, ends[1], "1"),
-            "p_value": described(p_value, full, "p-value of no excess", "1"),
-            "q_value": described(
-                np.stack([statistics.false_discovery_rate(p_value[:, :, at]) for at in range(len(NULLS))], axis=2),
-                full,
-                "p-value adjusted over all pairs against the same null",
-                "1",
-                "Benjamini and Hochberg 1995",
+            **estimate(
+                "rate", ("domain", "pairs", "layer", "kind"), "neighbours that repeat", FRACTION, TABLE_5,
+                value=rate[:, :, 0], low=low, high=high,
             ),
-            "lag_rate": described(lag_rate, by_lag, "pairs so far apart that repeat", "1"),
-            "lag_low": described(lag_low, by_lag, ends[0], "1"),
-            "lag_high": described(lag_high, by_lag, ends[1], "1"),
-            "lag_expected": described(lag_expected, by_lag, "the same of the document in any order", "1"),
-            "lag_excess": described(lag_excess, by_lag, "rate less that", "1"),
-            "lag_excess_low": described(lag_excess - lag_half, by_lag, ends[0], "1"),
-            "lag_excess_high": described(lag_excess + lag_half, by_lag, ends[1], "1"),
-            **runs,
-            "pairs_counted": (("domain", "pairs"), counted_pairs.astype(np.int64), {"units": "pairs of neighbours"}),
+            "rate_null": described(expected, against, "rate that the null predicts", FRACTION),
+            **estimate(
+                "excess", against, "rate less what the null predicts", DIFFERENCE,
+                meanings={"q": "p-value adjusted over all pairs against the same null"},
+                value=excess, low=excess - half, high=excess + half, p=p_value, q=q_value,
+            ),
+            **estimate(
+                "lag_rate", by_lag, "pairs so far apart that repeat", FRACTION,
+                meanings={"null": "the same of the document in any order"},
+                value=lag_rate, low=lag_low, high=lag_high, null=lag_expected,
+            ),
+            **estimate(
+                "lag_excess", by_lag, "rate less that of the document in any order", DIFFERENCE,
+                value=lag_excess, low=lag_excess - lag_half, high=lag_excess + lag_half,
+            ),
+            **_runs(sample, counted),
+            "pairs_counted": described(
+                counted_pairs.astype(np.int64), ("domain", "pairs"), "pairs of neighbours", "pairs"
+            ),
         },
         {
-            "domain": domains,
+            **schema.total_coordinates(sample.domain_names, documents[1:, 0].astype(np.int64)),
+            **schema.layer_coordinates(layers),
             "pairs": list(PAIRS),
             "null": list(NULLS),
-            "layer": [layer.layer for layer in layers],
             "kind": list(KINDS),
             "lag": list(lags),
             "run": np.arange(1, LONGEST_RUN + 1),
-            "num_experts": ("layer", [layer.num_experts for layer in layers]),
-            "top_k": ("layer", [layer.top_k for layer in layers]),
-            "documents": ("domain", documents[:, 0].astype(np.int64)),
         },
         {"known": drawn.known, "tokens": sample.num_tokens, "sampled_fraction": sample.fraction},
-    )
+    )  # fmt: skip
 
 
 def _popularity(
@@ -446,31 +418,35 @@ def _popularity(
     return chance_G, 2 * (chance_sum_G - chance_G * tokens_G) / np.maximum(tokens_D[sample.domain], 1)
 
 
-def _runs(sample: DocumentSample, found: Sequence[_Counted]) -> dict[str, tuple[Any, ...]]:
+def _runs(sample: DocumentSample, counted: Sequence[_Counted]) -> dict[str, tuple[Any, ...]]:
     lengths, number = np.unique(np.diff(sample.sequence_starts), return_counts=True)
-    share, geometric = (np.full((len(found), LONGEST_RUN), np.nan) for _ in range(2))
-    mean, low, high = (np.full(len(found), np.nan) for _ in range(3))
-    for at, of in enumerate(found):
-        runs, tokens = of.runs_G.sum(), of.run_tokens_G.sum()
-        if not of.layer.ranked or not runs:
+    share, geometric = (np.full((len(counted), LONGEST_RUN), np.nan) for _ in range(2))
+    mean, low, high = (np.full(len(counted), np.nan) for _ in range(3))
+    for place, counts in enumerate(counted):
+        runs, tokens = counts.runs_G.sum(), counts.run_tokens_G.sum()
+        if not counts.layer.ranked or not runs:
             continue
-        pairs = float(of.pair_GI.sum())
-        share[at] = of.run_N / runs
-        geometric[at] = geometric_runs(lengths, number, of.repeat_GIS[:, :, 0].sum() / pairs if pairs else 0.0)
-        mean[at] = tokens / runs
+        pairs = float(counts.pair_GI.sum())
+        share[place] = counts.run_N / runs
+        rate = counts.repeat_GIS[:, :, 0].sum() / pairs if pairs else 0.0
+        geometric[place] = geometric_runs(lengths, number, rate)
+        mean[place] = tokens / runs
         # Tokens that go on with a run are a proportion, c; there are 1 / (1 - c) tokens a run.
-        n = of.run_tokens_G[of.run_tokens_G > 0]
-        y = n - of.runs_G[of.run_tokens_G > 0]
+        n = counts.run_tokens_G[counts.run_tokens_G > 0]
+        y = n - counts.runs_G[counts.run_tokens_G > 0]
         error = statistics.ratio_standard_error(y.sum(), tokens, (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
         ends = statistics.proportion_interval(y.sum() / tokens, error, len(n))
-        low[at], high[at] = (1 / (1 - float(end)) for end in ends)
+        low[place], high[place] = (1 / (1 - float(end)) for end in ends)
+    alone = {"null": "the same if repeats were independent"}
     return {
-        "runs": described(share, ("layer", "run"), "share of the runs of one first choice", "1"),
-        "runs_geometric": described(geometric, ("layer", "run"), "the same if repeats were independent", "1"),
-        "run_mean": described(mean, ("layer",), "length of a run of one first choice", "tokens"),
-        "run_mean_low": described(low, ("layer",), "95 % interval, low end", "tokens"),
-        "run_mean_high": described(high, ("layer",), "95 % interval, high end", "tokens"),
-    }
+        **estimate(
+            "runs", ("layer", "run"), "share of the runs of one first choice", FRACTION,
+            meanings=alone, value=share, null=geometric,
+        ),
+        **estimate(
+            "run_mean", ("layer",), "length of a run of one first choice", "tokens", value=mean, low=low, high=high
+        ),
+    }  # fmt: skip
 
 
 def geometric_runs(lengths: NDArray[np.int64], number: NDArray[np.int64], rate: float) -> NDArray[np.float64]:

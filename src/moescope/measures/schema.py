@@ -8,7 +8,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ DIMS = {
     "place": "rank in a list",
     "word": "word that was asked for",
     "word_class": "class of tokens",
+    "token": "vocabulary id that was asked for",
     "token_id": "vocabulary id",
     "routing": "observed, or drawn from a null",
     "batch": "sequences or tokens served together",
@@ -126,6 +127,26 @@ def estimate(
         for ending, values in beside.items()
         if values is not None
     }
+
+
+def labelled(
+    values: Mapping[str, ArrayLike], dims: Sequence[str], definitions: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[Any, ...]]:
+    """Arrays that have their names already, as variables of a result.
+
+    Args:
+        values: The arrays by name.
+        dims: Dims of all of them.
+        definitions: By name, its definition, unit and, if there is one, source. A name that is not here is a value's
+            that is, with an ending: it means what `ENDINGS` says, in the unit of the value.
+    """
+    variables: dict[str, dict[str, tuple[Any, ...]]] = {}  # by value, so that what stands beside it follows it
+    for name, array in values.items():
+        base, _, ending = name.rpartition("_")
+        base = base if ending in ENDINGS else name
+        words = definitions.get(name) or (ENDINGS[ending], "1" if ending in _PLAIN else definitions[base][1])
+        variables.setdefault(base, {})[name] = described(array, dims, *words)
+    return {name: variable for group in variables.values() for name, variable in group.items()}
 
 
 def layer_coordinates(layers: Sequence[Layer]) -> dict[str, Any]:

@@ -8,16 +8,15 @@ base 2, as between domains.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.measures import groups, statistics
+from moescope.measures import groups, schema, statistics
 from moescope.measures.divergence import LIN, divergence_of_samples, js_divergence
-from moescope.measures.schema import described
+from moescope.measures.schema import EXPERT_ID, FRACTION
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options
@@ -41,7 +40,7 @@ def syntax(
     Args:
         trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers of the trace to measure, or None for all; counts have theirs.
-        choice: "first", the first choice of a token; or "either", all of its choices alike.
+        choice: "first", the first choice of a token; or "all", all of its choices alike.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
         By (word_class, layer):
@@ -49,13 +48,14 @@ def syntax(
         * `jsd`: divergence, bits, between the choices of the class and what they would be if they were shared out as
           those of the other tokens of each document; `jsd_null`, its expectation from sampling documents alone;
           `jsd_low`, `jsd_high`, 95 % interval of the true one (jackknife over groups of documents where that stays
-          above `jsd_null`, else by inversion of the test); `p_value` of equality, `q_value` with the false
-          discovery rate controlled over classes and layers;
+          above `jsd_null`, else by inversion of the test); `jsd_p` of equality, `jsd_q` with the false discovery rate
+          controlled over classes and layers;
         * `jsd_all`: the same against all other tokens of the trace, whatever their documents;
-        * `top_expert`: the expert whose share exceeds that among the others by most; `top_share`, `top_low`,
-          `top_high`, its share of the class; `top_share_others`, of the others.
+        * `top_expert`: the expert whose share exceeds that among the others by most; `top_share`,
+          `top_share_low`, `top_share_high`, its share of the class; `top_share_null`, of the others.
 
-        `tokens`, `documents` (word_class); NaN where a class has no token beside others.
+        `tokens` (word_class) and, a coordinate, `documents` with such a token; NaN where a class has no token beside
+        others.
     Raises:
         NotRecorded: The trace has no token ids, holds counts, or does not say which choice is the first.
         NoSuchLayer: A layer was not recorded.
@@ -64,52 +64,41 @@ def syntax(
         Mixtral of Experts, section 5, speaks of "structured syntactic behavior"; classes and comparison are ours.
         Lin 1991 (divergence); Rao and Scott 1984 (test, see `measures.divergence`).
     """
-    if choice not in ("first", "either"):
-        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
-    options = Options(choice="all" if choice == "either" else choice)
-    total = counted(trace, ClassCounter, layers=layers, options=options, threads=threads)
+    if choice not in ("first", "all"):
+        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
+    total = counted(trace, ClassCounter, layers=layers, options=Options(choice=choice), threads=threads)
     counts = total[ClassCounter]
     if counts.choice != choice:
         raise NotRecorded(
             total.path, f"the counts hold word classes of {counts.choice} choices", "give the trace itself"
         )
-    found = [[_judge(counts, at, layer, c) for at, layer in enumerate(counts.layers)] for c in range(len(CLASSES))]
-    dims = ("word_class", "layer")
-    variables: dict[str, Any] = {
-        name: described(np.array([[row[name] for row in rows] for rows in found]), dims, *words)
-        for name, words in _VARIABLES.items()
-    }
-    variables["q_value"] = described(
-        statistics.false_discovery_rate(variables["p_value"][1]),
-        dims,
-        "p-value adjusted over classes and layers",
-        "1",
-        "Benjamini and Hochberg 1995",
+    judged = [
+        [_judge(counts, place, layer, c) for place, layer in enumerate(counts.layers)] for c in range(len(CLASSES))
+    ]
+    values = {name: np.array([[one[name] for one in by_layer] for by_layer in judged]) for name in _JUDGED}
+    values["jsd_q"] = statistics.false_discovery_rate(values["jsd_p"])
+    return xr.Dataset(
+        {
+            **schema.labelled(values, ("word_class", "layer"), _MEANINGS),
+            "tokens": schema.described(counts.tokens_C[:-1], ("word_class",), "tokens of the class", "tokens"),
+        },
+        {
+            **schema.layer_coordinates(counts.layers),
+            "word_class": list(CLASSES),
+            "documents": ("word_class", counts.documents_C[:-1], {"units": "documents"}),
+        },
+        {"choice": counts.choice, "tokens": int(counts.tokens_C[-1]), "documents": int(counts.documents_C[-1])},
     )
-    variables["tokens"] = described(counts.tokens_C[:-1], ("word_class",), "tokens of the class", "tokens")
-    variables["documents"] = described(counts.documents_C[:-1], ("word_class",), "documents with such", "documents")
-    coordinates: dict[str, Any] = {
-        "word_class": list(CLASSES),
-        "layer": [layer.layer for layer in counts.layers],
-        "num_experts": ("layer", [layer.num_experts for layer in counts.layers]),
-        "num_ids": ("layer", [layer.num_ids for layer in counts.layers]),
-        "top_k": ("layer", [layer.top_k for layer in counts.layers]),
-    }
-    attributes = {
-        "choice": counts.choice,
-        "tokens": int(counts.tokens_C[-1]),
-        "documents": int(counts.documents_C[-1]),
-    }
-    return xr.Dataset(variables, coordinates, attributes)
 
 
-def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, float]:
+def _judge(counts: ClassCounts, place: int, layer: Layer, c: int) -> dict[str, float]:
+    """The values of `_JUDGED` for a class and a layer."""
     size = layer.num_ids
-    y_GE = counts.counts_LXCE[at, :, c, :size]
-    expected_GE = counts.expected_LXCE[at, :, c, :size] / FIXED
+    y_GE = counts.counts_LXCE[place, :, c, :size]
+    expected_GE = counts.expected_LXCE[place, :, c, :size] / FIXED
     n_G = y_GE.sum(axis=1)
     if not n_G.sum():
-        return dict.fromkeys(_VARIABLES, float("nan")) | {"jsd_all": _against_all(counts.totals_LCE[at, :, :size], c)}
+        return dict.fromkeys(_JUDGED, float("nan")) | {"jsd_all": _against_all(counts.totals_LCE[place, :, :size], c)}
     p_E, error_E = groups.ratio_errors(y_GE, n_G)
     q_E = expected_GE.sum(axis=0) / n_G.sum()
     used = n_G > 0
@@ -128,7 +117,7 @@ def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, floa
         null, p_value, low, high = divergence_of_samples(square, mean_E, variance_2E, degrees_2)
         stretch = jsd / square if square > 0 else 1.0
         null, low, high = null * stretch, low * stretch, min(high * stretch, 1.0)
-        both_GE = np.concatenate([y_GE * FIXED, counts.expected_LXCE[at, :, c, :size]], axis=1)
+        both_GE = np.concatenate([y_GE * FIXED, counts.expected_LXCE[place, :, c, :size]], axis=1)
         value, error, _ = groups.jackknife(_divergence, both_GE)
         half = groups.student(num_groups) * float(error[0])
         if value[0] - half > null:  # well away from zero, where it is nearly normal
@@ -137,16 +126,16 @@ def _judge(counts: ClassCounts, at: int, layer: Layer, c: int) -> dict[str, floa
     top_low, top_high = statistics.proportion_interval(p_E[top], error_E[top], num_groups)
     return {
         "jsd": jsd,
-        "jsd_null": null,
         "jsd_low": low,
         "jsd_high": high,
-        "p_value": p_value,
-        "jsd_all": _against_all(counts.totals_LCE[at, :, :size], c),
+        "jsd_null": null,
+        "jsd_p": p_value,
+        "jsd_all": _against_all(counts.totals_LCE[place, :, :size], c),
         "top_expert": top,
         "top_share": float(p_E[top]),
-        "top_low": float(top_low),
-        "top_high": float(top_high),
-        "top_share_others": float(q_E[top]),
+        "top_share_low": float(top_low),
+        "top_share_high": float(top_high),
+        "top_share_null": float(q_E[top]),
     }
 
 
@@ -163,16 +152,19 @@ def _against_all(totals_CE: NDArray[np.int64], c: int) -> float:
     return float(js_divergence(own_E / own_E.sum(), others_E / others_E.sum()))
 
 
-_VARIABLES = {
+_MEANINGS = {
     "jsd": ("Jensen-Shannon divergence from the other tokens of the same documents", "bits", LIN),
-    "jsd_null": ("divergence expected from sampling alone", "bits", ""),
-    "jsd_low": ("95 % interval, low end", "bits", ""),
-    "jsd_high": ("95 % interval, high end", "bits", ""),
-    "p_value": ("p-value of no divergence", "1", "Rao and Scott 1984"),
+    "jsd_null": ("divergence expected from sampling alone", "bits"),
+    "jsd_p": ("p-value of no divergence", "1", "Rao and Scott 1984"),
+    "jsd_q": ("p-value adjusted over classes and layers", "1", "Benjamini and Hochberg 1995"),
     "jsd_all": ("Jensen-Shannon divergence from all other tokens", "bits", LIN),
-    "top_expert": ("expert that exceeds its share among the others by most", "expert_id", ""),
-    "top_share": ("its share of the class", "1", ""),
-    "top_low": ("95 % interval, low end", "1", ""),
-    "top_high": ("95 % interval, high end", "1", ""),
-    "top_share_others": ("its share of the other tokens of the same documents", "1", ""),
+    "top_expert": ("expert that exceeds its share among the others by most", EXPERT_ID),
+    "top_share": ("its share of the class", FRACTION),
+    "top_share_null": ("its share of the other tokens of the same documents", FRACTION),
 }
+
+_JUDGED = (
+    *("jsd", "jsd_low", "jsd_high", "jsd_null", "jsd_p", "jsd_all"),
+    *("top_expert", "top_share", "top_share_low", "top_share_high", "top_share_null"),
+)
+"""What `_judge` gives of a class and a layer."""

@@ -7,11 +7,9 @@ large by chance alone where an id is rare, so beside it stands the same of routi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -19,12 +17,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moescope.errors import NotRecorded
-from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures import groups, schema, statistics
+from moescope.measures.schema import FRACTION
+from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.measures.statistics import Numbers
 from moescope.tallying import DocumentSample, Source, information_kernels
 from moescope.tallying import vocabulary_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
+from moescope.tallying.counter import need_order
 from moescope.tallying.vocabulary import BY, IdRows, TokenIds
 from moescope.trace import Layer
 
@@ -71,7 +71,7 @@ def vocabulary(
     Args:
         trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers to measure, or None for all.
-        choice: "first", the first choice of a token, as the source has it; or "either", all of its choices: N_xi
+        choice: "first", the first choice of a token, as the source has it; or "all", all of its choices: N_xi
             counts tokens that have the expert among them.
         min_count: Tokens that an id must have to be counted.
         top: Ids listed for each expert.
@@ -83,27 +83,28 @@ def vocabulary(
     Returns:
         By (by, layer):
 
-        * `specialization`: mean over ids of the largest share, with `low`, `high`, 95 % interval over documents;
-        * `null`: the same if the choices of each document are rotated by a random number of tokens, so that they keep
-          their popularity, the document's taste and their runs, but do not see the token;
+        * `specialization`: mean over ids of the largest share, with `specialization_low`, `specialization_high`, 95 %
+          interval over documents;
+        * `specialization_null`: the same if the choices of each document are rotated by a random number of tokens, so
+          that they keep their popularity, the document's taste and their runs, but do not see the token;
         * `popularity`: the largest share of any expert among all tokens: the null of endless text;
         * `held_out`: mean over ids of the share that goes to the expert which most of the id's tokens in *other*
           documents chose: too low by as much as the maximum is too high, and without a bias if there is one expert;
-        * `p_value` of the permutation test that the choices do not see the token, over documents of some 131,000
-          tokens; `q_value`, with the false discovery rate controlled over layers and both ways.
+        * `specialization_p` of the permutation test that the choices do not see the token, over documents of some
+          131,000 tokens; `specialization_q`, with the false discovery rate controlled over layers and both ways.
 
         By (by, layer, expert): `expert_specialization`, mean over the ids most of whose tokens chose the expert, NaN if
-        there is none, `expert_low`, `expert_high`, `expert_null`; `expert_ids`, how many ids these are;
+        there is none, `expert_specialization_low`, `_high` and `_null`; `expert_ids`, how many ids these are;
         `expert_popularity`, its share of all tokens.
 
         By (by, layer, expert, place), the ids with the largest shares of the expert: `top_token`, the id, -1 where
-        there are no more; `top_share`, `top_low`, `top_high`, its specialization; `top_count` of `top_tokens` tokens,
-        in `top_documents` documents; `top_q_value`, of the share being no more than the expert's popularity, times all
-        pairs of id and expert that were looked at (Bonferroni).
+        there are no more; `top_share`, `top_share_low`, `top_share_high`, its specialization; `top_count` of
+        `top_tokens` tokens, in `top_documents` documents; `top_share_q`, of the share being no more than the expert's
+        popularity, times all pairs of id and expert that were looked at (Bonferroni).
 
         By (by, layer, token, expert) for `tokens`: `share`, `share_low`, `share_high`; `token_tokens` (by, token).
 
-        `ids`, `id_tokens` (by): ids that were counted, and their tokens.
+        `ids`, `id_tokens` (by): ids that were counted, and their tokens; `documents`, a coordinate, of the sample.
     Raises:
         NotRecorded: The trace has no token ids, holds counts, or does not say which choice is the first.
         NoSuchLayer: A layer was not recorded.
@@ -113,14 +114,12 @@ def vocabulary(
         over ids, first choice. Ties go to the expert with the lowest number. Nulls and intervals are ours.
     """
     wanted = sorted(set(tokens))
-    threads = threads if threads is not None else os.cpu_count() or 1
+    threads = threads_to_use(threads)
     for name, value, least in (("min_count", min_count, 1), ("top", top, 0), ("permutations", permutations, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    if choice not in ("first", "either"):
-        raise ValueError(f"choice must be 'first' or 'either', not {choice!r}")
+    if choice not in ("first", "all"):
+        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     if wanted and not 0 <= wanted[0] <= wanted[-1] < 2**32:
         raise ValueError(f"token ids are whole numbers from 0 to 2**32 - 1, not {wanted[0]} or {wanted[-1]}")
     ranks = 1 if choice == "first" else None
@@ -129,48 +128,28 @@ def vocabulary(
     if not source.header.token_ids:
         raise NotRecorded(source.path, "has no token ids")
     chosen = source.select_layers(layers)
-    if ranks == 1 and not all(layer.ranked for layer in chosen):
-        raise NotRecorded(
-            source.path,
-            "does not say which of a token's choices is the first",
-            "ask for all of the choices: --choice either, or choice='either'",
-        )
+    need_order(source.path, chosen, choice)
     sample = documents_of(source, [layer.layer for layer in chosen], ranks=ranks, threads=threads)
     sources = _sources(sample, min_count, wanted)
     small = sample.thinned(TEST_TOKENS)
     small_sources = sources if small is sample else _sources(small, min_count, ())
     orders = _rotations(sample, min(MOST_COPIES, -(-NULL_TOKENS // max(1, sample.num_tokens))), seed)
     small_orders = _rotations(small, permutations, seed)
-    found: list[list[_Found]] = [[] for _ in chosen]
-    done = 0
 
-    def measure(at: int) -> None:
-        nonlocal done
-        found[at] = _measure(sample, chosen[at], sources, ranks, top, orders)
-        p_values = _test(small, chosen[at], small_sources, ranks, small_orders)
-        for one, p_value in zip(found[at], p_values, strict=True):
-            one.layer["p_value"] = p_value
-        done += 1
-        if progress is not None:
-            progress(done, len(chosen))
+    def measure(layer: Layer) -> list[_Measured]:
+        ids_KT = sample.expert_ids[layer.layer][:ranks]
+        copies = list(_rotated(ids_KT, layer.num_ids, sources, orders))
+        p_values = _test(small, layer, small_sources, ranks, small_orders)
+        return [
+            _of_layer(ids_KT, layer.num_ids, source, top, [copy[way] for copy in copies], p_value)
+            for way, (source, p_value) in enumerate(zip(sources, p_values, strict=True))
+        ]
 
-    if progress is not None:
-        progress(0, len(chosen))
-    if threads == 1:
-        for at in range(len(chosen)):
-            measure(at)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(measure, range(len(chosen))))
-    result = _labelled(found, sources, chosen, wanted, top)
-    result.attrs = {
-        "choice": choice,
-        "min_count": min_count,
-        "documents": sample.num_documents,
-        "tokens": sample.num_tokens,
-        "sampled_fraction": sample.fraction,
-    }
-    return result
+    result = _labelled(layer_by_layer(measure, chosen, threads, progress), sources, chosen, wanted, top)
+    attributes = {"choice": choice, "min_count": min_count, "tokens": sample.num_tokens}
+    return result.assign_coords(documents=((), sample.num_documents, {"units": "documents"})).assign_attrs(
+        {**attributes, "sampled_fraction": sample.fraction}
+    )
 
 
 def _sources(sample: DocumentSample, min_count: int, wanted: Sequence[int]) -> list[_Source]:
@@ -194,32 +173,13 @@ class _Source:
         return cls(ids, counted_T, size_G, ids.frequent(min_count), ids.rows(wanted))
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Everything about one layer, looked at in one way. E expert ids, N places, X ids asked for."""
+class _Measured(NamedTuple):
+    """Everything about one layer, looked at in one way, by name. E expert ids, N places, X ids asked for."""
 
-    layer: dict[str, float]
-    experts_E: dict[str, NDArray[Any]]
-    top_EN: dict[str, NDArray[Any]]
-    shares_XE: tuple[Numbers, Numbers, Numbers]
-
-
-def _measure(
-    sample: DocumentSample,
-    layer: Layer,
-    sources: Sequence[_Source],
-    ranks: int | None,
-    top: int,
-    orders: Sequence[NDArray[np.int32]],
-) -> list[_Found]:
-    ids_KT = sample.expert_ids[layer.layer][:ranks]
-    found = [_of_layer(ids_KT, layer.num_ids, source, top) for source in sources]
-    copies = list(_rotated(ids_KT, layer.num_ids, sources, orders))
-    for at, one in enumerate(found):
-        sums_E, ids_E = (np.sum([copy[at][part] for copy in copies], axis=0) for part in (0, 1))
-        one.layer["null"] = float(statistics.ratio(sums_E.sum(), ids_E.sum()))
-        one.experts_E["expert_null"] = statistics.ratio(sums_E, ids_E)
-    return found
+    by_layer: dict[str, NDArray[Any]]
+    by_expert_E: dict[str, NDArray[Any]]
+    by_place_EN: dict[str, NDArray[Any]]
+    by_token_XE: dict[str, NDArray[Any]]
 
 
 def _test(
@@ -281,7 +241,15 @@ def _gathered(ids_KT: NDArray[np.integer[Any]], rows: IdRows) -> NDArray[np.inte
     return ids_RK
 
 
-def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, top: int) -> _Found:
+def _of_layer(
+    ids_KT: NDArray[np.integer[Any]],
+    num_ids: int,
+    source: _Source,
+    top: int,
+    rotated: Sequence[tuple[Numbers, NDArray[np.int64]]],
+    p_value: float,
+) -> _Measured:
+    """One layer, looked at in one way; `rotated` are the `_tops` of its choices in other orders."""
     rows = source.frequent
     num_groups = rows.num_groups
     sums_E, ids_E = np.zeros(num_ids), np.zeros(num_ids, np.int64)
@@ -301,23 +269,27 @@ def _of_layer(ids_KT: NDArray[np.integer[Any]], num_ids: int, source: _Source, t
     left = ids - np.column_stack([dropped_GE.sum(axis=1), dropped_GE])
     value = statistics.ratio(sums, ids)
     low, high = _interval(value, statistics.ratio(sums + delta, left), source.size_G)
-    layer = {
-        "specialization": float(value[0]),
-        "low": float(low[0]),
-        "high": float(high[0]),
-        "popularity": float(popularity_E.max()),
-        "held_out": held_out / judged if judged else float("nan"),
+    null_sums_E, null_ids_E = (np.sum([tops[part] for tops in rotated], axis=0) for part in (0, 1))
+    by_layer = {
+        "specialization": value[0],
+        "specialization_low": low[0],
+        "specialization_high": high[0],
+        "specialization_null": statistics.ratio(null_sums_E.sum(), null_ids_E.sum()),
+        "specialization_p": p_value,
+        "popularity": popularity_E.max(),
+        "held_out": held_out / judged if judged else np.nan,
     }
-    experts: dict[str, NDArray[Any]] = {
+    by_expert_E = {
         "expert_specialization": value[1:],
-        "expert_low": low[1:],
-        "expert_high": high[1:],
+        "expert_specialization_low": low[1:],
+        "expert_specialization_high": high[1:],
+        "expert_specialization_null": statistics.ratio(null_sums_E, null_ids_E),
         "expert_ids": ids_E,
         "expert_popularity": popularity_E,
     }
-    return _Found(
-        layer,
-        experts,
+    return _Measured(
+        {name: np.array(value) for name, value in by_layer.items()},
+        by_expert_E,
         _listed(ids_KT, source, best_EN, popularity_E),
         _asked(ids_KT, source, num_ids),
     )
@@ -345,9 +317,10 @@ def _listed(
     y, n, documents = moments[:, 0], moments[:, 1], moments[:, 5]
     pairs = num_ids * len(source.frequent.ids)
     q = np.minimum(_p_above(share, moments, popularity_E[expert_P]) * pairs, 1.0)
+    names = ("top_share", "top_share_low", "top_share_high", "top_share_q")
     listed: dict[str, NDArray[Any]] = {
         "top_token": np.full((num_ids, top), -1, np.int64),
-        **{name: np.full((num_ids, top), np.nan) for name in ("top_share", "top_low", "top_high", "top_q_value")},
+        **{name: np.full((num_ids, top), np.nan) for name in names},
         **{name: np.zeros((num_ids, top), np.int64) for name in ("top_count", "top_tokens", "top_documents")},
     }
     values = (source.frequent.ids[best_EN[here]], share, low, high, q, y, n, documents)
@@ -356,13 +329,13 @@ def _listed(
     return listed
 
 
-def _asked(ids_KT: NDArray[np.integer[Any]], source: _Source, num_ids: int) -> tuple[Numbers, Numbers, Numbers]:
+def _asked(ids_KT: NDArray[np.integer[Any]], source: _Source, num_ids: int) -> dict[str, NDArray[Any]]:
     """The share of each expert among the tokens of the ids asked for."""
     num_asked = len(source.asked.ids)
     x_P, e_P = np.repeat(np.arange(num_asked), num_ids), np.tile(np.arange(num_ids), num_asked)
-    share, low, high, _ = _shares(ids_KT, source, source.asked, x_P, e_P)
-    shape = (num_asked, num_ids)
-    return share.reshape(shape), low.reshape(shape), high.reshape(shape)
+    values = _shares(ids_KT, source, source.asked, x_P, e_P)[:3]
+    names = ("share", "share_low", "share_high")
+    return {name: value.reshape(num_asked, num_ids) for name, value in zip(names, values, strict=True)}
 
 
 def _shares(
@@ -396,90 +369,84 @@ def _p_above(share_P: Numbers, moments_P6: NDArray[np.int64], popularity_P: Numb
     return np.where(share_P == 1, popularity_P ** np.maximum(documents, 1), p)
 
 
-_BY_LAYER = {
-    "specialization": ("share of an id's tokens that chose its most frequent expert, mean over ids", "1", OLMOE),
-    "low": ("95 % interval, low end", "1", ""),
-    "high": ("95 % interval, high end", "1", ""),
-    "null": ("the same with the choices of each document rotated", "1", ""),
-    "popularity": ("largest share of an expert among all tokens", "1", ""),
-    "held_out": ("share that chose the expert of the id's tokens in other documents, mean over ids", "1", ""),
-    "p_value": ("p-value of the permutation test", "1", ""),
-}
-_BY_EXPERT = {
-    "expert_specialization": ("specialization, mean over the ids whose most frequent expert it is", "1", OLMOE),
-    "expert_low": ("95 % interval, low end", "1", ""),
-    "expert_high": ("95 % interval, high end", "1", ""),
-    "expert_null": ("the same with the choices of each document rotated", "1", ""),
-    "expert_ids": ("ids whose most frequent expert it is", "ids", ""),
-    "expert_popularity": ("share of all tokens that chose the expert", "1", ""),
-}
-_BY_PLACE = {
-    "top_token": ("id with the largest shares of the expert", "token_id", ""),
-    "top_share": ("share of the id's tokens that chose the expert", "1", OLMOE),
-    "top_low": ("95 % interval, low end", "1", ""),
-    "top_high": ("95 % interval, high end", "1", ""),
-    "top_q_value": ("p-value of the share being no more than the popularity, times the pairs looked at", "1", ""),
-    "top_count": ("tokens of the id that chose the expert", "tokens", ""),
-    "top_tokens": ("tokens of the id with a choice", "tokens", ""),
-    "top_documents": ("documents with such tokens", "documents", ""),
-}
+_ROTATED = "the same with the choices of each document rotated"
+_MEANINGS = {
+    "specialization": (
+        "share of an id's tokens that chose its most frequent expert, mean over ids", FRACTION, OLMOE
+    ),
+    "specialization_null": (_ROTATED, FRACTION),
+    "specialization_p": ("p-value of the permutation test", "1"),
+    "specialization_q": ("p-value adjusted over layers and both ways", "1", "Benjamini and Hochberg 1995"),
+    "popularity": ("largest share of an expert among all tokens", FRACTION),
+    "held_out": ("share that chose the expert of the id's tokens in other documents, mean over ids", FRACTION),
+    "expert_specialization": (
+        "specialization, mean over the ids whose most frequent expert it is", FRACTION, OLMOE
+    ),
+    "expert_specialization_null": (_ROTATED, FRACTION),
+    "expert_ids": ("ids whose most frequent expert it is", "ids"),
+    "expert_popularity": ("share of all tokens that chose the expert", FRACTION),
+    "top_token": ("id with the largest shares of the expert", "token_id"),
+    "top_share": ("share of the id's tokens that chose the expert", FRACTION, OLMOE),
+    "top_share_q": ("p-value of the share being no more than the popularity, times the pairs looked at", "1"),
+    "top_count": ("tokens of the id that chose the expert", "tokens"),
+    "top_tokens": ("tokens of the id with a choice", "tokens"),
+    "top_documents": ("documents with such tokens", "documents"),
+    "share": ("share of the id's tokens that chose the expert", FRACTION),
+    "token_tokens": ("tokens with the id", "tokens"),
+    "ids": ("ids that were counted", "ids"),
+    "id_tokens": ("their tokens", "tokens"),
+}  # fmt: skip
 
 
 def _labelled(
-    found: Sequence[Sequence[_Found]], sources: Sequence[_Source], layers: Sequence[Layer], wanted: list[int], top: int
+    measured: Sequence[Sequence[_Measured]],
+    sources: Sequence[_Source],
+    layers: Sequence[Layer],
+    wanted: list[int],
+    top: int,
 ) -> xr.Dataset:
-    num_ids = max((layer.num_ids for layer in layers), default=0)
+    num_ids = max(layer.num_ids for layer in layers)
 
-    def stacked(get: Callable[[_Found], NDArray[Any]]) -> NDArray[Any]:
-        """By source and layer; experts that a layer lacks are missing: NaN, 0 or -1."""
-        return np.array([[get(of_layer[at]) for of_layer in found] for at in range(len(sources))])
-
-    def padded(values: NDArray[Any], axis: int = 0) -> NDArray[Any]:
-        fill: Any = np.nan if values.dtype.kind == "f" else 0
-        widths = [(0, num_ids - size if at == axis else 0) for at, size in enumerate(values.shape)]
+    def padded(name: str, values: NDArray[Any], expert_axis: int) -> NDArray[Any]:
+        """With the experts that the layer lacks, which are missing: NaN, -1 or 0."""
+        fill: Any = np.nan if values.dtype.kind == "f" else -1 if name == "top_token" else 0
+        if expert_axis < 0:
+            return values
+        widths = [(0, num_ids - size if axis == expert_axis else 0) for axis, size in enumerate(values.shape)]
         return np.pad(values, widths, constant_values=fill)
 
-    by_layer, by_expert = ("by", "layer"), ("by", "layer", "expert")
-    variables: dict[str, Any] = {
-        name: described(stacked(lambda one, name=name: np.array(one.layer[name])), by_layer, *words)  # type: ignore[misc]
-        for name, words in _BY_LAYER.items()
+    def stacked(field: str, dims: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """By way of looking and layer, and by the dims."""
+        axis = dims.index("expert") if "expert" in dims else -1
+        by_way = [[getattr(of_layer[way], field) for of_layer in measured] for way in range(len(sources))]
+        return {
+            name: np.array([[padded(name, one[name], axis) for one in by_layer] for by_layer in by_way])
+            for name in by_way[0][0]
+        }
+
+    variables: dict[str, Any] = {}
+    dims_of = {"by_layer": (), "by_expert_E": ("expert",), "by_place_EN": ("expert", "place")}
+    dims_of |= {"by_token_XE": ("token", "expert")} if wanted else {}
+    for field, dims in dims_of.items():
+        values = stacked(field, dims)
+        if field == "by_layer":
+            values["specialization_q"] = statistics.false_discovery_rate(values["specialization_p"])
+        variables |= schema.labelled(values, ("by", "layer", *dims), _MEANINGS)
+    sizes = {
+        "ids": [len(source.frequent.ids) for source in sources],
+        "id_tokens": [len(source.frequent.rows) for source in sources],
     }
-    variables["q_value"] = described(
-        statistics.false_discovery_rate(variables["p_value"][1]),
-        by_layer,
-        "p-value adjusted over layers and both ways",
-        "1",
-        "Benjamini and Hochberg 1995",
-    )
-    for name, words in _BY_EXPERT.items():
-        values = stacked(lambda one, name=name: padded(one.experts_E[name]))  # type: ignore[misc]
-        variables[name] = described(values, by_expert, *words)
-    for name, words in _BY_PLACE.items():
-        values = stacked(lambda one, name=name: padded(one.top_EN[name]))  # type: ignore[misc]
-        variables[name] = described(values, (*by_expert, "place"), *words)
-    if top:
-        missing = variables["top_share"][1]
-        variables["top_token"] = described(
-            np.where(np.isnan(missing), -1, variables["top_token"][1]), (*by_expert, "place"), *_BY_PLACE["top_token"]
-        )
+    variables |= schema.labelled(sizes, ("by",), _MEANINGS)
     if wanted:
-        names = ("share of the id's tokens that chose the expert", "95 % interval, low end", "95 % interval, high end")
-        for at, (name, long_name) in enumerate(zip(("share", "share_low", "share_high"), names, strict=True)):
-            values = stacked(lambda one, at=at: padded(one.shares_XE[at], 1))  # type: ignore[misc]
-            variables[name] = described(values, ("by", "layer", "token", "expert"), long_name, "1")
-        counts = np.array([source.asked.occurrences for source in sources])
-        variables["token_tokens"] = described(counts, ("by", "token"), "tokens with the id", "tokens")
-    ids = np.array([len(source.frequent.ids) for source in sources])
-    id_tokens = np.array([len(source.frequent.rows) for source in sources])
-    variables["ids"] = described(ids, ("by",), "ids that were counted", "ids")
-    variables["id_tokens"] = described(id_tokens, ("by",), "their tokens", "tokens")
-    coordinates: dict[str, Any] = {
-        "by": list(BY),
-        "layer": [layer.layer for layer in layers],
-        "expert": np.arange(num_ids),
-        "place": np.arange(top),
-        "num_experts": ("layer", [layer.num_experts for layer in layers]),
-        "num_ids": ("layer", [layer.num_ids for layer in layers]),
-        "top_k": ("layer", [layer.top_k for layer in layers]),
-    }
-    return xr.Dataset(variables, coordinates | ({"token": wanted} if wanted else {}))
+        tokens = {"token_tokens": [source.asked.occurrences for source in sources]}
+        variables |= schema.labelled(tokens, ("by", "token"), _MEANINGS)
+    return xr.Dataset(
+        variables,
+        {
+            **schema.layer_coordinates(layers),
+            "by": list(BY),
+            "expert": np.arange(num_ids),
+            "place": np.arange(top),
+            **({"token": wanted} if wanted else {}),
+        },
+    )

@@ -56,7 +56,7 @@ def _columns(result: xr.Dataset, dims: Sequence[str]) -> list[str]:
     within = [str(name) for name, variable in result.variables.items() if set(variable.dims) <= set(dims)]
     names = [name for name in within if name in result.coords and result[name].dims]
     values = [name for name in within if name in result.data_vars and name not in SIZES]
-    sizes = [name for name in SIZES if name in within]
+    sizes = [name for name in SIZES if name in within and name not in dims]
     return [*(name for name in names if name not in {*dims, *SHAPES, *SIZES}), *values, *sizes]
 
 

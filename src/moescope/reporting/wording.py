@@ -27,6 +27,17 @@ def choice_of(result: xr.Dataset) -> str:
     return describe_choice(str(result.attrs["choice"]), int(result["top_k"].values.max()))
 
 
+def describe_kind(kind: str, result: xr.Dataset) -> str:
+    """Words for a coordinate of kind."""
+    return "first choice" if kind == "first" else describe_any(int(result["top_k"].values.max()))
+
+
+def known_kinds(repeats: xr.Dataset) -> list[str]:
+    """The kinds of repeats that are known, and say different things."""
+    kinds = [kind for kind in repeats["kind"].values.tolist() if repeats["rate"].sel(kind=kind).notnull().any()]
+    return kinds[:1] if int(repeats["top_k"].values.max()) == 1 else kinds or ["any"]
+
+
 def expert_name(expert: int, num_experts: int) -> str:
     """What an expert id is called; those from `num_experts` on are null experts."""
     return str(expert) if expert < num_experts else f"{expert} (null)"

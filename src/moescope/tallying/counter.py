@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.errors import NotRecorded
 from moescope.trace import Header, Layer, Part, Trace
 
 R = TypeVar("R", bound="Result")
@@ -42,6 +44,21 @@ class Options:
     def __post_init__(self) -> None:
         if self.choice not in (None, "first", "all"):
             raise ValueError(f"choice must be 'first' or 'all', not {self.choice!r}")
+
+
+def need_order(path: Path | None, layers: Sequence[Layer], choice: str | None) -> None:
+    """Refuse to look at first choices where it is not known which they are.
+
+    Args:
+        path: The trace, for the message.
+        layers: The layers to look at.
+        choice: "all" of a token's choices, which takes no order; or another.
+    Raises:
+        NotRecorded: A layer does not say which choice is the first.
+    """
+    if choice != "all" and not all(layer.ranked for layer in layers):
+        hint = "ask for all of the choices: --choice all, or choice='all'"
+        raise NotRecorded(path, "does not say which of a token's choices is the first", hint)
 
 
 class Counter(ABC, Generic[R]):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored
+from moescope.tallying.counter import Counter, Options, Result, Stored, need_order
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -177,7 +177,7 @@ class ClassCounts(Result):
         counts_LXCE: Choices of the tokens of the class, in documents that have other tokens, too.
         expected_LXCE: What they would be, shared out as the other tokens of the same documents, in units of 2^-20.
         totals_LCE: Choices of the tokens of the class in all documents, and last of all tokens.
-        choice: "first", first choices were counted; "either", all of them.
+        choice: "first", first choices were counted; "all", all of them.
     """
 
     layers: tuple[Layer, ...]
@@ -237,7 +237,7 @@ class ClassCounts(Result):
             stored.take("counts_LXCE", np.int64, by_group),
             stored.take("expected_LXCE", np.int64, by_group),
             stored.take("totals_LCE", np.int64, (num_layers, num_classes + 1, num_ids)),
-            "first" if stored.number("first", most=1) else "either",
+            "first" if stored.number("first", most=1) else "all",
         )
 
 
@@ -265,17 +265,12 @@ class ClassCounter(Counter[ClassCounts]):
         trace.need_tokens()
         if not trace.header.token_ids:
             raise NotRecorded(trace.path, "has no token ids, so its text is not known")
-        if options.choice != "all" and not all(layer.ranked for layer in layers):
-            raise NotRecorded(
-                trace.path,
-                "does not say which of a token's choices is the first",
-                "ask for all of the choices: --choice either, or choice='either'",
-            )
+        need_order(trace.path, layers, options.choice)
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
         """What makes empty counters."""
-        pieces, choice = Pieces.of(trace.vocabulary), "either" if options.choice == "all" else "first"
+        pieces, choice = Pieces.of(trace.vocabulary), options.choice or "first"
         return lambda: cls(ClassCounts.empty(layers, choice), pieces)
 
     def result(self) -> ClassCounts:

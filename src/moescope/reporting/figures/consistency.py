@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from moescope.measures import schema
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
@@ -19,7 +20,7 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
     Args:
         consistency: Of `moescope.consistency`.
     """
-    data = consistency.isel(domain=0)
+    data = schema.total(consistency)
     lengths = [length for length in data["length"].values.tolist() if np.isfinite(data["srp"].sel(length=length)).any()]
     lengths = lengths or data["length"].values.tolist()[:1]
     layers = data["layer"].values
@@ -38,13 +39,13 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
         style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
         figure.subplots_adjust(wspace=0.12)
         for axes, length in zip(panels, lengths, strict=True):
-            at = data.sel(length=length)
-            srp, low, high, shuffled, uniform = (
-                100 * at[name].values for name in ("srp", "low", "high", "shuffled", "uniform")
+            here = data.sel(length=length)
+            srp, low, high, null, uniform = (
+                100 * here[name].values for name in ("srp", "srp_low", "srp_high", "srp_null", "srp_uniform")
             )
             axes.plot(layers, uniform, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="uniform")
             axes.plot(
-                layers, shuffled, color=MUTED, linewidth=1.2, marker="s" if few else "", markersize=2.8,
+                layers, null, color=MUTED, linewidth=1.2, marker="s" if few else "", markersize=2.8,
                 markeredgewidth=0, label="random order",
             )  # fmt: skip
             axes.plot(

@@ -42,9 +42,9 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         style.place(figure, left=0.95, right=0.12, top=0.42, bottom=0.42, between=0.36, rows=rows)
         figure.subplots_adjust(wspace=0.12)
         for axes, layer in zip(panels.flat, layers, strict=False):
-            at = explained.sel(layer=layer)
-            _draw_bars(axes, at.sel(source=sources), _marks(explained, sources))
-            axes.axvline(float(at["entropy"]), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+            here = explained.sel(layer=layer)
+            _draw_bars(axes, here.sel(source=sources), _marks(explained, sources))
+            axes.axvline(float(here["entropy"]), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
             style.panel_title(axes, f"Layer {layer}")
             axes.set_xlim(0, most * 1.04)
         for axes in panels.flat[len(layers) :]:
@@ -70,30 +70,19 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
     layers = explained["layer"].values
     with style.style():
         marks = _marks(explained, sources)
-        figure = style.new_figure(FULL_WIDTH * 0.62, style.legend_rows(len(sources), 3) + 0.2 + 0.42 + 2.2)
+        top = style.legend_rows(len(sources), 3) + 0.2
+        figure = style.new_figure(FULL_WIDTH * 0.62, top + 0.42 + 2.2)
         axes = figure.subplots()
-        style.place(
-            figure, left=0.5, right=0.1, top=style.legend_rows(len(sources), 3) + 0.2, bottom=0.42, between=0, rows=1
-        )
+        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
         for source, mark in zip(sources, marks, strict=True):
-            at = explained.sel(source=source)
+            here = explained.sel(source=source)
             with np.errstate(invalid="ignore", divide="ignore"):
-                low, high = (100 * (at[end] / at["bits"] * at["share"]).values for end in ("low", "high"))
-            share = 100 * at["share"].values
-            axes.fill_between(
-                layers, np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high),
-                color=mark.colour, alpha=0.15, linewidth=0, where=np.isfinite(share),
-            )  # fmt: skip
-            axes.plot(
-                layers,
-                share,
-                color=mark.colour,
-                linestyle=mark.line,
-                linewidth=1.2,
-                marker=mark.marker,
-                markersize=3.2,
-                markeredgewidth=0,
-                label=source,
+                low, high = (
+                    100 * (here[f"bits_{end}"] / here["bits"] * here["share"]).values for end in ("low", "high")
+                )
+            share = 100 * here["share"].values
+            style.add_line(
+                axes, layers, share, np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high), mark, 0.15
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("Layer", labelpad=2)
@@ -104,10 +93,10 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
     return figure
 
 
-def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark]) -> None:
+def _draw_bars(axes: Axes, of_layer: xr.Dataset, marks: Sequence[Mark]) -> None:
     y = np.arange(len(marks), dtype=float)
     value, low, high, held_out, plug_in, null = (
-        at[name].values for name in ("bits", "low", "high", "held_out", "plug_in", "null")
+        of_layer[name].values for name in ("bits", "bits_low", "bits_high", "held_out", "plug_in", "bits_null")
     )
     known = np.isfinite(value)
     bounds = np.stack([np.maximum(held_out, 0), y - 0.42, plug_in, y + 0.42], axis=1)[known]

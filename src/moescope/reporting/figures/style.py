@@ -164,6 +164,30 @@ def add_verticals(
     _add_path(axes, points, np.tile([Path.MOVETO, Path.LINETO], known.sum()), facecolor="none", **look)
 
 
+def add_line(
+    axes: Axes,
+    x: NDArray[Any],
+    value: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    mark: Mark,
+    alpha: float = 0.18,
+) -> None:
+    """Draw a line with its markers over the band of its intervals."""
+    axes.fill_between(x, low, high, color=mark.colour, alpha=alpha, linewidth=0)
+    axes.plot(
+        x,
+        value,
+        color=mark.colour,
+        linestyle=mark.line,
+        linewidth=1.2,
+        marker=mark.marker,
+        markersize=3.2,
+        markeredgewidth=0,
+        label=mark.name,
+    )
+
+
 def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8], **look: Any) -> PathPatch:
     patch = PathPatch(Path(points.reshape(-1, 2), codes.astype(np.uint8)), **look)
     patch.set_transform(axes.transData)

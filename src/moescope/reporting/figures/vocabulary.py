@@ -84,7 +84,8 @@ def _draw_lines(axes: Axes, data: xr.Dataset, colour: str) -> None:
     place = np.arange(data.sizes["layer"])
     few = len(place) <= MOST_NUMBERED
     value, low, high, null, popular = (
-        100 * data[name].values for name in ("specialization", "low", "high", "null", "popularity")
+        100 * data[name].values
+        for name in (*(f"specialization{end}" for end in ("", "_low", "_high", "_null")), "popularity")
     )
     if few:
         style.add_verticals(axes, place.astype(float), low, high, edgecolor=colour, linewidth=1.0)

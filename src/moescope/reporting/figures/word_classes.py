@@ -16,5 +16,5 @@ def draw_word_classes(syntax: xr.Dataset) -> Figure:
         syntax: Of `moescope.syntax`.
     """
     data = syntax.transpose("word_class", "layer").sel(word_class=syntax["tokens"].values > 0)
-    found = data["q_value"].values < SIGNIFICANT
-    return draw_map(data["word_class"].values.tolist(), data["layer"].values, data["jsd"].values, found)
+    differs = data["jsd_q"].values < SIGNIFICANT
+    return draw_map(data["word_class"].values.tolist(), data["layer"].values, data["jsd"].values, differs)

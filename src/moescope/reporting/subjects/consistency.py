@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isnan
 from pathlib import Path
 
 import click
@@ -12,16 +11,18 @@ import pandas as pd
 import xarray as xr
 
 from moescope.errors import NoSuchDomain
+from moescope.measures import schema
 from moescope.measures.consistency import consistency
+from moescope.measures.schema import FRACTION
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, mark
+from moescope.reporting.cells import BY_DOCUMENT, cell
 from moescope.reporting.chapters import LOCALITY
-from moescope.reporting.frames import in_percent
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import count, percent, plain, signed, spread
+from moescope.reporting.numbers import count, percent
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -29,17 +30,17 @@ from moescope.trace import Trace
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a document is long enough."""
-    found = consistency(counted)
-    return found if found["srp"].notnull().any() else None
+    result = consistency(counted)
+    return result if result["srp"].notnull().any() else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """A panel a length of segments, and the table."""
-    lengths = found["length"].values[found["srp"].notnull().any(["domain", "layer"]).values].tolist()
+    lengths = result["length"].values[result["srp"].notnull().any(["domain", "layer"]).values].tolist()
     yield PageFigure(
         name="consistency",
         file="consistency",
-        draw=lambda: drawn.consistency.draw_consistency(found),
+        draw=lambda: drawn.consistency.draw_consistency(result),
         label="Consistency",
         title=f"How well one fixed set of experts would serve {' or '.join(map(str, lengths))} consecutive tokens",
         caption=(
@@ -54,9 +55,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It is not the hit rate of a cache of a given size: the set may have any size, and is chosen knowing the "
             "segment."
         ),
-        frame=consistency_frame(found),
+        frame=consistency_frame(result),
     )
-    yield PageTable(consistency_table(found, results.layers), folded="Local routing consistency, as a table")
+    yield PageTable(consistency_table(result, results.layers), folded="Local routing consistency, as a table")
 
 
 @trace_argument
@@ -79,9 +80,9 @@ def command(
     shown = shown_layers(trace, layers)
     if domain is not None and domain not in trace.domains:
         raise NoSuchDomain(trace.path, f"no domain {domain!r}; the trace has {', '.join(trace.domains)}")
-    found = consistency(trace)
-    yield consistency_table(found, shown, domain)
-    yield Drawing(file="consistency", draw=lambda: drawn.consistency.draw_consistency(found))
+    result = consistency(trace)
+    yield consistency_table(result, shown, domain)
+    yield Drawing(file="consistency", draw=lambda: drawn.consistency.draw_consistency(result))
 
 
 def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: str | None = None) -> Table:
@@ -92,19 +93,16 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
         layers: Layers to show.
         domain: The domain to show; None for all of them together.
     """
-    domain = consistency["domain"].values.tolist()[0] if domain is None else domain
-    data = consistency.sel(domain=domain)
+    data = schema.total(consistency) if domain is None else schema.by_domain(consistency).sel(domain=domain)
+    together = _together(data)
     sections = []
     for length in data["length"].values.tolist():
-        at = data.sel(length=length)
-        rows = [
-            _row(f"layer {layer}", at.sel(layer=layer), "", float(at["uniform"].sel(layer=layer))) for layer in layers
-        ]
-        rows.append(_row("all layers", at, "model_", float("nan")))
-        sections.append(
-            Section(f"segments of {length} tokens ({count(int(at['documents']), 'document')})", tuple(rows))
-        )
-    where = "all domains" if domain == consistency["domain"].values[0] else visible(domain)
+        here = data.sel(length=length)
+        rows = [_row(f"layer {layer}", here.sel(layer=layer)) for layer in layers]
+        rows.append(_row("all layers", together.sel(length=length)))
+        documents = count(int(here["documents"]), "document")
+        sections.append(Section(f"segments of {length} tokens ({documents})", tuple(rows)))
+    where = "all domains" if domain is None else visible(domain)
     return Table(
         "consistency",
         f"Local routing consistency (SRP), {where}, %",
@@ -121,34 +119,22 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
     )
 
 
-def consistency_frame(data: xr.Dataset) -> pd.DataFrame:
+def _row(label: str, place: xr.Dataset) -> Row:
+    return Row(label, tuple(cell(place, name) for name in ("srp", "srp_null", "excess", "srp_uniform", "size_ratio")))
+
+
+def _together(consistency: xr.Dataset) -> xr.Dataset:
+    """What is of all layers together, under the names of what is of each."""
+    names = {name: name.removeprefix("model_") for name in map(str, consistency) if name.startswith("model_")}
+    return consistency[list(names)].rename(names).assign(srp_uniform=((), np.nan, {"units": FRACTION}))
+
+
+def consistency_frame(consistency: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer, length), then a row a (domain, length) of all layers together."""
-    shares = ["srp", "low", "high", "shuffled", "beyond", "beyond_low", "beyond_high"]
-    names = [*shares, "size_ratio", "p_value", "q_value"]
-    by_layer = data[[*names, "uniform", "documents"]].to_dataframe().reset_index()
-    model = data[[*(f"model_{name}" for name in names), "documents"]].to_dataframe().reset_index()
-    model = model.rename(columns={f"model_{name}": name for name in names}).assign(layer="all", uniform=np.nan)
-    columns = ["domain", "layer", "length", *shares, "uniform", "size_ratio", "p_value", "q_value", "documents"]
-    frame = pd.concat([by_layer[columns].astype({"layer": object}), model[columns]], ignore_index=True)
-    return in_percent(frame, {name: f"{name}_percent" for name in [*shares, "uniform"]})
-
-
-def _row(label: str, at: xr.Dataset, prefix: str, uniform: float) -> Row:
-    def value(name: str) -> float:
-        return float(at[f"{prefix}{name}"])
-
-    beyond = 100 * value("beyond")
-    half = "" if isnan(value("beyond_low")) else f"±{beyond - 100 * value('beyond_low'):.1f}"
-    return Row(
-        label,
-        (
-            Cell(percent(value("srp")), spread(value("srp"), value("low"), value("high"))),
-            Cell(percent(value("shuffled"))),
-            Cell(signed(beyond, 1), half, mark(value("q_value"))),
-            Cell(percent(uniform)),
-            Cell(plain(value("size_ratio"))),
-        ),
-    )
+    alone = consistency.drop_vars([name for name in map(str, consistency) if name.startswith("model_")])
+    by_layer = tidy(alone, "domain", "layer", "length").astype({"layer": object})
+    together = tidy(_together(consistency), "domain", "length").assign(layer="all")
+    return pd.concat([by_layer, together], ignore_index=True)
 
 
 subject = Subject(measure=measure, blocks=blocks, section=LOCALITY, command=command)

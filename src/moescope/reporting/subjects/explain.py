@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
-import pandas as pd
 import xarray as xr
 
 from moescope.measures.explain import explain
 from moescope.reporting import figures as drawn
+from moescope.reporting.cells import cell, mark
 from moescope.reporting.chapters import EXPLANATION
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, bits, percent
+from moescope.reporting.numbers import bits, percent
 from moescope.reporting.options import (
     choice_option,
     figures_option,
@@ -55,16 +56,16 @@ _NAMES = {
 
 def measure(counted: Counted, results: Results) -> xr.Dataset:
     """Of the first choice, or of all where the trace does not say which is the first."""
-    return explain(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "either")
+    return explain(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Bars a layer, lines over the layers if not all are shown, and the table."""
-    what = "first choice" if found.attrs["choice"] == "first" else "choice"
+    what = "first choice" if result.attrs["choice"] == "first" else "choice"
     yield PageFigure(
         name="explained",
         file="explained",
-        draw=lambda: drawn.explain.draw_explained(found, results.layers),
+        draw=lambda: drawn.explain.draw_explained(result, results.layers),
         label="Bits",
         title=f"Where the bits of the {what} come from",
         caption=(
@@ -82,13 +83,13 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "same token. No bar says what causes the choice. A wide grey band says that the trace is too short for "
             "that source."
         ),
-        frame=explain_frame(found.sel(layer=list(results.layers))),
+        frame=tidy(result.sel(layer=list(results.layers)), "layer", "source"),
     )
-    if found.sizes["layer"] > len(results.layers):
+    if result.sizes["layer"] > len(results.layers):
         yield PageFigure(
             name="depth",
             file="explained-by-layer",
-            draw=lambda: drawn.explain.draw_explained_by_layer(found),
+            draw=lambda: drawn.explain.draw_explained_by_layer(result),
             label="Bits by layer",
             title=f"Share of the {what} that each source explains, by layer",
             caption=f"Per cent of the bits of the {what}, H(E); bands: 95 % intervals, by document.",
@@ -100,10 +101,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
                 "The lines overlap and do not add up to 100. What no line explains may be context, or chance of the "
                 "training."
             ),
-            frame=explain_frame(found),
+            frame=tidy(result, "layer", "source"),
         )
     yield PageTable(
-        explain_table(found, results.layers),
+        explain_table(result, results.layers),
         folded="The same as a table, with bounds, permuted routing and p-values",
     )
 
@@ -131,10 +132,10 @@ def command(
     warn_of_few_permutations(permutations)
     with layer_progress("explaining") as progress:
         wanted = shown if figures is None else None
-        found = explain(trace, wanted, choice=choice, permutations=permutations, progress=progress)
-    yield explain_table(found, shown)
-    yield Drawing(file="explained", draw=lambda: drawn.explain.draw_explained(found, shown))
-    yield Drawing(file="explained_by_layer", draw=lambda: drawn.explain.draw_explained_by_layer(found))
+        result = explain(trace, wanted, choice=choice, permutations=permutations, progress=progress)
+    yield explain_table(result, shown)
+    yield Drawing(file="explained", draw=lambda: drawn.explain.draw_explained(result, shown))
+    yield Drawing(file="explained_by_layer", draw=lambda: drawn.explain.draw_explained_by_layer(result))
 
 
 def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -142,13 +143,9 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
     data = explained.sel(layer=list(layers))
     sections = []
     for layer in layers:
-        at = data.sel(layer=layer)
-        rows = [
-            _row(at.sel(source=source), str(source))
-            for source in at["source"].values
-            if not isnan(at["bits"].sel(source=source))
-        ]
-        sections.append(Section(f"layer {layer}: {_bits(float(at['entropy']))} bits in all", tuple(rows)))
+        here = data.sel(layer=layer)
+        rows = tuple(Row(source, _cells(here.sel(source=source))) for source in _known(here))
+        sections.append(Section(f"layer {layer}: {_bits(here['entropy'].item())} bits in all", rows))
     return Table(
         "explain",
         f"Bits of the choice that each source explains, {choice_of(data)}",
@@ -161,31 +158,8 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
             f"{percent(SIGNIFICANT, 0)} %). Sources overlap: their bits do not add up.",
             *(explain_sentence(explained, layer) for layer in layers),
         ),
-        frame=explain_frame(data),
+        frame=tidy(data, "layer", "source"),
     )
-
-
-def explain_frame(explained: xr.Dataset) -> pd.DataFrame:
-    """A row a (layer, source) that the trace has."""
-    names = {
-        "bits": "bits",
-        "low": "low_bits",
-        "high": "high_bits",
-        "share": "share_percent",
-        "held_out": "held_out_bits",
-        "plug_in": "plug_in_bits",
-        "miller_madow": "miller_madow_bits",
-        "null": "permuted_bits",
-        "p_value": "p_value",
-        "q_value": "q_value",
-    }
-    frame = explained[list(names)].transpose("layer", "source").to_dataframe(["layer", "source"]).reset_index()
-    frame = frame[["layer", "source", *names]].rename(columns=names)
-    frame["share_percent"] *= 100
-    for name in ("entropy", "entropy_low", "entropy_high"):
-        by_layer = dict(zip(explained["layer"].values.tolist(), explained[name].values.tolist(), strict=True))
-        frame[f"{name}_bits"] = frame["layer"].map(by_layer)
-    return frame[frame["bits"].notna()].reset_index(drop=True)
 
 
 def explain_sentence(explained: xr.Dataset, layer: int) -> str:
@@ -193,65 +167,50 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
 
     Of what tells little, the upper end of the interval is said where that is not little.
     """
-    at = explained.sel(layer=layer)
-    entropy = float(at["entropy"])
+    here = explained.sel(layer=layer)
+    entropy = float(here["entropy"])
     if isnan(entropy):
         return f"Layer {layer}: nothing was chosen."
     if entropy == 0:
         return f"Layer {layer}: every token makes the same choice; there is nothing to explain."
-    known = [str(source) for source in at["source"].values if not isnan(at["bits"].sel(source=source))]
-    by_share = sorted(known, key=lambda source: -float(at["share"].sel(source=source)))
-    real = {source for source in known if float(at["q_value"].sel(source=source)) < SIGNIFICANT}
+    by_source = {source: here.sel(source=source) for source in _known(here)}
+    if not by_source:
+        return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
+    share = {source: float(one["share"]) for source, one in by_source.items()}
 
-    def told(source: str) -> str:
-        one = at.sel(source=source)
-        return f"{_NAMES[source]} {_bits(float(one['bits']))} ({percent(float(one['share']), 0)} %)"
+    def with_size(source: str) -> str:
+        return f"{_NAMES[source]} {_bits(float(by_source[source]['bits']))} ({percent(share[source], 0)} %)"
 
-    def hinted(source: str) -> str:
-        most = float(at["high"].sel(source=source)) / entropy
+    def with_limit(source: str) -> str:
+        most = float(by_source[source]["bits_high"]) / entropy
         return _NAMES[source] + (f" (up to {percent(most, 0)} %)" if most >= TELLING else "")
 
-    strong = [source for source in by_share if source in real and float(at["share"].sel(source=source)) >= TELLING]
-    weak = [source for source in by_share if source in real and source not in strong]
-    none = [source for source in by_share if source not in real]
-    if not known:
-        return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
-    choice = "choice" if explained.attrs["choice"] == "either" else "first choice"
-    sentence = f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
-    if strong:
-        sentence += f"each by itself tells: {listed([told(source) for source in strong])}."
-    else:
-        sentence += "no source tells much."
-    if weak:
-        sentence += f" A little (under {percent(TELLING, 0)} %): {listed([hinted(source) for source in weak])}."
-    if none:
-        sentence += f" Not told from chance: {listed([hinted(source) for source in none])}."
-    return sentence
-
-
-def _row(one: xr.Dataset, source: str) -> Row:
-    value, low, high = (float(one[name]) for name in ("bits", "low", "high"))
-    half = max(value - low, high - value)
-    marked = float(one["q_value"]) < SIGNIFICANT
-    return Row(
-        source,
-        (
-            Cell(_bits(value), "" if isnan(half) else f"±{bits(half, DIGITS)}", "*" if marked else ""),
-            Cell(percent(float(one["share"]))),
-            Cell(_bits(float(one["held_out"]))),
-            Cell(_bits(float(one["plug_in"]))),
-            Cell(_bits(float(one["null"]))),
-            Cell(_p(float(one["p_value"]))),
-        ),
+    descending = sorted(by_source, key=lambda source: -share[source])
+    real = [source for source in descending if mark(by_source[source]["bits_q"])]
+    strong = [with_size(source) for source in real if share[source] >= TELLING]
+    weak = [with_limit(source) for source in real if not share[source] >= TELLING]
+    none = [with_limit(source) for source in descending if source not in real]
+    choice = "choice" if explained.attrs["choice"] == "all" else "first choice"
+    return (
+        f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
+        + (f"each by itself tells: {listed(strong)}." if strong else "no source tells much.")
+        + (f" A little (under {percent(TELLING, 0)} %): {listed(weak)}." if weak else "")
+        + (f" Not told from chance: {listed(none)}." if none else "")
     )
 
 
+def _cells(place: xr.Dataset) -> tuple[Cell, ...]:
+    """What one source explains of one layer."""
+    bounds = (Cell(_bits(place[name].item())) for name in ("held_out", "plug_in", "bits_null"))
+    return cell(place, "bits", DIGITS), cell(place, "share"), *bounds, cell(place, "bits_p", DIGITS)
+
+
+def _known(of_layer: xr.Dataset) -> list[str]:
+    return [str(source) for source in of_layer["source"].values if not isnan(of_layer["bits"].sel(source=source))]
+
+
 def _bits(value: float) -> str:
-    return MISSING if isnan(value) else bits(max(value, 0.0), DIGITS)
-
-
-def _p(value: float) -> str:
-    return MISSING if isnan(value) else f"{value:.3f}"
+    return bits(0.0 if value < 0 else value, DIGITS)
 
 
 subject = Subject(

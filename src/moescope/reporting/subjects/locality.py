@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
 import click
+import numpy as np
 import pandas as pd
 import xarray as xr
 
-from moescope.measures.locality import ALL_DOMAINS, LONGEST_RUN, locality
+from moescope.measures import schema
+from moescope.measures.locality import LONGEST_RUN, locality
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, points_cell, share_cell, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
 from moescope.reporting.chapters import LOCALITY
-from moescope.reporting.frames import in_percent, tidy_named
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import percent, plain, points
+from moescope.reporting.numbers import percent, points
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.reporting.wording import describe_any
+from moescope.reporting.wording import describe_kind, known_kinds
 from moescope.trace import Trace
 
 SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "same words"}
@@ -31,13 +33,13 @@ SHOWN_NULLS = {"popularity": "popularity", "document": "any order", "words": "sa
 RUN_BINS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, 32), (33, LONGEST_RUN))
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Excess over each null by layer, then repeats by distance."""
-    words = bool(found["excess"].sel(null="words").notnull().any())
+    words = bool(result["excess"].sel(null="words").notnull().any())
     yield PageFigure(
         name="nulls",
         file="repeats-above-nulls",
-        draw=lambda: drawn.locality.draw_excess(found),
+        draw=lambda: drawn.locality.draw_excess(result),
         label="Nulls",
         title=f"Repeats above what loads{', document and words' if words else ' and document'} predict",
         caption=(
@@ -59,16 +61,16 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             if words
             else "The trace has no token ids, so it cannot be told whether the words explain what is left."
         ),
-        frame=locality_frame(found),
+        frame=locality_frame(_total_last(result)),
     )
     yield PageTable(
-        locality_table(found, results.layers),
+        locality_table(result, results.layers),
         folded="The same as a table, by domain, and for pairs of equal token ids",
     )
     yield PageFigure(
         name="distance",
         file="repeats-by-distance",
-        draw=lambda: drawn.locality.draw_lags(found, results.layers),
+        draw=lambda: drawn.locality.draw_lags(result, results.layers),
         label="Distance",
         title="Repeats by distance",
         caption=(
@@ -83,11 +85,11 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "Long distances exist only in long sequences, so the points of one line are not of the same documents. Nor "
             "does a line say whether words or context return."
         ),
-        frame=lags_frame(found.sel(layer=list(results.layers))),
+        frame=lags_frame(result.sel(layer=list(results.layers))),
     )
-    yield PageTable(lags_table(found, results.layers), folded="Repeats by distance, as a table")
-    if found["runs"].notnull().any():
-        yield PageTable(runs_table(found, results.layers), folded="Runs of one first choice, by length")
+    yield PageTable(lags_table(result, results.layers), folded="Repeats by distance, as a table")
+    if result["runs"].notnull().any():
+        yield PageTable(runs_table(result, results.layers), folded="Runs of one first choice, by length")
 
 
 @trace_argument
@@ -115,26 +117,25 @@ def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Pa
     shown = shown_layers(trace, layers)
     tables = {"excess": locality_table, "lags": lags_table, "runs": runs_table}
     with layer_progress("measuring") as progress:
-        found = locality(trace, shown if figures is None else None, progress=progress)
-    yield tables[show](found, shown)
-    yield Drawing(file="excess", draw=lambda: drawn.locality.draw_excess(found))
-    yield Drawing(file="lags", draw=lambda: drawn.locality.draw_lags(found, shown))
+        result = locality(trace, shown if figures is None else None, progress=progress)
+    yield tables[show](result, shown)
+    yield Drawing(file="excess", draw=lambda: drawn.locality.draw_excess(result))
+    yield Drawing(file="lags", draw=lambda: drawn.locality.draw_lags(result, shown))
 
 
 def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate, and by how many points it exceeds each null: a row a domain, four columns a layer."""
-    data = locality.sel(layer=list(layers))
-    domains = data["domain"].values.tolist()
-    sections = []
-    for kind in _kinds(data):
-        name = _kind_name(kind, data)
-        sections.append(
-            Section(name, tuple(Row(visible(d), _cells(data.sel(domain=d, pairs="all", kind=kind))) for d in domains))
-        )
+    data = _total_last(locality.sel(layer=list(layers)))
+    whole, sections = schema.total(data), []
+    for kind in known_kinds(data):
+        name = describe_kind(kind, data)
+        near = data.sel(kind=kind, pairs="all")
+        domains = near["domain"].values.tolist()
+        sections.append(Section(name, tuple(Row(visible(d), _cells(near.sel(domain=d))) for d in domains)))
         pairs = [p for p in ("equal ids", "different ids") if data["pairs_counted"].sel(pairs=p).sum() > 0]
         if pairs:
-            whole = data.sel(domain=ALL_DOMAINS, kind=kind)
-            rows = tuple(Row(f"{p} {ALL_DOMAINS}", _cells(whole.sel(pairs=p))) for p in pairs)
+            label = whole["domain"].item()
+            rows = tuple(Row(f"{p} {label}", _cells(whole.sel(kind=kind, pairs=p))) for p in pairs)
             sections.append(Section(f"{name}, by the token ids of the pair", rows))
     return Table(
         "locality",
@@ -153,38 +154,50 @@ def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     )
 
 
+def _cells(near: xr.Dataset) -> tuple[Cell, ...]:
+    """The rate and its excess over each null, by layer."""
+    by_layer = [near.sel(layer=layer) for layer in near["layer"].values.tolist()]
+    return tuple(
+        cell(here if null is None else here.sel(null=null), "rate" if null is None else "excess")
+        for here in by_layer
+        for null in (None, *SHOWN_NULLS)
+    )
+
+
+def _total_last(locality: xr.Dataset) -> xr.Dataset:
+    """The domains, then all of them together, as under a table's rule."""
+    return locality.isel(domain=np.argsort(locality["total"].values, kind="stable"))
+
+
 def locality_sentence(locality: xr.Dataset, layer: int) -> str:
     """How much of the repeats of a layer its words explain, in plain words; empty if the trace has no token ids."""
-    kind = _kinds(locality)[0]
-    at = locality.sel(layer=layer, domain=ALL_DOMAINS, pairs="all", kind=kind)
-    excess, low, high = values(at.sel(null="words"), "excess", "excess_low", "excess_high")
+    kind = known_kinds(locality)[0]
+    here = schema.total(locality).sel(layer=layer, pairs="all", kind=kind)
+    excess, low, high = values(here.sel(null="words"), "excess", "excess_low", "excess_high")
     if isnan(excess):
         return ""
-    rate, uniform = float(at["rate"]), float(at["expected"].sel(null="uniform"))
     what = "the same first choice" if kind == "first" else "an expert in common"
     less = "less" if excess < 0 else "more"
     interval = "" if isnan(low) else f" ({points(low)} to {points(high)})"
+    rate, uniform, words = (
+        percent(value)
+        for value in (here["rate"].item(), *(here["rate_null"].sel(null=null).item() for null in ("uniform", "words")))
+    )
     return (
-        f"Layer {layer}: {percent(rate)} % of neighbours have {what}; uniform routing gives {percent(uniform)} %, the "
-        f"same words elsewhere {percent(float(at['expected'].sel(null='words')))} %: {percent(abs(excess))} points "
+        f"Layer {layer}: {rate} % of neighbours have {what}; uniform routing gives {uniform} %, the "
+        f"same words elsewhere {words} %: {percent(abs(excess))} points "
         f"{less} than these words would anyway{interval}."
     )
 
 
 def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate by distance, above the document in any order: a row a distance, a column a layer."""
-    data = locality.sel(layer=list(layers), domain=ALL_DOMAINS)
+    data = locality.sel(layer=list(layers))
     sections = []
-    for kind in _kinds(data):
-        at = data.sel(kind=kind)
-        name = _kind_name(kind, data)
-
-        def rows(cell: Callable[[xr.Dataset], Cell], at: xr.Dataset = at) -> tuple[Row, ...]:
-            return grid(data["lag"].values.tolist(), layers, lambda lag, layer: cell(at.sel(layer=layer, lag=lag)))
-
-        sections.append(Section(name, rows(lambda one: share_cell(one, "lag_rate", "lag_low", "lag_high"))))
-        title = f"{name}, points above any order"
-        sections.append(Section(title, rows(lambda one: points_cell(one, "lag_excess"))))
+    for kind in known_kinds(schema.total(data)):
+        here, name = schema.total(data).sel(kind=kind), describe_kind(kind, data)
+        sections.append(Section(name, grid_of(here, "lag", "layer", "lag_rate")))
+        sections.append(Section(f"{name}, points above any order", grid_of(here, "lag", "layer", "lag_excess")))
     return Table(
         "lags",
         "Repeats by distance, %",
@@ -192,7 +205,7 @@ def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         tuple(f"layer {layer}" for layer in layers),
         tuple(sections),
         notes=(f"any order: two tokens of the document. {CLUSTERED}",),
-        frame=lags_frame(locality.sel(layer=list(layers))),
+        frame=lags_frame(data),
     )
 
 
@@ -202,16 +215,12 @@ def runs_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     rows = []
     for start, end in RUN_BINS:
         label = str(start) if start == end else f"{start}–{end}" if end < LONGEST_RUN else f"{start} or more"
-        cells = []
-        for layer in layers:
-            at = data.sel(layer=layer, run=slice(start, end))
-            cells += [Cell(percent(float(at[name].sum(skipna=False)))) for name in ("runs", "runs_geometric")]
-        rows.append(Row(label, tuple(cells)))
+        binned = data[["runs", "runs_null"]].sel(run=slice(start, end)).sum("run", skipna=False)
+        columns = [binned[name].sel(layer=layer) for layer in layers for name in ("runs", "runs_null")]
+        rows.append(Row(label, tuple(Cell(percent(column.item())) for column in columns)))
     mean = []
     for layer in layers:
-        value, low, high = values(data.sel(layer=layer), "run_mean", "run_mean_low", "run_mean_high")
-        half = max(value - low, high - value)
-        mean += [Cell(plain(value), "" if isnan(half) else f"±{plain(half)}"), Cell("")]
+        mean += [cell(data.sel(layer=layer), "run_mean"), Cell("")]
     return Table(
         "runs",
         "Runs of one first choice by length, % of runs",
@@ -220,52 +229,20 @@ def runs_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         (Section("", tuple(rows)), Section("mean length, tokens", (Row("all", tuple(mean)),))),
         groups=tuple((f"layer {layer}", 2) for layer in layers),
         notes=("independent: each token repeats the one before with the measured rate, whatever came before that.",),
-        frame=runs_frame(data),
+        frame=tidy(data[["runs", "runs_null"]], "layer", "run"),
     )
 
 
 def locality_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, pairs, null, layer, kind)."""
-    names = {name: f"{name}_percent" for name in ("rate", "low", "high", "expected")}
-    names |= {name: f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
-    frame = tidy_named(locality, [*names, "p_value", "q_value"], ["domain", "pairs", "null", "layer", "kind"])
-    return in_percent(frame[frame["rate"].notna()].reset_index(drop=True), names)
+    neighbours = locality[[name for name in map(str, locality) if name.split("_")[0] in ("rate", "excess", "pairs")]]
+    return tidy(neighbours, "domain", "pairs", "null", "layer", "kind")
 
 
 def lags_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer, kind, lag)."""
-    names = {f"lag_{name}": f"{name}_percent" for name in ("rate", "low", "high", "expected")}
-    names |= {f"lag_{name}": f"{name}_points" for name in ("excess", "excess_low", "excess_high")}
-    frame = tidy_named(locality, list(names), ["domain", "layer", "kind", "lag"])
-    return in_percent(frame[frame["lag_rate"].notna()].reset_index(drop=True), names)
-
-
-def runs_frame(locality: xr.Dataset) -> pd.DataFrame:
-    """A row a (layer, run)."""
-    names = {"runs": "runs_percent", "runs_geometric": "independent_percent"}
-    frame = tidy_named(locality, list(names), ["layer", "run"])
-    return in_percent(frame[frame["runs"].notna()].reset_index(drop=True), names)
-
-
-def _kinds(data: xr.Dataset) -> list[str]:
-    """The kinds that are known, and say different things."""
-    kinds = [k for k in data["kind"].values.tolist() if data["rate"].sel(kind=k).notnull().any()]
-    return kinds[:1] if int(data["top_k"].values.max()) == 1 else kinds or ["any"]
-
-
-def _kind_name(kind: str, data: xr.Dataset) -> str:
-    return "first choice" if kind == "first" else describe_any(int(data["top_k"].values.max()))
-
-
-def _cells(at: xr.Dataset) -> tuple[Cell, ...]:
-    cells = []
-    for layer in at["layer"].values.tolist():
-        one = at.sel(layer=layer)
-        cells.append(share_cell(one, "rate"))
-        cells += [
-            points_cell(one.sel(null=null), "excess", float(one["q_value"].sel(null=null))) for null in SHOWN_NULLS
-        ]
-    return tuple(cells)
+    by_lag = locality[[name for name in map(str, locality) if name.startswith("lag_")]]
+    return tidy(_total_last(by_lag), "domain", "layer", "kind", "lag")
 
 
 subject = Subject(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from math import isnan
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pandas as pd
 import xarray as xr
 
 from moescope.measures.syntax import syntax
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, bits_range_cell, mark, percent_cell, share_cell
+from moescope.reporting.cells import BY_DOCUMENT, bits_range_cell, cell, grid_of
 from moescope.reporting.chapters import VOCABULARY
-from moescope.reporting.frames import in_percent
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, bits, count, percent
+from moescope.reporting.numbers import percent
 from moescope.reporting.options import choice_option, figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
+from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table, grid
 from moescope.reporting.wording import choice_of
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -26,16 +24,16 @@ from moescope.trace import Trace
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of all layers, if a class stands beside other tokens."""
-    found = syntax(counted)
-    return found if found["jsd"].notnull().any() else None
+    result = syntax(counted)
+    return result if result["jsd"].notnull().any() else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """A map of classes and layers, then the tables."""
     yield PageFigure(
         name="classes",
         file="word-classes",
-        draw=lambda: drawn.word_classes.draw_word_classes(found),
+        draw=lambda: drawn.word_classes.draw_word_classes(result),
         label="Word classes",
         title="Word classes with experts of their own",
         caption=(
@@ -50,10 +48,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "Line breaks are one or two ids: a router that looks ids up separates them without knowing syntax. Classes "
             "overlap."
         ),
-        frame=syntax_frame(found),
+        frame=tidy(result, "word_class", "layer"),
     )
-    yield PageTable(word_classes_table(found, results.layers), folded="Classes of words, as a table")
-    yield PageTable(word_class_experts_table(found, results.layers), folded="The expert that stands out in each class")
+    yield PageTable(word_classes_table(result, results.layers), folded="Classes of words, as a table")
+    yield PageTable(word_class_experts_table(result, results.layers), folded="The expert that stands out in each class")
 
 
 @trace_argument
@@ -75,55 +73,48 @@ def command(
     """
     trace.need_tokens()
     shown = shown_layers(trace, layers)
-    found = syntax(trace, shown if figures is None else None, choice=choice)
-    yield word_classes_table(found, shown)
-    yield word_class_experts_table(found, shown)
-    yield Drawing(file="word_classes", draw=lambda: drawn.word_classes.draw_word_classes(found))
+    result = syntax(trace, shown if figures is None else None, choice=choice)
+    yield word_classes_table(result, shown)
+    yield word_class_experts_table(result, shown)
+    yield Drawing(file="word_classes", draw=lambda: drawn.word_classes.draw_word_classes(result))
 
 
 def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
     """Divergence of each word class from other tokens of its documents: a row a class, a column a layer."""
     data = syntax.sel(layer=list(layers))
-
-    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
-        classes = data["word_class"].values.tolist()
-        return grid(classes, layers, lambda of, layer: cell(data.sel(word_class=of, layer=layer)))
-
+    apart = data.drop_vars(["jsd_low", "jsd_high"])
+    columns = "word_class", "layer"
+    ranges = grid(
+        data["word_class"].values.tolist(),
+        layers,
+        lambda word_class, layer: bits_range_cell(data.sel(word_class=word_class, layer=layer), "jsd"),
+    )
     return Table(
         "word_classes",
         f"Jensen-Shannon divergence of word classes from other tokens of their documents, {choice_of(syntax)}, bits",
         "class",
         tuple(f"layer {layer}" for layer in layers),
         (
-            Section("measured", rows(lambda at: Cell(bits(float(at["jsd"])), mark=mark(at["q_value"])))),
-            Section("expected from sampling documents alone", rows(lambda at: Cell(bits(float(at["jsd_null"]))))),
-            Section("95 % interval of the true divergence", rows(lambda at: bits_range_cell(at, "jsd"))),
-            Section(
-                "against all other tokens, whatever their documents", rows(lambda at: Cell(bits(float(at["jsd_all"]))))
-            ),
+            Section("measured", grid_of(apart, *columns, "jsd")),
+            Section("expected from sampling documents alone", grid_of(apart, *columns, "jsd_null")),
+            Section("95 % interval of the true divergence", ranges),
+            Section("against all other tokens, whatever their documents", grid_of(apart, *columns, "jsd_all")),
         ),
         notes=(f"* differs (false discovery rate {percent(SIGNIFICANT, 0)} % over classes and layers).",),
-        frame=syntax_frame(data),
+        frame=tidy(data, "word_class", "layer"),
     )
 
 
 def word_class_experts_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
     """The expert that stands out in each word class: a section a layer, a row a class."""
     data = syntax.sel(layer=list(layers))
+    classes = data["word_class"].values.tolist()
+    columns = ("tokens", "documents", "top_expert", "top_share", "top_share_null")
     sections = []
     for layer in layers:
-        rows = []
-        for of in data["word_class"].values.tolist():
-            at = data.sel(word_class=of, layer=layer)
-            top = float(at["top_expert"])
-            cells = (
-                *(Cell(count(int(at[name]))) for name in ("tokens", "documents")),
-                Cell(MISSING if isnan(top) else str(int(top))),
-                share_cell(at, "top_share", "top_low", "top_high"),
-                percent_cell(at, "top_share_others"),
-            )
-            rows.append(Row(of, cells))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+        by_class = {name: data.sel(layer=layer, word_class=name) for name in classes}
+        rows = tuple(Row(name, tuple(cell(here, column) for column in columns)) for name, here in by_class.items())
+        sections.append(Section(f"layer {layer}", rows))
     return Table(
         "word_class_experts",
         f"The expert that stands out in each word class, {choice_of(syntax)}, %",
@@ -134,18 +125,8 @@ def word_class_experts_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table
             "The expert whose share of the class exceeds that of the other tokens of the same documents by most. "
             f"{BY_DOCUMENT}",
         ),
-        frame=syntax_frame(data),
+        frame=tidy(data, "word_class", "layer"),
     )
-
-
-def syntax_frame(syntax: xr.Dataset) -> pd.DataFrame:
-    """A row a (word class, layer)."""
-    names = {f"jsd{end}": f"jsd{end}_bits" for end in ("", "_low", "_high", "_null", "_all")}
-    shares = {f"top_{name}": f"top_{name}_percent" for name in ("share", "low", "high", "share_others")}
-    kept = syntax[["tokens", "documents", *names, "p_value", "q_value", "top_expert", *shares]]
-    frame = kept.drop_vars(["num_experts", "num_ids", "top_k"]).to_dataframe(["word_class", "layer"]).reset_index()
-    frame["top_expert"] = frame["top_expert"].astype("Int64")
-    return in_percent(frame.rename(columns=names), shares)
 
 
 subject = Subject(measure=measure, blocks=blocks, section=VOCABULARY, command=command)

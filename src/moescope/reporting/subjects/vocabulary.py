@@ -7,7 +7,6 @@ Token text is what a corpus made up: it passes `visible` before it stands anywhe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isnan
 from pathlib import Path
 
 import click
@@ -17,11 +16,13 @@ import xarray as xr
 
 from moescope.measures.vocabulary import vocabulary
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, mark, percent_cell, share_cell
+from moescope.reporting.cells import BY_DOCUMENT, cell, mark
 from moescope.reporting.chapters import VOCABULARY
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, count, percent, spread
+from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import (
+    choice_option,
     figures_option,
     parse_integers,
     permutations_option,
@@ -31,7 +32,7 @@ from moescope.reporting.options import (
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
 from moescope.tallying import Counted
@@ -47,28 +48,30 @@ BRIEF_TOP = 5
 """Tokens an expert in the table of all experts; of a few experts there is room for more."""
 
 _BY = {"input": "by the token", "next": "by the next token"}
+_MEASURED = ("specialization", "specialization_null", "held_out")
+_LISTED = ("share", "count", "tokens", "documents")
 
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the documents that bits are explained of, if an id is frequent enough."""
     if not results.has_text:
         return None
-    found = vocabulary(counted, top=BRIEF_TOP)
-    return found if found["specialization"].notnull().any() else None
+    result = vocabulary(counted, top=BRIEF_TOP)
+    return result if result["specialization"].notnull().any() else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Specialization by layer and expert, then the tokens of each expert."""
     pieces = results.trace.vocabulary
     yield PageFigure(
         name="vocabulary",
         file="vocabulary",
-        draw=lambda: drawn.vocabulary.draw_vocabulary(found),
+        draw=lambda: drawn.vocabulary.draw_vocabulary(result),
         label="Vocabulary",
         title="How surely a token goes to one expert",
         caption=(
             "Share of an id's tokens that chose its most frequent expert, mean over ids of at least "
-            f"{int(found.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
+            f"{int(result.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
             "the same choices rotated within each document. Dotted: the most popular expert. Below: experts from the "
             "most to the least specialized."
         ),
@@ -80,10 +83,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "Each id counts once, so rare ids weigh most. It does not say whether the token itself decides, or the "
             "words that usually stand before it."
         ),
-        frame=vocabulary_frame(found, pieces),
+        frame=vocabulary_frame(result, pieces),
     )
-    yield PageTable(vocabulary_table(found, results.layers, pieces), folded="The same as a table")
-    yield PageTable(expert_tokens_table(found, results.layers, pieces), folded="The tokens of each expert")
+    yield PageTable(vocabulary_table(result, results.layers, pieces), folded="The same as a table")
+    yield PageTable(expert_tokens_table(result, results.layers, pieces), folded="The tokens of each expert")
 
 
 @trace_argument
@@ -95,13 +98,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
     show_default=True,
     help="List by the token itself, or by the token after it.",
 )
-@click.option(
-    "--choice",
-    type=click.Choice(["first", "either"]),
-    default="first",
-    show_default=True,
-    help="The first choice of a token, or all of its choices.",
-)
+@choice_option
 @click.option(
     "--min-count",
     type=click.IntRange(1),
@@ -160,7 +157,7 @@ def command(
     listed = top if top is not None else 10 if experts else BRIEF_TOP
     warn_of_few_permutations(permutations)
     with layer_progress("looking at tokens") as progress:
-        found = vocabulary(
+        result = vocabulary(
             trace,
             shown if figures is None else None,
             choice=choice,
@@ -171,28 +168,21 @@ def command(
             progress=progress,
         )
     pieces = trace.vocabulary
-    yield vocabulary_table(found, shown, pieces)
+    yield vocabulary_table(result, shown, pieces)
     if experts:
-        yield expert_table(found, shown, pieces, experts, by, listed)
+        yield expert_table(result, shown, pieces, experts, by, listed)
     elif listed and not tokens:
-        yield expert_tokens_table(found, shown, pieces, by, listed)
+        yield expert_tokens_table(result, shown, pieces, by, listed)
     if tokens:
-        yield token_experts_table(found, shown, pieces, by)
-    yield Drawing(file="vocabulary", draw=lambda: drawn.vocabulary.draw_vocabulary(found))
+        yield token_experts_table(result, shown, pieces, by)
+    yield Drawing(file="vocabulary", draw=lambda: drawn.vocabulary.draw_vocabulary(result))
 
 
 def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary) -> Table:
     """Specialization by layer; the frame holds everything there is."""
     data = vocabulary.sel(layer=list(layers))
-    rows = []
-    for layer in layers:
-        cells: list[Cell] = []
-        for by in _BY:
-            at = data.sel(layer=layer, by=by)
-            cells.append(share_cell(at, "specialization")._replace(mark=mark(at["q_value"])))
-            cells += [percent_cell(at, name) for name in ("null", "held_out")]
-        cells.append(percent_cell(data.sel(layer=layer, by="input"), "popularity"))
-        rows.append(Row(str(layer), tuple(cells)))
+    columns = [*((by, name) for by in _BY for name in _MEASURED), ("input", "popularity")]
+    rows = grid(layers, columns, lambda layer, column: cell(data.sel(layer=layer, by=column[0]), column[1]))
     sizes = "; ".join(
         f"{words}: {count(int(data['ids'].sel(by=by)))} ids, {count(int(data['id_tokens'].sel(by=by)))} tokens"
         for by, words in _BY.items()
@@ -202,7 +192,7 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
         f"Vocabulary specialization, {choice_of(vocabulary)}, %",
         "layer",
         (*("measured", "rotated", "held out") * 2, "popularity"),
-        (Section("", tuple(rows)),),
+        (Section("", rows),),
         groups=((_BY["input"], 3), (_BY["next"], 3), ("", 1)),
         notes=(
             "Share of an id's tokens that chose its most frequent expert, mean over the ids of at least "
@@ -235,14 +225,10 @@ def expert_tokens_table(
         of_layer = data.sel(layer=layer)
         rows = []
         for expert in range(int(of_layer["num_ids"])):
-            at = of_layer.sel(expert=expert)
-            cells = [
-                Cell(count(int(at["expert_ids"]))),
-                share_cell(at, "expert_specialization", "expert_low", "expert_high"),
-                percent_cell(at, "expert_null"),
-                *(_token_cell(at, place, pieces) for place in range(top)),
-            ]
-            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), tuple(cells)))
+            here = of_layer.sel(expert=expert)
+            sizes = (cell(here, f"expert_{name}") for name in ("ids", "specialization", "specialization_null"))
+            tokens = (_token_cell(here.isel(place=place), pieces) for place in range(top))
+            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), (*sizes, *tokens)))
         sections.append(Section(f"layer {layer}", tuple(rows)))
     return Table(
         "expert_tokens",
@@ -284,19 +270,17 @@ def expert_table(
         for expert in experts:
             if expert >= int(of_layer["num_ids"]):
                 continue
-            at = of_layer.sel(expert=expert)
-            rows = []
-            for place in range(min(top, data.sizes["place"])):
-                one = at.isel(place=place)
-                if int(one["top_token"]) < 0:
-                    break
-                sizes = (Cell(count(int(one[f"top_{name}"]))) for name in ("count", "tokens", "documents"))
-                share = share_cell(one, "top_share", "top_low", "top_high")._replace(mark=mark(one["top_q_value"]))
-                rows.append(Row(_quoted(pieces, int(one["top_token"])), (share, *sizes)))
-            popular = percent(float(at["expert_popularity"]))
+            here = of_layer.sel(expert=expert)
+            listed = [here.isel(place=place) for place in range(min(top, data.sizes["place"]))]
+            rows = tuple(
+                Row(_quoted(pieces, int(one["top_token"])), tuple(cell(one, f"top_{name}") for name in _LISTED))
+                for one in listed
+                if one["top_token"] >= 0
+            )
+            popular = percent(float(here["expert_popularity"]))
             name = expert_name(expert, int(of_layer["num_experts"]))
-            title = f"layer {layer}, expert {name}: {count(int(at['expert_ids']))} ids"
-            sections.append(Section(f"{title}, {popular} % of all tokens", tuple(rows)))
+            title = f"layer {layer}, expert {name}: {count(int(here['expert_ids']))} ids"
+            sections.append(Section(f"{title}, {popular} % of all tokens", rows))
     return Table(
         "expert_tokens",
         f"Tokens of an expert {_BY[by]}, {choice_of(vocabulary)}: share of the token that the expert gets, %",
@@ -323,15 +307,12 @@ def token_experts_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: V
     for layer in layers:
         rows = []
         for token in data["token"].values.tolist():
-            at = data.sel(layer=layer, token=token)
-            share = at["share"].values
-            cells = [Cell(count(int(at["token_tokens"])))]
+            here = data.sel(layer=layer, token=token)
+            share = here["share"].values
+            cells = [cell(here, "token_tokens")]
             for expert in np.argsort(-np.nan_to_num(share, nan=-1.0), kind="stable")[:listed].tolist():
-                if isnan(share[expert]) or share[expert] == 0:
-                    cells += [Cell(MISSING), Cell(MISSING)]
-                    continue
-                low, high = (float(at[f"share_{end}"][expert]) for end in ("low", "high"))
-                cells += [Cell(str(expert)), Cell(percent(share[expert]), spread(share[expert], low, high))]
+                chosen = share[expert] > 0
+                cells += [Cell(str(expert)), cell(here.sel(expert=expert), "share")] if chosen else [Cell(MISSING)] * 2
             rows.append(Row(_quoted(pieces, token), tuple(cells)))
         sections.append(Section(f"layer {layer}", tuple(rows)))
     return Table(
@@ -348,48 +329,39 @@ def token_experts_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: V
 
 def vocabulary_frame(vocabulary: xr.Dataset, pieces: Vocabulary) -> pd.DataFrame:
     """A row a (by, layer), then a row an expert, then a row a token listed for it, then a row an expert of a token."""
-    plain = vocabulary.drop_vars(["num_experts", "num_ids", "top_k"])
-    by_layer = ["specialization", "low", "high", "null", "popularity", "held_out"]
-    layers = plain[[*by_layer, "p_value", "q_value"]].to_dataframe(["by", "layer"]).reset_index()
-    layers = layers.rename(columns={name: f"{name}_percent" for name in by_layer})
-    for name in ("ids", "id_tokens"):
-        layers[name] = layers["by"].map(vocabulary[name].to_series())
-    names = {f"expert_{name}": f"{name}_percent" for name in ("specialization", "low", "high", "null", "popularity")}
+    numbered = vocabulary.assign_coords(place=vocabulary["place"] + 1)
     exists = vocabulary["num_ids"].to_series()
-    experts = plain[[*names, "expert_ids"]].to_dataframe(["by", "layer", "expert"]).reset_index()
-    experts = experts.rename(columns={**names, "expert_ids": "ids"})
-    names = {f"top_{name}": f"{name}_percent" for name in ("share", "low", "high")}
-    names |= {"top_token": "token_id", "top_q_value": "q_value", "top_count": "count", "top_tokens": "tokens"}
-    names |= {"top_documents": "documents"}
-    listed = plain[list(names)].to_dataframe(["by", "layer", "expert", "place"]).reset_index().rename(columns=names)
-    listed = listed[listed["token_id"] >= 0].assign(place=listed["place"] + 1)
-    parts = {"layer": layers, "expert": experts, "token of an expert": listed}
-    if "share" in vocabulary:
-        names = {"share": "share_percent", "share_low": "low_percent", "share_high": "high_percent"}
-        asked = plain[list(names)].to_dataframe(["by", "layer", "token", "expert"]).reset_index()
-        asked = asked.rename(columns={**names, "token": "token_id"})
-        keys = pd.MultiIndex.from_frame(asked[["by", "token_id"]])
-        asked["tokens"] = vocabulary["token_tokens"].to_series().reindex(keys).values
-        parts["expert of a token"] = asked
-    for what, part in parts.items():
+    rows = {
+        "layer": ("by", "layer"),
+        "expert": ("by", "layer", "expert"),
+        "token of an expert": ("by", "layer", "expert", "place"),
+        "expert of a token": ("by", "layer", "token", "expert"),
+    }
+    parts = []
+    for what, dims in rows.items():
+        if not set(dims) <= set(vocabulary.dims):
+            continue
+        sizes = {"layer": ["ids", "id_tokens"], "expert of a token": ["token_tokens"]}.get(what, [])
+        names = [name for name, variable in numbered.data_vars.items() if set(variable.dims) == set(dims)]
+        part = tidy(numbered[[*names, *sizes]], *dims).rename(columns={"top_token": "token_id", "token": "token_id"})
+        if "expert" in dims:
+            part = part[part["expert"] < part["layer"].map(exists)]
+        if "place" in dims:
+            part = part[part["token_id"] >= 0]
         part.insert(0, "what", what)
-        for name in [name for name in part.columns if str(name).endswith("_percent")]:
-            part[name] *= 100
-    kept = [part[part["expert"] < part["layer"].map(exists)] if "expert" in part else part for part in parts.values()]
-    frame = pd.concat(kept, ignore_index=True)
-    for name in ("expert", "place", "token_id", "count", "tokens", "documents", "ids", "id_tokens"):
-        frame[name] = frame[name].astype("Int64")
-    text = frame["token_id"].map(lambda token: None if pd.isna(token) else visible(_text(pieces, int(token))))
-    frame.insert(frame.columns.get_loc("token_id") + 1, "text", text)
+        parts.append(part.astype(dict.fromkeys(part.select_dtypes("integer"), "Int64")))
+    frame = pd.concat(parts, ignore_index=True)
+    if "token_id" in frame:
+        text = [None if pd.isna(token) else visible(_text(pieces, int(token))) for token in frame["token_id"]]
+        frame.insert(frame.columns.get_loc("token_id") + 1, "text", text)
     return frame
 
 
-def _token_cell(at: xr.Dataset, place: int, pieces: Vocabulary) -> Cell:
-    one = at.isel(place=place)
-    if int(one["top_token"]) < 0:
+def _token_cell(listed: xr.Dataset, pieces: Vocabulary) -> Cell:
+    if int(listed["top_token"]) < 0:
         return Cell("")
-    share = f" {percent(float(one['top_share']), 0)}"
-    return Cell(_quoted(pieces, int(one["top_token"])), share, mark(one["top_q_value"]))
+    share = f" {percent(float(listed['top_share']), 0)}"
+    return Cell(_quoted(pieces, int(listed["top_token"])), share, mark(listed["top_share_q"]))
 
 
 def _quoted(pieces: Vocabulary, token_id: int) -> str:
