@@ -129,17 +129,17 @@ def of_tally(case: Case) -> dict[str, Found]:
     share, rate = shares(counted).sel(layer=1), repeats(counted).sel(layer=1)
     apart = divergence(counted).sel(layer=1)
     rows = {}
-    for choice in ("first", "either"):
+    for choice, words in (("first", "first choice"), ("all", "either choice")):
         of = share.sel(choice=choice)
-        rows[f"shares, {choice} choice"] = Found(*(of[name].values for name in ("share", "low", "high")))
+        rows[f"shares, {words}"] = Found(*(of[name].values for name in ("share", "share_low", "share_high")))
     for kind in ("first", "any", "first_in_next"):
         of = rate.sel(kind=kind)
-        rows[f"repeats, {kind}"] = Found(*(of[name].values for name in ("rate", "low", "high")))
-    rows["repeats, popularity null (first)"] = Found(rate["marginal"].sel(kind="first").values)
+        rows[f"repeats, {kind}"] = Found(*(of[name].values for name in ("rate", "rate_low", "rate_high")))
+    rows["repeats, popularity null (first)"] = Found(rate["rate_null"].sel(kind="first").values)
     upper = np.triu_indices(len(DOMAINS), 1)
-    names = "jsd", "jsd_low", "jsd_high", "pair_p_value"
+    names = "jsd", "jsd_low", "jsd_high", "jsd_p"
     rows["divergence, pairs of domains"] = Found(*(apart[name].values[upper] for name in names))
-    names = "jsd_rest", "jsd_rest_low", "jsd_rest_high", "p_value"
+    names = "jsd_rest", "jsd_rest_low", "jsd_rest_high", "jsd_rest_p"
     rows["divergence, a domain from the rest"] = Found(*(apart[name].values for name in names))
     return rows
 
@@ -257,7 +257,7 @@ def of_compare(case: Case) -> dict[str, Found]:
         )
         for kind in ("set", "first")
     }
-    rows["compare, change of a share"] = Found(*(change[name].values for name in ("change", "low", "high", "p_value")))
+    rows["compare, change of a share"] = Found(*(change[f"change{end}"].values for end in ("", "_low", "_high", "_p")))
     return rows
 
 

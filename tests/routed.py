@@ -20,7 +20,7 @@ DOMAINS = ("A", "B", "C")
 WINDOW = 24
 PIECES = [b" al", b"pha", b" be", b"ta", b"7", b" 42", b".", b"\n", b" one", b" two", b" three", b" four", b" five"]
 """The last occurs in one document only, so that nothing is left of it without that."""
-ALL_CHOICES = "either"
+ALL_CHOICES = "all"
 
 
 @dataclass(frozen=True)

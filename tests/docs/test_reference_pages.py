@@ -100,8 +100,8 @@ def test_the_page_on_saturation_shows_the_curve_of_the_checkpoints_that_are_kept
     assert [int(row[0]) for row in rows] == steps[:-1]
     for row, at in zip(rows, range(len(steps) - 1), strict=True):
         for cell, layer in zip(row[1:], value["layer"].values, strict=True):
-            of = value.isel(checkpoint=at).sel(layer=layer)
-            half = max(float(of["agreement"] - of["low"]), float(of["high"] - of["agreement"]))
+            of = value.isel(step=at).sel(layer=layer)
+            half = max(float(of["agreement"] - of["agreement_low"]), float(of["agreement_high"] - of["agreement"]))
             kappa = f"{float(of['kappa']):.2f}".replace("-", "−")
             assert cell == f"{100 * float(of['agreement']):.1f} ± {100 * half:.1f} ({kappa})"
 

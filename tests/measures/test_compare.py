@@ -16,7 +16,8 @@ from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
 import moescope
 from moescope.errors import NoSuchLayer, NotRecorded, TracesUnlike
-from moescope.measures.compare import agreement, all_domains_label, changes
+from moescope.measures.compare import agreement, changes
+from moescope.measures.schema import total
 from moescope.tallying.matching import match_rows
 from moescope.tallying.matching import total as matching_total
 from moescope.tallying.pair_tally import PairTally, _PairSums
@@ -73,9 +74,9 @@ def test_agreement_is_what_can_be_counted_by_hand() -> None:
     assert found["domain"].values.tolist() == ["(all)", "A"]
     assert found["agreement"].values.tolist() == [[5 / 8, 2 / 4]] * 2  # shared 2 + 1 + 0 + 2 of 8; first 0 1 0 1 of 4
     # Loads of A: 0 and 1 twice, 2 to 5 once; of B: 4 twice, 0 1 2 5 6 7 once. 2 + 2 + 1 + 2 + 1 of 4 * 4 * 2.
-    assert found["popularity"].sel(kind="set").values.tolist() == [8 / 32] * 2
+    assert found["agreement_null"].sel(kind="set").values.tolist() == [8 / 32] * 2
     assert found["kappa"].sel(kind="set").values[0] == pytest.approx((5 / 8 - 1 / 4) / (3 / 4))
-    assert found["uniform"].values.tolist() == [1 / 4, 1 / 8]
+    assert found["agreement_uniform"].values.tolist() == [1 / 4, 1 / 8]
 
 
 def test_popularity_is_the_mean_agreement_over_every_way_to_deal_out_the_second_trace() -> None:
@@ -86,7 +87,7 @@ def test_popularity_is_the_mean_agreement_over_every_way_to_deal_out_the_second_
     dealt = [ids_b[list(order)] for order in permutations(range(6))]
     sets = np.mean([[len(set(x) & set(y)) / 2 for x, y in zip(ids_a, ids, strict=True)] for ids in dealt])
     firsts = np.mean([(ids_a[:, 0] == ids[:, 0]).mean() for ids in dealt])
-    np.testing.assert_allclose(found["popularity"].values, [sets, firsts], rtol=1e-12)
+    np.testing.assert_allclose(found["agreement_null"].values, [sets, firsts], rtol=1e-12)
 
 
 def test_kappa_of_first_choices_is_cohens() -> None:
@@ -109,11 +110,11 @@ def test_a_trace_agrees_with_itself_wholly_and_nothing_changed(tmp_path: Path) -
     assert found.agreement is not None
     assert found.changes is not None
     assert (found.agreement["agreement"] == 1).all()
-    assert (found.agreement["high"] == 1).all()
-    assert (found.agreement["low"] < 1).all()  # documents that were not drawn might differ
+    assert (found.agreement["agreement_high"] == 1).all()
+    assert (found.agreement["agreement_low"] < 1).all()  # documents that were not drawn might differ
     assert (found.agreement["kappa"] == 1).all()
     assert (found.changes["change"].sel(layer=3) == 0).all()
-    assert (found.changes["p_value"].sel(layer=3) == 1).all()
+    assert (found.changes["change_p"].sel(layer=3) == 1).all()
     assert np.isnan(found.changes["share_a"].sel(layer=0, expert=slice(8, None))).all()
     assert found.matching is not None
     assert found.matching.whole
@@ -131,7 +132,7 @@ def test_renaming_the_experts_of_both_traces_changes_nothing(seed: int, k: int, 
     renamed = agreement(pair_tally(part_of(names[a], lengths), part_of(names[b], lengths), layer))
     swapped = agreement(pair_tally(part_of(b, lengths), part_of(a, lengths), layer))
     for other in (renamed, swapped):
-        for name in ("agreement", "low", "high", "popularity", "kappa"):
+        for name in ("agreement", "agreement_low", "agreement_high", "agreement_null", "kappa"):
             np.testing.assert_allclose(plain[name].values, other[name].values, rtol=1e-9)
     assert ((plain["agreement"] >= 0) & (plain["agreement"] <= 1)).all()
 
@@ -145,9 +146,9 @@ def test_with_documents_of_one_length_the_test_of_a_change_is_the_paired_t_test(
         expected = stats.ttest_rel(theirs, mine)
         at = found.sel(expert=expert)
         assert float(at["change"]) == pytest.approx((theirs - mine).mean())
-        assert float(at["p_value"]) == pytest.approx(expected.pvalue)
+        assert float(at["change_p"]) == pytest.approx(expected.pvalue)
         interval = expected.confidence_interval()
-        np.testing.assert_allclose([at["low"], at["high"]], [interval.low, interval.high], rtol=1e-9)
+        np.testing.assert_allclose([at["change_low"], at["change_high"]], [interval.low, interval.high], rtol=1e-9)
 
 
 def test_intervals_hold_the_true_agreement_and_kappa_at_the_nominal_rate() -> None:
@@ -166,7 +167,7 @@ def test_intervals_hold_the_true_agreement_and_kappa_at_the_nominal_rate() -> No
         found = agreement(pair_tally(part_of(a[:, None], lengths), part_of(b[:, None], lengths), layer))
         at = found.isel(domain=0, layer=0).sel(kind="set")
         held += [
-            float(at["low"]) <= truth <= float(at["high"]),
+            float(at["agreement_low"]) <= truth <= float(at["agreement_high"]),
             float(at["kappa_low"]) <= 0.6 <= float(at["kappa_high"]),
         ]
     assert (held >= 180).all(), held
@@ -181,7 +182,7 @@ def test_a_change_that_is_not_there_is_found_in_five_of_a_hundred() -> None:
         popularity = np.repeat(rng.dirichlet(np.full(8, 2.0), 30), lengths, axis=0)  # of the document, in both traces
         a, b = (np.argmax(np.log(popularity) + rng.gumbel(size=popularity.shape), axis=1)[:, None] for _ in range(2))
         found = changes(pair_tally(part_of(a, lengths), part_of(b, lengths), Layer(0, 8, 1)))
-        rejected += (found["p_value"].isel(domain=0).values.ravel() < 0.05).tolist()
+        rejected += (found["change_p"].isel(domain=0).values.ravel() < 0.05).tolist()
     assert 0.03 <= np.mean(rejected) <= 0.07, np.mean(rejected)
 
 
@@ -197,7 +198,7 @@ def test_with_documents_of_one_length_the_interval_is_that_of_their_mean_on_the_
         half = stats.t.ppf(0.975, 11) * stats.sem(rates) / (mean * (1 - mean))
         ends = 1 / (1 + np.exp(-(np.log(mean / (1 - mean)) + np.array([-half, half]))))
         at = found.sel(kind=kind)
-        np.testing.assert_allclose([at["low"], at["high"]], ends, rtol=1e-9)
+        np.testing.assert_allclose([at["agreement_low"], at["agreement_high"]], ends, rtol=1e-9)
 
 
 def test_the_false_discovery_rate_of_all_domains_does_not_pay_for_the_single_ones() -> None:
@@ -205,9 +206,9 @@ def test_the_false_discovery_rate_of_all_domains_does_not_pay_for_the_single_one
     a, b = (np.array([rng.permutation(8)[:2] for _ in range(480)]) for _ in range(2))
     found = changes(pair_tally(part_of(a, [20] * 24, domains=4), part_of(b, [20] * 24, domains=4)))
     for part in (slice(1), slice(1, None)):
-        p_values = found["p_value"].isel(domain=part).values
+        p_values = found["change_p"].isel(domain=part).values
         expected = stats.false_discovery_control(p_values.ravel()).reshape(p_values.shape)
-        np.testing.assert_allclose(found["q_value"].isel(domain=part).values, expected)
+        np.testing.assert_allclose(found["change_q"].isel(domain=part).values, expected)
 
 
 def test_a_share_that_moved_is_found_with_its_size(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_share_that_moved_is_found_with_its_size(tmp_path: Path) -> None:
     b = np.where((a == 3) & (rng.random((4000, 1)) < 0.3) & ~(a == 6).any(axis=1, keepdims=True), 6, a)
     moved = float((b == 6).mean() - (a == 6).mean())
     found = changes(pair_tally(part_of(a, [100] * 40), part_of(b, [100] * 40))).isel(domain=0, layer=0)
-    assert np.flatnonzero(found["q_value"].values < 0.05).tolist() == [3, 6]
+    assert np.flatnonzero(found["change_q"].values < 0.05).tolist() == [3, 6]
     assert found["change"].values[[3, 6]] == pytest.approx([-moved, moved])
 
 
@@ -238,7 +239,7 @@ def test_the_tokens_that_agree_least_come_first_and_rare_ones_are_not_judged() -
     rows = token_id == 7
     mine = np.mean([len(set(x) & set(y)) / 2 for x, y in zip(a[rows], b[rows], strict=True)])
     assert float(found["agreement"][0]) == pytest.approx(mine)
-    assert (np.diff(found["high"].values) >= 0).all()
+    assert (np.diff(found["agreement_high"].values) >= 0).all()
 
 
 def test_documents_of_equal_agreement_by_chance_give_no_interval_and_come_last() -> None:
@@ -250,7 +251,7 @@ def test_documents_of_equal_agreement_by_chance_give_no_interval_and_come_last()
 
     found = lowest_agreement(pair_tally(part_of(a, [20, 20], token_id), part_of(b, [20, 20], token_id)), VOCABULARY)
     assert found["token_id"].values.tolist() == [1, 0]
-    assert np.isnan(found["high"].values).tolist() == [False, True]
+    assert np.isnan(found["agreement_high"].values).tolist() == [False, True]
 
 
 def test_gate_weight_on_shared_experts_and_margins_are_those_of_a_loop(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_unranked_choices_have_no_first(tmp_path: Path) -> None:
     found = moescope.compare(trace, trace).agreement
     assert found is not None
     assert np.isnan(found["agreement"].sel(kind="first")).all()
-    assert np.isnan(found["popularity"].sel(kind="first")).all()
+    assert np.isnan(found["agreement_null"].sel(kind="first")).all()
     assert (found["agreement"].sel(kind="set") == 1).all()
 
 
@@ -305,7 +306,7 @@ def test_other_tokens_are_compared_by_distribution_only_and_it_says_so(tmp_path:
     assert found.distances is not None
     from scipy.spatial.distance import jensenshannon
 
-    shares = [moescope.shares(moescope.tally(trace)).sel(choice="either", layer=0)["share"] for trace in (a, b)]
+    shares = [moescope.shares(moescope.tally(trace)).sel(choice="all", layer=0)["share"] for trace in (a, b)]
     for domain in a.domains:
         p, q = (side.sel(domain=domain).values for side in shares)
         assert float(found.distances["jsd"].sel(domain=domain, layer=0)) == pytest.approx(jensenshannon(p, q, 2) ** 2)
@@ -326,7 +327,7 @@ def test_draws_of_one_distribution_are_told_apart_in_five_of_a_hundred(tmp_path:
             sides.append(write(tmp_path / f"{number}{side}.moe", part_of(ids, lengths, token_id, domains=5)))
         found = moescope.compare(*sides).distances
         assert found is not None
-        p_values += found["p_value"].values.ravel().tolist()
+        p_values += found["jsd_p"].values.ravel().tolist()
     assert len(p_values) == 100
     assert np.mean(np.array(p_values) < 0.05) <= 0.12
 
@@ -433,8 +434,13 @@ def test_a_trace_without_a_document_is_compared_with_nothing(tmp_path: Path) -> 
     assert found.agreement is None
 
 
-def test_all_domains_are_named_as_no_domain_is() -> None:
-    assert all_domains_label(["A", "(all)"]) == "((all))"
+def test_all_domains_are_named_as_no_domain_is(tmp_path: Path) -> None:
+    part = make_part(np.random.default_rng(15), (LAYER,), [30] * 6, domains=("A", "(all)"))
+    trace = write(tmp_path / "t.moe", part)
+    for found in (moescope.compare(trace, trace).agreement, moescope.saturation([trace, trace])):
+        assert found is not None
+        assert found["domain"].values.tolist() == ["((all))", "A", "(all)"]
+        assert total(found)["tokens"].max() == 180
 
 
 # ------------------------------------------------------------------------------------------------------- saturation
@@ -459,10 +465,10 @@ def test_saturation_finds_the_planted_agreement_of_each_checkpoint(tmp_path: Pat
     kappa = found.isel(domain=0)
     for layer in (0, 1):
         for number, kept in enumerate((0.0, 0.5, 0.9)):
-            at = kappa.isel(checkpoint=number).sel(layer=layer, kind="set")
+            at = kappa.isel(step=number).sel(layer=layer, kind="set")
             assert float(at["kappa_low"]) <= kept <= float(at["kappa_high"])
     one = agreement_of(traces[1], traces[-1])
-    np.testing.assert_array_equal(found["agreement"].isel(checkpoint=1).values, one["agreement"].values)
+    np.testing.assert_array_equal(found["agreement"].isel(step=1).values, one["agreement"].values)
 
 
 def agreement_of(a: Trace, b: Trace):
@@ -505,4 +511,4 @@ def test_the_routers_of_the_mini_model_settle_over_training_the_first_layer_firs
     )
     assert (early[["document", "position", "token_id"]] == late[["document", "position", "token_id"]]).all().all()
     shared = sum((early[f"L3_{i}"] == late[f"L3_{j}"]).sum() for i in (0, 1) for j in (0, 1))
-    assert float(value.isel(checkpoint=3).sel(layer=3)) == shared / (2 * len(early))
+    assert float(value.isel(step=3).sel(layer=3)) == shared / (2 * len(early))

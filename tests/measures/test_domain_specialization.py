@@ -59,7 +59,7 @@ def test_the_information_about_the_domain_is_that_of_the_published_counts(
     for value, bits in zip(found["information"].values, expected, strict=True):
         assert value == pytest.approx(bits, abs=6e-4 if bits > 0.1 else 6e-5)
     assert found["information_null"].isnull().all()  # the source does not tell documents apart
-    assert found["pair_q_value"].isnull().all()
+    assert found["jsd_q"].isnull().all()
 
 
 def test_a_pair_is_scipys_divergence_squared_and_the_tables_hold_each_pair_once(tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_a_pair_is_scipys_divergence_squared_and_the_tables_hold_each_pair_once(
     for a in range(3):
         for b in range(3):
             assert found["jsd"].values[a, b, 0] == pytest.approx(jensenshannon(p[a], p[b], base=2) ** 2, abs=1e-12)
-    for name in ("jsd_null", "jsd_low", "jsd_high", "pair_p_value", "pair_q_value"):
+    for name in ("jsd_null", "jsd_low", "jsd_high", "jsd_p", "jsd_q"):
         values = found[name].values[..., 0]
         np.testing.assert_array_equal(values, values.T)
         assert np.isnan(np.diag(values)).all()
     frame = domain_pairs_table(found, [0]).frame
     assert frame[["domain", "other"]].values.tolist() == [["A", "B"], ["A", "C"], ["B", "C"]]
-    assert frame["high_bits"].tolist() == [found["jsd_high"].values[a, b, 0] for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert frame["jsd_high_bits"].tolist() == [found["jsd_high"].values[a, b, 0] for a, b in ((0, 1), (0, 2), (1, 2))]
 
 
 def test_equal_domains_are_told_apart_at_the_rate_of_the_test_and_information_is_what_its_null_says(
@@ -88,7 +88,7 @@ def test_equal_domains_are_told_apart_at_the_rate_of_the_test_and_information_is
     for n in range(100):
         loads, domain = drawn(rng, np.stack([p] * 4), 30)
         found = divergence(tally(counts_trace(tmp_path / f"{n}.moe", loads, domain, tuple("ABCD"))))
-        p_values += [found["pair_p_value"].values[0, 1, 0], found["pair_p_value"].values[2, 3, 0]]  # independent pairs
+        p_values += [found["jsd_p"].values[0, 1, 0], found["jsd_p"].values[2, 3, 0]]  # independent pairs
         seen.append(found["information"].item())
         null.append(found["information_null"].item())
     assert (np.array(p_values) < 0.05).sum() <= 18  # of 200; at a true 5 % with probability 0.995
@@ -112,12 +112,12 @@ def test_a_domain_stands_out_surely_only_if_its_interval_is_above_all_others(tmp
     even, odd = np.full(8, 1 / 8), np.array([0.4, *[0.6 / 7] * 7])
     loads, domain = drawn(rng, np.stack([even, even, odd]), 60)
     found = divergence(tally(counts_trace(tmp_path / "a.moe", loads, domain, ("A", "B", "C"))))
-    assert (found["leader"].item(), found["leads_surely"].item()) == ("C", True)
+    assert (found["leader"].item(), found["leader_significant"].item()) == ("C", True)
     loads, domain = drawn(rng, np.stack([even] * 3), 60)
     alike = divergence(tally(counts_trace(tmp_path / "b.moe", loads, domain, ("A", "B", "C"))))
-    assert not alike["leads_surely"].item()
+    assert not alike["leader_significant"].item()
     one = divergence(tally(counts_trace(tmp_path / "o.moe", loads, domain * 0, ("A",))))
-    assert (one["leader"].item(), one["leads_surely"].item()) == ("", False)
+    assert (one["leader"].item(), one["leader_significant"].item()) == ("", False)
     assert one["information"].isnull().all()
 
 
@@ -171,7 +171,7 @@ def test_shares_of_tokens_of_the_published_counts_are_the_published_definition(
     with TraceWriter(tmp_path / "t.moe", header, Vocabulary({})) as writer:
         writer.write(Counts(domain, domain, names, layer, expert, count), {"documents_read": len(names)})
         writer.finish({})
-    found = shares(tally(open_trace(tmp_path / "t.moe"))).sel(choice="either")
+    found = shares(tally(open_trace(tmp_path / "t.moe"))).sel(choice="all")
     assert len(rows) == len(names) * 3 * num_experts
     for row in rows:
         at = found.sel(domain=row["domain"], layer=int(row["layer"]), expert=int(row["expert"]))

@@ -928,7 +928,7 @@ def test_the_distances_of_two_traces_of_other_tokens(trace: Trace, documents: li
 
 
 def test_saturation(trace: Trace, documents: list[Document], changed: list[Document], tmp_path: Path) -> None:
-    found = moescope.saturation([write(tmp_path / "b.moe", changed), trace]).isel(checkpoint=0)
+    found = moescope.saturation([write(tmp_path / "b.moe", changed), trace]).isel(step=0)
     for layer in LAYERS:
         y = [
             sum(

@@ -54,13 +54,13 @@ TWO_DOCUMENTS = [("A", [[0, 1], [0, 2], [3, 0]]), ("A", [[0, 1]]), ("B", [[5, 6]
 def test_shares_of_three_documents_counted_by_hand(tmp_path: Path) -> None:
     found = shares(tally_of(tmp_path, TWO_DOCUMENTS)).sel(layer=0, domain="A")
     assert found["share"].sel(choice="first").values.tolist() == [0.75, 0, 0, 0.25, 0, 0, 0, 0]
-    assert found["share"].sel(choice="either").values.tolist() == [0.5, 0.25, 0.125, 0.125, 0, 0, 0, 0]
-    assert found["share_of_tokens"].sel(choice="either").sum() == 2
-    assert found["uniform"] == 1 / 8
-    # Expert 0, either: documents give 3 of 6 and 1 of 2; p = 1/2, so no residual and no error.
-    assert found["standard_error"].sel(choice="either", expert=0) == 0
-    # Expert 1, either: 1 of 6 and 1 of 2; p = 1/4, residuals -1/2 and 1/2: 2/1 * (1/4 + 1/4) / 8².
-    assert found["standard_error"].sel(choice="either", expert=1) == pytest.approx(1 / 8)
+    assert found["share"].sel(choice="all").values.tolist() == [0.5, 0.25, 0.125, 0.125, 0, 0, 0, 0]
+    assert found["share_of_tokens"].sel(choice="all").sum() == 2
+    assert found["share_null"] == 1 / 8
+    # Expert 0, all: documents give 3 of 6 and 1 of 2; p = 1/2, so no residual and no error.
+    assert found["share_error"].sel(choice="all", expert=0) == 0
+    # Expert 1, all: 1 of 6 and 1 of 2; p = 1/4, residuals -1/2 and 1/2: 2/1 * (1/4 + 1/4) / 8².
+    assert found["share_error"].sel(choice="all", expert=1) == pytest.approx(1 / 8)
 
 
 def test_repeats_of_three_documents_counted_by_hand(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_repeats_of_three_documents_counted_by_hand(tmp_path: Path) -> None:
     assert found["rate"].sel(domain="A").values.tolist() == [0.5, 1.0, 1.0]
     assert found["rate"].sel(domain="B").values.tolist() == [0.0, 1.0, 1.0]
     assert found["pairs"].values.tolist() == [2, 1]
-    assert np.isnan(found["low"].sel(domain="B")).all()  # one document has no interval
+    assert np.isnan(found["rate_low"].sel(domain="B")).all()  # one document has no interval
     # Among 4 tokens of A, first choices 0 0 3 0: 6 of 12 ordered pairs agree; all sets hold expert 0.
-    assert found["marginal"].sel(domain="A").values.tolist() == pytest.approx([0.5, 1.0, 9 / 12])
+    assert found["rate_null"].sel(domain="A").values.tolist() == pytest.approx([0.5, 1.0, 9 / 12])
 
 
 def test_the_baselines_are_those_of_the_paper_and_of_other_shapes() -> None:
@@ -96,7 +96,7 @@ def test_the_baselines_are_those_of_the_paper_and_of_other_shapes() -> None:
 )
 def test_the_marginal_null_equals_a_loop_over_all_pairs_of_tokens(tmp_path: Path, layer: Layer, dropped: float) -> None:
     part = make_part(np.random.default_rng(0), (layer,), [40, 30, 20], domains=("A",), dropped=dropped)
-    found = repeats(tally(make_trace(tmp_path / "t.moe", [part], (layer,))))["marginal"].values[0, 0]
+    found = repeats(tally(make_trace(tmp_path / "t.moe", [part], (layer,))))["rate_null"].values[0, 0]
     tokens = part.expert_ids[0].tolist()
     expected = np.zeros(3)
     for i, one in enumerate(tokens):
@@ -116,8 +116,8 @@ def test_what_must_hold_for_any_routing(tmp_path_factory, seed: int, experts: in
     s, r, d = shares(found), repeats(found), divergence(found)
     known = s["top_k"] >= xr.DataArray(np.arange(s.sizes["choice"]), dims="choice")
     np.testing.assert_allclose(s["share"].sum("expert").where(known, 1), 1)
-    np.testing.assert_allclose(s["share_of_tokens"].sel(choice="either").sum("expert"), [s["top_k"].values] * 3)
-    for low, value, high in ((s["low"], s["share"], s["high"]), (r["low"], r["rate"], r["high"])):
+    np.testing.assert_allclose(s["share_of_tokens"].sel(choice="all").sum("expert"), [s["top_k"].values] * 3)
+    for low, value, high in ((s["share_low"], s["share"], s["share_high"]), (r["rate_low"], r["rate"], r["rate_high"])):
         ok = np.isfinite(low)
         assert (low.values[ok] <= value.values[ok] + 1e-12).all()
         assert (value.values[ok] <= high.values[ok] + 1e-12).all()
@@ -132,9 +132,9 @@ def test_layers_of_different_shapes_stand_side_by_side(tmp_path: Path) -> None:
     layers = (Layer(0, 8, 2), Layer(1, 64, 6, num_null_experts=1))
     part = make_part(np.random.default_rng(1), layers, [50, 50])
     found = shares(tally(make_trace(tmp_path / "t.moe", [part], layers)))
-    assert found["share"].sel(layer=0, choice="either").notnull().sum("expert").values.tolist() == [8, 8]
+    assert found["share"].sel(layer=0, choice="all").notnull().sum("expert").values.tolist() == [8, 8]
     assert found["share"].sel(layer=0, choice="third").isnull().all()
-    assert found["uniform"].values.tolist() == [1 / 8, 1 / 64]
+    assert found["share_null"].values.tolist() == [1 / 8, 1 / 64]
     assert found["choice"].values.tolist() == choice_labels(6)
 
 
@@ -197,7 +197,7 @@ def test_the_test_of_equal_domains_rejects_about_5_percent_of_equal_ones(tmp_pat
     for n in range(100):
         (tmp_path / str(n)).mkdir()
         found = divergence(tally_of(tmp_path / str(n), routed_documents(rng, 30, 0)))
-        p_values += found["p_value"].values[:1, 0].tolist()
+        p_values += found["jsd_rest_p"].values[:1, 0].tolist()
     # 100 draws at a true 5 % give at most 11 rejections with probability 0.99.
     assert (np.array(p_values) < 0.05).sum() <= 11
     assert stats.kstest(p_values, "uniform").pvalue > 0.001
@@ -206,7 +206,7 @@ def test_the_test_of_equal_domains_rejects_about_5_percent_of_equal_ones(tmp_pat
 def test_a_domain_that_differs_is_found_and_its_divergence_is_in_the_interval(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     found = divergence(tally_of(tmp_path, routed_documents(rng, 200, 0.1))).sel(layer=0)
-    assert found["q_value"].sel(domain="C") < 1e-4
+    assert found["jsd_rest_q"].sel(domain="C") < 1e-4
     assert found["jsd_rest"].values.argmax() == 2
     at = found.sel(domain="C")
     assert at["jsd_rest_low"] < at["jsd_rest"] < at["jsd_rest_high"]
@@ -216,7 +216,7 @@ def test_a_domain_that_differs_is_found_and_its_divergence_is_in_the_interval(tm
 def test_one_domain_has_no_rest_to_differ_from(tmp_path: Path) -> None:
     found = divergence(tally_of(tmp_path, [("A", [[0, 1]]), ("A", [[1, 2]])]))
     assert found["jsd_rest"].isnull().all()
-    assert found["q_value"].isnull().all()
+    assert found["jsd_rest_q"].isnull().all()
 
 
 def test_the_noncentral_interval_inverts_its_own_distribution() -> None:
@@ -289,5 +289,5 @@ def test_the_published_counts_of_mixtral_give_the_marginal_null_of_repeats(share
             tokens = [[expert] for expert in range(8) for _ in range(load[expert] // 64)]
             folder = tmp_path / f"{domain}{layer}"
             folder.mkdir()
-            found = repeats(tally_of(folder, [(domain, tokens)], Layer(0, 8, 1)))["marginal"].sel(kind="first")
+            found = repeats(tally_of(folder, [(domain, tokens)], Layer(0, 8, 1)))["rate_null"].sel(kind="first")
             assert 100 * found.item() == pytest.approx(percent, abs=0.05)

@@ -11,12 +11,23 @@ from synthetic import make_part, make_trace
 
 import moescope
 from moescope.measures import schema
+from moescope.measures.compare import _distances
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(2, 8, 2), Layer(3, 12, 3))
 DOMAINS = ("A", schema.TOTAL)
 
 RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
+    "shares": moescope.shares,
+    "repeats": moescope.repeats,
+    "divergence": moescope.divergence,
+    "words": lambda trace: moescope.words(trace, ["w1", "w2"], indentation=True),
+    "agreement": lambda trace: moescope.compare(trace, trace).agreement,
+    "changes": lambda trace: moescope.compare(trace, trace).changes,
+    "weights": lambda trace: moescope.compare(trace, trace).weights,
+    "tokens": lambda trace: moescope.compare(trace, trace).tokens,
+    "distances": lambda trace: _distances(trace, trace, None),
+    "saturation": lambda trace: moescope.saturation([trace, trace]),
     "consistency": lambda trace: moescope.consistency(trace, lengths=(4, 16)),
     "explain": lambda trace: moescope.explain(trace, permutations=3),
     "explain, all choices": lambda trace: moescope.explain(trace, choice="all", permutations=3),
@@ -31,7 +42,7 @@ RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """One domain is called as all of them together are."""
-    part = make_part(np.random.default_rng(0), LAYERS, [40, 30, 25, 35, 20, 30], domains=DOMAINS)
+    part = make_part(np.random.default_rng(0), LAYERS, [40, 30, 25, 35, 20, 30], domains=DOMAINS, weights=True)
     return make_trace(tmp_path_factory.mktemp("schema") / "t.moe", [part], LAYERS)
 
 
@@ -58,3 +69,27 @@ def test_what_stands_beside_a_value_follows_it_in_its_unit() -> None:
     assert [result[name].attrs["units"] for name in result] == [*["fraction"] * 3, "1", "bits"]
     assert result["x_low"].attrs["long_name"] == schema.ENDINGS["low"]
     assert result["y"].attrs["source"] == "us"
+
+
+def test_the_total_has_a_label_of_its_own_and_is_found_by_its_coordinate() -> None:
+    domains = ["(all)", "Code"]
+    result = xr.Dataset({"n": ("domain", [3, 1, 2])}, schema.total_coordinates(domains, [10, 20]))
+    assert result["domain"].values.tolist() == ["((all))", "(all)", "Code"]
+    assert schema.total(result)["n"].item() == 3
+    assert schema.total(result)["documents"].item() == 30
+    assert schema.by_domain(result)["domain"].values.tolist() == domains
+
+
+@pytest.mark.parametrize(
+    ("variables", "wrong"),
+    [
+        ({"low": schema.described([0.1], ("layer",), "an end", "1")}, "does not say of what"),
+        ({"x_low": schema.described([0.1], ("layer",), "an end", "1")}, "stands beside no x"),
+        ({"x": ("layer", [0.1])}, "lacks its definition"),
+        ({"x": schema.described([0.1], ("depth",), "a value", "1")}, "not in DIMS"),
+        ({"x": schema.described([0.1], ("layer",), "a value", "1")}, "without the coordinates"),
+    ],
+)
+def test_what_does_not_keep_to_it_is_named(variables: dict[str, object], wrong: str) -> None:
+    with pytest.raises(AssertionError, match=wrong):
+        schema.check(xr.Dataset(variables))

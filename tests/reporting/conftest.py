@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from moescope.measures.schema import FRACTION, described, estimate
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 PILE = (
@@ -140,12 +141,18 @@ def tiny_repeats() -> xr.Dataset:
     )
     return xr.Dataset(
         {
-            "rate": (dims, rate),
-            "standard_error": (dims, np.full(rate.shape, 0.004)),
-            "low": (dims, np.clip(rate - 0.008, 0, 1)),
-            "high": (dims, np.clip(rate + 0.009, 0, 1)),
-            "marginal": (dims, np.full(rate.shape, 0.13)),
-            "uniform": (("layer", "kind"), np.tile([0.125, 13 / 28, 0.25], (3, 1))),
+            **estimate(
+                "rate",
+                dims,
+                "repeats",
+                FRACTION,
+                value=rate,
+                low=np.clip(rate - 0.008, 0, 1),
+                high=np.clip(rate + 0.009, 0, 1),
+                error=np.full(rate.shape, 0.004),
+                null=np.full(rate.shape, 0.13),
+            ),
+            "rate_uniform": described(np.tile([0.125, 13 / 28, 0.25], (3, 1)), ("layer", "kind"), "uniform", FRACTION),
             "pairs": ("domain", [1200, 40]),
         },
         {
@@ -168,16 +175,22 @@ def tiny_shares() -> xr.Dataset:
     share = np.repeat(share, 2, axis=2)
     return xr.Dataset(
         {
-            "share": (dims, share),
-            "low": (dims, np.clip(share - 0.02, 0, 1)),
-            "high": (dims, np.clip(share + 0.03, 0, 1)),
-            "share_of_tokens": (dims, share),
-            "uniform": ("layer", [1 / 3]),
+            **estimate(
+                "share",
+                dims,
+                "share",
+                FRACTION,
+                value=share,
+                low=np.clip(share - 0.02, 0, 1),
+                high=np.clip(share + 0.03, 0, 1),
+            ),
+            "share_of_tokens": described(share, dims, "share of tokens", FRACTION),
+            "share_null": described([1 / 3], ("layer",), "uniform", FRACTION),
         },
         {
             "domain": ["A", "B"],
             "layer": [5],
-            "choice": ["either", "first"],
+            "choice": ["all", "first"],
             "expert": [0, 1, 2, 3],
             "num_experts": ("layer", [3]),
             "num_ids": ("layer", [4]),

@@ -37,7 +37,9 @@ def test_shares_prints_the_table_of_the_first_middle_and_last_layer(run, mixtral
 def test_shares_of_a_choice_and_a_layer_as_csv(run, mixtral):
     result = run("shares", mixtral.path, "--layer", "7", "--choice", "second", "--format", "csv")
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("domain,layer,choice,expert,share_percent,low_percent,high_percent,uniform_percent")
+    assert lines[0].startswith(
+        "domain,layer,choice,expert,share_percent,share_low_percent,share_high_percent,share_error_percent"
+    )
     assert len(lines) == 1 + 8 * 8
     assert all(line.split(",")[1:3] == ["7", "second"] for line in lines[1:])
 
@@ -45,7 +47,7 @@ def test_shares_of_a_choice_and_a_layer_as_csv(run, mixtral):
 def test_a_choice_that_the_trace_lacks_is_an_error_of_the_command_line(run, mixtral):
     result = run("shares", mixtral.path, "--choice", "third")
     assert result.exit_code == 2
-    assert "'third' is not one of either, first, second" in result.stderr
+    assert "'third' is not one of all, first, second" in result.stderr
 
 
 def test_repeats_prints_table_5_and_as_json_its_values(run, mixtral):

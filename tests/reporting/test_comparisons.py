@@ -90,9 +90,9 @@ def test_the_table_of_agreement_shows_all_domains_by_layer_and_the_domains_of_so
     at = comparison.agreement.isel(domain=0).sel(layer=3, kind="first")
     row = table.sections[0].rows[1]
     assert row.cells[3].value == f"{100 * float(at['agreement']):.1f}"
-    assert row.cells[4].value == f"{100 * float(at['popularity']):.1f}"
+    assert row.cells[4].value == f"{100 * float(at['agreement_null']):.1f}"
     assert row.cells[5].value == f"{float(at['kappa']):.2f}"
-    changed = int((comparison.changes["q_value"].isel(domain=0).sel(layer=3) < 0.05).sum())
+    changed = int((comparison.changes["change_q"].isel(domain=0).sel(layer=3) < 0.05).sum())
     assert row.cells[6].value == f"{changed} of 8"
     assert comparison.remarks[0] in table.notes
     assert len(table.frame) == 4 * len(LAYERS) * 2
@@ -104,7 +104,7 @@ def test_the_table_of_agreement_tells_of_gate_weights_where_there_are_some(tmp_p
     table = agreement_table(moescope.compare(trace, trace), [0])
     assert table.columns[6:9] == ("on B's experts", "margin, same first", "margin, other first")
     assert [cell.value for cell in table.sections[0].rows[0].cells[6:9:2]] == ["100", "–"]
-    assert (table.frame["weight_kept_percent"] == 100).all()
+    assert (table.frame["kept_percent"] == 100).all()
 
 
 def test_a_kappa_of_one_is_printed_only_if_it_is_one():
@@ -118,9 +118,9 @@ def test_the_table_of_changes_holds_every_expert_and_its_frame_every_domain(comp
     at = comparison.changes.isel(domain=0).sel(layer=7, expert=2)
     row = table.sections[0].rows[2]
     assert row.cells[2].value == f"{100 * float(at['change']):+.2f}".replace("-", "−")
-    assert row.cells[2].mark == ("*" if float(at["q_value"]) < 0.05 else "")
+    assert row.cells[2].mark == ("*" if float(at["change_q"]) < 0.05 else "")
     assert len(table.frame) == 4 * len(LAYERS) * 8
-    assert np.allclose(table.frame["change_percent"], table.frame["share_b_percent"] - table.frame["share_a_percent"])
+    assert np.allclose(table.frame["change_points"], table.frame["share_b_percent"] - table.frame["share_a_percent"])
 
 
 def test_the_table_of_tokens_has_the_lowest_first_and_its_frame_all(comparison):
@@ -194,7 +194,9 @@ def test_the_figure_of_agreement_draws_every_domain_and_all_together(comparison)
 
 def test_traces_that_are_nearly_the_same_are_drawn_near_the_top(traces):
     found = moescope.compare(traces[3], traces[3])
-    figure = figures.agreement.draw_agreement(found.agreement.assign(low=found.agreement["low"] * 0 + 0.99))
+    figure = figures.agreement.draw_agreement(
+        found.agreement.assign(agreement_low=found.agreement["agreement_low"] * 0 + 0.99)
+    )
     assert figure.axes[0].get_ylim() == (98, 100)
     assert "popularity" not in str([text.get_text() for text in figure.legends[0].get_texts()])
 

@@ -64,12 +64,12 @@ def test_figure_7_draws_every_share_as_the_height_of_a_bar(shares):
         drawn = bars(axes)
         assert list(drawn) == shares["domain"].values.tolist()
         for domain, corners in drawn.items():
-            expected = shares["share"].sel(domain=domain, layer=layer, choice="either").values
+            expected = shares["share"].sel(domain=domain, layer=layer, choice="all").values
             assert np.allclose(corners[:, 3], expected)
             assert (corners[:, 1] == 0).all()
             assert np.allclose(corners[:, [0, 2]].mean(axis=1).round(), np.arange(8))
         assert set(line(axes, "uniform").get_ydata()) == {1 / 8}
-        assert axes.get_ylim()[1] >= shares["share"].sel(layer=[0, 31], choice="either").values.max()
+        assert axes.get_ylim()[1] >= shares["share"].sel(layer=[0, 31], choice="all").values.max()
 
 
 def test_figure_7_draws_every_interval(shares):
@@ -77,14 +77,14 @@ def test_figure_7_draws_every_interval(shares):
     intervals = next(patch for patch in axes.patches if patch.get_label() == INTERVALS)
     ends = intervals.get_path().vertices.reshape(-1, 2, 2)
     at = shares.sel(layer=7, choice="first").transpose("domain", "expert", ...)
-    assert np.allclose(ends[:, 0, 1], at["low"].values.ravel())
-    assert np.allclose(ends[:, 1, 1], at["high"].values.ravel())
+    assert np.allclose(ends[:, 0, 1], at["share_low"].values.ravel())
+    assert np.allclose(ends[:, 1, 1], at["share_high"].values.ravel())
 
 
 def test_figure_9_has_a_row_a_choice_and_a_column_a_layer(shares):
     figure = figures.shares.draw_choices(shares, [0, 7, 31])
     assert len(figure.axes) == 9
-    for at, (choice, layer) in enumerate((c, n) for c in ("either", "first", "second") for n in (0, 7, 31)):
+    for at, (choice, layer) in enumerate((c, n) for c in ("all", "first", "second") for n in (0, 7, 31)):
         drawn = bars(figure.axes[at])["Github"][:, 3]
         assert np.allclose(drawn, shares["share"].sel(domain="Github", layer=layer, choice=choice).values)
 
@@ -96,7 +96,7 @@ def test_a_top_1_model_has_one_row_in_figure_9(tiny_shares):
 def test_many_experts_are_a_map_of_ratios_with_dead_ones_in_black(wide_shares):
     figure = figures.shares.draw_shares(wide_shares, [0, 23])
     mesh = figure.axes[0].collections[0]
-    share = wide_shares["share"].sel(layer=0, choice="either").transpose("domain", "expert").values
+    share = wide_shares["share"].sel(layer=0, choice="all").transpose("domain", "expert").values
     order = np.argsort(-share.mean(axis=0), kind="stable")
     shown = np.asarray(mesh.get_array())
     assert shown.shape == (3, 128)
@@ -117,15 +117,15 @@ def test_figure_10_draws_every_rate_and_both_baselines(repeats):
         for domain in repeats["domain"].values:
             assert np.allclose(line(axes, domain).get_ydata(), 100 * at["rate"].sel(domain=domain).values)
             assert np.allclose(line(axes, domain).get_xdata().round(), repeats["layer"].values)
-        assert np.allclose(line(axes, "uniform").get_ydata(), 100 * at["uniform"].values[0])
+        assert np.allclose(line(axes, "uniform").get_ydata(), 100 * at["rate_uniform"].values[0])
         band = axes.collections[0].get_paths()[0].vertices[:, 1]
-        assert band.min() == pytest.approx(100 * at["marginal"].values.min())
-        assert band.max() == pytest.approx(100 * at["marginal"].values.max())
+        assert band.min() == pytest.approx(100 * at["rate_null"].values.min())
+        assert band.max() == pytest.approx(100 * at["rate_null"].values.max())
         left, right = axes.get_xlim()
         assert all(left < x < right for domain in repeats["domain"].values for x in line(axes, domain).get_xdata())
         low, high = axes.get_ylim()
-        assert low <= 100 * at["low"].values.min()
-        assert high >= 100 * at["high"].values.max()
+        assert low <= 100 * at["rate_low"].values.min()
+        assert high >= 100 * at["rate_high"].values.max()
 
 
 def test_figure_10_of_a_single_layer_and_of_missing_values_is_drawn(tiny_repeats):
@@ -140,7 +140,7 @@ def test_the_divergence_map_shows_values_and_dots_what_sampling_does_not_explain
     axes = figure.axes[0]
     assert np.allclose(np.asarray(axes.collections[0].get_array()), divergence["jsd_rest"].values)
     dots = sum("•" in text.get_text() for text in axes.texts)
-    assert dots == int((divergence["q_value"] < 0.05).sum())
+    assert dots == int((divergence["jsd_rest_q"] < 0.05).sum())
 
 
 def test_figure_8_puts_each_token_on_the_colour_of_its_first_choice(mixtral):
@@ -215,7 +215,7 @@ def test_an_inline_figure_has_no_style_no_foreign_id_and_all_its_text(shares, tm
 
 
 def test_a_missing_null_leaves_out_the_band(repeats):
-    without = repeats.assign(marginal=xr.full_like(repeats["marginal"], np.nan))
+    without = repeats.assign(rate_null=xr.full_like(repeats["rate_null"], np.nan))
     assert not [
         c for c in figures.repeats.draw_repeats(without).axes[0].collections if "popularity" in str(c.get_label())
     ]

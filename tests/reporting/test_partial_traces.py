@@ -69,10 +69,10 @@ def test_counts_give_the_shares_and_intervals_of_the_tokens_they_count(tmp_path:
     part = make_part(rng, LAYERS, [40, 3, 17, 60, 8], domains=("ArXiv", "Github"))
     whole = make_trace(tmp_path / "t.moe", [part], LAYERS)
     counted = tally(counts_of(tmp_path / "c.moe", whole))
-    expected = shares(tally(whole)).sel(choice=["either"])
+    expected = shares(tally(whole)).sel(choice=["all"])
     found = shares(counted)
-    assert found["choice"].values.tolist() == ["either"]
-    for name in ("share", "standard_error", "low", "high", "share_of_tokens"):
+    assert found["choice"].values.tolist() == ["all"]
+    for name in ("share", "share_error", "share_low", "share_high", "share_of_tokens"):
         xr.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
     xr.testing.assert_allclose(divergence(counted), divergence(tally(whole)), rtol=1e-9)
     assert counted.data["tokens"].values.tolist() == [65, 63]
@@ -94,14 +94,14 @@ def test_tallies_of_counts_add_up_and_do_not_mix_with_those_of_tokens(tmp_path: 
 
 def test_huge_counts_do_not_overflow(tmp_path: Path) -> None:
     trace = make_counts(tmp_path / "c.moe", {g: {0: {0: 2**52, 1: 2**52}} for g in range(4)})
-    found = shares(tally(trace)).sel(choice="either", layer=0)
+    found = shares(tally(trace)).sel(choice="all", layer=0)
     np.testing.assert_allclose(found["share"].sel(expert=0), 0.5)
-    np.testing.assert_allclose(found["standard_error"].sel(expert=0), 0)
+    np.testing.assert_allclose(found["share_error"].sel(expert=0), 0)
 
 
 def test_without_an_order_of_choices_only_what_needs_none_is_told(tmp_path: Path) -> None:
     ranked, unranked = tally(tokens(tmp_path / "r.moe")), tally(tokens(tmp_path / "u.moe", ranked=False))
-    assert shares(unranked)["choice"].values.tolist() == ["either"]
+    assert shares(unranked)["choice"].values.tolist() == ["all"]
     xr.testing.assert_identical(repeats(unranked), repeats(ranked).sel(kind=["any"]))
     with pytest.raises(NotRecorded, match="which of a token's choices is the first"):
         words(tokens(tmp_path / "w.moe", ranked=False), ["self"])

@@ -12,9 +12,10 @@ from rich.text import Text
 
 import moescope
 from moescope.reporting.formats import FORMATS, render, styled
+from moescope.reporting.frames import tidy
 from moescope.reporting.subjects.divergence import divergence_table
 from moescope.reporting.subjects.repeats import repeats_table
-from moescope.reporting.subjects.shares import shares_frame, shares_table
+from moescope.reporting.subjects.shares import DIMS, shares_table
 from moescope.reporting.subjects.words import words_table
 from moescope.reporting.tables import (
     Cell,
@@ -113,10 +114,11 @@ def test_csv_holds_every_value_with_interval_null_and_unit(tiny_repeats):
         "layer": "0",
         "kind": "first",
         "rate_percent": "14",
-        "low_percent": "13.2",
-        "high_percent": "14.9",
-        "uniform_percent": "12.5",
-        "popularity_alone_percent": "13",
+        "rate_low_percent": "13.2",
+        "rate_high_percent": "14.9",
+        "rate_error_percent": "0.4",
+        "rate_null_percent": "13",
+        "rate_uniform_percent": "12.5",
         "documents": "12",
         "tokens": "1212",
         "pairs": "1200",
@@ -139,7 +141,7 @@ def test_json_is_valid_and_null_where_a_value_is_missing(tiny_repeats):
 
 def test_the_shares_of_the_frame_are_those_of_the_measure(mixtral):
     shares = moescope.shares(moescope.tally(mixtral))
-    frame = shares_frame(shares)
+    frame = tidy(shares, *DIMS)
     assert len(frame) == shares["share"].size
     row = frame[(frame.domain == "Github") & (frame.layer == 7) & (frame.choice == "second") & (frame.expert == 3)]
     assert row.share_percent.item() == pytest.approx(
@@ -150,7 +152,7 @@ def test_the_shares_of_the_frame_are_those_of_the_measure(mixtral):
 
 
 def test_what_a_layer_lacks_has_no_row(tiny_shares):
-    frame = shares_frame(tiny_shares.assign_coords(num_ids=("layer", [2])))
+    frame = tidy(tiny_shares.where(tiny_shares["expert"] < 2), *DIMS)
     assert set(frame.expert) == {0, 1}
 
 
@@ -174,7 +176,7 @@ def test_a_divergence_is_marked_only_if_its_test_says_so(mixtral):
     table = divergence_table(result, [0, 31])
     for row in table.sections[0].rows:
         for cell, layer in zip(row.cells, (0, 31), strict=True):
-            assert (cell.mark == "*") == (result["q_value"].sel(domain=row.label, layer=layer).item() < 0.05)
+            assert (cell.mark == "*") == (result["jsd_rest_q"].sel(domain=row.label, layer=layer).item() < 0.05)
 
 
 def test_words_of_no_occurrence_print_as_missing(mixtral):

@@ -89,7 +89,7 @@ def rows(trace: Trace) -> dict[str, np.ndarray]:
 
 def tallied(trace: Trace) -> np.ndarray:
     """Load of a trace, dims (layer, expert)."""
-    return moescope.tally(trace).data["loads"].sel(choice="either").sum("domain").values
+    return moescope.tally(trace).data["loads"].sel(choice="all").sum("domain").values
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def _undecided(name: str, statement: str, why: str) -> _Draft:
 def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
     name = "No pattern by topic"
     statement = "The choice of experts shows no obvious pattern by topic: the domains use them alike."
-    value, q = divergence["jsd_rest"], divergence["q_value"]
+    value, q = divergence["jsd_rest"], divergence["jsd_rest_q"]
     known = np.isfinite(q.values)
     if not known.any():
         return _undecided(name, statement, _too_few_documents())
@@ -275,7 +275,7 @@ def _mathematics(divergence: xr.Dataset) -> _Draft:
     value = divergence["jsd_rest"]
     if MATHEMATICS not in value["domain"].values:
         return _undecided(name, statement, f"The corpus has no domain {MATHEMATICS}.")
-    q_value = divergence["q_value"].sel(domain=MATHEMATICS).values
+    q_value = divergence["jsd_rest_q"].sel(domain=MATHEMATICS).values
     if not np.isfinite(q_value).any():
         return _undecided(name, statement, _too_few_documents())
     leader = value.fillna(-1).argmax("domain").values
@@ -288,7 +288,7 @@ def _mathematics(divergence: xr.Dataset) -> _Draft:
         f"{value.sizes['domain']} domains, by layer: {', '.join(map(str, rank.tolist()))})."
     )
     layer = _top_layer(value.sel(domain=MATHEMATICS))
-    p_value = _simes(divergence["p_value"].sel(domain=MATHEMATICS).values)
+    p_value = _simes(divergence["jsd_rest_p"].sel(domain=MATHEMATICS).values)
     stands_out = leads & different
 
     def decide(effects: Sequence[Effect]) -> Answer:

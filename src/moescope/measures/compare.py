@@ -13,13 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy import stats
 
 from moescope.measures import statistics
-from moescope.measures.divergence import divergence_of_samples, js_divergence
-from moescope.measures.schema import described
+from moescope.measures.divergence import MEANINGS, divergence_of_samples, js_divergence
+from moescope.measures.schema import (
+    DIFFERENCE,
+    FRACTION,
+    described,
+    estimate,
+    layer_coordinates,
+    total_coordinates,
+    with_total,
+)
 from moescope.measures.shares import shares
+from moescope.measures.statistics import Numbers
 from moescope.tallying import tally
 from moescope.tallying.matching import Matching, same_corpus
 from moescope.tallying.pair_tally import PairTally, common_layers, tally_pair
@@ -27,6 +35,9 @@ from moescope.trace import Trace, Vocabulary, as_trace
 
 OLMOE = "OLMoE (arXiv 2409.02060), router saturation"
 KINDS = ("set", "first")
+_LOADS = ("loads", "first")
+"""What each of `KINDS` is called among the loads of a `PairTally`."""
+
 LEAST_SHARE = 0.5
 """Of the tokens of the trace that has fewer, the part that must be in the other to compare token by token."""
 
@@ -47,27 +58,29 @@ class Comparison:
         agreement: Dims (domain, layer, kind); the first domain is all of them together. `kind` is "set", the part of
             the top-k experts that both chose, or "first", whether the first choice is the same:
 
-            * `agreement`, `low`, `high`: the mean over matched tokens, with its 95 % interval clustered by document;
-            * `popularity`: the same if B had been dealt out to the tokens of the domain at random;
-            * `uniform` (layer, kind): the same if both drew their experts uniformly, k/E and 1/E;
-            * `kappa`, `kappa_low`, `kappa_high`: (agreement - popularity) / (1 - popularity), with the popularity
-              taken as known.
+            * `agreement`, `agreement_low`, `agreement_high`: the mean over matched tokens, with its 95 % interval
+              clustered by document;
+            * `agreement_null`: the same if B had been dealt out to the tokens of the domain at random;
+            * `agreement_uniform` (layer, kind): the same if both drew their experts uniformly, k/E and 1/E;
+            * `kappa`, `kappa_low`, `kappa_high`: (agreement - null) / (1 - null), with the null taken as known.
 
             None if the traces are not compared token by token.
         changes: Dims (domain, layer, expert): `share_a`, `share_b` of all assignments that the tokens could make;
-            `change` = B - A, `low`, `high`; `p_value`, `q_value` of no change, paired by document, the false discovery
-            rate controlled over layers and experts (and over domains, apart from all of them together). None as above.
+            `change` = B - A, `change_low`, `change_high`; `change_p`, `change_q` of no change, paired by document, the
+            false discovery rate controlled over layers and experts (and over domains, apart from all of them together).
+            None as above.
         weights: Dims (domain, layer), by the gate weights of A: `kept`, `kept_low`, `kept_high`, the part of a token's
             gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
             (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
             as above, and where A has no gate weights.
         tokens: Dims (token_id), those seen at least 10 times in at least two documents, the surely lowest agreement
-            first: `text`, `seen`, `documents`, `agreement`, `low`, `high` of sets over all layers compared. None as
-            above, and where token ids are not known.
+            first: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`, and the
+            coordinates `text` and `documents`. None as above, and where token ids are not known.
         distances: Dims (domain, layer), of the domains in both: `jsd` between the shares of A and B in bits, with
-            `null`, what sampling documents alone would give if they were equal, `low`, `high` of the true divergence,
-            `p_value` and `q_value`; NaN where expert ids cannot mean the same. `evenness_a`, `evenness_b`: entropy of
-            the shares over that of equal ones. None if the traces are compared token by token.
+            `jsd_null`, what sampling documents alone would give if they were equal, `jsd_low`, `jsd_high` of the true
+            divergence, `jsd_p` and `jsd_q`; NaN where expert ids cannot mean the same. `evenness_a`, `evenness_b`:
+            entropy of the shares over that of equal ones. `documents` are those of both. None if the traces are
+            compared token by token.
         remarks: What a reader must know before believing a number.
     """
 
@@ -146,95 +159,83 @@ def agreement(counted: PairTally) -> xr.Dataset:
     Args:
         counted: The sums over the tokens of both.
     """
-    data = with_all_domains(counted.data)
-    documents, n = data["documents"].values[:, None], data["tokens"].values[:, None].astype(float)
-    top_k = data["top_k"].values.astype(float)
-    columns = []
-    for kind, choices in (("set", top_k), ("first", np.ones_like(top_k))):
-        prefix = "shared" if kind == "set" else "first"
-        y, yy, yn = (data[name].values for name in (prefix, f"{prefix}_squared", f"{prefix}_by_tokens"))
-        value = statistics.ratio(y, n * choices)
-        error = statistics.ratio_standard_error(y, n, yy, yn, data["tokens_squared"].values[:, None], documents)
-        low, high = statistics.proportion_interval(value, error / choices, documents)
-        loads = "loads" if kind == "set" else "first"
-        a, b = (data[f"{loads}_{side}"].values.astype(float) for side in "ab")
-        null = statistics.ratio((a * b).sum(axis=2), n * n * choices)
-        columns.append(np.stack([value, low, high, null]))
-    table = np.stack(columns, axis=-1)
-    table[..., 1] = np.where(data["ranked"].values[:, None].T, table[..., 1], np.nan)
-    value, low, high, null = table
+    data = _with_total(counted.data)
+    top_k, ranked = data["top_k"].values, data["ranked"].values
+    most = np.stack([top_k, np.ones_like(top_k)], axis=-1)  # what a token can agree in, by kind
+    exists = np.stack([np.ones_like(ranked), ranked], axis=-1)
+
+    def by_kind(ending: str) -> Numbers:
+        return np.stack([data[f"{sums}{ending}"].values for sums in ("shared", "first")], axis=-1)
+
+    n = data["tokens"].values[:, None, None].astype(float)
+    agreed = statistics.proportion(
+        by_kind(""),
+        n,
+        by_kind("_squared"),
+        by_kind("_by_tokens"),
+        data["tokens_squared"].values[:, None, None],
+        data["documents"].values[:, None, None],
+        most=most,
+        exists=exists,
+    )
+    met = [(data[f"{loads}_a"].values.astype(float) * data[f"{loads}_b"].values).sum(axis=2) for loads in _LOADS]
+    null = np.where(exists, statistics.ratio(np.stack(met, axis=-1), n * n * most), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
-        kappas = [np.where(null < 1, (end - null) / (1 - null), np.nan) for end in (value, low, high)]
-    num_ids = data["num_ids"].values
-    dims, by_layer = ("domain", "layer", "kind"), ("layer", "kind")
-    names = ("kappa", "kappa_low", "kappa_high")
-    meanings = ("agreement beyond popularity, of what there was to gain", "95 % interval, low end", "high end")
+        value, low, high = (
+            np.where(null < 1, (end - null) / (1 - null), np.nan)
+            for end in (agreed["value"], agreed["low"], agreed["high"])
+        )
+    dims = ("domain", "layer", "kind")
+    long_name = "chosen by both, of the choices of a token"
+    meanings = {"null": "agreement if B were dealt to the tokens at random"}
+    kappa = "agreement beyond popularity, of what there was to gain"
     return xr.Dataset(
-        {
-            "agreement": described(value, dims, "chosen by both, of the choices of a token", "1", OLMOE),
-            "low": described(low, dims, "95 % interval, low end", "1"),
-            "high": described(high, dims, "95 % interval, high end", "1"),
-            "popularity": described(null, dims, "agreement if B were dealt to the tokens at random", "1"),
-            "uniform": described(np.stack([top_k, np.ones_like(top_k)], 1) / num_ids[:, None], by_layer, "k/E", "1"),
-            **{
-                name: described(values, dims, meaning, "1", "Cohen 1960")
-                for name, values, meaning in zip(names, kappas, meanings, strict=True)
-            },
-        },
-        {
-            "domain": data["domain"],
-            "layer": data["layer"],
-            "kind": list(KINDS),
-            **{name: data[name] for name in ("num_experts", "num_ids", "top_k", "documents", "tokens")},
-        },
+        estimate("agreement", dims, long_name, FRACTION, OLMOE, meanings=meanings, **agreed, null=null)
+        | {"agreement_uniform": described(most / data["num_ids"].values[:, None], ("layer", "kind"), "k/E", FRACTION)}
+        | estimate("kappa", dims, kappa, "1", "Cohen 1960", value=value, low=low, high=high),
+        {"kind": list(KINDS)} | _coordinates(data),
     )
 
 
 def changes(counted: PairTally) -> xr.Dataset:
     """Which shares changed, paired by document: see `Comparison.changes`."""
-    data = with_all_domains(counted.data)
+    data = _with_total(counted.data)
     documents = data["documents"].values[:, None, None]
     n, nn = (data[name].values[:, None, None].astype(float) for name in ("tokens", "tokens_squared"))
     top_k = data["top_k"].values[None, :, None]
     a, b = (data[f"loads_{side}"].values for side in "ab")
     change = statistics.ratio(b - a, n * top_k)
-    error = (
-        statistics.ratio_standard_error(
-            b - a, n, data["change_squared"].values, data["change_by_tokens"].values, nn, documents
-        )
-        / top_k
-    )
+    squares, products = data["change_squared"].values, data["change_by_tokens"].values
+    error = statistics.ratio_standard_error(b - a, n, squares, products, nn, documents) / top_k
     half = statistics.student_t(documents) * error
     with np.errstate(invalid="ignore", divide="ignore"):
         p_value = 2 * stats.t.sf(np.abs(change) / error, np.maximum(documents - 1, 1))
     # Without any spread between documents there is nothing to judge by, but no change in any of them is no change.
-    p_value = np.where(
-        error > 0, p_value, np.where((data["change_squared"].values == 0) & (documents > 1), 1.0, np.nan)
-    )
-    exists = np.arange(data.sizes["expert"])[None, None, :] < data["num_ids"].values[None, :, None]
-    q_value = np.concatenate(
-        [
-            statistics.false_discovery_rate(np.where(exists, p_value, np.nan)[part])
-            for part in (slice(1), slice(1, None))
-        ]
-    )
+    p_value = np.where(error > 0, p_value, np.where((squares == 0) & (documents > 1), 1.0, np.nan))
+    exists = data["expert"] < data["num_ids"]
+    p_value = np.where(exists.transpose("layer", "expert"), p_value, np.nan)
+    parts = (p_value[:1], p_value[1:])  # all domains together apart from each of them
     dims = ("domain", "layer", "expert")
-
-    def variable(values: NDArray[np.float64], long_name: str, source: str = "") -> tuple[object, ...]:
-        return described(np.where(exists, values, np.nan), dims, long_name, "1", source)
-
-    return xr.Dataset(
+    result = xr.Dataset(
         {
-            "share_a": variable(statistics.ratio(a, n * top_k), "share in the first trace"),
-            "share_b": variable(statistics.ratio(b, n * top_k), "share in the second trace"),
-            "change": variable(change, "share in the second trace less that in the first"),
-            "low": variable(change - half, "95 % interval, low end"),
-            "high": variable(change + half, "95 % interval, high end"),
-            "p_value": variable(p_value, "p-value of no change", "t test of a ratio, paired by document"),
-            "q_value": variable(q_value, "p-value adjusted over layers and experts", "Benjamini and Hochberg 1995"),
-        },
-        {name: data[name] for name in ("domain", "layer", "expert", "num_experts", "num_ids", "documents", "tokens")},
+            "share_a": described(statistics.ratio(a, n * top_k), dims, "share in the first trace", FRACTION),
+            "share_b": described(statistics.ratio(b, n * top_k), dims, "share in the second trace", FRACTION),
+        }
+        | estimate(
+            "change",
+            dims,
+            "share in the second trace less that in the first",
+            DIFFERENCE,
+            meanings={"p": "p-value of no change: t test of a ratio, paired by document"},
+            value=change,
+            low=change - half,
+            high=change + half,
+            p=p_value,
+            q=np.concatenate([statistics.false_discovery_rate(part) for part in parts]),
+        ),
+        {"expert": data["expert"]} | _coordinates(data),
     )
+    return result.where(exists)
 
 
 def shared_weight(counted: PairTally) -> xr.Dataset:
@@ -243,25 +244,24 @@ def shared_weight(counted: PairTally) -> xr.Dataset:
     Args:
         counted: The sums over the tokens of both, with gate weights.
     """
-    data = with_all_domains(counted.data)
-    documents = data["documents"].values[:, None]
-    y, yy, yn, n, nn = (
-        data[name].values for name in ("kept", "kept_squared", "kept_by_weighed", "weighed", "weighed_squared")
+    data = _with_total(counted.data)
+    y, n, yy, yn, nn = (
+        data[name].values for name in ("kept", "weighed", "kept_squared", "kept_by_weighed", "weighed_squared")
     )
-    value = statistics.ratio(y, n)
-    error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents)
-    low, high = statistics.proportion_interval(value, error, documents)
-    same, differs = (statistics.ratio(data[f"margin_{x}"], data[f"num_{x}"]) for x in ("same", "differs"))
+    kept = statistics.proportion(y, n, yy, yn, nn, data["documents"].values[:, None])
     dims = ("domain", "layer")
     return xr.Dataset(
-        {
-            "kept": described(value, dims, "gate weight of A on experts that B chose, too", "1"),
-            "kept_low": described(low, dims, "95 % interval, low end", "1"),
-            "kept_high": described(high, dims, "95 % interval, high end", "1"),
-            "margin_same": described(same, dims, "mean margin in A where the first choice is the same", "1"),
-            "margin_differs": described(differs, dims, "mean margin in A where the first choice differs", "1"),
+        estimate("kept", dims, "gate weight of A on experts that B chose, too", FRACTION, **kept)
+        | {
+            f"margin_{side}": described(
+                statistics.ratio(data[f"margin_{side}"], data[f"num_{side}"]),
+                dims,
+                f"mean margin in A where the first choice {words}",
+                "1",
+            )
+            for side, words in (("same", "is the same"), ("differs", "differs"))
         },
-        {name: data[name] for name in ("domain", "layer", "num_experts", "top_k", "documents", "tokens")},
+        _coordinates(data),
     )
 
 
@@ -279,44 +279,43 @@ def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
     known = counted.by_token
     known = known.isel(token_id=(known["seen"].values >= LEAST_SEEN) & (known["documents"].values >= 2))
     choices = float(counted.data["top_k"].values.sum())  # of a token in all layers
-    y, yy, yn, n, nn, documents = (
+    sums = (
         known[name].values.astype(float)
-        for name in ("shared", "shared_squared", "shared_by_seen", "seen", "seen_squared", "documents")
+        for name in ("shared", "seen", "shared_squared", "shared_by_seen", "seen_squared", "documents")
     )
-    value = statistics.ratio(y, n * choices)
-    error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents) / choices
-    low, high = statistics.proportion_interval(value, error, documents)
+    agreed = statistics.proportion(*sums, most=choices)
+    value = agreed["value"]
     # A few documents that happen to agree exactly say nothing on the spread between documents.
-    low, high = (np.where((error > 0) | (value == 0) | (value == 1), end, np.nan) for end in (low, high))
+    certain = (agreed["error"] > 0) | (value == 0) | (value == 1)
+    low, high = (np.where(certain, end, np.nan) for end in (agreed["low"], agreed["high"]))
     order = np.lexsort([known["token_id"].values, value, high])
     text = [vocabulary.piece(token_id).decode(errors="replace") for token_id in known["token_id"].values.tolist()]
+    dims, long_name = ("token_id",), "chosen by both, of the choices in all layers"
     result = xr.Dataset(
+        estimate("agreement", dims, long_name, FRACTION, OLMOE, value=value, low=low, high=high)
+        | {"seen": described(known["seen"].values, dims, "matched tokens with this id", "tokens")},
         {
+            "token_id": known["token_id"],
             "text": ("token_id", np.array(text, object)),
-            "seen": described(known["seen"].values, ("token_id",), "matched tokens with this id", "tokens"),
-            "documents": described(known["documents"].values, ("token_id",), "documents that hold it", "documents"),
-            "agreement": described(value, ("token_id",), "chosen by both, of the choices in all layers", "1", OLMOE),
-            "low": described(low, ("token_id",), "95 % interval, low end", "1"),
-            "high": described(high, ("token_id",), "95 % interval, high end", "1"),
+            "documents": ("token_id", known["documents"].values, {"units": "documents"}),
         },
-        {"token_id": known["token_id"]},
     )
     return result.isel(token_id=order)
 
 
-def all_domains_label(domains: Iterable[str]) -> str:
-    """A label for all domains together that no domain has."""
-    label, taken = "(all)", set(domains)
-    while label in taken:
-        label = f"({label})"
-    return label
-
-
-def with_all_domains(data: xr.Dataset) -> xr.Dataset:
+def _with_total(data: xr.Dataset) -> xr.Dataset:
     """The sums with those of all domains together before them."""
-    total = data.sum("domain", keepdims=True)
-    total = total.assign_coords(domain=[all_domains_label(data["domain"].values.tolist())])
-    return xr.concat([total, data], "domain", data_vars="minimal", coords="minimal", join="outer", compat="equals")
+    labels = with_total(data["domain"].values.tolist())
+    together = data.sum("domain", keepdims=True).assign_coords(domain=labels[:1])
+    data = xr.concat([together, data], "domain", data_vars="minimal", coords="minimal", join="outer", compat="equals")
+    coordinates = total_coordinates(labels[1:], data["documents"].values[1:])
+    return data.assign_coords(total=coordinates["total"])
+
+
+def _coordinates(data: xr.Dataset) -> dict[str, xr.DataArray]:
+    """What every result of sums by domain and layer stands beside."""
+    names = ("domain", "total", "documents", "tokens", "layer", "num_experts", "num_ids", "top_k")
+    return {name: data[name] for name in names}
 
 
 def _same_experts(a: Trace, b: Trace) -> tuple[str | None, list[str]]:
@@ -372,10 +371,9 @@ def _other_layers(a: Trace, b: Trace, common: Iterable[object]) -> list[int]:
 
 def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
     """Distances of the distributions: see `Comparison.distances`."""
-    chosen = layers
-    if chosen is None:
-        chosen = sorted({layer.layer for layer in a.layers} & {layer.layer for layer in b.layers})
-    sides = [shares(tally(trace, chosen)).sel(choice="either") for trace in (a, b)] if chosen else []
+    own = {layer.layer: layer for layer in a.select_layers(layers)}
+    chosen = [number for number in own if layers is not None or number in {layer.layer for layer in b.layers}]
+    sides = [shares(tally(trace, chosen)).sel(choice="all") for trace in (a, b)] if chosen else []
     domains = [name for name in a.domains if name in b.domains]
     alike = {layer.layer for layer in common_layers(a, b)}
     comparable = _same_experts(a, b)[0] is None
@@ -384,37 +382,45 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
     evenness = np.full((2, *size), np.nan)
     for i, domain in enumerate(domains):
         for j, layer in enumerate(chosen):
-            at = [side.sel(domain=domain, layer=layer) for side in sides]
-            p = [values["share"].values[: int(values["num_ids"])] for values in at]
+            here = [side.sel(domain=domain, layer=layer) for side in sides]
+            p = [values["share"].values[: int(values["num_ids"])] for values in here]
             evenness[:, i, j] = [_evenness(values) for values in p]
             if not (comparable and layer in alike and all(np.isfinite(values).all() for values in p)):
                 continue
             jsd[i, j] = js_divergence(*p)
-            variance = np.stack([values["standard_error"].values[: len(p[0])] ** 2 for values in at])
-            degrees = np.array([float(values["documents"]) - 1 for values in at])
+            variance = np.stack([values["share_error"].values[: len(p[0])] ** 2 for values in here])
+            degrees = np.array([float(values["documents"]) - 1 for values in here])
             if degrees.min() >= 1:
                 null[i, j], p_value[i, j], low[i, j], high[i, j] = divergence_of_samples(
                     float(jsd[i, j]), (p[0] + p[1]) / 2, variance, degrees
                 )
     dims = ("domain", "layer")
+    documents = sum((side["documents"].sel(domain=domains).values for side in sides), np.zeros(len(domains), np.int64))
     return xr.Dataset(
-        {
-            "jsd": described(jsd, dims, "Jensen-Shannon divergence between the shares", "bits", "Lin 1991"),
-            "null": described(null, dims, "divergence expected from sampling alone", "bits"),
-            "low": described(low, dims, "95 % interval, low end", "bits"),
-            "high": described(high, dims, "95 % interval, high end", "bits"),
-            "p_value": described(p_value, dims, "p-value of equal shares", "1", "Rao and Scott 1984"),
-            "q_value": described(
-                statistics.false_discovery_rate(p_value), dims, "adjusted over layers and domains", "1"
-            ),
+        estimate(
+            "jsd",
+            dims,
+            "Jensen-Shannon divergence between the shares",
+            "bits",
+            "Lin 1991",
+            meanings=MEANINGS,
+            value=jsd,
+            low=low,
+            high=high,
+            null=null,
+            p=p_value,
+            q=statistics.false_discovery_rate(p_value),
+        )
+        | {
             "evenness_a": described(evenness[0], dims, "entropy of the shares over that of equal ones", "1"),
             "evenness_b": described(evenness[1], dims, "the same in the second trace", "1"),
         },
-        {"domain": domains, "layer": chosen},
+        {"domain": domains, "documents": ("domain", documents, {"units": "documents of both traces"})}
+        | layer_coordinates([own[number] for number in chosen]),
     )
 
 
-def _evenness(p: NDArray[np.float64]) -> float:
+def _evenness(p: Numbers) -> float:
     if not np.isfinite(p).all() or len(p) < 2:
         return float("nan")
     return float(stats.entropy(p) / np.log(len(p)))

@@ -15,9 +15,19 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from moescope.measures import statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import described, estimate
 from moescope.measures.shares import shares
+from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
+
+MEANINGS = {
+    "null": "divergence expected from sampling alone",
+    "low": "95 % interval of the true divergence, low end",
+    "high": "95 % interval of the true divergence, high end",
+    "p": "p-value of equal shares (Rao and Scott 1984)",
+    "q": "p-value adjusted over all that are compared",
+}
+"""What stands beside a divergence."""
 
 LIN = "Lin 1991, Divergence measures based on the Shannon entropy"
 
@@ -34,103 +44,108 @@ def divergence(trace: Source, layers: Iterable[int] | None = None, *, threads: i
         layers: Layers of the trace to measure, or None for all; counts have theirs.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
-        * `jsd` (domain, other, layer): between two domains, bits; `jsd_null`, `jsd_low`, `jsd_high`, `pair_p_value` as
-          below, and `pair_q_value`, with the false discovery rate controlled over layers and pairs;
         * `jsd_rest` (domain, layer): between a domain and the mean of the others' shares, bits; `jsd_rest_null`, its
           expectation if they were equal; `jsd_rest_low`, `jsd_rest_high`, 95 % interval of the true divergence;
-          `p_value` of equality; `q_value`, the same with the false discovery rate controlled over layers and domains;
+          `jsd_rest_p`, p-value of equality; `jsd_rest_q`, the same with the false discovery rate controlled over layers
+          and domains;
+        * `jsd` (domain, other, layer): between two domains, bits; `jsd_null`, `jsd_low`, `jsd_high`, `jsd_p` likewise,
+          and `jsd_q`, with the false discovery rate controlled over layers and pairs;
         * `information` (layer): I(domain; expert) with domains of equal weight, bits; `information_null`, its
           expectation if they were equal;
-        * `leader` (layer): the domain furthest from the others, empty if there is one; `leads_surely`, whether its
-          interval lies above those of all other domains.
+        * `leader` (layer): the domain furthest from the others, empty if there is one; `leader_significant`, whether
+          its interval lies above those of all other domains.
 
         NaN where a domain has fewer than two documents or there is one domain.
     Source:
         Lin 1991; the test is a first-order Rao and Scott (1984) correction of the chi-square statistic of homogeneity
         to clustered counts, with Satterthwaite degrees of freedom; the interval inverts the noncentral distribution.
     """
-    data = shares(trace, layers, threads=threads).sel(choice="either")
+    data = shares(trace, layers, threads=threads).sel(choice="all")
     p_DLE = np.nan_to_num(data["share"].values)
-    variance_DLE = data["standard_error"].values ** 2
+    variance_DLE = data["share_error"].values ** 2
     num_domains = len(p_DLE)
     documents_D = data["documents"].values
-    pairs = js_divergence(p_DLE[:, None], p_DLE[None, :])
-    others = (np.ones((num_domains, num_domains)) - np.eye(num_domains)) / max(num_domains - 1, 1)
-    rest_DLE = np.einsum("do,ole->dle", others, p_DLE)
-    rest_variance_DLE = np.einsum("do,ole->dle", others**2, variance_DLE)
-    to_rest = js_divergence(p_DLE, rest_DLE)
-    null, p_value, low, high = (np.full(to_rest.shape, np.nan) for _ in range(4))
-    for at in np.ndindex(to_rest.shape) if num_domains > 1 else ():
-        degrees = np.append(documents_D[at[0]], documents_D.sum() - documents_D[at[0]] - num_domains + 2) - 1
-        null[at], p_value[at], low[at], high[at] = divergence_of_samples(
-            float(to_rest[at]),
-            (p_DLE[at] + rest_DLE[at]) / 2,
-            np.stack([variance_DLE[at], rest_variance_DLE[at]]),
-            degrees.astype(float),
-        )
-    pair_null, pair_p, pair_low, pair_high = (np.full(pairs.shape, np.nan) for _ in range(4))
-    for a, b, at_layer in np.argwhere(np.isfinite(pairs)):
-        if a < b and documents_D[a] and documents_D[b]:
-            both = divergence_of_samples(
-                float(pairs[a, b, at_layer]),
-                (p_DLE[a, at_layer] + p_DLE[b, at_layer]) / 2,
-                variance_DLE[[a, b], at_layer],
-                documents_D[[a, b]].astype(float) - 1,
-            )
-            for table, value in zip((pair_null, pair_p, pair_low, pair_high), both, strict=True):
-                table[a, b, at_layer] = table[b, a, at_layer] = value
-    upper = np.triu(np.ones((num_domains, num_domains), bool), 1)[:, :, None]
-    pair_q = statistics.false_discovery_rate(np.where(upper, pair_p, np.nan))
-    pair_q = np.where(upper, pair_q, pair_q.swapaxes(0, 1))
-    empty = (data["tokens"].values == 0)[:, None] | (num_domains < 2)
-    information, information_null = _information(p_DLE[documents_D > 0], variance_DLE[documents_D > 0])
-    leader, surely = _leader(
-        np.where(empty, np.nan, to_rest), np.where(empty, np.nan, low), np.where(empty, np.nan, high)
+    others_DD = (np.ones((num_domains, num_domains)) - np.eye(num_domains)) / max(num_domains - 1, 1)
+    rest_DLE = np.einsum("do,ole->dle", others_DD, p_DLE)
+    rest_variance_DLE = np.einsum("do,ole->dle", others_DD**2, variance_DLE)
+    known_DL = np.tile((data["tokens"].values > 0)[:, None] & (num_domains > 1), p_DLE.shape[1])
+    rest_documents_D = documents_D.sum() - documents_D - num_domains + 2
+    rest = _judged(
+        (p_DLE, rest_DLE),
+        (variance_DLE, rest_variance_DLE),
+        (documents_D[:, None], rest_documents_D[:, None]),
+        known_DL,
     )
+    seen_D = documents_D > 0
+    upper_DD = np.triu(seen_D[:, None] & seen_D, 1)
+    pairs = _judged(
+        (p_DLE[:, None], p_DLE),
+        (variance_DLE[:, None], variance_DLE),
+        (documents_D[:, None, None], documents_D[:, None]),
+        np.broadcast_to(upper_DD[:, :, None], (num_domains, *p_DLE.shape[:2])),
+    )
+    of_pairs = {name: np.where(upper_DD[:, :, None], of, of.swapaxes(0, 1)) for name, of in pairs.items()}
+    of_pairs["value"] = pairs["value"]
+    jsd_rest = {name: np.where(known_DL, of, np.nan) for name, of in rest.items()}
+    information, information_null = _information(p_DLE[seen_D], variance_DLE[seen_D])
+    leader, significant = _leader(jsd_rest["value"], jsd_rest["low"], jsd_rest["high"])
     names = np.array([*data["domain"].values.tolist(), ""])
-    by_domain, by_pair = ("domain", "layer"), ("domain", "other", "layer")
-
-    def masked(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.where(empty, np.nan, values)
-
+    dims = ("domain", "layer")
+    long_name = "divergence from the mean of the others"
     return xr.Dataset(
-        {
-            "jsd": described(pairs, by_pair, "Jensen-Shannon divergence", "bits", LIN),
-            "jsd_null": described(pair_null, by_pair, "divergence expected from sampling alone", "bits"),
-            "jsd_low": described(pair_low, by_pair, "95 % interval, low end", "bits"),
-            "jsd_high": described(pair_high, by_pair, "95 % interval, high end", "bits"),
-            "pair_p_value": described(pair_p, by_pair, "p-value of equal shares", "1", "Rao and Scott 1984"),
-            "pair_q_value": described(
-                pair_q, by_pair, "p-value adjusted over layers and pairs", "1", "Benjamini and Hochberg 1995"
-            ),
-            "information": described(information, ("layer",), "I(domain; expert), domains alike", "bits", LIN),
-            "information_null": described(information_null, ("layer",), "the same from sampling alone", "bits"),
-            "leader": described(names[leader], ("layer",), "domain furthest from the others", ""),
-            "leads_surely": described(surely, ("layer",), "whether its interval lies above all others", ""),
-            "jsd_rest": described(masked(to_rest), by_domain, "divergence from the mean of the others", "bits", LIN),
-            "jsd_rest_null": described(masked(null), by_domain, "divergence expected from sampling alone", "bits"),
-            "jsd_rest_low": described(masked(low), by_domain, "95 % interval, low end", "bits"),
-            "jsd_rest_high": described(masked(high), by_domain, "95 % interval, high end", "bits"),
-            "p_value": described(masked(p_value), by_domain, "p-value of equal shares", "1", "Rao and Scott 1984"),
-            "q_value": described(
-                statistics.false_discovery_rate(masked(p_value)),
-                by_domain,
-                "p-value adjusted over layers and domains",
-                "1",
-                "Benjamini and Hochberg 1995",
-            ),
+        estimate("jsd_rest", dims, long_name, "bits", LIN, meanings=MEANINGS, **jsd_rest)
+        | estimate(
+            "jsd", ("domain", "other", "layer"), "Jensen-Shannon divergence", "bits", LIN, meanings=MEANINGS, **of_pairs
+        )
+        | estimate(
+            "information",
+            ("layer",),
+            "I(domain; expert), domains alike",
+            "bits",
+            LIN,
+            value=information,
+            null=information_null,
+        )
+        | {
+            "leader": described(names[leader], ("layer",), "domain furthest from the others", "domain"),
+            "leader_significant": described(significant, ("layer",), "whether its interval lies above all others", "1"),
         },
-        {
-            "domain": data["domain"],
-            "other": data["domain"].values,
-            "layer": data["layer"],
-            "num_experts": data["num_experts"],
-            "documents": data["documents"],
-        },
+        {"other": data["domain"].values}
+        | {name: data[name] for name in ("domain", "layer", "documents", "num_experts", "num_ids", "top_k")},
     )
 
 
-def js_divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+def _judged(
+    shares: tuple[Numbers, Numbers],
+    variances: tuple[Numbers, Numbers],
+    documents: tuple[NDArray[np.int64], NDArray[np.int64]],
+    known: NDArray[np.bool_],
+) -> dict[str, Numbers]:
+    """Divergences of two sides, with what `divergence_of_samples` says of each, where it is known.
+
+    Args:
+        shares: Of each side, shape (..., expert); the leading dims broadcast to those of `known`.
+        variances: Of the shares.
+        documents: Of each side, without the dim of experts.
+        known: Which to judge.
+    """
+    p, q, variance_p, variance_q = (np.broadcast_to(x, (*known.shape, x.shape[-1])) for x in (*shares, *variances))
+    degrees_p, degrees_q = (np.broadcast_to(number, known.shape) - 1.0 for number in documents)
+    value = js_divergence(*shares)
+    judged = {name: np.full(known.shape, np.nan) for name in ("null", "p", "low", "high")}
+    for place in map(tuple, np.argwhere(known & np.isfinite(value)).tolist()):
+        numbers = divergence_of_samples(
+            float(value[place]),
+            (p[place] + q[place]) / 2,
+            np.stack([variance_p[place], variance_q[place]]),
+            np.array([degrees_p[place], degrees_q[place]]),
+        )
+        for table, number in zip(judged.values(), numbers, strict=True):
+            table[place] = number
+    return {"value": value, **judged, "q": statistics.false_discovery_rate(judged["p"])}
+
+
+def js_divergence(p: Numbers, q: Numbers) -> Numbers:
     """Jensen-Shannon divergence of distributions along the last axis, bits.
 
     Example:
@@ -142,7 +157,7 @@ def js_divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.
     return np.maximum(nats / np.log(2), 0.0)
 
 
-def _information(p_DLE: NDArray[np.float64], variance_DLE: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+def _information(p_DLE: Numbers, variance_DLE: Numbers) -> tuple[Numbers, ...]:
     """I(domain; expert) by layer, and its expectation if all domains had the mean's shares.
 
     For close shares it is Σ (p_d - m)² / m / (2 ln 2), mean over domains; a domain's own part of the mean m takes 1/D
@@ -158,9 +173,7 @@ def _information(p_DLE: NDArray[np.float64], variance_DLE: NDArray[np.float64]) 
     return np.maximum(information, 0.0), noise * (1 - 1 / num_domains) / (2 * np.log(2))
 
 
-def _leader(
-    value_DL: NDArray[np.float64], low_DL: NDArray[np.float64], high_DL: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _leader(value_DL: Numbers, low_DL: Numbers, high_DL: Numbers) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Index of the domain with the largest value by layer, -1 if there is none, and whether it surely has it."""
     num_domains, num_layers = value_DL.shape
     leader, surely = np.full(num_layers, -1), np.zeros(num_layers, bool)
@@ -173,7 +186,7 @@ def _leader(
 
 
 def divergence_of_samples(
-    observed: float, mean_E: NDArray[np.float64], variance_2E: NDArray[np.float64], degrees_2: NDArray[np.float64]
+    observed: float, mean_E: Numbers, variance_2E: Numbers, degrees_2: Numbers
 ) -> tuple[float, float, float, float]:
     """Judge the divergence of two estimated distributions.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.measures import statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import FRACTION, described, estimate, layer_coordinates
 from moescope.tallying import REPEAT_KINDS, Source, Tally
 from moescope.tallying.counted import counted
 from moescope.tallying.tally import TallyCounter
@@ -31,12 +31,12 @@ def repeats(trace: Source, layers: Iterable[int] | None = None, *, threads: int 
         layers: Layers of the trace to measure, or None for all; counts have theirs.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
-        * `rate`, `standard_error`, `low`, `high` (domain, layer, kind): repeats over pairs, clustered by document,
-          95 %;
-        * `uniform` (layer, kind): the rate if each token drew its experts uniformly: the paper's dashed line;
-        * `marginal` (domain, layer, kind): the rate of two different tokens drawn at random from the domain, so what
+        * `rate` (domain, layer, kind): repeats over pairs; `rate_error`, `rate_low`, `rate_high`: clustered by
+          document, 95 %;
+        * `rate_null` (domain, layer, kind): the rate of two different tokens drawn at random from the domain, so what
           the popularity of experts explains without any order (N1); exact from the table of pairs, else from a sample
           of tokens;
+        * `rate_uniform` (layer, kind): the rate if each token drew its experts uniformly: the paper's dashed line;
         * `pairs`, `documents` (domain).
 
         Where the trace does not say which choice is the first, `kind` is only "any".
@@ -51,45 +51,36 @@ def repeats(trace: Source, layers: Iterable[int] | None = None, *, threads: int 
         raise NotRecorded("the trace", "holds counts, which do not tell what token follows what", COUNTS_HINT)
     data = tally.data
     kinds = data["kind"].values.tolist()
-    y, n = data["repeats"].values, data["pairs"].values[:, None, None]
-    documents = data["documents"].values[:, None, None]
-    rate = statistics.ratio(y, n)
-    error = statistics.ratio_standard_error(
-        y,
-        n,
+    rate = statistics.proportion(
+        data["repeats"].values,
+        data["pairs"].values[:, None, None],
         data["repeats_squared"].values,
         data["repeats_by_pairs"].values,
         data["pairs_squared"].values[:, None, None],
-        documents,
+        data["documents"].values[:, None, None],
     )
-    low, high = statistics.proportion_interval(rate, error, documents)
-    dims = ("domain", "layer", "kind")
     by_shape = [
-        dict(zip(REPEAT_KINDS, uniform_repeats(num_ids, top_k), strict=True))
-        for num_ids, top_k in zip(data["num_ids"].values.tolist(), data["top_k"].values.tolist(), strict=True)
+        dict(zip(REPEAT_KINDS, uniform_repeats(layer.num_ids, layer.top_k), strict=True))
+        for layer in tally.header.layers
     ]
     uniform = [[rates[kind] for kind in kinds] for rates in by_shape]
     return xr.Dataset(
-        {
-            "rate": described(
-                rate, dims, "repeated consecutive assignments", "1", "Mixtral of Experts (arXiv 2401.04088), Table 5"
-            ),
-            "standard_error": described(error, dims, "standard error of the rate", "1"),
-            "low": described(low, dims, "95 % interval, low end", "1"),
-            "high": described(high, dims, "95 % interval, high end", "1"),
-            "uniform": described(uniform, ("layer", "kind"), "rate of uniform independent routing", "1"),
-            "marginal": described(_marginal(tally), dims, "rate of two tokens of the domain drawn at random", "1"),
-            "pairs": ("domain", data["pairs"].values, {"units": "pairs of consecutive tokens"}),
+        estimate(
+            "rate",
+            ("domain", "layer", "kind"),
+            "repeated consecutive assignments",
+            FRACTION,
+            "Mixtral of Experts (arXiv 2401.04088), Table 5",
+            meanings={"null": "rate of two tokens of the domain drawn at random"},
+            **rate,
+            null=_marginal(tally),
+        )
+        | {
+            "rate_uniform": described(uniform, ("layer", "kind"), "rate of uniform independent routing", FRACTION),
+            "pairs": described(data["pairs"].values, ("domain",), "pairs of consecutive tokens", "pairs"),
         },
-        {
-            "domain": data["domain"],
-            "layer": data["layer"],
-            "kind": data["kind"],
-            "num_experts": data["num_experts"],
-            "top_k": data["top_k"],
-            "documents": data["documents"],
-            "tokens": data["tokens"],
-        },
+        {name: data[name] for name in ("domain", "kind", "documents", "tokens")}
+        | layer_coordinates(tally.header.layers),
     )
 
 
@@ -109,7 +100,7 @@ def _marginal(tally: Tally) -> NDArray[np.float64]:
     data = tally.data
     tokens = data["tokens"].values.astype(float)
     ordered_pairs = tokens * (tokens - 1)
-    members = data["loads"].sel(choice="either").values.astype(float)
+    members = data["loads"].sel(choice="all").values.astype(float)
     result: dict[str, NDArray[np.float64]] = {
         kind: np.full(data["made"].shape[:2], np.nan) for kind in data["kind"].values.tolist()
     }

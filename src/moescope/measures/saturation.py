@@ -14,6 +14,7 @@ import xarray as xr
 
 from moescope.errors import TracesUnlike
 from moescope.measures.compare import LEAST_SHARE, agreement
+from moescope.measures.schema import by_domain, with_total
 from moescope.tallying.matching import same_corpus
 from moescope.tallying.pair_tally import common_layers, tally_pair
 from moescope.trace import Trace, as_trace
@@ -34,9 +35,9 @@ def saturation(
         layers: Layers to compare, or None for all.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
-        The variables of `Comparison.agreement` with a dim (checkpoint) before them, the last checkpoint left out;
-        coordinates `step` and, per checkpoint and domain, `tokens` and `documents` compared. Attributes: `reference`,
-        the last trace, and `reference_step`.
+        The variables of `Comparison.agreement` with a dim (step) before them, the last checkpoint left out; coordinates
+        `checkpoint`, the name of the trace of each step, and, per step and domain, `tokens` and `documents` compared.
+        Attributes: `reference`, the last trace, and `reference_step`.
     Raises:
         TracesUnlike: A trace does not hold the tokens or the layers of the last.
         NoSuchLayer: A layer was not recorded.
@@ -52,7 +53,7 @@ def saturation(
         raise ValueError(f"steps must ascend, one a trace ({len(traces)}), not {places}")
     layers = None if layers is None else sorted(set(layers))
     *earlier, last = [as_trace(trace) for trace in traces]
-    found = []
+    compared = []
     for trace in earlier:
         _need_alike(trace, last, layers)
         counted = tally_pair(trace, last, layers, threads=threads)
@@ -64,22 +65,25 @@ def saturation(
                 "expected at least half",
                 "record every checkpoint on the same corpus with the same sampling and window",
             )
-        found.append(agreement(counted).reset_coords(["tokens", "documents"]))
-    domains = list(dict.fromkeys(name for data in found for name in data["domain"].values.tolist()))
-    by_layer = ["uniform"]
-    result = xr.concat(
-        [data.drop_vars(by_layer).reindex(domain=domains) for data in found],
-        "checkpoint",
-        coords="minimal",
-        compat="equals",
-        join="exact",
+        compared.append(agreement(counted).reset_coords(["tokens", "documents"]))
+    named = [by_domain(data)["domain"].values.tolist() for data in compared]
+    labels = with_total(list(dict.fromkeys(name for names in named for name in names)))
+    by_step = [
+        data.drop_vars(["agreement_uniform", "total"]).assign_coords(domain=[labels[0], *names]).reindex(domain=labels)
+        for data, names in zip(compared, named, strict=True)
+    ]
+    result = xr.concat(by_step, "step", coords="minimal", compat="equals", join="exact")
+    return (
+        result.assign(agreement_uniform=compared[-1]["agreement_uniform"])
+        .assign_coords(
+            step=np.array(places[:-1]),
+            checkpoint=("step", np.array([trace.path.name for trace in earlier], object)),
+            total=("domain", np.array(labels) == labels[0]),
+            tokens=result["tokens"],
+            documents=result["documents"],
+        )
+        .assign_attrs(reference=last.path.name, reference_step=places[-1])
     )
-    result["uniform"] = found[-1]["uniform"]
-    result = result.assign_coords(
-        checkpoint=np.array([trace.path.name for trace in earlier], object),
-        step=("checkpoint", np.array(places[:-1])),
-    ).set_coords(["tokens", "documents"])
-    return result.assign_attrs(reference=last.path.name, reference_step=places[-1])
 
 
 def _need_alike(trace: Trace, last: Trace, layers: list[int] | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from moescope.measures import statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import FRACTION, described, estimate, layer_coordinates
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
 from moescope.tallying.tally import TallyCounter
@@ -29,51 +29,46 @@ def shares(trace: Source, layers: Iterable[int] | None = None, *, threads: int |
     Returns:
         Variables with dims (domain, layer, choice, expert):
 
-        * `share`: load of the expert over the assignments made by the choice; "either" counts all ranks together;
-        * `standard_error`, `low`, `high`: clustered by document, 95 %;
-        * `share_of_tokens`: the same load over tokens, as OLMoE's domain specialization; sums to `top_k` for "either";
+        * `share`: load of the expert over the assignments made by the choice; "all" counts all ranks together;
+          `share_error`, `share_low`, `share_high`: clustered by document, 95 %;
+        * `share_of_tokens`: the same load over tokens, as OLMoE's domain specialization; sums to `top_k` for "all";
 
-        and `uniform` (layer), 1/E. NaN for experts and choices that a layer lacks, and where nothing was assigned.
+        and `share_null` (layer), 1/E. NaN for experts and choices that a layer lacks, and where nothing was assigned.
         Where a layer has null experts (choices that run nothing), their ids follow the routed ones.
     Source:
         Mixtral of Experts, section 5, Figures 7 and 9; the intervals are ours.
     """
-    data = counted(trace, TallyCounter, layers=layers, threads=threads)[TallyCounter].data
-    made = data["made"]
-    documents = data["documents"].values[:, None, None, None]
-    y, n = data["loads"].values, made.values[..., None]
-    p = statistics.ratio(y, n)
-    error = statistics.ratio_standard_error(
-        y,
-        n,
+    tally = counted(trace, TallyCounter, layers=layers, threads=threads)[TallyCounter]
+    data = tally.data
+    exists = _exists(data)
+    share = statistics.proportion(
+        data["loads"].values,
+        data["made"].values[..., None],
         data["loads_squared"].values,
         data["loads_by_made"].values,
         data["made_squared"].values[..., None],
-        documents,
+        data["documents"].values[:, None, None, None],
+        exists=exists,
     )
-    low, high = statistics.proportion_interval(p, error, documents)
-    of_tokens = statistics.ratio(y, data["tokens"].values[:, None, None, None])
-    exists = _exists(data)
+    of_tokens = statistics.ratio(data["loads"].values, data["tokens"].values[:, None, None, None])
     dims = ("domain", "layer", "choice", "expert")
     return xr.Dataset(
-        {
-            "share": described(
-                np.where(exists, p, np.nan), dims, "share of assignments", "1", f"{PAPER}, Figures 7 and 9"
+        estimate("share", dims, "share of assignments", FRACTION, f"{PAPER}, Figures 7 and 9", **share)
+        | {
+            "share_null": described(
+                1 / data["num_experts"].values, ("layer",), "share if all experts were equal", FRACTION
             ),
-            "standard_error": described(np.where(exists, error, np.nan), dims, "standard error of the share", "1"),
-            "low": described(np.where(exists, low, np.nan), dims, "95 % interval, low end", "1"),
-            "high": described(np.where(exists, high, np.nan), dims, "95 % interval, high end", "1"),
             "share_of_tokens": described(
                 np.where(exists, of_tokens, np.nan),
                 dims,
                 "load over tokens",
-                "1",
+                FRACTION,
                 "OLMoE (arXiv 2409.02060), domain specialization",
             ),
-            "uniform": described(1 / data["num_experts"].values, ("layer",), "share if all experts were equal", "1"),
         },
-        data.drop_vars([name for name in data.coords if name in ("kind", "second_expert")]).coords,
-    ).assign_coords(documents=data["documents"], tokens=data["tokens"])
+        {name: data[name] for name in ("domain", "choice", "expert", "documents", "tokens")}
+        | layer_coordinates(tally.header.layers),
+    )
 
 
 def _exists(data: xr.Dataset) -> np.ndarray:

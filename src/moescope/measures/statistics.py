@@ -6,6 +6,8 @@ variances here are linearised (Taylor) variances of a ratio of document totals, 
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
@@ -85,6 +87,46 @@ def proportion_interval(
     high = np.where(inside, high, np.where(p == 0, rare, np.where(p == 1, 1.0, p)))
     unknown = np.isnan(p) | (d < 2)
     return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high)
+
+
+class Proportion(TypedDict):
+    """Proportions with their standard errors and 95 % intervals, as `schema.estimate` takes them."""
+
+    value: Numbers
+    error: Numbers
+    low: Numbers
+    high: Numbers
+
+
+def proportion(
+    y: ArrayLike,
+    n: ArrayLike,
+    yy: ArrayLike,
+    yn: ArrayLike,
+    nn: ArrayLike,
+    documents: ArrayLike,
+    *,
+    most: ArrayLike = 1,
+    exists: ArrayLike = True,
+) -> Proportion:
+    """The proportion Σy / (`most` · Σn) of sums over documents, with its error and interval, clustered by document.
+
+    Args:
+        y: As the following, of `ratio_standard_error`.
+        n: Σ of what could have been counted, over `most`.
+        yy: Σ of y².
+        yn: Σ of y·n.
+        nn: Σ of n².
+        documents: Number of documents.
+        most: What `y` can be at most where `n` is 1.
+        exists: Where there is such a proportion at all; NaN elsewhere.
+    """
+    y, n, most = (np.asarray(values, float) for values in (y, n, most))
+    value = ratio(y, n * most)
+    error = ratio_standard_error(y, n, yy, yn, nn, documents) / most
+    low, high = proportion_interval(value, error, documents)
+    value, error, low, high = (np.where(exists, values, np.nan) for values in (value, error, low, high))
+    return {"value": value, "error": error, "low": low, "high": high}
 
 
 def student_t(documents: ArrayLike) -> Numbers:

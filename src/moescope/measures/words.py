@@ -8,8 +8,7 @@ id does elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import xarray as xr
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import EXPERT_ID, FRACTION, described, estimate, layer_coordinates
 from moescope.tallying import INDENTATION, Occurrences, Source, Tally, TokenChoices
 from moescope.tallying.counted import counted
 from moescope.tallying.counter import Options
@@ -43,8 +42,8 @@ def words(
         layers: Layers of the trace to measure, or None for all; counts have theirs.
         threads: Parts counted at a time; None for the number of processors.
     Returns:
-        Dims (word, layer); `occurrences`, `tokens`, `documents`, `multi_token` (word): how many there are, and how many
-        occurrences have at least two tokens.
+        Dims (word, layer); `occurrences`, `tokens`, `multi_token` (word): how many there are, and how many occurrences
+        have at least two tokens; the coordinate `documents` (word): how many hold the word.
 
         * `top_expert`, `top_share`, `top_share_low`, `top_share_high`, `top_share_null`: the expert that most tokens of
           the word choose first, their share (clustered by document; the lower end allows for its having been picked as
@@ -75,93 +74,86 @@ def words(
     choices = TokenChoices.of(counts[DocumentCounter], found)
     chosen = [layer.layer for layer in counts.layers]
     rows = [[_judge(word, place, choices, tally, layer) for place, layer in enumerate(chosen)] for word in found]
-    table = np.array([[astuple(row) for row in by_layer] for by_layer in rows], float).reshape(
-        len(found), len(chosen), len(_FIELDS)
-    )
-    sizes = {
-        "occurrences": [len(np.unique(word.occurrence)) for word in found],
-        "tokens": [len(word.token_id) for word in found],
-        "documents": [len(np.unique(word.document)) for word in found],
-        "multi_token": [int((_lengths(word) > 1).sum()) for word in found],
+    tops, shares = (np.array([[row[part] for row in by_layer] for by_layer in rows], float) for part in (0, 1))
+    dims = ("word", "layer")
+    variables = {
+        name: described([size(word) for word in found], ("word",), long_name, units)
+        for name, (size, long_name, units) in _SIZES.items()
     }
+    variables["top_expert"] = described(tops, dims, "most frequent first choice of the word's tokens", EXPERT_ID)
+    for place, (name, (long_name, null_name)) in enumerate(_SHARES.items()):
+        value, low, high, null = np.moveaxis(shares[:, :, place], -1, 0)
+        meanings = {"null": null_name}
+        variables |= estimate(
+            name, dims, long_name, FRACTION, meanings=meanings, value=value, low=low, high=high, null=null
+        )
+    documents = [len(np.unique(word.document)) for word in found]
     return xr.Dataset(
-        {
-            **{name: ("word", np.array(size, np.int64), {"units": name}) for name, size in sizes.items()},
-            **{
-                name: described(table[:, :, at], ("word", "layer"), _FIELDS[name], "expert id" if at == 0 else "1")
-                for at, name in enumerate(_FIELDS)
-            },
-        },
-        {
-            "word": [word.name for word in found],
-            "layer": list(chosen),
-            "num_experts": tally.data["num_experts"].sel(layer=list(chosen)),
-        },
+        variables,
+        {"word": [word.name for word in found], "documents": ("word", documents, {"units": "documents"})}
+        | layer_coordinates(counts.layers),
     )
 
 
-@dataclass(frozen=True)
-class _Row:
-    top_expert: float
-    top_share: float
-    top_share_low: float
-    top_share_high: float
-    top_share_null: float
-    same: float
-    same_low: float
-    same_high: float
-    same_null: float
-    together: float
-    together_low: float
-    together_high: float
-    together_null: float
-
-
-_FIELDS = {
-    "top_expert": "most frequent first choice of the word's tokens",
-    "top_share": "share of the word's tokens that choose it first",
-    "top_share_low": "95 % interval, low end",
-    "top_share_high": "95 % interval, high end",
-    "top_share_null": "share of all tokens that choose it first",
-    "same": "probability that two tokens of the word, from different documents, have one first choice",
-    "same_low": "95 % interval, low end",
-    "same_high": "95 % interval, high end",
-    "same_null": "probability that any two tokens of the trace have one first choice",
-    "together": "share of the occurrences of several tokens whose tokens all have one first choice",
-    "together_low": "95 % interval, low end",
-    "together_high": "95 % interval, high end",
-    "together_null": "the same if each token chose as its id does in other documents",
+_SIZES: dict[str, tuple[Callable[[Occurrences], int], str, str]] = {
+    "occurrences": (lambda word: len(_lengths(word)), "how often the word was found", "occurrences"),
+    "tokens": (lambda word: len(word.token_id), "tokens of its occurrences", "tokens"),
+    "multi_token": (lambda word: int((_lengths(word) > 1).sum()), "occurrences of several tokens", "occurrences"),
 }
+"""By name: how it is counted, what it is, its unit."""
+
+_SHARES = {
+    "top_share": ("share of the word's tokens that choose it first", "share of all tokens that choose it first"),
+    "same": (
+        "probability that two tokens of the word, from different documents, have one first choice",
+        "probability that any two tokens of the trace have one first choice",
+    ),
+    "together": (
+        "share of the occurrences of several tokens whose tokens all have one first choice",
+        "the same if each token chose as its id does in other documents",
+    ),
+}
+"""By name: what it is, and what its null is."""
 
 
-def _judge(word: Occurrences, at: int, choices: TokenChoices, tally: Tally, layer: int) -> _Row:
+def _judge(
+    word: Occurrences, place: int, choices: TokenChoices, tally: Tally, layer: int
+) -> tuple[float, list[tuple[float, float, float, float]]]:
+    """The top expert at a layer, and each of `_SHARES` with its interval and null.
+
+    Args:
+        word: Where the word stands, and its choices.
+        place: Index of the layer among those counted.
+        choices: What token ids do elsewhere.
+        tally: The loads of all tokens.
+        layer: The layer.
+    """
     nothing = float("nan")
     num_ids = int(tally.data["num_ids"].sel(layer=layer))  # an expert that the layer lacks cannot be its top
     loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values[:num_ids].astype(float)
-    marginal = loads / loads.sum()
     same_null = float(statistics.ratio((loads * (loads - 1)).sum(), loads.sum() * (loads.sum() - 1)))
-    choice = word.first_choice[at]
+    choice = word.first_choice[place]
     made = choice >= 0
     if not made.any():
-        return _Row(*(nothing,) * 8, same_null, *(nothing,) * 4)
-    documents, place = np.unique(word.document, return_inverse=True)
+        return nothing, [(nothing,) * 4, (nothing, nothing, nothing, same_null), (nothing,) * 4]
+    documents, of_document = np.unique(word.document, return_inverse=True)
     by_document = np.zeros((len(documents), len(loads)))
-    np.add.at(by_document, (place[made], choice[made]), 1)
+    np.add.at(by_document, (of_document[made], choice[made]), 1)
     top = int(by_document.sum(axis=0).argmax())
-    top_share = _share_of_the_top(by_document, top)
-    same = _same_across(by_document)
-    together, together_null = _together(word, at, choices)
-    return _Row(top, *top_share, float(marginal[top]), *same, same_null, *together, together_null)
+    together, together_null = _together(word, place, choices)
+    return top, [
+        (*_share_of_the_top(by_document, top), float((loads / loads.sum())[top])),
+        (*_same_across(by_document), same_null),
+        (*together, together_null),
+    ]
 
 
 def _clustered(y_G: NDArray[np.float64], n_G: NDArray[np.float64]) -> tuple[float, float, float]:
     """A ratio over documents with its 95 % interval."""
     used = n_G > 0
     y, n = y_G[used], n_G[used]
-    p = statistics.ratio(y.sum(), n.sum())
-    error = statistics.ratio_standard_error(y.sum(), n.sum(), (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
-    low, high = statistics.proportion_interval(p, error, len(n))
-    return float(p), float(low), float(high)
+    of = statistics.proportion(y.sum(), n.sum(), (y * y).sum(), (y * n).sum(), (n * n).sum(), len(n))
+    return float(of["value"]), float(of["low"]), float(of["high"])
 
 
 def _share_of_the_top(count_GE: NDArray[np.float64], top: int) -> tuple[float, float, float]:

@@ -8,7 +8,8 @@ import xarray as xr
 
 from moescope.measures.schema import DIFFERENCE, EXPERT_ID, FRACTION
 from moescope.reporting.numbers import MISSING, bits, count, number, percent, points, spread
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, grid
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row
+from moescope.reporting.visible import visible
 
 BY_DOCUMENT = "± the larger side of a 95 % interval, by document."
 CLUSTERED = "± the larger side of a 95 % interval, clustered by document."
@@ -34,28 +35,38 @@ def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
         name: The value.
         digits: After the point; None for as many as the unit usually has.
     """
-    value, unit = place[name].item(), place[name].attrs.get("units", "1")
+    beside = (place[f"{name}_{end}"].item() if f"{name}_{end}" in place else nan for end in ("low", "high", "q"))
+    return _in_unit(place[name].attrs.get("units", "1"), digits, place[name].item(), *beside)
+
+
+def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:
+    """A row a label of one dim, in it the cell of a variable a label of another dim."""
+    unit = data[name].attrs.get("units", "1")
+    tables = [data[name].transpose(row, column).values.tolist()]
+    for ending in ("low", "high", "q"):
+        beside = data.get(f"{name}_{ending}", data[name] * nan)
+        tables.append(beside.transpose(row, column).values.tolist())
+    return tuple(
+        Row(visible(str(label)), tuple(_in_unit(unit, digits, *numbers) for numbers in zip(*columns, strict=True)))
+        for label, *columns in zip(data[row].values.tolist(), *tables, strict=True)
+    )
+
+
+def _in_unit(unit: str, digits: int | None, value: float, low: float, high: float, q: float) -> Cell:
     digits = _DIGITS.get(unit, 2) if digits is None else digits
     if isinstance(value, int):
         return Cell(count(value))
     if isnan(value) and unit in (DIFFERENCE, EXPERT_ID):
         return Cell(MISSING)
-    low, high = values(place, f"{name}_low", f"{name}_high") if f"{name}_low" in place else (nan, nan)
+    half = max(value - low, high - value)
     if unit == FRACTION:
         text, beside = percent(value, digits), spread(value, low, high, digits)
+    elif unit == DIFFERENCE:
+        text, beside = points(value, digits), "" if isnan(half) else f"±{100 * half:.{digits}f}"
     else:
-        half = max(value - low, high - value)
-        text = points(value, digits) if unit == DIFFERENCE else number(value, 0 if unit == EXPERT_ID else digits)
-        beside = (
-            "" if isnan(half) else f"±{100 * half:.{digits}f}" if unit == DIFFERENCE else f"±{number(half, digits)}"
-        )
-    return Cell(text, beside, mark(place[f"{name}_q"]) if f"{name}_q" in place else "")
-
-
-def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:
-    """A row a label of one dim, in it the cell of a variable a label of another dim."""
-    rows, columns = data[row].values.tolist(), data[column].values.tolist()
-    return grid(rows, columns, lambda here, there: cell(data.sel({row: here, column: there}), name, digits))
+        text = number(value, 0 if unit == EXPERT_ID else digits)
+        beside = "" if isnan(half) else f"±{number(half, digits)}"
+    return Cell(text, beside, mark(q))
 
 
 def share_cell(at: xr.Dataset, name: str, low: str = "low", high: str = "high", digits: int = 1) -> Cell:

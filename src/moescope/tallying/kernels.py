@@ -1,7 +1,7 @@
 """The loops over tokens, compiled by numba; the unit counted is the assignment, the unit of sampling the document.
 
 Shape suffixes: T tokens, K choices a token, E expert ids of the layer (null experts included), D domains, G documents
-of the part, Q sequences of the part, M measures of repetition. C = K + 1 choices: 0 is all ranks together ("either"),
+of the part, Q sequences of the part, M measures of repetition. C = K + 1 choices: 0 is all ranks together ("all"),
 1 .. K are the ranks. Ids outside 0 .. E - 1 are dropped assignments: they add to no expert and repeat nothing.
 
 Every kernel adds to the sums it is given. The moments are sums over documents of y² and y·n, where y is what a document

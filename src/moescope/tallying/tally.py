@@ -41,11 +41,11 @@ class Tally(Result):
               first and second choice, those with one choice dropped at (e, e);
             * coordinates `num_experts`, `num_ids`, `top_k` (layer).
         sample: Tokens kept for what sums cannot tell where there is no `pair`; None where it is not needed.
-        counts_only: Whether it comes from a trace of counts. Then `choice` is only "either", there are no repeats, no
+        counts_only: Whether it comes from a trace of counts. Then `choice` is only "all", there are no repeats, no
             pairs and no `pair`, `tokens` is the most assignments of a layer over its top-k, and the sums of squares and
             products are float64.
         ranked: Whether the choices of every layer are in the order of their gate weights. If not, nobody knows which is
-            the first: `choice` is only "either", `kind` only "any".
+            the first: `choice` is only "all", `kind` only "any".
     """
 
     data: xr.Dataset
@@ -160,9 +160,9 @@ def choice_labels(top_k: int) -> list[str]:
 
     Example:
         >>> choice_labels(4)
-        ['either', 'first', 'second', 'third', '4th']
+        ['all', 'first', 'second', 'third', '4th']
     """
-    return ["either", "first", "second", "third", *(f"{n}th" for n in range(4, top_k + 1))][: top_k + 1]
+    return ["all", "first", "second", "third", *(f"{n}th" for n in range(4, top_k + 1))][: top_k + 1]
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class TallyCounter(Counter[Tally]):
         arrays |= {name: np.ascontiguousarray(sums_LD.swapaxes(0, 1)) for name, sums_LD in by_layer.items()}
         ranked = all(layer.ranked for layer in self.layers)
         data = _dataset(arrays, self.domains, self.layers, *_labels(self.layers, True, False))
-        return Tally(data if ranked else data.sel(choice=["either"], kind=["any"]), self.sample, ranked=ranked)
+        return Tally(data if ranked else data.sel(choice=["all"], kind=["any"]), self.sample, ranked=ranked)
 
 
 _SUMS: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -372,7 +372,7 @@ def _dataset(
 
 
 def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
-    """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "either" alone."""
+    """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "all" alone."""
     num_domains, num_layers, num_ids = len(trace.domains), len(layers), max(layer.num_ids for layer in layers)
     documents_D, tokens_D = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
     made_DL = np.zeros((num_domains, num_layers), np.int64)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,7 +39,7 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
         divergence: Of `moescope.divergence`.
     """
     value = divergence["jsd_rest"].transpose("domain", "layer").values
-    found = divergence["q_value"].transpose("domain", "layer").values < SIGNIFICANT
+    found = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
     return draw_map(names, divergence["layer"].values, value, found)
 
@@ -62,7 +64,7 @@ def draw_map(
             top + bottom + (0.22 if numbers else 0.17) * len(names),
         )
         axes = figure.subplots()
-        width, height = figure.get_size_inches()
+        width = figure.get_size_inches()[0]
         style.place(
             figure, left=left, right=width - left - cell * len(layers), top=top, bottom=bottom, between=0, rows=1
         )
@@ -87,22 +89,8 @@ def draw_map(
             ]
             axes.set_xticks(np.array(shown) + 0.5, [str(layers[at]) for at in shown])
         axes.set_xlabel("Layer", labelpad=2)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        bar_axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
-        bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal")
-        bar.outline.set_linewidth(0)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(3))
-        bar_axes.tick_params(length=2, pad=2)
-        figure.text(
-            (left + 1.55) / width,
-            0.24 / height,
-            "bits; • not explained by sampling documents",
-            fontsize=7,
-            color=MUTED,
-            va="bottom",
-        )
+        _without_frame(axes)
+        _add_scale(figure, mesh, left)
     return figure
 
 
@@ -131,21 +119,31 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
             known = np.where(np.eye(len(names), dtype=bool), np.nan, value)
             mesh = axes.pcolormesh(known, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
             axes.invert_yaxis()
-            found = divergence["pair_q_value"].sel(layer=layer).values < SIGNIFICANT
+            found = divergence["jsd_q"].sel(layer=layer).values < SIGNIFICANT
             for colour, here in (("#ffffff", value > 0.45 * largest), ("#000000", value <= 0.45 * largest)):
                 rows, columns = np.nonzero(here & found)
                 axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.6, color=colour, markeredgewidth=0)
             axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90)
             axes.set_yticks(np.arange(len(names)) + 0.5, names if at == 0 else [])
-            axes.tick_params(length=0)
             style.panel_title(axes, f"Layer {layer}")
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        bar_axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
-        bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal")
-        bar.outline.set_linewidth(0)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(3))
-        bar_axes.tick_params(length=2, pad=2)
-        words = "bits; • not explained by sampling documents"
-        figure.text((left + 1.55) / width, 0.24 / height, words, fontsize=7, color=MUTED, va="bottom")
+            _without_frame(axes)
+        _add_scale(figure, mesh, left)
     return figure
+
+
+def _without_frame(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _add_scale(figure: Figure, mesh: QuadMesh, left: float) -> None:
+    """The scale of colours with its words, at the bottom."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
+    bar = figure.colorbar(mesh, cax=axes, orientation="horizontal")
+    bar.outline.set_linewidth(0)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(3))
+    axes.tick_params(length=2, pad=2)
+    words = "bits; • not explained by sampling documents"
+    figure.text((left + 1.55) / width, 0.24 / height, words, fontsize=7, color=MUTED, va="bottom")

@@ -10,10 +10,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
+from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
-from moescope.reporting.wording import describe_any
 
 MOST_LAYERS_BY_NAME = 8
 """Up to here each line carries its layer's number; beyond, the colour does."""
@@ -30,19 +29,14 @@ def draw_saturation(saturation: xr.Dataset) -> Figure:
     Args:
         saturation: Of `moescope.saturation`.
     """
-    data = saturation.isel(domain=0)
+    data = total(saturation)
     kinds = [kind for kind in ("set", "first") if np.isfinite(data["agreement"].sel(kind=kind)).any()]
     top_k = int(data["top_k"].values.max())
     kinds = kinds[:1] if top_k == 1 else kinds
     with style.style():
-        figure = style.new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, 2.95)
-        panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
-        style.place(figure, left=0.5, right=0.62, top=0.3, bottom=0.42, between=0, rows=1)
-        figure.subplots_adjust(wspace=0.16)
+        figure, panels = style.panels_of_kinds(kinds, top_k, top=0.3, height=2.95, right=0.62, alike=True)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, data.sel(kind=kind), named=axes is panels[-1])
-            title = "first choice" if kind == "first" else describe_any(top_k)
-            style.panel_title(axes, title[0].upper() + title[1:])
             axes.set_xlabel(f"Step; compared with {saturation.attrs['reference_step']:g}", labelpad=2)
         panels[0].set_ylim(0, 100)
         panels[0].set_ylabel("Chosen as at the end (%)")
@@ -54,7 +48,7 @@ def draw_saturation(saturation: xr.Dataset) -> Figure:
 def _draw_lines(axes: Axes, data: xr.Dataset, *, named: bool) -> None:
     steps, layers = data["step"].values.astype(float), data["layer"].values
     value, low, high, null = (
-        100 * data[name].transpose("layer", "checkpoint").values for name in ("agreement", "low", "high", "popularity")
+        100 * data[f"agreement{end}"].transpose("layer", "step").values for end in ("", "_low", "_high", "_null")
     )
     axes.fill_between(
         steps, null.min(axis=0), null.max(axis=0), color=MUTED, alpha=0.25, linewidth=0, label="popularity"

@@ -32,13 +32,13 @@ BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
 ).with_extremes(under="#000000", bad="#e9eaec")
 
 
-def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "either") -> Figure:
+def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "all") -> Figure:
     """Figure 7: a panel a layer.
 
     Args:
         shares: Of `moescope.shares`.
         layers: Layers to draw.
-        choice: Which choice; the paper draws "either".
+        choice: Which choice; the paper draws "all".
     """
     data = shares.sel(layer=list(layers), choice=choice)
     with style.style():
@@ -54,7 +54,7 @@ def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "either
         for axes, layer in zip(panels, layers, strict=True):
             _draw_bars(axes, data.sel(layer=layer), marks, highest)
             style.panel_title(axes, f"Layer {layer}")
-            _label_uniform(axes, float(data["uniform"].sel(layer=layer)))
+            _label_uniform(axes, float(data["share_null"].sel(layer=layer)))
         panels[len(layers) // 2].set_ylabel("Selection proportion")
         panels[-1].set_xlabel("Expert ID", labelpad=2)
         style.legend_above(figure, style.bar_handles(marks), [mark.name for mark in marks], columns=columns)
@@ -110,14 +110,16 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float
     width = GROUP_WIDTH / len(marks)
     experts = np.arange(num_ids)
     centres = experts + (np.arange(len(marks))[:, None] - (len(marks) - 1) / 2) * width
-    share, low, high = (at[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "low", "high"))
+    share, low, high = (
+        at[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "share_low", "share_high")
+    )
     for mark, x, height in zip(marks, centres, share, strict=True):
         bars = np.stack([x - 0.46 * width, 0 * x, x + 0.46 * width, np.nan_to_num(height)], axis=1)
         style.add_rectangles(axes, bars, facecolor=mark.colour, hatch=mark.hatch, linewidth=0, label=mark.name)
     style.add_verticals(
         axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5, label="95 % interval"
     )
-    axes.axhline(float(at["uniform"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
+    axes.axhline(float(at["share_null"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
     axes.set_xlim(-0.5, num_ids - 0.5)
     axes.set_ylim(0, highest)
     num_experts = int(at["num_experts"])
@@ -142,8 +144,8 @@ def _label_uniform(axes: Axes, uniform: float) -> None:
 
 def _highest(data: xr.Dataset) -> float:
     """Top of the vertical axis: over every interval, but not stretched by one absurdly wide."""
-    share, high = data["share"].values, data["high"].values
-    top = max(np.nanmax(share, initial=0), float(data["uniform"].values.max()), 1e-9)
+    share, high = data["share"].values, data["share_high"].values
+    top = max(np.nanmax(share, initial=0), float(data["share_null"].values.max()), 1e-9)
     return float(1.05 * min(max(np.nanmax(high, initial=0), top), 1.6 * top))
 
 
@@ -187,7 +189,7 @@ def _ratios(at: xr.Dataset) -> NDArray[np.float64]:
     """Shares over the uniform share, shape (domain, expert), the experts of the largest mean share first."""
     share = at["share"].isel(expert=slice(int(at["num_ids"]))).transpose("domain", "expert").values
     means = np.nan_to_num(share).mean(axis=0)
-    return share[:, np.argsort(-means, kind="stable")] / float(at["uniform"])
+    return share[:, np.argsort(-means, kind="stable")] / float(at["share_null"])
 
 
 def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any:

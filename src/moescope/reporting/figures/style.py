@@ -24,9 +24,13 @@ from numpy.typing import NDArray
 
 from moescope.reporting.colours import INK, MUTED, PAPER, RULE, domain_colours
 from moescope.reporting.visible import shorten
+from moescope.reporting.wording import capital, describe_choice
 
 FULL_WIDTH = 6.75
 """Width of a page of text, inches."""
+
+UNIFORM: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+"""Look of the line of uniform routing."""
 
 MOST_LAYERS_WITH_MARKERS = 16
 """Layers up to which each has its marker, and its tick."""
@@ -192,6 +196,59 @@ def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8],
     if len(points):
         axes.update_datalim(points)
     return patch
+
+
+def panels_of_kinds(
+    kinds: Sequence[str], top_k: int, *, top: float, height: float, left: float = 0.5, right: float = 0.1, alike: bool
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel a kind side by side, under their titles.
+
+    Args:
+        kinds: "first", first choices; or another, all choices of a token.
+        top_k: Choices of a token.
+        top: Margins, in inches.
+        height: Of the figure.
+        left: See `top`.
+        right: See `top`.
+        alike: Whether the panels share the vertical axis.
+    """
+    figure = new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, height)
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=alike)[0].tolist()
+    place(figure, left=left, right=right, top=top, bottom=0.42, between=0, rows=1)
+    figure.subplots_adjust(wspace=0.16)
+    for axes, kind in zip(panels, kinds, strict=True):
+        panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
+    return figure, panels
+
+
+def add_domain(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], mark: Mark, number: int, **look: Any) -> None:
+    """Draw the line of a domain by layer, with all its markers, or with every fourth where layers are many."""
+    axes.plot(
+        x,
+        y,
+        color=mark.colour,
+        linestyle=mark.line,
+        marker=mark.marker,
+        markevery=1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (number % 4, 4),
+        markeredgewidth=0,
+        label=mark.name,
+        **look,
+    )
+
+
+def widened(layers: NDArray[Any], *values: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
+    """Values by layer, carried on to both sides so that the ends, and a single layer, can be seen."""
+    reach = beside(layers) if len(layers) else 0
+    x = np.concatenate([layers[:1] - reach, layers, layers[-1:] + reach])
+    return x, *(np.concatenate([v[:1], v, v[-1:]]) for v in values)
+
+
+def add_band(axes: Axes, layers: NDArray[Any], values_DL: NDArray[np.float64], label: str) -> None:
+    """Draw a grey band by layer, from the lowest domain to the highest, where any is known."""
+    known = np.isfinite(values_DL).any(axis=0)
+    if known.any():
+        x, *ends = widened(layers[known], *(end(values_DL[:, known], axis=0) for end in (np.nanmin, np.nanmax)))
+        axes.fill_between(x, ends[0], ends[1], color=MUTED, alpha=0.25, linewidth=0, label=label)
 
 
 def beside(layers: NDArray[np.integer[Any]]) -> float:

@@ -8,8 +8,9 @@ import xarray as xr
 
 from moescope.reporting import figures
 from moescope.reporting.chapters import TOPICS
+from moescope.reporting.frames import tidy
 from moescope.reporting.subject import PageFigure, Results, Subject
-from moescope.reporting.subjects.shares import about_uniform, shares_frame
+from moescope.reporting.subjects.shares import DIMS, about_uniform
 from moescope.reporting.wording import capital, describe_any
 from moescope.tallying import Counted
 
@@ -23,7 +24,7 @@ def measure(counted: Counted, results: Results) -> xr.Dataset | None:
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure]:
     """Figure 9."""
     top_k = int(found["top_k"].max())
-    choices = list(dict.fromkeys(["either", "first", found["choice"].values[top_k].item()]))
+    choices = list(dict.fromkeys(["all", "first", found["choice"].values[top_k].item()]))
     yield PageFigure(
         name="choices",
         file="figure9-choices",
@@ -39,7 +40,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure]:
             "last does not. If all rows look alike, the choices are exchangeable in this respect."
         ),
         cannot="It does not show which choices go together, nor how much weight each has in the output.",
-        frame=shares_frame(found.sel(choice=choices, layer=list(results.layers))),
+        frame=tidy(found.sel(choice=choices, layer=list(results.layers)), *DIMS),
     )
 
 

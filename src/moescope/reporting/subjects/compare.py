@@ -8,15 +8,14 @@ from pathlib import Path
 
 import click
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from moescope.measures.claims import first_middle_last
 from moescope.measures.compare import Comparison, compare
+from moescope.measures.schema import by_domain, total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import mark, percent_cell, share_cell, values
-from moescope.reporting.frames import in_percent
-from moescope.reporting.numbers import bits, count, percent, plain, signed
+from moescope.reporting.cells import cell, mark, values
+from moescope.reporting.frames import tidy
+from moescope.reporting.numbers import percent, plain, signed
 from moescope.reporting.options import figures_option, layers_option
 from moescope.reporting.subject import Drawing, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
@@ -91,36 +90,34 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     data, changes, weights = comparison.agreement, comparison.changes, comparison.weights
     assert data is not None
     assert changes is not None
-    domains = data["domain"].values.tolist()
     kinds = [kind for kind in _KINDS if np.isfinite(data["agreement"].sel(kind=kind)).any()]
 
     # Dtypes and good quantisations differ in tenths of a per cent.
     digits = 2 if float(data["agreement"].min()) > NEARLY_THE_SAME else 1
 
     def row(label: str, domain: str, layer: int) -> Row:
+        here = data.sel(domain=domain, layer=layer)
         cells = []
         for kind in kinds:
-            at = data.sel(domain=domain, layer=layer, kind=kind)
-            kappa = kappa_text(float(at["kappa"]), digits + 1)
-            cells += [share_cell(at, "agreement", digits=digits), percent_cell(at, "popularity"), Cell(kappa)]
+            of_kind = here.sel(kind=kind)
+            cells += [cell(of_kind, "agreement", digits), cell(of_kind, "agreement_null")]
+            cells += [Cell(kappa_text(float(of_kind["kappa"]), digits + 1))]
         if weights is not None:
-            of = weights.sel(domain=domain, layer=layer)
-            same, differs = values(of, "margin_same", "margin_differs")
-            cells += [
-                share_cell(of, "kept", "kept_low", "kept_high", digits),
-                Cell(plain(same)),
-                Cell(plain(differs, 3)),
-            ]
-        changed = int((changes["q_value"].sel(domain=domain, layer=layer) < SIGNIFICANT).sum())
-        return Row(label, (*cells, Cell(f"{changed} of {int(data['num_ids'].sel(layer=layer))}")))
+            of_weights = weights.sel(domain=domain, layer=layer)
+            same, differs = values(of_weights, "margin_same", "margin_differs")
+            cells += [cell(of_weights, "kept", digits), Cell(plain(same)), Cell(plain(differs, 3))]
+        changed = int((changes["change_q"].sel(domain=domain, layer=layer) < SIGNIFICANT).sum())
+        return Row(label, (*cells, Cell(f"{changed} of {int(here['num_ids'])}")))
 
+    label = str(total(data)["domain"].values)
     sections = [
-        Section("all domains", tuple(row(f"layer {at}", domains[0], at) for at in data["layer"].values.tolist()))
+        Section("all domains", tuple(row(f"layer {layer}", label, layer) for layer in data["layer"].values.tolist()))
     ]
+    domains = by_domain(data)["domain"].values.tolist()
     sections += [
-        Section(f"layer {layer}", tuple(row(visible(domain), domain, layer) for domain in domains[1:]))
+        Section(f"layer {layer}", tuple(row(visible(domain), domain, layer) for domain in domains))
         for layer in layers
-        if len(domains) > 2
+        if len(domains) > 1
     ]
     top_k = int(data["top_k"].values.max())
     titles = {"set": describe_any(top_k), "first": "first choice"}
@@ -148,7 +145,7 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             *(() if weights is None else (_ABOUT_WEIGHTS,)),
             *comparison.remarks,
         ),
-        frame=agreement_frame(data, weights),
+        frame=tidy(data if weights is None else data.assign(weights.data_vars), "domain", "layer", "kind"),
     )
 
 
@@ -156,23 +153,18 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     """How the share of each expert changed, all domains together: a section a layer, a row an expert."""
     data = comparison.changes
     assert data is not None
-    total = data.isel(domain=0)
     sections = []
     for layer in layers:
-        at = total.sel(layer=layer)
+        of_layer = total(data).sel(layer=layer)
         rows = []
-        for expert in range(int(at["num_ids"])):
-            of = at.sel(expert=expert)
-            change, low, high = (100 * value for value in values(of, "change", "low", "high"))
+        for expert in range(int(of_layer["num_ids"])):
+            place = of_layer.sel(expert=expert)
+            change, low, high = (100 * value for value in values(place, "change", "change_low", "change_high"))
             half = "" if isnan(low) else f"±{max(change - low, high - change):.2f}"
-            shares = (percent_cell(of, "share_a"), percent_cell(of, "share_b"))
-            cells = (*shares, Cell(signed(change), half, mark(of["q_value"])))
-            rows.append(Row(expert_name(expert, int(at["num_experts"])), cells))
+            shares = (cell(place, "share_a"), cell(place, "share_b"))
+            cells = (*shares, Cell(signed(change), half, mark(place["change_q"])))
+            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), cells))
         sections.append(Section(f"layer {layer}", tuple(rows)))
-    names = ("share_a", "share_b", "change", "low", "high")
-    frame = data[[*names, "p_value", "q_value"]].to_dataframe().reset_index()
-    frame = frame[[*data["share_a"].dims, *names, "p_value", "q_value"]]
-    frame = in_percent(frame[frame["share_a"].notna()].copy(), {name: f"{name}_percent" for name in names})
     return Table(
         "changes",
         f"Share of the assignments in A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}, %",
@@ -184,7 +176,7 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             f"{percent(SIGNIFICANT, 0)} % over layers and experts).",
             *comparison.remarks,
         ),
-        frame=frame.reset_index(drop=True),
+        frame=tidy(data, "domain", "layer", "expert"),
     )
 
 
@@ -194,14 +186,13 @@ def tokens_table(comparison: Comparison) -> Table:
     assert data is not None
     shown = data.isel(token_id=slice(MOST_TOKENS))
     rows = []
-    for at in range(shown.sizes["token_id"]):
-        of = shown.isel(token_id=at)
-        label = f"{int(of['token_id'])} {shorten(str(of['text'].item()), 24)}"
-        sizes = (Cell(count(int(of["seen"]))), Cell(count(int(of["documents"]))))
-        rows.append(Row(label, (*sizes, share_cell(of, "agreement"), percent_cell(of, "high"))))
-    names = ("agreement", "low", "high")
-    frame = data.to_dataframe().reset_index()[["token_id", "text", "seen", "documents", *names]]
-    frame["text"] = [visible(text) for text in frame["text"]]
+    for place in range(shown.sizes["token_id"]):
+        token = shown.isel(token_id=place)
+        label = f"{int(token['token_id'])} {shorten(str(token['text'].item()), 24)}"
+        sizes = (cell(token, "seen"), cell(token, "documents"))
+        at_most = Cell(percent(float(token["agreement_high"])))
+        rows.append(Row(label, (*sizes, cell(token, "agreement"), at_most)))
+    frame = tidy(data, "token_id")
     return Table(
         "tokens",
         f"Token ids on which A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}, agree least, %",
@@ -214,27 +205,24 @@ def tokens_table(comparison: Comparison) -> Table:
             "Ordered by its upper end, of ids seen at least 10 times in two documents or more.",
             *comparison.remarks,
         ),
-        frame=in_percent(frame, {name: f"{name}_percent" for name in names}),
+        frame=frame.assign(text=frame["text"].map(visible)),
     )
 
 
 def distances_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     """Distances between the distributions of two traces whose tokens are not compared."""
-    data = comparison.distances
-    assert data is not None
-    data = data.sel(layer=[layer for layer in layers if layer in data["layer"].values])
+    distances = comparison.distances
+    assert distances is not None
+    data = distances.sel(layer=[layer for layer in layers if layer in distances["layer"].values])
+    data = data.drop_vars(["jsd_low", "jsd_high"])  # of the true divergence, not around the measured one
     sections = []
     for layer in data["layer"].values.tolist():
         rows = []
         for domain in data["domain"].values.tolist():
-            at = data.sel(domain=domain, layer=layer)
-            evenness = (Cell(plain(value, 3)) for value in values(at, "evenness_a", "evenness_b"))
-            jsd, null = (bits(value) for value in values(at, "jsd", "null"))
-            rows.append(Row(visible(domain), (Cell(jsd, mark=mark(at["q_value"])), Cell(null), *evenness)))
+            place = data.sel(domain=domain, layer=layer)
+            evenness = (Cell(plain(value, 3)) for value in values(place, "evenness_a", "evenness_b"))
+            rows.append(Row(visible(domain), (cell(place, "jsd"), cell(place, "jsd_null"), *evenness)))
         sections.append(Section(f"layer {layer}", tuple(rows)))
-    assert comparison.distances is not None
-    frame = comparison.distances.to_dataframe().reset_index()
-    bits_names = ("jsd", "null", "low", "high")
     return Table(
         "distances",
         f"Distance between the shares of A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}",
@@ -247,32 +235,8 @@ def distances_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             f"{percent(SIGNIFICANT, 0)} %). evenness: entropy of the shares over that of equal shares.",
             *comparison.remarks,
         ),
-        frame=frame.rename(columns={name: f"{name}_bits" for name in bits_names}),
+        frame=tidy(distances, "domain", "layer"),
     )
-
-
-def agreement_frame(data: xr.Dataset, weights: xr.Dataset | None = None) -> pd.DataFrame:
-    """A row a (domain, layer, kind); what is known of gate weights stands in both kinds."""
-    shares = ["agreement", "low", "high", "popularity", "uniform"]
-    kappas = ["kappa", "kappa_low", "kappa_high"]
-    dims = [str(dim) for dim in data["agreement"].dims]
-    columns = [*shares, *kappas, "documents", "tokens"]
-    frame = data[columns[:-2]].to_dataframe().reset_index()
-    for name in ("documents", "tokens"):
-        if name not in frame:  # a coordinate of the domain
-            sizes = data[name].to_dataframe()[name].reset_index()
-            keys = [key for key in sizes if key in dims]
-            frame = frame.merge(sizes, on=keys, how="left")
-    frame = frame[[*dims, *columns]]
-    frame[shares] *= 100
-    if weights is not None:
-        kept = ["kept", "kept_low", "kept_high"]
-        more = weights[[*kept, "margin_same", "margin_differs"]].to_dataframe().reset_index()
-        more[kept] *= 100
-        more = more[["domain", "layer", *kept, "margin_same", "margin_differs"]]
-        more = more.rename(columns={name: f"weight_{name}_percent" for name in kept})
-        frame = frame.merge(more, on=["domain", "layer"], how="left")
-    return frame.rename(columns={name: f"{name}_percent" for name in shares})
 
 
 def kappa_text(value: float, digits: int = 2) -> str:

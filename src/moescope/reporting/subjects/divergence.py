@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import xarray as xr
 
 from moescope.measures.divergence import divergence
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import bits_range_cell, mark, values
+from moescope.reporting.cells import bits_range_cell, grid_of, values
 from moescope.reporting.chapters import TOPICS
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import bits, percent
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
@@ -84,8 +85,11 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     """How far each domain's shares are from the mean of the others: a row a domain, a column a layer."""
     data = divergence.sel(layer=list(layers))
 
-    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
-        return grid(data["domain"].values.tolist(), layers, lambda at, layer: cell(data.sel(domain=at, layer=layer)))
+    def rows(*names: str) -> tuple[Row, ...]:
+        return grid_of(data[list(names)], "domain", "layer", names[0])
+
+    def interval(domain: str, layer: int) -> Cell:
+        return bits_range_cell(data.sel(domain=domain, layer=layer), "jsd_rest")
 
     return Table(
         "divergence",
@@ -93,9 +97,9 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         "domain",
         tuple(f"layer {layer}" for layer in layers),
         (
-            Section("measured", rows(lambda at: Cell(bits(float(at["jsd_rest"])), mark=mark(at["q_value"])))),
-            Section("expected from sampling documents alone", rows(lambda at: Cell(bits(float(at["jsd_rest_null"]))))),
-            Section("95 % interval of the true divergence", rows(lambda at: bits_range_cell(at, "jsd_rest"))),
+            Section("measured", rows("jsd_rest", "jsd_rest_q")),
+            Section("expected from sampling documents alone", rows("jsd_rest_null")),
+            Section("95 % interval of the true divergence", grid(data["domain"].values.tolist(), layers, interval)),
         ),
         notes=(
             f"* differs from the other domains (false discovery rate {percent(SIGNIFICANT, 0)} %).",
@@ -112,23 +116,16 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     sections = []
     for layer in layers:
         at = data.sel(layer=layer)
-        value, q_value = at["jsd"].values, at["pair_q_value"].values
-        rows = tuple(
-            Row(
-                visible(domain),
-                tuple(
-                    Cell("") if row == column else Cell(bits(float(value[row, column])), mark="*" if found else "")
-                    for column, found in enumerate(q_value[row] < SIGNIFICANT)
-                ),
-            )
-            for row, domain in enumerate(domains)
-        )
+        rows = [
+            row._replace(cells=(*row.cells[:place], Cell(""), *row.cells[place + 1 :]))
+            for place, row in enumerate(grid_of(at[["jsd", "jsd_q"]], "domain", "other", "jsd"))
+        ]
         information, null = (bits(value) for value in values(at, "information", "information_null"))
         title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
         if str(at["leader"].values) and len(domains) > 2:
-            how = "surely furthest" if bool(at["leads_surely"]) else "furthest, not surely,"
+            how = "surely furthest" if bool(at["leader_significant"]) else "furthest, not surely,"
             title += f"; {how} from the others: {visible(str(at['leader'].values))}"
-        sections.append(Section(title, rows))
+        sections.append(Section(title, tuple(rows)))
     return Table(
         "domain_pairs",
         "Jensen-Shannon divergence between the shares of two domains, bits",
@@ -136,35 +133,25 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         tuple(map(visible, domains)),
         tuple(sections),
         notes=(f"* differ (false discovery rate {percent(SIGNIFICANT, 0)} % over layers and pairs).",),
-        frame=divergence_frame(data).query("other != '(the others)'"),
+        frame=pairs_frame(data),
     )
 
 
 def divergence_frame(divergence: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer) against the other domains, then a row a pair of domains and layer."""
-    names = {
-        "jsd_rest": "jsd_bits",
-        "jsd_rest_low": "low_bits",
-        "jsd_rest_high": "high_bits",
-        "jsd_rest_null": "sampling_alone_bits",
-        "p_value": "p_value",
-        "q_value": "q_value",
-    }
-    rest = divergence[list(names)].to_dataframe().reset_index().rename(columns=names)
-    rest.insert(1, "other", "(the others)")
-    of_pairs = {
-        "jsd": "jsd_bits",
-        "jsd_low": "low_bits",
-        "jsd_high": "high_bits",
-        "jsd_null": "sampling_alone_bits",
-        "pair_p_value": "p_value",
-        "pair_q_value": "q_value",
-    }
-    pairs = divergence[list(of_pairs)].to_dataframe().reset_index().rename(columns=of_pairs)
-    order = {domain: at for at, domain in enumerate(divergence["domain"].values.tolist())}
-    pairs = pairs[pairs["domain"].map(order) < pairs["other"].map(order)]
-    columns = ["domain", "other", "layer", *names.values()]
-    return pd.concat([rest[columns], pairs.reindex(columns=columns)], ignore_index=True)
+    names = [name for name, of in divergence.data_vars.items() if set(of.dims) == {"domain", "layer"}]
+    rest = divergence[names].rename({name: str(name).replace("jsd_rest", "jsd") for name in names})
+    frame = tidy(rest, "domain", "layer")
+    frame.insert(1, "other", "(the others)")
+    return pd.concat([frame, pairs_frame(divergence)], ignore_index=True)
+
+
+def pairs_frame(divergence: xr.Dataset) -> pd.DataFrame:
+    """A row a (domain, other domain, layer), each pair once."""
+    pairs = divergence[[name for name, of in divergence.data_vars.items() if "other" in of.dims]]
+    frame = tidy(pairs.drop_vars("documents"), "domain", "other", "layer")
+    order = {domain: place for place, domain in enumerate(divergence["domain"].values.tolist())}
+    return frame[frame["domain"].map(order) < frame["other"].map(order)].reset_index(drop=True)
 
 
 def _largest_pairs(data: xr.Dataset) -> list[str]:

@@ -9,7 +9,7 @@ import xarray as xr
 from moescope.reporting import figures
 from moescope.reporting.chapters import DOMAINS
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
-from moescope.reporting.subjects.divergence import FEWEST_DOMAINS_IN_PAIRS, divergence_frame, domain_pairs_table
+from moescope.reporting.subjects.divergence import FEWEST_DOMAINS_IN_PAIRS, domain_pairs_table, pairs_frame
 from moescope.tallying import Counted
 
 SECTION = PageSection(
@@ -47,7 +47,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It cannot tell topic from vocabulary or format: two domains in one notation look alike whatever they are "
             "about. With many documents even a trifle has its dot."
         ),
-        frame=divergence_frame(found.sel(layer=list(results.layers))).query("other != '(the others)'"),
+        frame=pairs_frame(found.sel(layer=list(results.layers))),
     )
     yield PageTable(
         domain_pairs_table(found, results.layers), folded="The same as a table, with the domain that stands out"

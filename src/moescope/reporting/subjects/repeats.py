@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import pandas as pd
 import xarray as xr
 
 from moescope.measures import published
 from moescope.measures.repeats import repeats
 from moescope.reporting import figures
-from moescope.reporting.cells import CLUSTERED, percent_cell, share_cell
+from moescope.reporting.cells import CLUSTERED, cell, grid_of
 from moescope.reporting.chapters import PUBLISHED
-from moescope.reporting.frames import in_percent, tidy_named, with_sizes
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
 from moescope.tallying import tally
 from moescope.trace import Trace
+
+DIMS = ("domain", "layer", "kind")
+"""A row of the frame."""
 
 SECTION = PageSection(
     PUBLISHED,
@@ -54,7 +56,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It does not tell why: neighbouring tokens are alike, and like tokens go to like experts. Nor what a "
             "cache gains, for that depends on longer memory than one token."
         ),
-        frame=repeats_frame(found),
+        frame=tidy(found, *DIMS),
     )
     yield PageTable(repeats_table(found, results.layers), heading="Table 5. Repeated consecutive assignments")
 
@@ -84,36 +86,25 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
     """
     data = repeats.sel(layer=list(layers))
     kinds = [kind for kind in ("first", "any") if kind in data["kind"].values]
-    columns = [(kind, layer) for kind in kinds for layer in layers]
-    domains = data["domain"].values.tolist()
-
-    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
-        return grid(domains, columns, lambda domain, at: cell(data.sel(domain=domain, kind=at[0], layer=at[1])))
-
-    uniform = tuple(percent_cell(data.sel(kind=kind, layer=layer), "uniform") for kind, layer in columns)
+    columns = data.sel(kind=kinds).stack(column=("kind", "layer"))
+    uniform = tuple(cell(columns.isel(column=place), "rate_uniform") for place in range(columns.sizes["column"]))
     top_k = int(data["top_k"].values.max())
+    rate, null = (grid_of(columns, "domain", "column", name) for name in ("rate", "rate_null"))
     return Table(
         "repeats",
         "Repeated consecutive assignments, %",
         "domain",
-        tuple(f"layer {layer}" for _, layer in columns),
+        tuple(f"layer {layer}" for _ in kinds for layer in layers),
         (
-            Section("", rows(lambda at: share_cell(at, "rate"))),
-            Section("expected from the popularity of the experts alone", rows(lambda at: percent_cell(at, "marginal"))),
+            Section("", rate),
+            Section("expected from the popularity of the experts alone", null),
             Section("expected from uniform routing", (Row("any domain", uniform),)),
-            *(_published(domains, layers) if len(kinds) == 2 else []),
+            *(_published(data["domain"].values.tolist(), layers) if len(kinds) == 2 else []),
         ),
         groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
         notes=(f"{CLUSTERED} Pairs never cross a sequence.",),
-        frame=repeats_frame(data),
+        frame=tidy(data, *DIMS),
     )
-
-
-def repeats_frame(repeats: xr.Dataset) -> pd.DataFrame:
-    """A row a (domain, layer, kind)."""
-    names = {"rate": "rate_percent", "low": "low_percent", "high": "high_percent", "uniform": "uniform_percent"}
-    names["marginal"] = "popularity_alone_percent"
-    return with_sizes(in_percent(tidy_named(repeats, list(names), ["domain", "layer", "kind"]), names), repeats)
 
 
 def _published(domains: Sequence[str], layers: Sequence[int]) -> list[Section]:

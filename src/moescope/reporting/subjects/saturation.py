@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import click
-import pandas as pd
 import xarray as xr
 
 from moescope.measures.saturation import saturation
+from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, percent_cell, share_cell
+from moescope.reporting.cells import BY_DOCUMENT, grid_of
+from moescope.reporting.frames import tidy
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, layers_option
 from moescope.reporting.subject import Drawing, Subject
-from moescope.reporting.subjects.compare import agreement_frame, kappa_text
+from moescope.reporting.subjects.compare import kappa_text
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_any
@@ -82,47 +83,34 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
         saturation: Of `moescope.saturation`.
         kind: "set" or "first".
     """
-    data = saturation.isel(domain=0).sel(kind=kind)
-    layers = data["layer"].values.tolist()
+    together = total(saturation)
+    data = together.sel(kind=kind)
 
-    def rows(cell: Callable[[xr.Dataset], Cell]) -> tuple[Row, ...]:
-        return tuple(
-            Row(f"{step:g}", tuple(cell(data.isel(checkpoint=place).sel(layer=layer)) for layer in layers))
-            for place, step in enumerate(data["step"].values.tolist())
-        )
+    def rows(name: str) -> tuple[Row, ...]:
+        labelled = zip(data["step"].values.tolist(), grid_of(data, "step", "layer", name), strict=True)
+        return tuple(row._replace(label=f"{step:g}") for step, row in labelled)
 
+    kappas = [
+        Row(f"{float(at['step']):g}", tuple(Cell(kappa_text(value)) for value in at["kappa"].values.tolist()))
+        for at in (data.isel(step=place) for place in range(data.sizes["step"]))
+    ]
     top_k = int(data["top_k"].values.max())
     what = describe_any(top_k) if kind == "set" else "first choice"
     reference = f"{visible(saturation.attrs['reference'])} ({saturation.attrs['reference_step']:g})"
-    documents, tokens = (int(saturation[name].isel(domain=0).min()) for name in ("documents", "tokens"))
+    documents, tokens = (int(together[name].min()) for name in ("documents", "tokens"))
     return Table(
         "saturation",
         f"Router saturation: agreement with {reference}, {what}, %",
         "step",
-        tuple(f"layer {layer}" for layer in layers),
+        tuple(f"layer {layer}" for layer in data["layer"].values.tolist()),
         (
-            Section("measured", rows(lambda at: share_cell(at, "agreement"))),
-            Section(
-                "expected from the popularity of the experts alone", rows(lambda at: percent_cell(at, "popularity"))
-            ),
-            Section("kappa: from 0, popularity alone, to 1", rows(lambda at: Cell(kappa_text(float(at["kappa"]))))),
+            Section("measured", rows("agreement")),
+            Section("expected from the popularity of the experts alone", rows("agreement_null")),
+            Section("kappa: from 0, popularity alone, to 1", tuple(kappas)),
         ),
         notes=(f"{BY_DOCUMENT[:-1]}; {count(tokens, 'token')} of {count(documents, 'document')}.",),
-        frame=saturation_frame(saturation),
+        frame=tidy(saturation, "step", "domain", "layer", "kind"),
     )
-
-
-def saturation_frame(data: xr.Dataset) -> pd.DataFrame:
-    """A row a (checkpoint, domain, layer, kind)."""
-    steps = dict(zip(data["checkpoint"].values.tolist(), data["step"].values.tolist(), strict=True))
-    parts = []
-    for at, (name, step) in enumerate(steps.items()):
-        one = data.isel(checkpoint=at).drop_vars(["checkpoint", "step"])
-        frame = agreement_frame(one)
-        frame.insert(0, "step", step)
-        frame.insert(0, "checkpoint", name)
-        parts.append(frame)
-    return pd.concat(parts, ignore_index=True)
 
 
 subject = Subject(command=command)

@@ -6,23 +6,25 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import click
-import numpy as np
-import pandas as pd
 import xarray as xr
 
 from moescope.measures.shares import shares
 from moescope.reporting import figures
+from moescope.reporting.cells import grid_of
 from moescope.reporting.chapters import TOPICS
-from moescope.reporting.frames import in_percent, tidy_named, with_sizes
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import percent, spread
+from moescope.reporting.numbers import percent
 from moescope.reporting.options import shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital, describe_any, describe_choice, expert_name
 from moescope.tallying import tally
 from moescope.trace import Trace
+
+DIMS = ("domain", "layer", "choice", "expert")
+"""A row of the frame."""
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
@@ -53,7 +55,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
             "Equal shares do not mean equal tokens: an expert may get the verbs of one domain and the numbers of "
             "another. Experts of different layers have nothing in common but their number."
         ),
-        frame=shares_frame(found.sel(choice=["either"], layer=layers)),
+        frame=tidy(found.sel(choice=["all"], layer=layers), *DIMS),
     )
     yield shares_table(found, layers)
 
@@ -71,10 +73,10 @@ def about_uniform(found: xr.Dataset) -> str:
 @shown_layers_option
 @click.option(
     "--choice",
-    default="either",
+    default="all",
     show_default=True,
     metavar="CHOICE",
-    help="Which choice: first, second, third, 4th … or either, all of a token's choices together.",
+    help="Which choice: first, second, third, 4th … or all of a token's choices together.",
 )
 @click.option(
     "--of",
@@ -106,7 +108,7 @@ def command(
 def shares_table(
     shares: xr.Dataset,
     layers: Sequence[int],
-    choice: str = "either",
+    choice: str = "all",
     of: Literal["assignments", "tokens"] = "assignments",
 ) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
@@ -114,60 +116,42 @@ def shares_table(
     Args:
         shares: Of `moescope.shares`.
         layers: Layers to show.
-        choice: A coordinate of `shares`: "either", "first", …
+        choice: A coordinate of `shares`: "all", "first", …
         of: "assignments", as in Figure 7, or "tokens", OLMoE's domain specialization (its equation 7): the part of the
             tokens that have the expert among their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
-    domains = data["domain"].values.tolist()
     sections = []
     for layer in layers:
-        at = data.sel(layer=layer).transpose("expert", "domain")
-        value, low, high = (at[name].values for name in ("share", "low", "high"))
-        uniform = float(at["uniform"])
+        of_layer = data.sel(layer=layer)
+        of_layer = of_layer.isel(expert=slice(int(of_layer["num_ids"])))
+        uniform = float(of_layer["share_null"])
         if of == "tokens":
-            tokens = at["share_of_tokens"].values
-            tokens = at["share_of_tokens"].values
-            scale = np.nansum(tokens, axis=0)  # assignments a token: top-k, or 1 for one rank, less what was dropped
-            value, low, high = tokens, low * scale, high * scale
-            uniform *= int(at["top_k"]) if choice == "either" else 1
-        rows = tuple(
-            Row(
-                expert_name(expert, int(at["num_experts"])),
-                tuple(
-                    Cell(percent(v), spread(v, a, b))
-                    for v, a, b in zip(value[expert], low[expert], high[expert], strict=True)
-                ),
-            )
-            for expert in range(int(at["num_ids"]))
-        )
-        sections.append(Section(f"layer {layer}: uniform {percent(uniform)}", rows))
+            tokens = of_layer["share_of_tokens"]
+            choices = tokens.sum("expert")  # of a token: top-k, or 1 for one rank, less what was dropped
+            low, high = (of_layer[name] * choices for name in ("share_low", "share_high"))
+            of_layer = of_layer.assign(share=tokens, share_low=low, share_high=high)
+            uniform *= int(of_layer["top_k"]) if choice == "all" else 1
+        rows = [
+            row._replace(label=expert_name(expert, int(of_layer["num_experts"])))
+            for expert, row in enumerate(grid_of(of_layer, "expert", "domain", "share"))
+        ]
+        sections.append(Section(f"layer {layer}: uniform {percent(uniform)}", tuple(rows)))
     top_k = int(data["top_k"].values.max())
     title = (
         "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
     )
     total = "The shares of a domain and layer sum to 100 %"
-    total += " times the choices of a token." if of == "tokens" and choice == "either" else "."
+    total += " times the choices of a token." if of == "tokens" and choice == "all" else "."
     return Table(
         "shares",
         f"{title}, {describe_choice(choice, top_k)}, %",
         "expert",
-        tuple(map(visible, domains)),
+        tuple(map(visible, data["domain"].values.tolist())),
         tuple(sections),
         notes=(f"± the larger side of a 95 % interval, clustered by document. {total}",),
-        frame=shares_frame(shares.sel(choice=[choice], layer=list(layers))),
+        frame=tidy(shares.sel(choice=[choice], layer=list(layers)), *DIMS),
     )
-
-
-def shares_frame(shares: xr.Dataset) -> pd.DataFrame:
-    """A row a (domain, layer, choice, expert) that the layer has."""
-    names = {"share": "share_percent", "low": "low_percent", "high": "high_percent", "uniform": "uniform_percent"}
-    names["share_of_tokens"] = "share_of_tokens_percent"
-    frame = in_percent(tidy_named(shares, list(names), ["domain", "layer", "choice", "expert"]), names)
-    exists = frame["expert"] < frame["layer"].map(shares["num_ids"].to_series())
-    rank = {choice: place for place, choice in enumerate(shares["choice"].values.tolist())}
-    exists &= frame["choice"].map(rank) <= frame["layer"].map(shares["top_k"].to_series())
-    return with_sizes(frame[exists], shares)
 
 
 subject = Subject(measure=lambda counted, _: shares(counted), blocks=blocks, section=TOPICS, command=command)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isnan
 
 import click
-import pandas as pd
 import xarray as xr
 
 from moescope.measures.words import words as words_of
-from moescope.reporting.cells import BY_DOCUMENT, percent_cell, share_cell
+from moescope.reporting.cells import BY_DOCUMENT, cell
 from moescope.reporting.chapters import TEXT
-from moescope.reporting.frames import in_percent, tidy_named
+from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, count
 from moescope.reporting.options import parse_words, shown_layers_option, trace_argument
 from moescope.reporting.subject import PageTable, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import WORDS, Counted
 from moescope.trace import Trace
@@ -65,17 +62,16 @@ def command(trace: Trace, words: tuple[str, ...], indentation: bool, layers: tup
 def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
     """Words and indentation: a section a layer, a row a word."""
     data = words.sel(layer=list(layers))
-    sections = []
-    for layer in layers:
-        rows = []
-        for word in data["word"].values.tolist():
-            at = data.sel(word=word, layer=layer)
-            top = float(at["top_expert"])
-            cells = [Cell(count(int(at["occurrences"]))), Cell(MISSING if isnan(top) else str(int(top)))]
-            for name in ("top_share", "same", "together"):
-                cells += [share_cell(at, name, f"{name}_low", f"{name}_high"), percent_cell(at, f"{name}_null")]
-            rows.append(Row(visible(word), tuple(cells)))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+    names = ["occurrences", "top_expert"]
+    names += [f"{name}{end}" for name in ("top_share", "same", "together") for end in ("", "_null")]
+
+    def row(word: str, layer: int) -> Row:
+        place = data.sel(word=word, layer=layer)
+        return Row(visible(word), tuple(cell(place, name) for name in names))
+
+    sections = [
+        Section(f"layer {layer}", tuple(row(word, layer) for word in data["word"].values.tolist())) for layer in layers
+    ]
     return Table(
         "words",
         "First-choice expert of words, %",
@@ -90,19 +86,8 @@ def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
             "what their token ids do elsewhere.",
             BY_DOCUMENT,
         ),
-        frame=words_frame(data),
+        frame=tidy(data, "word", "layer"),
     )
-
-
-def words_frame(words: xr.Dataset) -> pd.DataFrame:
-    """A row a (word, layer)."""
-    sizes = ["occurrences", "tokens", "documents", "multi_token"]
-    shares = {str(name): f"{name}_percent" for name in words.data_vars if name not in {*sizes, "top_expert"}}
-    frame = in_percent(tidy_named(words, list(shares), ["word", "layer"]), shares)
-    plain = words[[*sizes, "top_expert"]].to_dataframe().reset_index()
-    plain["top_expert"] = plain["top_expert"].astype("Int64")
-    merged = plain[["word", "layer", *sizes, "top_expert"]].merge(frame, on=["word", "layer"], how="left")
-    return merged.rename(columns={"multi_token": "occurrences_of_several_tokens"})
 
 
 subject = Subject(measure=measure, blocks=blocks, section=TEXT, command=command)
