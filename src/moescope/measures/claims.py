@@ -252,20 +252,11 @@ def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
     """What the domain explains of the choice at the first, the middle and the last layer."""
     effects = []
     for layer in first_middle_last(explained["layer"].values.tolist()):
-        at = explained.sel(layer=layer, source="domain")
-        if np.isfinite(at["bits"]):
-            effects.append(
-                Effect(
-                    f"domain explains, layer {layer}: {_percent(at['share'].item())} of H(E)",
-                    at["bits"].item(),
-                    "bits",
-                    _known(at["bits_low"].item()),
-                    _known(at["bits_high"].item()),
-                    "domains permuted over documents",
-                    _known(at["bits_null"].item()),
-                    _known(at["bits_p"].item()),
-                )
-            )
+        domain = explained.sel(layer=layer, source="domain")
+        if np.isfinite(domain["bits"]):
+            what = f"domain explains, layer {layer}: {_percent(domain['share'].item())} of H(E)"
+            p_value = _known(domain["bits_p"].item())
+            effects.append(_in_bits(what, domain, "bits", "domains permuted over documents", p_value))
     return effects
 
 
@@ -365,17 +356,8 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
         if isfinite(low):
             error = float(_standard_error(same, low, high, documents))
             p_value = _student_p(same - null, error, documents - 1)
-            effects.append(
-                _points(
-                    f"two documents agree, layer {layer}",
-                    same,
-                    null,
-                    low - null,
-                    high - null,
-                    "any two tokens",
-                    p_value,
-                )
-            )
+            what = f"two documents agree, layer {layer}"
+            effects.append(_points(what, same, null, low - null, high - null, "any two tokens", p_value))
 
     def decide(effects: Sequence[Effect]) -> Answer:
         if likely.mean() > 0.5:
@@ -508,16 +490,9 @@ def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
     error = float(np.hypot(of_first, of_later))
     half = float(statistics.student_t(documents)) * error
     what = f"excess at layer {int(later['layer'])} less that at layer {int(first['layer'])}"
-    return Effect(
-        what,
-        100 * value,
-        "points",
-        100 * (value - half) if np.isfinite(half) else None,
-        100 * (value + half) if np.isfinite(half) else None,
-        f"layer {int(first['layer'])}, both over {_in_words(str(first['null'].values))}",
-        None,
-        _student_p(value, error, documents - 1),
-    )
+    against = f"layer {int(first['layer'])}, both over {_in_words(str(first['null'].values))}"
+    low, high = (_known(100 * (value + sign * half)) for sign in (-1, 1))
+    return Effect(what, 100 * value, "points", low, high, against, None, _student_p(value, error, documents - 1))
 
 
 def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
@@ -676,17 +651,15 @@ def _points(
 
 
 def _divergence_effect(divergence: xr.Dataset, domain: str, layer: int, p_value: float | None) -> Effect:
-    at = divergence.sel(domain=domain, layer=layer)
-    return Effect(
-        f"divergence from the others, largest: {domain}, layer {layer}",
-        at["jsd_rest"].item(),
-        "bits",
-        _known(at["jsd_rest_low"].item()),
-        _known(at["jsd_rest_high"].item()),
-        "sampling documents alone",
-        _known(at["jsd_rest_null"].item()),
-        p_value,
-    )
+    what = f"divergence from the others, largest: {domain}, layer {layer}"
+    place = divergence.sel(domain=domain, layer=layer)
+    return _in_bits(what, place, "jsd_rest", "sampling documents alone", p_value)
+
+
+def _in_bits(what: str, place: xr.Dataset, name: str, null: str, p_value: float | None) -> Effect:
+    """A value in bits with what stands beside it at one place of a result."""
+    low, high, expected = (_known(place[f"{name}_{end}"].item()) for end in ("low", "high", "null"))
+    return Effect(what, place[name].item(), "bits", low, high, null, expected, p_value)
 
 
 def _all_found(effects: Sequence[Effect], small: float) -> Answer:
