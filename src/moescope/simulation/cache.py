@@ -19,7 +19,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import described, with_total
 from moescope.measures.statistics import Numbers
 from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
 from moescope.simulation.serving import Server, Steps
@@ -27,9 +27,6 @@ from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
 from moescope.trace import Trace
-
-ALL_DOMAINS = "(all)"
-"""Name, among the domains, of the whole trace."""
 
 _ELISEEV = "LRU a layer: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.1"
 
@@ -68,7 +65,7 @@ def cache(
         threads: Layers played at a time; None for the number of processors.
         progress: Called with the number of parts done and of all.
     Returns:
-        `domain` holds "(all)" and the domains; `size` is in experts a layer.
+        `domain` holds all domains together, then each; `size` is in experts a layer.
 
         * `hit_ratio`, `low`, `high`, `null` (policy, domain, layer, size): hits over requests, with its 95 % interval
           over documents; the same with the tokens of each document in random order;
@@ -247,7 +244,7 @@ def _labelled(
         },
         coords={
             "policy": list(settings.policies),
-            "domain": [ALL_DOMAINS, *(f"{d} (a domain)" if d == ALL_DOMAINS else d for d in trace.domains)],
+            "domain": with_total(trace.domains),
             "layer": [layer.layer for layer in settings.layers],
             "size": list(settings.sizes),
         },

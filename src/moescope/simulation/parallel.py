@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import described, with_total
 from moescope.measures.statistics import Numbers
 from moescope.simulation.batch_counts import (
     NULL_TOKENS,
@@ -36,9 +36,6 @@ from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.one_pass import one_pass
 from moescope.trace import Trace
-
-ALL = "(all)"
-"""Label of all domains together, in the place of a domain."""
 
 FACTORS = tuple(1 + n / 4 for n in range(13))
 """Capacity factors, 1 to 4."""
@@ -104,14 +101,14 @@ def parallel(
         `_high`, `_quantile`, `_own`, `_shuffled`, `_uniform`; `batches` (batch). By (placement, against, batch):
         `slowest_difference`: `slowest` less that of another placement in the same batches, `_low`, `_high`.
 
-        By (batch, domain, layer, capacity_factor), the first domain being "(all)": `dropped`, the share of the
-        assignments that exceed ⌈factor · tokens · top-k / experts⌉ of an expert in a batch, `_low`, `_high`; by (batch,
+        By (batch, domain, layer, capacity_factor), all domains together first: `dropped`, the share of the assignments
+        that exceed ⌈factor · tokens · top-k / experts⌉ of an expert in a batch, `_low`, `_high`; by (batch,
         position, layer, capacity_factor) `dropped_by_position`, `position` being the first of the bin; by (batch,
         layer, capacity_factor) `dropped_shuffled`, `dropped_uniform`; by (batch, layer) `sufficient_factor`, the
         smallest factor that drops less than 0.1 %, and `sufficient_factor_shuffled`.
 
-        By (placement, fitted_on, domain), both "(all)" or a domain: `foreign`: Σ over layers of the largest / Σ of the
-        mean load, of all the domain's assignments together, `_low`, `_high`. Only of eplb and eplb-replicated.
+        By (placement, fitted_on, domain), all domains together first: `foreign`: Σ over layers of the largest / Σ of
+        the mean load, of all the domain's assignments together, `_low`, `_high`. Only of eplb and eplb-replicated.
     Raises:
         ValueError: Experts cannot be shared out evenly, or there is no such placement; it says what to try.
         NoSuchLayer: A layer was not recorded.
@@ -168,8 +165,8 @@ def parallel(
             "num_experts": ("layer", [layer.num_experts for layer in chosen]),
             "top_k": ("layer", [layer.top_k for layer in chosen]),
             "quantile": list(QUANTILES),
-            "domain": [ALL, *trace.domains],
-            "fitted_on": [ALL, *trace.domains],
+            "domain": with_total(trace.domains),
+            "fitted_on": with_total(trace.domains),
             "position": 2 ** np.arange(POSITION_BINS) - 1,
             "capacity_factor": list(FACTORS),
         },
