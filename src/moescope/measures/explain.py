@@ -23,7 +23,7 @@ from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying import information_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
-from moescope.tallying.counter import need_order
+from moescope.tallying.counter import need_choice
 from moescope.trace import Layer
 
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
@@ -108,15 +108,13 @@ def explain(
         Mutual information: Cover and Thomas 2006. Miller 1955 and Madow 1948 (bias). Estimator, nulls and interval are
         ours; docs/reference/measures/explain.md has their calibration.
     """
-    if choice not in ("first", "all"):
-        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, not {permutations}")
     threads = threads_to_use(threads)
     source = opened(trace)
     source.need_tokens()
     chosen = source.select_layers(layers)
-    need_order(source.path, chosen, choice)
+    need_choice(source.path, chosen, choice)
     befores = {layer: before for before, layer in pairwise(source.layers)}
     needed = {*chosen, *(befores[layer] for layer in chosen if layer in befores)}
     sample = documents_of(source, [layer.layer for layer in needed], threads=threads)

@@ -64,8 +64,6 @@ def syntax(
         Mixtral of Experts, section 5, speaks of "structured syntactic behavior"; classes and comparison are ours.
         Lin 1991 (divergence); Rao and Scott 1984 (test, see `measures.divergence`).
     """
-    if choice not in ("first", "all"):
-        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     total = counted(trace, ClassCounter, layers=layers, options=Options(choice=choice), threads=threads)
     counts = total[ClassCounter]
     if counts.choice != choice:

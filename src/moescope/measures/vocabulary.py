@@ -24,7 +24,7 @@ from moescope.measures.statistics import Numbers
 from moescope.tallying import DocumentSample, Source, information_kernels
 from moescope.tallying import vocabulary_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
-from moescope.tallying.counter import need_order
+from moescope.tallying.counter import need_choice
 from moescope.tallying.vocabulary import BY, IdRows, TokenIds
 from moescope.trace import Layer
 
@@ -118,8 +118,6 @@ def vocabulary(
     for name, value, least in (("min_count", min_count, 1), ("top", top, 0), ("permutations", permutations, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    if choice not in ("first", "all"):
-        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     if wanted and not 0 <= wanted[0] <= wanted[-1] < 2**32:
         raise ValueError(f"token ids are whole numbers from 0 to 2**32 - 1, not {wanted[0]} or {wanted[-1]}")
     ranks = 1 if choice == "first" else None
@@ -128,7 +126,7 @@ def vocabulary(
     if not source.header.token_ids:
         raise NotRecorded(source.path, "has no token ids")
     chosen = source.select_layers(layers)
-    need_order(source.path, chosen, choice)
+    need_choice(source.path, chosen, choice)
     sample = documents_of(source, [layer.layer for layer in chosen], ranks=ranks, threads=threads)
     sources = _sources(sample, min_count, wanted)
     small = sample.thinned(TEST_TOKENS)

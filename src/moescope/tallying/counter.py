@@ -21,6 +21,9 @@ from moescope.trace import Header, Layer, Part, Trace
 R = TypeVar("R", bound="Result")
 
 
+CHOICES = (None, "first", "all")
+
+
 @dataclass(frozen=True)
 class Options:
     """What some counters can be asked for; None leaves it to the counter, whose module says what it then does.
@@ -42,20 +45,23 @@ class Options:
     words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.choice not in (None, "first", "all"):
+        if self.choice not in CHOICES:
             raise ValueError(f"choice must be 'first' or 'all', not {self.choice!r}")
 
 
-def need_order(path: Path | None, layers: Sequence[Layer], choice: str | None) -> None:
+def need_choice(path: Path | None, layers: Sequence[Layer], choice: str | None) -> None:
     """Refuse to look at first choices where it is not known which they are.
 
     Args:
         path: The trace, for the message.
         layers: The layers to look at.
-        choice: "all" of a token's choices, which takes no order; or another.
+        choice: "all" of a token's choices, which takes no order; or "first", as None.
     Raises:
         NotRecorded: A layer does not say which choice is the first.
+        ValueError: `choice` is neither.
     """
+    if choice not in CHOICES:
+        raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
     if choice != "all" and not all(layer.ranked for layer in layers):
         hint = "ask for all of the choices: --choice all, or choice='all'"
         raise NotRecorded(path, "does not say which of a token's choices is the first", hint)

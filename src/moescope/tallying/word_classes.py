@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, need_order
+from moescope.tallying.counter import Counter, Options, Result, Stored, need_choice
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -265,7 +265,7 @@ class ClassCounter(Counter[ClassCounts]):
         trace.need_tokens()
         if not trace.header.token_ids:
             raise NotRecorded(trace.path, "has no token ids, so its text is not known")
-        need_order(trace.path, layers, options.choice)
+        need_choice(trace.path, layers, options.choice)
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
