@@ -183,7 +183,7 @@ def test_a_user_s_layer_may_drop_and_choose_nothing(tmp_path: Path) -> None:
 
 
 def test_routers_are_for_a_loaded_model_and_blocks_have_names(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hand over"):
+    with pytest.raises(ValueError, match="that you loaded: pass"):
         moescope.record("x", some_documents([9]), tmp_path / "t", routers=[moescope.Router("a.0", read_scores, 4)])
     with pytest.raises(ValueError, match="block is 'mlp' or 'attention'"):
         moescope.record("x", some_documents([9]), tmp_path / "t", block="moe")

@@ -114,5 +114,5 @@ if __name__ == "__main__":
     from tests.tiny import some_documents
 
     torch.set_num_threads(1)
-    engine.rehearse = lambda *_: Rehearsal(bare=True, top_k=2, widths_handed_on=1.0)
+    engine.rehearse = lambda *_: Rehearsal(bare=True, top_k=2, state_widths=1.0)
     main()

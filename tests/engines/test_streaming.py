@@ -553,7 +553,7 @@ def test_families_whose_layers_return_more_than_hidden_states_can_be_rehearsed(f
     with torch.device("meta"):
         experts = find_experts(transformers.AutoModel.from_config(config), "model")
     rehearsal = rehearse(Checkpoint(Path(), "model", config, byte_level_tokenizer()), experts, torch.bfloat16)
-    assert rehearsal.widths_handed_on >= 4
+    assert rehearsal.state_widths >= 4
 
 
 @pytest.mark.parametrize("fault", ["experts swapped", "last bit of a state", "a layer left out"])
