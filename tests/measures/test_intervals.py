@@ -30,14 +30,16 @@ from routed import (
     write,
 )
 from scipy import stats
+from synthetic import result_of
 
 import moescope
-from moescope.measures import divergence, repeats, shares
+from moescope.measures import divergence, explain_kernels, repeats, shares
 from moescope.measures.balance import _of_loads
 from moescope.measures.transitions import _of_layer as _of_transitions
-from moescope.tallying import information_kernels, sample_documents, tally
-from moescope.tallying.balance import count_balance
+from moescope.tallying import tally
+from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.document_groups import document_groups
+from moescope.tallying.document_sample import DocumentCounter
 from moescope.trace import Layer, Trace
 
 CHOICES = {ALL_CHOICES: slice(None), "first": slice(0, 1), "second": slice(1, 2)}
@@ -322,7 +324,7 @@ def test_whplacethe_domain_and_the_token_explain(trace: Trace, documents: list[D
 
     permutations = 7
     found = moescope.explain(trace, [2], permutations=permutations, seed=3, threads=1).isel(layer=0)
-    sample = sample_documents(trace, threads=1)
+    sample = result_of(DocumentCounter, trace)
     first = sample.expert_ids[2][0].astype(np.int32)
     of_token = np.repeat(np.arange(sample.num_documents), np.diff(sample.starts))
     domain = sample.domain.astype(np.int32)[of_token]
@@ -332,7 +334,7 @@ def test_whplacethe_domain_and_the_token_explain(trace: Trace, documents: list[D
     for _ in range(permutations):
         permuted = rng.permutation(sample.domain)[of_token]
         shuffled["domain"].append(bits_of(permuted.tolist(), first.tolist()))
-        information_kernels.rotate_within(sample.starts, value, order, state)
+        explain_kernels.rotate_within(sample.starts, value, order, state)
         shuffled["token"].append(bits_of(value.tolist(), first[order].tolist()))
     for source, x, size in (("domain", domain, 3), ("token", value, num_values)):
         known = estimate(x, first, sample.starts, size, 5)
@@ -526,9 +528,9 @@ def test_the_null_of_batches_has_the_loads_of_the_whole_trace_though_it_draws_fr
 ) -> None:
     """A sample of 40 tokens has other loads than the trace; batches of all tokens show those of the trace."""
     count_of = sys.modules["moescope.tallying.balance"]
-    whole = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    whole = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
     monkeypatch.setattr(count_of, "SAMPLED_TOKENS", 40)
-    few = moescope.balance(count_balance(trace, batch_sizes=(32,), threads=1), seed=1)
+    few = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
     np.testing.assert_allclose(few["batch_null"], whole["batch_null"], rtol=0.04)
 
 
@@ -559,7 +561,7 @@ def test_experts_thplaceare_surely_and_possibly_nearly_idle() -> None:
 
 
 def test_imbalance_within_batches(trace: Trace, documents: list[Document]) -> None:
-    found = moescope.balance(count_balance(trace, batch_sizes=(2,), threads=1))
+    found = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(2,)))
     for layer in LAYERS:
         sequences: list[list[Token]] = []
         for document in documents:

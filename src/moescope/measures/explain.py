@@ -19,10 +19,10 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
+from moescope.measures import explain_kernels as kernels
 from moescope.measures import statistics
 from moescope.measures.schema import described
 from moescope.tallying import DocumentSample, Source
-from moescope.tallying import information_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
 from moescope.trace import Layer
 

@@ -21,12 +21,12 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from moescope.measures import locality_kernels as kernels
 from moescope.measures import statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
 from moescope.measures.schema import described
 from moescope.tallying import DocumentSample, Source
-from moescope.tallying import locality_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
 from moescope.trace import Layer
 
