@@ -6,10 +6,11 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
-from moescope.trace import Layer, Part, Trace
+from moescope.trace import Header, Layer, Part, Trace
 
 Key = tuple[int, int]
 """A layer's place and an expert."""
@@ -23,32 +24,26 @@ class Sequenced:
     tokens: list[list[list[int]]]
 
 
-class InMemory:
-    """What `moescope.cache` asks of a trace, without a disk."""
+class InMemory(Trace):
+    """A trace without a disk."""
 
     def __init__(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
-        self.layers = tuple(layers)
-        self.domains = parts[0].domain_names
-        self.parts = [self._Readable(part) for part in parts]
+        readable = tuple(self._Readable(part) for part in parts)
+        self.__dict__.update(path=Path("memory"), header=Header(tuple(layers)), parts=readable, summary=None)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.parts[0].part.domain_names
 
     class _Readable:
         def __init__(self, part: Part) -> None:
-            self.part = part
+            self.part, self.num_tokens = part, part.num_tokens
 
         def read(self, layers: object, *, tokens: bool) -> Part:
             return self.part
 
-    need_tokens = Trace.need_tokens
-    select_layers = Trace.select_layers
-
     def with_trace_domains(self, part: Part) -> Part:
         return part
-
-    @property
-    def header(self) -> object:
-        return type("Header", (), {"counts_only": False, "weights": False})
-
-    path = "memory"
 
 
 def sequences_of(parts: Sequence[Part], layers: Sequence[Layer]) -> list[Sequenced]:

@@ -71,8 +71,8 @@ def consistency(
     for m, length in enumerate(counts.lengths):
         for at in range(num_layers + 1):
             pick = slice(None) if at == num_layers else slice(at, at + 1)
-            real = counts.at_least[m][pick].sum(axis=0).astype(float)
-            null = counts.expected[m][pick].sum(axis=0) / FIXED
+            real = counts.at_least[length][pick].sum(axis=0).astype(float)
+            null = counts.expected[length][pick].sum(axis=0) / FIXED
             for d in range(num_domains):
                 rows = np.flatnonzero(counts.segments[:, m] > 0)
                 rows = rows if d == 0 else rows[counts.domain_of_group[rows] == d - 1]
