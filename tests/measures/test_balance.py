@@ -35,7 +35,7 @@ def parts_of(seed: int, dropped: float = 0.0) -> list[Part]:
 def with_loads(loads_GE: np.ndarray) -> BalanceCounts:
     """Counts of one layer and domain with these loads by group of documents."""
     num_groups, num_experts = loads_GE.shape
-    empty = BalanceCounts.empty([Layer(0, num_experts, 1)], ["A"], (), weights=False)
+    empty = BalanceCounts.empty([Layer(0, num_experts, 1)], ["A"], batch_sizes=(), has_weights=False)
     loads = np.zeros((1, 1, NUM_GROUPS, num_experts), np.int64)
     loads[0, 0, :num_groups] = loads_GE
     return replace(empty, loads_LDGE=loads)
@@ -105,7 +105,7 @@ def test_neither_threads_nor_parts_change_a_count(tmp_path: Path) -> None:
     for name, value in vars(one).items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, getattr(three, name), name)
-    np.testing.assert_array_equal(one.sampled[2], three.sampled[2])
+    np.testing.assert_array_equal(one.sample.rows[2], three.sample.rows[2])
 
 
 def test_a_batch_without_load_and_a_tiny_trace_have_no_imbalance_but_do_not_fail(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_paths_are_told_apart_as_sequences_of_first_choices_are(tmp_path: Path) 
         found = np.unique(counts.paths, return_counts=True)[1]
         assert sorted(found.tolist()) == sorted(true.values())
         summary = path_summary(counts.paths)
-        tokens, carried, paths = counts.tokens, 0, 0
+        tokens, carried, paths = true.total(), 0, 0
         while carried < tokens / 2:
             carried += sorted(true.values(), reverse=True)[paths]
             paths += 1
@@ -128,7 +128,7 @@ def test_paths_are_told_apart_as_sequences_of_first_choices_are(tmp_path: Path) 
 def test_the_sample_of_paths_depends_neither_on_threads_nor_on_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace, parts = trace_of(tmp_path / "t.moe")
+    trace, _ = trace_of(tmp_path / "t.moe")
     everything = result_of(TransitionCounter, trace, threads=1)
     monkeypatch.setattr(module, "PATH_TOKENS", 40)
     one, three = (result_of(TransitionCounter, trace, threads=n) for n in (1, 3))
@@ -137,7 +137,6 @@ def test_the_sample_of_paths_depends_neither_on_threads_nor_on_parts(
         kept = np.argsort(counts.hashes)
         np.testing.assert_array_equal(counts.hashes[kept], everything.hashes[order])
         np.testing.assert_array_equal(counts.paths[kept], everything.paths[order])
-    assert one.tokens == three.tokens == sum(p.num_tokens for p in parts)
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,8 +15,8 @@ from scipy import stats
 from synthetic import make_part, make_trace
 
 from moescope.errors import NotRecorded
+from moescope.measures import explain_kernels as kernels
 from moescope.measures.explain import SOURCES, STRENGTHS, _entropy_interval, estimate, explain
-from moescope.tallying import information_kernels as kernels
 from moescope.trace import Layer
 
 

@@ -33,10 +33,10 @@ from scipy import stats
 from synthetic import result_of
 
 import moescope
-from moescope.measures import divergence, repeats, shares
+from moescope.measures import divergence, explain_kernels, repeats, shares
 from moescope.measures.balance import _of_loads
 from moescope.measures.transitions import _of_layer as _of_transitions
-from moescope.tallying import information_kernels, tally
+from moescope.tallying import tally
 from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.document_sample import DocumentCounter
@@ -334,7 +334,7 @@ def test_what_the_domain_and_the_token_explain(trace: Trace, documents: list[Doc
     for _ in range(permutations):
         permuted = rng.permutation(sample.domain)[of_token]
         shuffled["domain"].append(bits_of(permuted.tolist(), first.tolist()))
-        information_kernels.rotate_within(sample.starts, value, order, state)
+        explain_kernels.rotate_within(sample.starts, value, order, state)
         shuffled["token"].append(bits_of(value.tolist(), first[order].tolist()))
     for source, x, size in (("domain", domain, 3), ("token", value, num_values)):
         known = estimate(x, first, sample.starts, size, 5)

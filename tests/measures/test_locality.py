@@ -14,10 +14,10 @@ from planted import planted
 from scipy import stats
 from synthetic import make_part, make_trace
 
+from moescope.measures import locality_kernels as kernels
 from moescope.measures import repeats
 from moescope.measures.locality import geometric_runs, locality
 from moescope.measures.schema import TOTAL
-from moescope.tallying import locality_kernels as kernels
 from moescope.tallying import tally
 from moescope.tallying.document_sample import DocumentSample
 from moescope.trace import Layer

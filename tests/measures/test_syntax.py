@@ -22,7 +22,7 @@ from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, 
 def counted(experts: list[np.ndarray], kinds: list[np.ndarray], num_experts: int) -> ClassCounts:
     """Counts of documents given as experts and whether each token is of the first class."""
     starts = np.concatenate([[0], np.cumsum([len(of) for of in experts])])
-    counts = ClassCounts.empty([Layer(0, num_experts, 1)])
+    counts = ClassCounts.empty([Layer(0, num_experts, 1)], choice="first")
     kernels.count_classes(
         np.concatenate(experts)[None].astype(np.uint8),
         np.concatenate(kinds).astype(np.uint8),

@@ -19,9 +19,9 @@ from synthetic import make_counts, make_part, make_trace, result_of
 from moescope.errors import NotRecorded
 from moescope.measures import vocabulary
 from moescope.measures.vocabulary import TEST_TOKENS
+from moescope.measures.vocabulary_ids import TokenIds
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.document_sample import DocumentCounter, DocumentSample
-from moescope.tallying.vocabulary import TokenIds
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 20, 4, num_null_experts=2))

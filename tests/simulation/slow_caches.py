@@ -25,22 +25,22 @@ class Sequenced:
 
 
 class InMemory(Trace):
-    """What `moescope.cache` asks of a trace, without a disk."""
+    """A trace without a disk."""
 
     def __init__(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
         readable = tuple(self._Readable(part) for part in parts)
         self.__dict__.update(path=Path("memory"), header=Header(tuple(layers)), parts=readable, summary=None)
 
-    class _Readable:
-        def __init__(self, part: Part) -> None:
-            self.part = part
-
-        def read(self, layers: object, *, tokens: bool) -> Part:
-            return self.part
-
     @property
     def domains(self) -> tuple[str, ...]:
         return self.parts[0].part.domain_names
+
+    class _Readable:
+        def __init__(self, part: Part) -> None:
+            self.part, self.num_tokens = part, part.num_tokens
+
+        def read(self, layers: object, *, tokens: bool) -> Part:
+            return self.part
 
     def with_trace_domains(self, part: Part) -> Part:
         return part

@@ -112,8 +112,9 @@ def test_a_batch_is_counted_as_a_slow_loop_counts_it(case) -> None:
             device_PEC[p, expert, : len(mine)] = mine
     drops = np.array([sum(c <= before for c in capacity) for before in range(size + 1)], np.int64)
     kernels.count_batches(
-        np.ascontiguousarray(ids.T, np.int32), rows, size, experts, case["group"], case["domain"], case["position"],
-        device_PEC, replicas_PE, devices, a_node, drops, *found.values(),
+        np.ascontiguousarray(ids.T, np.int32), rows, size, experts,
+        kernels.TokenCells(case["group"], case["domain"], case["position"]),
+        device_PEC, replicas_PE, devices, a_node, drops, kernels.LayerSums(*found.values()),
     )  # fmt: skip
     for n in range(batches):
         loads: Counter[int] = Counter()

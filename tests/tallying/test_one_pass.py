@@ -56,7 +56,7 @@ def test_the_groups_of_layers_change_no_count(trace: Trace, monkeypatch: pytest.
     xr.testing.assert_identical(whole.data, by_layer.data)
     assert whole.sample is not None
     assert by_layer.sample is not None
-    np.testing.assert_array_equal(whole.sample.expert_ids[2], by_layer.sample.expert_ids[2])
+    np.testing.assert_array_equal(whole.sample.rows[2], by_layer.sample.rows[2])
 
 
 def test_weights_that_were_not_recorded_are_refused_before_anything_is_read(tmp_path: Path) -> None:

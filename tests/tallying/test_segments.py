@@ -51,7 +51,7 @@ def test_activations_are_those_of_every_segment(
             for group, document in enumerate([0, 3, 1, 4, 2, 5]):
                 exactly = looked_at(part, layer, length, {document})
                 at_least = exactly[::-1].cumsum()[::-1]
-                assert counted.at_least[m][at, group].tolist() == at_least.tolist()
+                assert counted.at_least[length][at, group].tolist() == at_least.tolist()
                 assert counted.segments[group, m] * layer.num_experts == exactly.sum()
         has = [sum(min(n - w, 32) >= length for w in range(0, n, 32)) > 0 for n in lengths]
         assert counted.documents[:, m].tolist() == [has[d] + has[d + 3] for d in range(3)]
@@ -62,12 +62,12 @@ def test_the_expected_activations_are_the_mean_over_every_order_of_a_document(tm
     part = make_part(np.random.default_rng(1), (layer,), [6], window=4)
     trace = make_trace(tmp_path / "t.moe", [part], (layer,))
     counted = result_of(SegmentCounter, trace, lengths=(2, 3))
-    for m, length in enumerate((2, 3)):
+    for length in (2, 3):
         total = np.zeros(length + 1)
         for order in permutations(range(6)):
             total += looked_at(replace(part, expert_ids={0: part.expert_ids[0][list(order)]}), layer, length, {0})
         mean = (total / factorial(6))[::-1].cumsum()[::-1]
-        np.testing.assert_allclose(counted.expected[m][0, 0] / FIXED, mean, atol=1e-6)
+        np.testing.assert_allclose(counted.expected[length][0, 0] / FIXED, mean, atol=1e-6)
 
 
 def test_long_documents_and_long_segments_expect_what_scipy_does(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_long_documents_and_long_segments_expect_what_scipy_does(tmp_path: Path)
     counted = result_of(SegmentCounter, trace, lengths=(256,))
     chosen = np.bincount(np.asarray(part.expert_ids[0]).ravel(), minlength=64)
     tails = stats.hypergeom.sf(np.arange(-1, 256)[:, None], 3000, chosen, 256).sum(axis=1) * (3000 - 255)
-    np.testing.assert_allclose(counted.expected[0][0, 0] / FIXED, tails, rtol=1e-8, atol=1e-5)
+    np.testing.assert_allclose(counted.expected[256][0, 0] / FIXED, tails, rtol=1e-8, atol=1e-5)
 
 
 def test_an_expert_that_a_token_names_twice_does_not_leave_the_sums(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_an_expert_that_a_token_names_twice_does_not_leave_the_sums(tmp_path: Pa
     ids = np.zeros((30, 2), np.int64)
     trace = make_trace(tmp_path / "t.moe", [replace(part, expert_ids={0: ids})], (layer,))
     counted = result_of(SegmentCounter, trace, lengths=(4, 16))
-    assert counted.at_least[0][0, 0].tolist() == [27 * 8, 27, 27, 27, 27]
-    np.testing.assert_allclose(counted.expected[1][0, 0, 1:] / FIXED, 15)
+    assert counted.at_least[4][0, 0].tolist() == [27 * 8, 27, 27, 27, 27]
+    np.testing.assert_allclose(counted.expected[16][0, 0, 1:] / FIXED, 15)
 
 
 def test_documents_are_dealt_out_to_groups_of_nearly_equal_number(

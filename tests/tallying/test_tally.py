@@ -121,8 +121,8 @@ def assert_same_sample(one: Tally, other: Tally) -> None:
     assert one.sample is not None
     assert other.sample is not None
     np.testing.assert_array_equal(one.sample.hashes, other.sample.hashes)
-    for layer, ids in one.sample.expert_ids.items():
-        np.testing.assert_array_equal(ids, other.sample.expert_ids[layer])
+    for layer, ids in one.sample.rows.items():
+        np.testing.assert_array_equal(ids, other.sample.rows[layer])
 
 
 def test_tallies_of_the_halves_of_a_corpus_add_up_to_that_of_the_whole(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_token_sample_does_not_depend_on_how_the_trace_is_cut_into_parts(tmp
     whole = tally(make_trace(tmp_path / "a.moe", [part], layers))
     parts = tally(make_trace(tmp_path / "b.moe", split, layers))
     assert_same_sample(whole, parts)
-    assert len(whole.sample.tokens(0, 0)) == 2048
+    assert len(whole.sample.kept(0, 0)) == 2048
 
 
 def text_trace(path: Path, documents: list[list[str]], first: list[list[int]]):

@@ -1,11 +1,11 @@
 """What a tally says: a module per question; tally in, labelled result out.
 
-Rule of the folder: no drawing, printing or paths, and no loop over tokens: what needs more than sums calls the kernels
-of `tallying`. Every result is an `xarray.Dataset` whose variables carry their unit, definition and source in their
-attributes, with a null and a 95 % interval wherever a claim could be made. `statistics` holds what they share, `schema`
-the form of results, `published` the figures of the paper, to set beside one's own. A measure is the function that has
-the name of its module; by that it is a name of this package, too, and nothing lists it here. So is one of another
-package that adds a subject (`moescope.plugins`).
+Rule of the folder: no drawing, printing or paths, and no loop over tokens outside of a measure's `*_kernels`. Every
+result is an `xarray.Dataset` whose variables carry their unit, definition and source in their attributes, with a null
+and a 95 % interval wherever a claim could be made. `statistics` holds what they share, `schema` the form of results,
+`published` the figures of the paper, to set beside one's own. A measure is the function that has the name of its
+module; by that it is a name of this package, too, and nothing lists it here. So is one of another package that adds a
+subject (`moescope.plugins`).
 """
 
 import importlib

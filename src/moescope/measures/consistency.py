@@ -69,8 +69,8 @@ def consistency(
     for m, length in enumerate(counts.lengths):
         for place in range(num_layers + 1):
             layers_here = slice(None) if place == num_layers else slice(place, place + 1)
-            real = counts.at_least[m][layers_here].sum(axis=0).astype(float)
-            null = counts.expected[m][layers_here].sum(axis=0) / FIXED
+            real = counts.at_least[length][layers_here].sum(axis=0).astype(float)
+            null = counts.expected[length][layers_here].sum(axis=0) / FIXED
             for d in range(num_domains):
                 rows = np.flatnonzero(counts.segments[:, m] > 0)
                 rows = rows if d == 0 else rows[counts.domain_of_group[rows] == d - 1]

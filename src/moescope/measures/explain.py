@@ -17,11 +17,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from moescope.measures import explain_kernels as kernels
 from moescope.measures import schema, statistics
 from moescope.measures.schema import FRACTION
 from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.tallying import DocumentSample, Source
-from moescope.tallying import information_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
 from moescope.trace import Layer

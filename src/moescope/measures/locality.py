@@ -19,13 +19,13 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
+from moescope.measures import locality_kernels as kernels
 from moescope.measures import schema, statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
 from moescope.measures.schema import DIFFERENCE, FRACTION, described, estimate
 from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.tallying import DocumentSample, Source
-from moescope.tallying import locality_kernels as kernels
 from moescope.tallying.counted import documents_of, opened
 from moescope.trace import Layer
 

@@ -116,9 +116,9 @@ def _marginal(tally: Tally) -> NDArray[np.float64]:
         if top_k == 1:
             sharing = (members[:, at] * (members[:, at] - 1)).sum(axis=1)
             result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)
-        elif tally.sample is not None and layer in tally.sample.expert_ids:
+        elif tally.sample is not None and layer in tally.sample.rows:
             for domain in range(len(tokens)):
-                result["any"][domain, at] = sets_meet(tally.sample.tokens(domain, layer), tally.data.sizes["expert"])
+                result["any"][domain, at] = sets_meet(tally.sample.kept(domain, layer), tally.data.sizes["expert"])
         else:
             sharing = _pairs_meet(data["pair"].isel(layer=at).values, members[:, at])
             result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)

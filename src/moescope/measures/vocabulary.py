@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moescope.errors import NotRecorded
-from moescope.measures import groups, schema, statistics
+from moescope.measures import explain_kernels, groups, schema, statistics
+from moescope.measures import vocabulary_kernels as kernels
 from moescope.measures.schema import FRACTION
 from moescope.measures.side_by_side import layer_by_layer, threads_to_use
 from moescope.measures.statistics import Numbers
-from moescope.tallying import DocumentSample, Source, information_kernels
-from moescope.tallying import vocabulary_kernels as kernels
+from moescope.measures.vocabulary_ids import BY, IdRows, TokenIds
+from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
-from moescope.tallying.vocabulary import BY, IdRows, TokenIds
 from moescope.trace import Layer
 
 MIN_COUNT = 10
@@ -205,7 +205,7 @@ def _rotations(sample: DocumentSample, copies: int, seed: int) -> list[NDArray[n
     anywhere_T = np.arange(sample.num_tokens, dtype=np.int32)
     orders = []
     for _ in range(copies):
-        information_kernels.rotate_within(sample.starts, anywhere_T, order_T, state)
+        explain_kernels.rotate_within(sample.starts, anywhere_T, order_T, state)
         orders.append(order_T.copy())
     return orders
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moescope.simulation import parallel_kernels as kernels
 from moescope.simulation.batches import BatchKind, batch_rows
 from moescope.simulation.placements import Cluster, Placement
-from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile
+from moescope.simulation.profile import NOTE, NUM_CELLS, NUM_FOLDS, Cells, Profile
 from moescope.trace import Layer, Part
 from moescope.trace.part import PHASES
 
@@ -158,7 +158,7 @@ def make_rows(
     domain: NDArray[np.integer[Any]],
     position: NDArray[np.integer[Any]],
 ) -> Rows:
-    """Rows with room for the sums over layers."""
+    """Rows, with empty sums over layers."""
     batches = len(order) // kind.tokens
     largest = np.zeros((len(setting.placements[0]), batches), np.int64)
     return Rows(order, cell, domain, position, largest, np.zeros(batches, np.int64))
@@ -176,11 +176,14 @@ def count_layer(
     layer, kind, cluster = setting.layers[at], setting.kinds[s], setting.cluster
     device_PEC, replicas_PE = setting.tables(layer, fold)
     kernels.count_batches(
-        ids_KT, rows.order, kind.tokens, layer.num_experts, rows.cell, rows.domain, rows.position,
+        ids_KT, rows.order, kind.tokens, layer.num_experts,
+        kernels.TokenCells(rows.cell, rows.domain, rows.position),
         device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
-        counts.histogram_SLPB[s, at], counts.largest_SLPG[s, at], counts.made_SLG[s, at],
-        counts.reached_SLPG2[s, at], counts.tokens_SLG[s, at], counts.dropped_SLXGJ[s, at],
-        counts.dropped_SLQGJ[s, at], counts.loads[s][at], rows.largest, rows.made,
+        kernels.LayerSums(
+            counts.histogram_SLPB[s, at], counts.largest_SLPG[s, at], counts.made_SLG[s, at],
+            counts.reached_SLPG2[s, at], counts.tokens_SLG[s, at], counts.dropped_SLXGJ[s, at],
+            counts.dropped_SLQGJ[s, at], counts.loads[s][at], rows.largest, rows.made,
+        ),
     )  # fmt: skip
 
 
@@ -243,13 +246,13 @@ def count_shuffled(
     counts = BatchCounts.empty(setting, domains=1)
     for s, kind in ((s, kind) for s, kind in enumerate(setting.kinds) if wanted[s]):
         for fold in range(NUM_FOLDS):
-            notes = profile.tokens.notes[fold, : profile.tokens.number(fold)]
+            notes = profile.tokens.kept(fold, NOTE)[:, 0].astype(np.int64)
             phase = notes % 3 - 1
             tokens = np.flatnonzero((phase < 0) | (phase == PHASES.index(kind.phase)))
             order = _permutations(tokens, kind, rng)
 
             def read(layer: Layer, fold: int = fold) -> NDArray[np.integer[Any]]:
-                return profile.tokens.values[layer.layer][fold].T
+                return profile.tokens.kept(fold, layer.layer).T
 
             _count_null(setting, counts, s, fold, order, notes // 3, read)
     return counts

@@ -12,7 +12,7 @@ c holds the first c of one list, whatever c is, so one pass counts the hits of a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -146,6 +146,48 @@ def lru_distances(
     return now
 
 
+class Stack(NamedTuple):
+    """A cache as a stack of its objects, the one that is evicted last at the top; all changed.
+
+    Attributes:
+        state: Time, objects on the stack, steps since the last halving, table in use (-1: none).
+        last_N: When each object was last used.
+        value_N: By what objects are ranked.
+        order_N: The stack.
+        place_N: Place of each object on it, -1 for none.
+        counts_CB: Added to, as in `lru_distances`.
+    """
+
+    state: Sums
+    last_N: Sums
+    value_N: Sums
+    order_N: Sums
+    place_N: Sums
+    counts_CB: Sums
+
+    @classmethod
+    def empty(cls, num_objects: int, rows: int, num_bins: int) -> Stack:
+        """A stack that holds nothing."""
+        last_N, value_N, order_N = np.zeros((3, num_objects), np.int64)
+        place_N = np.full(num_objects, -1, np.int64)
+        state = np.array([0, 0, 0, -1], np.int64)
+        return cls(state, last_N, value_N, order_N, place_N, np.zeros((rows, num_bins), np.int64))
+
+
+class Tables(NamedTuple):
+    """What `TABLE` ranks by.
+
+    Attributes:
+        value_VN: Values of the objects, by table.
+        row_T: Table that goes with each token; the values of a step are the sum over its tokens.
+        starts_S: First token of each step, with the number of tokens at the end.
+    """
+
+    value_VN: Sums
+    row_T: Sums
+    starts_S: Sums
+
+
 @numba.njit(cache=True, nogil=True)
 def stack_distances(
     kind: int,
@@ -155,17 +197,10 @@ def stack_distances(
     fresh_G: NDArray[np.bool_],
     layers: int,
     next_R: Sums,
-    table_VN: Sums,
-    row_T: Sums,
-    tokens_S: Sums,
+    tables: Tables,
     ageing: int,
     width: int,
-    state: Sums,
-    last_N: Sums,
-    value_N: Sums,
-    order_N: Sums,
-    place_N: Sums,
-    counts_CB: Sums,
+    stack: Stack,
 ) -> None:
     """Count requests by the size at which a cache that ranks its experts by `kind` would just hold them.
 
@@ -181,18 +216,13 @@ def stack_distances(
         fresh_G: Whether the cache is emptied before each group.
         layers: Groups a step.
         next_R: For NEXT: group of the next use.
-        table_VN: For TABLE: values of the objects.
-        row_T: For TABLE: table that goes with each token; the values of a step are the sum over its tokens.
-        tokens_S: For TABLE: first token of each step, with the number of tokens at the end.
+        tables: For TABLE.
         ageing: For AGED: steps after which all counts are halved, rounded down.
         width: Objects a bin.
-        state: Time, objects on the stack, steps since the last halving, table in use (-1: none). Changed.
-        last_N: When each object was last used. Changed.
-        value_N: Changed.
-        order_N: The stack. Changed.
-        place_N: Place of each object on it, -1 for none. Changed.
-        counts_CB: Added to, as in `lru_distances`.
+        stack: Changed.
     """
+    state, last_N, value_N, order_N, place_N, counts_CB = stack
+    table_VN, row_T, tokens_S = tables
     num_objects, never = last_N.size, counts_CB.shape[1] - 1
     inside_N = np.zeros(num_objects, np.bool_)
     spare = np.empty(num_objects + 1, np.int64)
@@ -300,7 +330,7 @@ def s3_fifo_hits(
 ) -> None:
     """Count the hits of an S3-FIFO cache of one size.
 
-    A new expert enters the small queue, or the main one if it is a ghost. To make room, the small queue gives way if it
+    A new expert enters the small queue, or the main one if it is a ghost. Before that the small queue gives way if it
     holds its share or more, else the main one. An expert that leaves the small queue goes on to the main one, its uses
     forgotten, if it was hit more than once since it came, else it is evicted and a ghost; one that leaves the main
     queue is put back at its head with one use fewer as long as it has one. Uses count up to 3. An expert being served

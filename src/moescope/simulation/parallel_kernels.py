@@ -7,7 +7,7 @@ and one more, B bins of a histogram, N batches, M batches of a profile.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -21,30 +21,61 @@ BINS_PER_E = 200
 """Bins of the histograms of over-subscription: each half a per cent wide."""
 
 
+class TokenCells(NamedTuple):
+    """Where the rows of a part are counted.
+
+    Attributes:
+        group_T: Group of documents of each row.
+        domain_T: Its domain.
+        position_T: The bin of its position.
+    """
+
+    group_T: Ids
+    domain_T: Ids
+    position_T: Ids
+
+
+class LayerSums(NamedTuple):
+    """The sums of a layer over batches, all added to.
+
+    Attributes:
+        histogram_PB: Batches by the logarithm of largest load / mean load of the devices.
+        largest_PG: Assignments on the most loaded device of their batch.
+        made_G: Assignments to routed experts.
+        reached_PG2: Distinct devices, and distinct nodes, of the experts of a token.
+        tokens_G: Tokens.
+        dropped_XGJ: Assignments by how many capacity factors drop them, by domain and group.
+        dropped_QGJ: The same by bin of position and group.
+        loads_I: Experts of batches by their load; the last bin holds larger ones.
+        largest_PN: Largest load of each batch.
+        made_N: Assignments of each batch.
+    """
+
+    histogram_PB: Sums
+    largest_PG: Sums
+    made_G: Sums
+    reached_PG2: Sums
+    tokens_G: Sums
+    dropped_XGJ: Sums
+    dropped_QGJ: Sums
+    loads_I: Sums
+    largest_PN: Sums
+    made_N: Sums
+
+
 @numba.njit(cache=True, nogil=True)
 def count_batches(
     ids_KT: Ids,
     rows_R: Sums,
     size: int,
     num_experts: int,
-    group_T: Ids,
-    domain_T: Ids,
-    position_T: Ids,
+    cells: TokenCells,
     device_PEC: Table,
     replicas_PE: Table,
     num_devices: int,
     devices_a_node: int,
     drops_I: Sums,
-    histogram_PB: Sums,
-    largest_PG: Sums,
-    made_G: Sums,
-    reached_PG2: Sums,
-    tokens_G: Sums,
-    dropped_XGJ: Sums,
-    dropped_QGJ: Sums,
-    loads_I: Sums,
-    largest_PN: Sums,
-    made_N: Sums,
+    sums: LayerSums,
 ) -> None:
     """Count one layer of the batches of a part.
 
@@ -53,24 +84,18 @@ def count_batches(
         rows_R: Rows in the order of batches.
         size: Tokens a batch.
         num_experts: Routed experts.
-        group_T: Group of documents of each row; then its domain, and the bin of its position.
+        cells: Where each row is counted.
         device_PEC: Device of each replica of each expert.
         replicas_PE: Replicas of each expert. Its assignments within a batch are dealt out to them in turn, in the order
             of tokens and, of a token, of rank.
         num_devices: Devices.
         devices_a_node: Devices of a node; nodes hold consecutive ones.
         drops_I: Capacity factors that drop an assignment before which so many went to the same expert in the batch.
-        histogram_PB: Added to: batches by the logarithm of largest load / mean load of the devices.
-        largest_PG: Added to: assignments on the most loaded device of their batch.
-        made_G: Added to: assignments to routed experts.
-        reached_PG2: Added to: distinct devices, and distinct nodes, of the experts of a token.
-        tokens_G: Added to: tokens.
-        dropped_XGJ: Added to: assignments by how many capacity factors drop them, by domain and group.
-        dropped_QGJ: Added to: the same by bin of position and group.
-        loads_I: Added to: experts of batches by their load; the last bin holds larger ones.
-        largest_PN: Added to: largest load of each batch.
-        made_N: Added to: assignments of each batch.
+        sums: Added to.
     """
+    group_T, domain_T, position_T = cells
+    histogram_PB, largest_PG, made_G, reached_PG2, tokens_G, dropped_XGJ, dropped_QGJ = sums[:7]
+    loads_I, largest_PN, made_N = sums[7:]
     num_choices, num_placements = ids_KT.shape[0], replicas_PE.shape[0]
     expert_KS = np.empty((num_choices, size), np.int32)
     before_KS = np.empty((num_choices, size), np.int64)

@@ -267,7 +267,9 @@ class Caches:
         num_bins = -(-self.num_objects // self.width) + 1
         self.rows = num_cells * len(layers)
         self.stacks = {
-            name: _Stack(self.num_objects, self.rows, num_bins) for name in settings.policies if name != "s3-fifo"
+            name: kernels.Stack.empty(self.num_objects, self.rows, num_bins)
+            for name in settings.policies
+            if name != "s3-fifo"
         }
         self.queues = (
             [
@@ -310,17 +312,10 @@ class Caches:
                 fresh_G,
                 len(self.layers),
                 next_R,
-                self.value_VN,
-                row_T,
-                steps.starts_S,
+                kernels.Tables(self.value_VN, row_T, steps.starts_S),
                 AGEING,
                 self.width,
-                stack.state,
-                stack.last_N,
-                stack.value_N,
-                stack.order_N,
-                stack.place_N,
-                stack.counts_CB,
+                stack,
             )
         for queues in self.queues:
             kernels.s3_fifo_hits(
@@ -353,14 +348,6 @@ class Caches:
             below_CB = np.cumsum(self.stacks[name].counts_CB[:, :-1], axis=1)
             found = below_CB[:, np.minimum(np.array(sizes), below_CB.shape[1]) - 1].astype(float)
         return found.reshape(-1, num_layers, len(sizes))
-
-
-class _Stack:
-    def __init__(self, num_objects: int, rows: int, num_bins: int) -> None:
-        self.state = np.array([0, 0, 0, -1], np.int64)
-        self.last_N, self.value_N, self.order_N = (np.zeros(num_objects, np.int64) for _ in range(3))
-        self.place_N = np.full(num_objects, -1, np.int64)
-        self.counts_CB = np.zeros((rows, num_bins), np.int64)
 
 
 class _Queues:

@@ -19,7 +19,7 @@ from moescope.simulation.batches import BatchKind, batch_rows, tokens_together
 from moescope.simulation.placements import Fit
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.one_pass import one_pass
-from moescope.tallying.token_sample import token_hashes
+from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Layer, Part, Trace
 
 NUM_FOLDS = 2
@@ -31,8 +31,6 @@ SAMPLED_TOKENS = 16_384
 
 SAMPLED_BATCHES = 128
 """Batches of each fold whose loads are kept."""
-
-NO_HASH = np.uint64(2**64 - 1)
 
 
 class Cells:
@@ -63,53 +61,8 @@ class Cells:
         return np.repeat(self(part.document[starts[:-1]]), np.diff(starts))
 
 
-@dataclass(frozen=True)
-class HashedSample:
-    """Things kept with what each layer says of them: those of each fold that have the smallest hashes.
-
-    Attributes:
-        hashes: Ascending; the largest 64-bit number where there is none, shape (fold, thing).
-        notes: What is noted of each, shape (fold, thing).
-        values: For each layer an array of shape (fold, thing, …).
-    """
-
-    hashes: NDArray[np.uint64]
-    notes: NDArray[np.int64]
-    values: dict[int, NDArray[np.integer[Any]]]
-
-    @classmethod
-    def empty(cls, size: int, shapes: dict[int, tuple[int, type[np.integer[Any]]]]) -> HashedSample:
-        """Room for `size` things a fold; a row of each layer has the length and type of `shapes`."""
-        return cls(
-            np.full((NUM_FOLDS, size), NO_HASH),
-            np.zeros((NUM_FOLDS, size), np.int64),
-            {layer: np.zeros((NUM_FOLDS, size, width), kind) for layer, (width, kind) in shapes.items()},
-        )
-
-    def number(self, fold: int) -> int:
-        """Things kept of a fold."""
-        return int((self.hashes[fold] != NO_HASH).sum())
-
-    def absorb(
-        self,
-        fold: int,
-        hashes: NDArray[np.uint64],
-        notes: NDArray[np.int64],
-        values: dict[int, NDArray[np.integer[Any]]],
-    ) -> None:
-        """Keep those of the things kept and of these that have the smallest hashes."""
-        both = np.concatenate([self.hashes[fold], hashes])
-        kept = np.argsort(both, kind="stable")[: self.hashes.shape[1]]
-        self.hashes[fold] = both[kept]
-        self.notes[fold] = np.concatenate([self.notes[fold], notes])[kept]
-        for layer, mine in self.values.items():
-            mine[fold] = np.concatenate([mine[fold], values[layer].astype(mine.dtype)])[kept]
-
-    def merge(self, other: HashedSample) -> None:
-        """Absorb another sample, in place."""
-        for fold in range(NUM_FOLDS):
-            of_fold = {layer: values[fold] for layer, values in other.values.items()}
-            self.absorb(fold, other.hashes[fold], other.notes[fold], of_fold)
+NOTE = -1
+"""The key of `HashSample.rows` under which a token's cell and phase are noted."""
 
 
 @dataclass
@@ -127,8 +80,9 @@ class Profile:
         documents_XG: Documents.
         tokens_XG: Tokens.
         pairs: For each layer the tokens with two experts, shape (fold, expert, expert); empty if not counted.
-        tokens: Sampled tokens with their choices; noted is 3 x cell + 1 + phase, the phase being -1 if not known.
-        batches: Loads of sampled batches.
+        tokens: Sampled tokens of each fold with their choices; `NOTE` is 3 x cell + 1 + phase, the phase being -1 if
+            not known.
+        batches: Loads of sampled batches of each fold.
     """
 
     layers: tuple[Layer, ...]
@@ -139,12 +93,9 @@ class Profile:
     documents_XG: NDArray[np.int64]
     tokens_XG: NDArray[np.int64]
     pairs: dict[int, NDArray[np.uint32]]
-    tokens: HashedSample
-    batches: HashedSample
-    _chosen: list[tuple[int, NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]] = field(default_factory=list)
-    _fresh: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
-    _orders: list[NDArray[np.int64]] = field(default_factory=list)
-    _loads: list[dict[int, NDArray[np.integer[Any]]]] = field(default_factory=list)
+    tokens: HashSample
+    batches: HashSample
+    _batch_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 1), np.int64))
 
     @classmethod
     def empty(cls, trace: Trace, layers: Sequence[Layer], kind: BatchKind, cells: Cells, *, pairs: bool) -> Profile:
@@ -160,8 +111,8 @@ class Profile:
             np.zeros(by_cell, np.int64),
             np.zeros(by_cell, np.int64),
             {a.layer: np.zeros((NUM_FOLDS, a.num_experts, a.num_experts), np.uint32) for a in layers if pairs},
-            HashedSample.empty(SAMPLED_TOKENS, {a.layer: (a.top_k, _id_type(a)) for a in layers}),
-            HashedSample.empty(SAMPLED_BATCHES, {a.layer: (a.num_experts, np.int32) for a in layers}),
+            HashSample.empty(NUM_FOLDS, SAMPLED_TOKENS, {NOTE: 1, **{a.layer: a.top_k for a in layers}}),
+            HashSample.empty(NUM_FOLDS, SAMPLED_BATCHES, {a.layer: a.num_experts for a in layers}),
         )
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
@@ -178,22 +129,18 @@ class Profile:
             kernels.count_loads(ids_KT, x_T, loads_XE[:, : layer.num_experts])
             if self.pairs:
                 kernels.count_pairs(ids_KT, fold_T, self.pairs[layer.layer])
-            for fold in range(NUM_FOLDS):
-                _, rows, _, _ = self._chosen[fold]
-                self._fresh[fold][layer.layer] = ids_KT[:, rows].T
-                batches_NR = self._orders[fold]
-                loads_NE = np.zeros((len(batches_NR), layer.num_experts), np.int64)
-                for n, rows in enumerate(batches_NR):
-                    kernels.count_loads(
-                        np.ascontiguousarray(ids_KT[:, rows]), np.zeros(len(rows), np.int64), loads_NE[n : n + 1]
-                    )
-                self._loads[fold][layer.layer] = loads_NE
+            self.tokens.take(layer.layer, lambda rows, ids_KT=ids_KT: ids_KT[:, rows].T)  # type: ignore[misc]
+            self.batches.take(layer.layer, lambda batches, a=layer, ids_KT=ids_KT: self._loads(ids_KT, batches, a))  # type: ignore[misc]
         if group[-1] == self.layers[-1]:
-            for fold in range(NUM_FOLDS):
-                _, _, hashes, notes = self._chosen[fold]
-                self.tokens.absorb(fold, hashes, notes, self._fresh[fold])
-                first = self._orders[fold][:, 0]
-                self.batches.absorb(fold, ~self._hashes[first], np.zeros(len(first), np.int64), self._loads[fold])
+            self.tokens.settle()
+            self.batches.settle()
+
+    def _loads(self, ids_KT: NDArray[np.int32], batches: NDArray[np.int64], layer: Layer) -> NDArray[np.int64]:
+        """Loads of some batches of the part at hand, shape (batch, expert)."""
+        loads_NE = np.zeros((len(batches), layer.num_experts), np.int64)
+        for loads_E, rows in zip(loads_NE, self._batch_rows[batches], strict=True):
+            kernels.count_loads(np.ascontiguousarray(ids_KT[:, rows]), np.zeros(len(rows), np.int64), loads_E[None])
+        return loads_NE
 
     def _begin(self, part: Part, cell_T: NDArray[np.int64]) -> None:
         """Choose the tokens and batches of a part that may be kept."""
@@ -201,21 +148,22 @@ class Profile:
         documents = starts[:-1]
         np.add.at(self.documents_XG, (part.domain[documents], cell_T[documents]), 1)
         np.add.at(self.tokens_XG, (part.domain[documents], cell_T[documents]), np.diff(starts))
-        offset = np.arange(part.num_tokens) - np.repeat(documents, np.diff(starts))
-        self._hashes = token_hashes(part.document, offset)
+        hash_T = part_hashes(part)
         phase_T = np.full(part.num_tokens, -1, np.int64) if part.phase is None else part.phase.astype(np.int64)
-        note_T = 3 * cell_T + 1 + phase_T
-        self._chosen, self._orders = [], []
-        self._fresh, self._loads = [{} for _ in range(NUM_FOLDS)], [{} for _ in range(NUM_FOLDS)]
-        for fold in range(NUM_FOLDS):
-            kept_T = cell_T % NUM_FOLDS == fold
-            near = np.flatnonzero(kept_T & (self._hashes < self.tokens.hashes[fold, -1]))
-            rows = near[np.argsort(self._hashes[near], kind="stable")[:SAMPLED_TOKENS]]
-            self._chosen.append((fold, rows, self._hashes[rows], note_T[rows]))
-            order = batch_rows(self.kind, part.sequence_starts(), kept_T, part.phase).reshape(-1, self.kind.tokens)
-            hashes = ~self._hashes[order[:, 0]]
-            nearest = np.argsort(hashes, kind="stable")[:SAMPLED_BATCHES]
-            self._orders.append(order[nearest[hashes[nearest] < self.batches.hashes[fold, -1]]])
+        note_T1 = (3 * cell_T + 1 + phase_T)[:, None]
+        fold_T = cell_T % NUM_FOLDS
+        self.tokens.begin(hash_T, fold_T)
+        self.tokens.take(NOTE, note_T1.__getitem__)
+        starts_Q = part.sequence_starts()
+        self._batch_rows = np.concatenate(
+            [
+                batch_rows(self.kind, starts_Q, fold_T == fold, part.phase).reshape(-1, self.kind.tokens)
+                for fold in range(NUM_FOLDS)
+            ]
+        )
+        first_N = self._batch_rows[:, 0]
+        # Of the complements, so that which batches are kept says nothing of which tokens are.
+        self.batches.begin(~hash_T[first_N], fold_T[first_N])
 
     def merge(self, other: Profile) -> None:
         """Add the counts of other documents, in place."""
@@ -235,7 +183,7 @@ class Profile:
             loads_GE = loads_XGE.sum(axis=0) if domain is None else loads_XGE[domain]
             loads_E = sum(loads_GE[fold::NUM_FOLDS].sum(axis=0) for fold in folds)
             pairs_EE = sum(self.pairs[layer.layer][fold].astype(np.int64) for fold in folds) if self.pairs else None
-            kept = [self.batches.values[layer.layer][fold, : self.batches.number(fold)] for fold in folds]
+            kept = [self.batches.kept(fold, layer.layer) for fold in folds]
             found[layer.layer] = Fit(loads_E, pairs_EE, np.concatenate(kept))
         return found
 
@@ -266,7 +214,3 @@ def profile(
         together=tokens_together(trace, [kind]),
     )
     return total
-
-
-def _id_type(layer: Layer) -> type[np.integer[Any]]:
-    return np.int16 if layer.num_ids < 2**15 else np.int32

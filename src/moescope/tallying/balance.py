@@ -7,18 +7,17 @@ batch is left out if it is not full. One pass; nothing grows with tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.tallying import balance_kernels as kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
+from moescope.tallying.counter import Array, Counter, Options, Result, sampled, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
-from moescope.tallying.token_sample import token_hashes
+from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Layer, Part, Trace
 
 BATCH_SIZES = (1, 16, 256)
@@ -30,7 +29,6 @@ WEIGHT_STATISTICS = ("first", "margin", "entropy")
 SAMPLED_TOKENS = 4096
 """Tokens kept with all their choices, from which batches without order are drawn."""
 
-_NO_HASH = np.uint64(2**64 - 1)
 _TOKEN_BINS = 32 * 40
 
 
@@ -56,8 +54,7 @@ class BalanceCounts(Result):
         weights_LDGW: Σ over tokens of `WEIGHT_STATISTICS`, in units of 2^-30; all zero if weights were not counted.
         weighed_LDG: Tokens with such statistics.
         weight_histogram_LWB: Tokens by statistic, in 200 equal bins from 0 to 1, for entropy to log2 of top-k.
-        hashes: Hashes of the sampled tokens, ascending; the largest 64-bit number where there is none.
-        sampled: For each layer the choices of those tokens, shape (token, choice); -1 = dropped.
+        sample: Tokens with their choices, one group; -1 = dropped.
         has_weights: Whether gate weights were counted.
     """
 
@@ -75,128 +72,55 @@ class BalanceCounts(Result):
     weights_LDGW: NDArray[np.int64]
     weighed_LDG: NDArray[np.int64]
     weight_histogram_LWB: NDArray[np.int64]
-    hashes: NDArray[np.uint64]
-    sampled: dict[int, NDArray[np.int32]]
+    sample: HashSample
     has_weights: bool
 
-    @classmethod
-    def empty(
-        cls, layers: Sequence[Layer], domains: Sequence[str], batch_sizes: Sequence[int], *, weights: bool
-    ) -> Self:
-        """Counts of nothing."""
-        num_layers, num_domains, num_sizes = len(layers), len(domains), len(batch_sizes)
-        bins = int(kernels.BINS_PER_E * np.log(max(layer.num_experts for layer in layers))) + 2
-        by_group = (num_layers, num_domains, NUM_GROUPS)
-
-        def zeros(*shape: int) -> NDArray[np.int64]:
-            return np.zeros(shape, np.int64)
-
-        statistics = len(WEIGHT_STATISTICS) if weights else 0
-        return cls(
-            layers=tuple(layers),
-            domains=tuple(domains),
-            documents_DG=zeros(num_domains, NUM_GROUPS),
-            tokens_DG=zeros(num_domains, NUM_GROUPS),
-            loads_LDGE=zeros(*by_group, max(layer.num_ids for layer in layers)),
-            batch_sizes=tuple(batch_sizes),
-            imbalances_LSB=zeros(num_layers, num_sizes, bins),
-            imbalance_LS=zeros(num_layers, num_sizes),
-            imbalance_squared_LS=zeros(num_layers, num_sizes),
-            tokens_SB=zeros(num_sizes, _TOKEN_BINS),
-            token_sums_SB=zeros(num_sizes, _TOKEN_BINS),
-            weights_LDGW=zeros(*by_group, statistics),
-            weighed_LDG=zeros(*by_group),
-            weight_histogram_LWB=zeros(num_layers, statistics, kernels.WEIGHT_BINS),
-            hashes=np.full(SAMPLED_TOKENS, _NO_HASH),
-            sampled={layer.layer: np.full((SAMPLED_TOKENS, layer.top_k), -1, np.int32) for layer in layers},
-            has_weights=weights,
-        )
-
-    def __add__(self, other: BalanceCounts) -> BalanceCounts:
-        """The counts of both; a batch never holds sequences of either."""
-        for name in ("layers", "batch_sizes", "has_weights"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"balances of different {name.replace('_', ' ')} cannot be added")
-        domains, mine_D, theirs_D = united(self.domains, other.domains)
-        both = []
-        for counts, place_D in ((self, mine_D), (other, theirs_D)):
-            arrays: dict[str, Any] = {
-                name: array.copy() if axis is None else spread(array, place_D, len(domains), axis)
-                for name, axis in _DOMAIN_AXIS.items()
-                for array in [getattr(counts, name)]
-            }
-            sampled = {layer: ids.copy() for layer, ids in counts.sampled.items()}
-            both.append(replace(counts, domains=domains, hashes=counts.hashes.copy(), sampled=sampled, **arrays))
-        both[0].merge(both[1])
-        return both[0]
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The sums by name, and the sample as ``hashes`` and ``sampled/LAYER``."""
-        return {
-            **{name: getattr(self, name) for name in (*_DOMAIN_AXIS, "hashes")},
-            **{f"sampled/{layer}": ids for layer, ids in self.sampled.items()},
-            "batch_sizes": np.array(self.batch_sizes, np.int64),
-        }
+    facts = ("batch_sizes", "has_weights")
 
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The counts of the arrays of `stored`."""
-        sizes = stored.take("batch_sizes", np.int64, (None,), least=1).tolist()
-        num_layers, num_domains, num_ids = (
-            len(stored.layers),
-            len(stored.domains),
-            max(a.num_ids for a in stored.layers),
-        )
-        stored.take("loads_LDGE", np.int64, (num_layers, num_domains, NUM_GROUPS, num_ids))  # before as much is taken
-        weights = "weights_LDGW" in stored and stored.arrays["weights_LDGW"].shape[-1:] != (0,)
-        empty = cls.empty(stored.layers, stored.domains, sizes[:64], weights=weights)
-        arrays: dict[str, Any] = {
-            name: stored.take(name, np.int64, getattr(empty, name).shape) for name in _DOMAIN_AXIS
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The sums, and the sample. A batch never holds sequences of two counts, so batches add up, too."""
+        check_batches(facts["batch_sizes"])
+        sizes = {
+            "domain": len(domains),
+            "layer": len(layers),
+            "documents": NUM_GROUPS,
+            "expert": max(layer.num_ids for layer in layers),
+            "size": len(facts["batch_sizes"]),
+            "imbalance": int(kernels.BINS_PER_E * np.log(max(layer.num_experts for layer in layers))) + 2,
+            "tokens": _TOKEN_BINS,
+            "statistic": len(WEIGHT_STATISTICS) if facts["has_weights"] else 0,
+            "weight": kernels.WEIGHT_BINS,
         }
-        sampled = {
-            layer.layer: stored.take(
-                f"sampled/{layer.layer}", np.int32, (SAMPLED_TOKENS, layer.top_k), least=-1, most=layer.num_ids - 1
-            )
-            for layer in stored.layers
-        }
-        hashes = stored.take("hashes", np.uint64, empty.hashes.shape)
-        return replace(empty, hashes=hashes, sampled=sampled, **arrays)
+        return summed(
+            sizes,
+            documents_DG="domain documents",
+            tokens_DG="domain documents",
+            loads_LDGE="layer domain documents expert",
+            imbalances_LSB="layer size imbalance",
+            imbalance_LS="layer size",
+            imbalance_squared_LS="layer size",
+            tokens_SB="size tokens",
+            token_sums_SB="size tokens",
+            weights_LDGW="layer domain documents statistic",
+            weighed_LDG="layer domain documents",
+            weight_histogram_LWB="layer statistic weight",
+        ) | sampled("sample", layers, "all", 1, SAMPLED_TOKENS)
 
     def tokens(self, layer: int) -> NDArray[np.int32]:
         """Choices of the sampled tokens at a layer, shape (token, choice)."""
-        return self.sampled[layer][self.hashes != _NO_HASH]
-
-    def merge(self, other: BalanceCounts) -> None:
-        """Add the counts of other documents, in place."""
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, np.ndarray) and f.name != "hashes":
-                mine += theirs
-        self.absorb(other.hashes, other.sampled)
-
-    def absorb(self, hashes: NDArray[np.uint64], sampled: dict[int, NDArray[np.int32]]) -> None:
-        """Keep those of the sampled tokens and of these that have the smallest hashes."""
-        both = np.concatenate([self.hashes, hashes])
-        kept = np.argsort(both, kind="stable")[:SAMPLED_TOKENS]
-        self.hashes[:] = both[kept]
-        for layer, ids in self.sampled.items():
-            ids[:] = np.concatenate([ids, sampled[layer]])[kept]
+        return self.sample.kept(0, layer)
 
 
-_DOMAIN_AXIS = {
-    "documents_DG": 0,
-    "tokens_DG": 0,
-    "loads_LDGE": 1,
-    "imbalances_LSB": None,
-    "imbalance_LS": None,
-    "imbalance_squared_LS": None,
-    "tokens_SB": None,
-    "token_sums_SB": None,
-    "weights_LDGW": 1,
-    "weighed_LDG": 1,
-    "weight_histogram_LWB": None,
-}
-"""The sums, and the axis along which each goes by domain."""
+def check_batches(sizes: Sequence[int]) -> None:
+    """Refuse impossible batches.
+
+    Raises:
+        ValueError: One holds no sequence, or there are many.
+    """
+    # 64 sizes, as every size takes 8 bytes x layers x bins and a file may ask for any number of them.
+    if len(sizes) > 64 or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"a batch holds at least one sequence, and there are at most 64 sizes, not {tuple(sizes)}")
 
 
 @dataclass
@@ -208,15 +132,11 @@ class BalanceCounter(Counter[BalanceCounts]):
     counts: BalanceCounts
     first_sequence: dict[int, int]
     open_batches: _OpenBatches
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    fresh_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    fresh: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     @classmethod
     def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
         """Refuse impossible batches; every trace has loads."""
-        if any(size < 1 for size in options.batch_sizes or ()):
-            raise ValueError(f"a batch holds at least one sequence, not {min(options.batch_sizes or ())}")
+        check_batches(options.batch_sizes or ())
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
@@ -227,18 +147,13 @@ class BalanceCounter(Counter[BalanceCounts]):
             part = file.read((), tokens=False)
             first_sequence[int(part.document[0])] = total
             total += int(np.count_nonzero(part.position == 0))
-
-        empty = partial(BalanceCounts.empty, layers, trace.domains, sizes, weights=trace.header.weights)
-        return lambda: cls(empty(), first_sequence, open_batches)
+        facts: dict[str, Any] = {"batch_sizes": sizes, "has_weights": trace.header.weights}
+        return lambda: cls(BalanceCounts.empty(layers, trace.domains, **facts), first_sequence, open_batches)
 
     @classmethod
     def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> BalanceCounts:
         """The loads of a trace of counts."""
         return _of_counts(trace, layers)
-
-    def result(self) -> BalanceCounts:
-        """What was counted."""
-        return self.counts
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -248,25 +163,24 @@ class BalanceCounter(Counter[BalanceCounts]):
         domains = part.domain[starts_G[:-1]].astype(np.int64)
         in_document = np.searchsorted(starts_G, starts_Q[:-1], side="right") - 1
         group_Q = (domains * NUM_GROUPS + groups)[in_document]
-        begins = group[0] == counts.layers[0]
-        if begins:
+        if group[0] == counts.layers[0]:
             np.add.at(counts.documents_DG, (domains, groups), 1)
             np.add.at(counts.tokens_DG, (domains, groups), np.diff(starts_G))
-            self._choose_tokens(part, starts_G)
+            counts.sample.begin(part_hashes(part), np.zeros(part.num_tokens, np.int64))
         first = self.first_sequence[int(part.document[0])]
         sizes_S = np.array(counts.batch_sizes, np.int64)
         place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         for layer in group:
             place = place_of[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
-            self.fresh[layer.layer] = part.expert_ids[layer.layer][self.rows].astype(np.int32)
+            counts.sample.take(layer.layer, part.expert_ids[layer.layer].__getitem__)
             by_group = counts.loads_LDGE[place].reshape(-1, counts.loads_LDGE.shape[3])[:, : layer.num_ids]
             edges_S2E = np.zeros((len(sizes_S), 2, layer.num_ids + 1), np.int64)
             edge_sequences_S2 = np.zeros((len(sizes_S), 2), np.int64)
-            noted = self._batch_sums(place)
+            sums = self._batch_sums(place)
             kernels.count_sequences(
                 ids_KT, starts_Q, group_Q, first, sizes_S, layer.num_experts, by_group,
-                *noted[:3], edges_S2E, edge_sequences_S2, *noted[3:],
+                sums, edges_S2E, edge_sequences_S2,
             )  # fmt: skip
             for s, size in enumerate(counts.batch_sizes):
                 last = first + len(group_Q) - 1
@@ -276,8 +190,7 @@ class BalanceCounter(Counter[BalanceCounts]):
                         sequences = int(edge_sequences_S2[s, side])
                         whole = self.open_batches.add(key, sequences, edges_S2E[s, side])
                         if whole is not None:
-                            sums = (noted[0][s], noted[1][s : s + 1], noted[2][s : s + 1], noted[3][s], noted[4][s])
-                            kernels.finish_batch(whole, layer.num_experts, *sums)
+                            kernels.finish_batch(whole, layer.num_experts, s, sums)
             if counts.has_weights:
                 kernels.count_weights(
                     ids_KT,
@@ -289,26 +202,16 @@ class BalanceCounter(Counter[BalanceCounts]):
                     counts.weighed_LDG[place].reshape(-1),
                     counts.weight_histogram_LWB[place],
                 )
-        if group[-1] == counts.layers[-1] and len(self.rows):
-            counts.absorb(self.fresh_hashes, self.fresh)
+        if group[-1] == counts.layers[-1]:
+            counts.sample.settle()
 
-    def merge(self, other: Self) -> None:
-        """Add the counts of other documents, in place."""
-        self.counts.merge(other.counts)
-
-    def _batch_sums(self, place: int) -> tuple[NDArray[np.int64], ...]:
+    def _batch_sums(self, place: int) -> kernels.BatchSums:
         """The sums of batches of a layer; their tokens are counted with the first layer."""
         counts = self.counts
         none = np.zeros((len(counts.batch_sizes), 0), np.int64)
         tokens = (none, none) if place else (counts.tokens_SB, counts.token_sums_SB)
-        return counts.imbalances_LSB[place], counts.imbalance_LS[place], counts.imbalance_squared_LS[place], *tokens
-
-    def _choose_tokens(self, part: Part, starts_G: NDArray[np.int64]) -> None:
-        offset = np.arange(part.num_tokens) - np.repeat(starts_G[:-1], np.diff(starts_G))
-        hashes = token_hashes(part.document, offset)
-        near = np.flatnonzero(hashes < self.counts.hashes[-1])
-        self.rows = near[np.argsort(hashes[near], kind="stable")[:SAMPLED_TOKENS]]
-        self.fresh_hashes = hashes[self.rows]
+        imbalances = counts.imbalances_LSB[place], counts.imbalance_LS[place], counts.imbalance_squared_LS[place]
+        return kernels.BatchSums(*imbalances, *tokens)
 
 
 @dataclass
@@ -330,7 +233,7 @@ class _OpenBatches:
 
 
 def _of_counts(trace: Trace, layers: Sequence[Layer]) -> BalanceCounts:
-    total = BalanceCounts.empty(layers, trace.domains, (), weights=False)
+    total = BalanceCounts.empty(layers, trace.domains, batch_sizes=(), has_weights=False)
     place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
     code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
     for counts in trace.iter_counts():

@@ -6,7 +6,7 @@ of documents (all domains one after the other), B bins of a histogram, W statist
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -25,6 +25,24 @@ WEIGHT_FIXED = 2**30
 WEIGHT_BINS = 200
 
 
+class BatchSums(NamedTuple):
+    """The sums of the batches of a layer, all added to.
+
+    Attributes:
+        imbalances_SB: Batches by the logarithm of their imbalance.
+        imbalance_S: Σ imbalance over batches, in units of 1 / FIXED.
+        imbalance_squared_S: Σ of its square, in the same units.
+        tokens_SB: Batches by the logarithm of their tokens. Empty to count none.
+        token_sums_SB: Tokens of the same.
+    """
+
+    imbalances_SB: Sums
+    imbalance_S: Sums
+    imbalance_squared_S: Sums
+    tokens_SB: Sums
+    token_sums_SB: Sums
+
+
 @numba.njit(cache=True, nogil=True)
 def count_sequences(
     ids_KT: Ids,
@@ -34,13 +52,9 @@ def count_sequences(
     sizes_S: Sums,
     num_experts: int,
     loads_XE: Sums,
-    imbalances_SB: Sums,
-    imbalance_S: Sums,
-    imbalance_squared_S: Sums,
+    sums: BatchSums,
     edges_S2E: Sums,
     edge_sequences_S2: Sums,
-    tokens_SB: Sums,
-    token_sums_SB: Sums,
 ) -> None:
     """Count loads by group of documents, and the imbalance of every batch that lies whole in the part.
 
@@ -52,12 +66,10 @@ def count_sequences(
         sizes_S: Sequences a batch.
         num_experts: Routed experts; only they have a balance.
         loads_XE: Added to.
-        imbalances_SB: Added to: batches by the logarithm of their imbalance.
-        imbalance_S: Added to: Σ imbalance over batches, in units of 1 / FIXED; then of its square.
+        sums: Added to.
         edges_S2E: Set: loads, with the tokens in the last column, of the batch that began in an earlier part, and of
             the one that goes on in the next.
         edge_sequences_S2: Set: sequences of the same; 0 if there is none.
-        tokens_SB: Added to: batches by the logarithm of their tokens; then their tokens. Empty to count none.
     """
     num_ids = loads_XE.shape[1]
     num_sizes = sizes_S.size
@@ -89,15 +101,7 @@ def count_sequences(
                     edges_S2E[s, 0] = open_SE[s]
                     edge_sequences_S2[s, 0] = held_S[s]
                 else:
-                    finish_batch(
-                        open_SE[s],
-                        num_experts,
-                        imbalances_SB[s],
-                        imbalance_S[s : s + 1],
-                        imbalance_squared_S[s : s + 1],
-                        tokens_SB[s],
-                        token_sums_SB[s],
-                    )
+                    finish_batch(open_SE[s], num_experts, s, sums)
                 open_SE[s] = 0
                 held_S[s] = 0
                 early_S[s] = False
@@ -109,30 +113,22 @@ def count_sequences(
 
 
 @numba.njit(cache=True, nogil=True)
-def finish_batch(
-    loads_E: Sums,
-    num_experts: int,
-    imbalances_B: Sums,
-    imbalance: Sums,
-    imbalance_squared: Sums,
-    tokens_B: Sums,
-    token_sums_B: Sums,
-) -> None:
-    """Note the imbalance of a batch; one without assignment to a routed expert has none."""
+def finish_batch(loads_E: Sums, num_experts: int, s: int, sums: BatchSums) -> None:
+    """Note the imbalance of a batch of the s-th size; one without assignment to a routed expert has none."""
     total = largest = 0
     for e in range(num_experts):
         total += int(loads_E[e])
         largest = max(largest, int(loads_E[e]))
-    if tokens_B.size:
+    if sums.tokens_SB.size:
         tokens = loads_E[loads_E.size - 1]
-        bin = min(int(np.log(max(tokens, 1)) * 32), tokens_B.size - 1)
-        tokens_B[bin] += 1
-        token_sums_B[bin] += tokens
+        bin = min(int(np.log(max(tokens, 1)) * 32), sums.tokens_SB.shape[1] - 1)
+        sums.tokens_SB[s, bin] += 1
+        sums.token_sums_SB[s, bin] += tokens
     if total:
         value = largest * num_experts / total
-        imbalances_B[min(int(np.log(value) * BINS_PER_E), imbalances_B.size - 1)] += 1
-        imbalance[0] += np.int64(np.rint(value * FIXED))
-        imbalance_squared[0] += np.int64(np.rint(value * value * FIXED))
+        sums.imbalances_SB[s, min(int(np.log(value) * BINS_PER_E), sums.imbalances_SB.shape[1] - 1)] += 1
+        sums.imbalance_S[s] += np.int64(np.rint(value * FIXED))
+        sums.imbalance_squared_S[s] += np.int64(np.rint(value * value * FIXED))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -115,10 +115,10 @@ class Counted:
             "header": self.header.to_json(),
             "layers": json.dumps([layer.layer for layer in self.layers]),
             "domains": json.dumps(list(self.domains), ensure_ascii=False),
-            "counted": json.dumps(list(self.results)),
+            "counted": json.dumps({name: result.known_facts() for name, result in self.results.items()}),
             "absent": json.dumps(dict(self.absent)),
         }
-        arrays = {f"{name}/{key}": a for name, result in self.results.items() for key, a in result.stored().items()}
+        arrays = {f"{name}/{key}": a for name, result in self.results.items() for key, a in result.arrays().items()}
         array_file.write(Path(path), FORMAT, FORMAT_VERSION, metadata, arrays)
 
     def select_layers(self, layers: Iterable[int] | None) -> tuple[Layer, ...]:
@@ -174,13 +174,16 @@ def open_counted(path: Path | str) -> Counted:
         reasons = {str(name): (str(why), None if hint is None else str(hint)) for name, (why, hint) in absent.items()}
         if unknown := set(counted) - {counter.name for counter in COUNTERS}:
             raise ValueError(f"there is no counter {min(unknown)!r}")
-        ranked = all(layer.ranked for layer in layers) and not header.counts_only
         results = {}
         for counter in COUNTERS:
             if counter.name in counted:
                 prefix = f"{counter.name}/"
                 mine = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-                stored = Stored(mine, layers, domains, ranked, header.counts_only)
+                facts = {
+                    name: tuple(fact) if isinstance(fact, list) else fact
+                    for name, fact in counted[counter.name].items()
+                }
+                stored = Stored(mine, layers, domains, facts)
                 results[counter.name] = counter.result_type.restored(stored)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise TraceDamaged(path, f"cannot be what was counted: {error}") from None

@@ -1,21 +1,22 @@
 """What a counter is: sums that a pass fills, what they need of a trace, and the result they give.
 
-A result holds whole numbers (or says where it does not), adds up with that of other documents, and can be taken apart
-into arrays and put together again, which is all that a file of counts needs to know of it.
+A result holds whole numbers (or says where it does not). It declares its arrays, their axes and bounds once; how it
+adds up with that of other documents, how it is kept in a file and what is refused there follow from that.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
+from moescope.tallying.token_sample import NO_HASH, HashSample
 from moescope.trace import Header, Layer, Part, Trace
 
 R = TypeVar("R", bound="Result")
@@ -75,8 +76,10 @@ class Counter(ABC, Generic[R]):
         result_type: The class of its result.
         reads_tokens: Whether it reads token ids or phases.
         reads_weights: Whether it reads gate weights, where they were recorded.
+        counts: What was counted so far, by a counter that adds to its result in place.
     """
 
+    counts: R
     name: ClassVar[str]
     result_type: ClassVar[type[Any]]
     reads_tokens: ClassVar[bool] = False
@@ -106,118 +109,249 @@ class Counter(ABC, Generic[R]):
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count some layers of a part, as `one_pass.Filled.add`."""
 
-    @abstractmethod
     def merge(self, other: Self) -> None:
         """Add what another counter of the same pass holds, in place."""
+        self.counts.merge(other.counts)
 
-    @abstractmethod
     def result(self) -> R:
         """What was counted."""
+        return self.counts
+
+
+class Array(NamedTuple):
+    """What one array of a result must be.
+
+    Attributes:
+        axes: What goes along each axis; a result is added domain by domain where one is ``domain``.
+        shape: Its shape; None where any number will do, the same in all arrays of the result that have this axis.
+        dtypes: Types it may have, the first that of an empty one.
+        least: Its smallest value may not be below; None for any.
+        most: Its largest value may not be above; None for any.
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    dtypes: tuple[type[np.generic], ...] = (np.int64,)
+    least: int | None = 0
+    most: int | None = None
+
+
+WIDENING = (np.uint32, np.uint64)
+"""Types of a table that is widened when a sum needs it."""
+
+
+def summed(sizes: Mapping[str, int | None], **axes: str) -> dict[str, Array]:
+    """Sums in whole numbers, each by name with its axes in words.
+
+    Example:
+        >>> summed({"layer": 2, "expert": 8}, loads="layer expert")["loads"].shape
+        (2, 8)
+    """
+    return {
+        name: Array(tuple(words.split()), tuple(sizes[word] for word in words.split())) for name, words in axes.items()
+    }
+
+
+def sampled(name: str, layers: Iterable[Layer], group: str, num_groups: int, size: int) -> dict[str, Array]:
+    """The arrays of a `HashSample` of the choices of tokens."""
+    shape = (num_groups, size)
+    return {
+        f"{name}/hashes": Array((group, "token"), shape, (np.uint64,)),
+        **{
+            f"{name}/{a.layer}": Array(
+                (group, "token", "choice"), (*shape, a.top_k), (np.int32,), least=-1, most=a.num_ids - 1
+            )
+            for a in layers
+        },
+    }
 
 
 class Result(ABC):
-    """What a counter counted."""
+    """What a counter counted: a frozen dataclass of arrays, tables by layer (`dict`), samples, and facts.
 
-    @property
-    def header(self) -> Header:
-        """What it tells of the trace, for a measure that is given nothing else."""
-        return Header(self.layers)  # type: ignore[attr-defined]
+    From what a class declares of its arrays follow how it is added, kept in a file, checked and made empty.
 
-    @abstractmethod
-    def __add__(self, other: Self) -> Self:
-        """The counts of both; their documents are disjoint, their layers and the order of the choices alike.
+    Attributes:
+        facts: Attributes that are no arrays: kept in the header of a file.
+        own_facts: Those in which results that are added may differ; the others must be alike.
+    """
 
-        Raises:
-            ValueError: They cannot be added; it says what differs.
-        """
-
-    @abstractmethod
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The arrays from which `restored` makes it again."""
+    facts: ClassVar[tuple[str, ...]] = ()
+    own_facts: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """Its arrays by name; that of a layer in the table ``x`` is named ``x/LAYER``.
+
+        Raises:
+            ValueError: A fact is none that could be.
+        """
+
+    @property
+    def header(self) -> Header:
+        """What it says of the trace, for a measure that is given nothing else."""
+        return Header(self.layers)  # type: ignore[attr-defined]
+
+    @classmethod
+    def of_arrays(
+        cls,
+        layers: Sequence[Layer],
+        domains: Sequence[str],
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> Self:
+        """The result that has these arrays, in the order in which they are declared."""
+        values: dict[str, Any] = {"layers": tuple(layers), "domains": tuple(domains), **facts}
+        for name, array in arrays.items():
+            table, _, layer = name.partition("/")
+            if not layer:
+                values[name] = array
+            elif layer == "hashes":
+                values[table] = HashSample(array, {})
+            else:
+                rows = values.setdefault(table, {})
+                (rows.rows if isinstance(rows, HashSample) else rows)[int(layer)] = array
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    @classmethod
+    def empty(cls, layers: Sequence[Layer], domains: Sequence[str] = (), **facts: Any) -> Self:
+        """Counts of nothing."""
+        arrays = {}
+        for name, array in cls.declared(layers, domains, facts).items():
+            fill: Any = NO_HASH if name.endswith("/hashes") else min(array.least or 0, 0)
+            arrays[name] = np.full(tuple(size or 0 for size in array.shape), fill, array.dtypes[0])
+        return cls.of_arrays(layers, domains, facts, arrays)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by the names under which they are declared and kept in a file."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            arrays |= _by_name(f.name, getattr(self, f.name))
+        return arrays
+
+    @classmethod
     def restored(cls, stored: Stored) -> Self:
-        """The result of some arrays.
+        """The result of the arrays and facts of a file.
 
         Raises:
             ValueError: They are not of such a result; it says which array, what was expected and what was found.
         """
+        if set(stored.facts) != set(cls.facts):
+            raise ValueError(f"holds the facts {sorted(stored.facts)}, expected {sorted(cls.facts)}")
+        declared = cls.declared(stored.layers, stored.domains, stored.facts)
+        sizes: dict[str, int] = {}
+        arrays = {name: stored.take(name, array, sizes) for name, array in declared.items()}
+        return cls.of_arrays(stored.layers, stored.domains, stored.facts, arrays)
+
+    def known_facts(self) -> dict[str, Any]:
+        """The facts by name."""
+        return {name: getattr(self, name) for name in self.facts}
+
+    def __add__(self, other: Self) -> Self:
+        """The counts of both; their documents are disjoint.
+
+        Raises:
+            ValueError: They cannot be added; it says what differs.
+        """
+        if type(other) is not type(self):
+            return NotImplemented
+        kind = type(self).__name__
+        for name in (*(name for name in self.facts if name not in self.own_facts), "layers"):
+            mine, theirs = (getattr(a.header if name == "layers" else a, name) for a in (self, other))
+            if mine != theirs:
+                which = "" if name == "layers" else f": {mine} and {theirs}"
+                raise ValueError(f"{kind} of different {name} cannot be added{which}")
+        domains, *places = united(getattr(self, "domains", ()), getattr(other, "domains", ()))
+        return self.added(other, domains, {"domain": (places[0], places[1], len(domains))})
+
+    def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
+        """The counts of both, with what goes along an axis of `places` at the places it has there."""
+        declared = self.declared(self.header.layers, domains, self.known_facts())
+        mine, theirs = self.arrays(), other.arrays()
+        arrays: dict[str, NDArray[Any]] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            sample = getattr(self, f.name)
+            if isinstance(sample, HashSample):
+                one_group = np.zeros(1, np.int64)
+                here, there, num_groups = places.get(declared[f"{f.name}/hashes"].axes[0], (one_group, one_group, 1))
+                both = sample.spread(here, num_groups)
+                both.merge(getattr(other, f.name).spread(there, num_groups))
+                arrays |= _by_name(f.name, both)
+        for name, array in mine.items():
+            if name not in arrays:
+                arrays[name] = _total(array, theirs[name], declared[name], places)
+        return self.of_arrays(self.header.layers, domains, self.known_facts(), arrays)
+
+    def merge(self, other: Self) -> None:
+        """Add the counts of other documents of the same trace, in place."""
+        for f in fields(self):  # type: ignore[arg-type]
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, HashSample):
+                mine.merge(theirs)
+            else:
+                for name, array in _by_name(f.name, mine).items():
+                    array += _by_name(f.name, theirs)[name]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Arrays of a file, and what they are of; nothing is taken from them without a look at type, shape and bounds.
+    """What a file holds of a result; nothing is taken from it without a look at type, shape and bounds.
 
     Attributes:
         arrays: By name.
         layers: Layers counted.
         domains: Domains counted.
-        ranked: Whether the order of the choices is known.
-        counts_only: Whether it was a trace of counts.
+        facts: By name.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     layers: tuple[Layer, ...]
     domains: tuple[str, ...]
-    ranked: bool
-    counts_only: bool
+    facts: Mapping[str, Any]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
-
-    def names(self, prefix: str) -> list[str]:
-        """What follows the prefix in the names that begin with it, in the order of the file."""
-        return [name.removeprefix(prefix) for name in self.arrays if name.startswith(prefix)]
-
-    def take(
-        self,
-        name: str,
-        dtypes: Any,
-        shape: tuple[int | None, ...],
-        *,
-        least: int | None = 0,
-        most: int | None = None,
-    ) -> NDArray[Any]:
+    def take(self, name: str, declared: Array, sizes: dict[str, int] | None = None) -> NDArray[Any]:
         """One array.
 
         Args:
             name: Its name.
-            dtypes: The type it must have, or a list of those that it may have.
-            shape: Its shape, None where any number will do.
-            least: Its smallest value may not be below; None for any.
-            most: Its largest value may not be above; None for any.
+            declared: What it must be.
+            sizes: By axis, sizes found in other arrays; added to.
         Raises:
             ValueError: It is missing or not like that.
         """
         if name not in self.arrays:
             raise ValueError(f"{name} is missing")
         array = self.arrays[name]
-        allowed = [np.dtype(d) for d in (dtypes if isinstance(dtypes, list) else [dtypes])]
-        if array.dtype not in allowed:
-            raise ValueError(f"{name} holds {array.dtype}, expected {' or '.join(map(str, allowed))}")
+        if array.dtype not in declared.dtypes:
+            allowed = " or ".join(str(np.dtype(dtype)) for dtype in declared.dtypes)
+            raise ValueError(f"{name} holds {array.dtype}, expected {allowed}")
+        sizes = {} if sizes is None else sizes
+        shape = [
+            sizes.get(axis) if size is None else size for axis, size in zip(declared.axes, declared.shape, strict=True)
+        ]
         if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-        if array.size and least is not None and not array.min() >= least:
-            raise ValueError(f"{name} holds {array.min()}, expected at least {least}")
-        if array.size and most is not None and not array.max() <= most:
-            raise ValueError(f"{name} holds {array.max()}, expected at most {most}")
+            raise ValueError(f"{name} has shape {array.shape}, expected {tuple(shape)}")
+        sizes.update(zip(declared.axes, array.shape, strict=True))
+        for bound, is_least in ((declared.least, True), (declared.most, False)):
+            extreme = None if bound is None or not array.size else array.min() if is_least else array.max()
+            if extreme is not None and not (extreme >= bound if is_least else extreme <= bound):
+                raise ValueError(f"{name} holds {extreme}, expected at {'least' if is_least else 'most'} {bound}")
         return array
 
-    def number(self, name: str, least: int = 0, most: int = 2**62) -> int:
-        """One whole number."""
-        return int(self.take(name, np.int64, (1,), least=least, most=most)[0])
 
-    def select(self, numbers: NDArray[np.integer[Any]]) -> tuple[Layer, ...]:
-        """The layers counted that have these indices.
+def _by_name(name: str, value: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of a field; none if it holds something else."""
+    if isinstance(value, HashSample):
+        return {f"{name}/hashes": value.hashes, **_by_name(name, value.rows)}
+    if isinstance(value, dict):
+        return {f"{name}/{key}": array for key, array in value.items()}
+    return {name: value} if isinstance(value, np.ndarray) else {}
 
-        Raises:
-            ValueError: One has not been counted, or they do not ascend.
-        """
-        chosen = tuple(layer for layer in self.layers if layer.layer in set(numbers.tolist()))
-        if [layer.layer for layer in chosen] != numbers.tolist():
-            raise ValueError(f"layers {numbers.tolist()} are not among those counted, ascending")
-        return chosen
+
+Places = tuple[NDArray[np.int64], NDArray[np.int64], int]
+"""Where what goes along an axis of one result and of another stands in that of both, and the size of that."""
 
 
 def united(mine: Sequence[str], theirs: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
@@ -242,8 +376,14 @@ def spread(values: NDArray[Any], place_D: NDArray[np.int64], num_domains: int, a
     return wide
 
 
-def added_counts(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[Any]:
-    """The sum of two tables of 32 or 64 bits, of 64 only where 32 do not hold it."""
-    total: NDArray[np.uint64] = mine.astype(np.uint64)
+def _total(mine: NDArray[Any], theirs: NDArray[Any], declared: Array, places: Mapping[str, Places]) -> NDArray[Any]:
+    """The sum of two arrays; a table of 32 bits becomes one of 64 only where 32 do not hold the sum."""
+    for axis, words in enumerate(declared.axes):
+        if words in places:
+            here, there, size = places[words]
+            mine, theirs = spread(mine, here, size, axis), spread(theirs, there, size, axis)
+    if declared.dtypes != WIDENING:
+        return mine + theirs
+    total: NDArray[Any] = mine.astype(np.uint64)
     total += theirs
     return total.astype(np.uint32) if total.max(initial=0) < 2**32 else total

@@ -7,7 +7,7 @@ neither on the order of the parts nor on threads, and the document stays the uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.tallying.counter import Counter, Options, Result, Stored, united
+from moescope.tallying.counter import Array, Counter, Options, Places, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.part import id_dtype
@@ -93,131 +93,135 @@ class DocumentSample(Result):
         keep_G[order[: max(2, fitting)]] = True
         return replace(self._only(keep_G), fraction=self.fraction * int(keep_G.sum()) / len(keep_G))
 
-    def _only(self, keep_G: NDArray[np.bool_]) -> DocumentSample:
+    def _only(self, keep_G: NDArray[np.bool_]) -> Self:
         """Some of the documents."""
         lengths = np.diff(self.starts)
-        keep_T = np.repeat(keep_G, lengths)
         part_G = np.repeat(np.arange(len(self.parts)), self.parts)
-        of_parts = np.bincount(part_G[keep_G[: len(part_G)]], minlength=len(self.parts)).astype(np.int64)
-        return replace(
-            self,
-            document=self.document[keep_G],
-            domain=self.domain[keep_G],
-            parts=of_parts[of_parts > 0],
-            expert_ids={layer: ids_KT[:, keep_T] for layer, ids_KT in self.expert_ids.items()},
-            **_frame(
-                np.concatenate([[0], np.cumsum(lengths[keep_G])]).astype(np.int64),
-                *(None if column is None else column[keep_T] for column in self._columns()),
-            ),
-        )
+        documents_P = np.bincount(part_G[keep_G[: len(part_G)]], minlength=len(self.parts)).astype(np.int64)
+        kept = {"document": keep_G, "token": np.repeat(keep_G, lengths)}
+        return self._of_pieces([(self, kept)], lengths[keep_G], documents_P[documents_P > 0])
+
+    def _of_pieces(
+        self,
+        pieces: Sequence[tuple[Self, Mapping[str, Any]]],
+        length_G: NDArray[np.int64],
+        parts: NDArray[np.int64],
+        **facts: Any,
+    ) -> Self:
+        """The sample of some documents and tokens of this and other samples, one piece after another."""
+        declared = self.declared(self.layers, self.domain_names, self.known_facts())
+        columns = {
+            name: np.concatenate([piece.arrays()[name][..., rows[column.axes[-1]]] for piece, rows in pieces], -1)
+            for name, column in declared.items()
+            if column.axes[-1] in ("document", "token")
+        }
+        starts = np.concatenate([[0], np.cumsum(length_G)]).astype(np.int64)
+        facts = {**self.known_facts(), **facts}
+        return self.of_arrays(self.layers, self.domain_names, facts, {**columns, "starts": starts, "parts": parts})
 
     def _columns(self) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
         return self.position, self.token_id, self.phase
 
-    def __add__(self, other: DocumentSample) -> DocumentSample:
+    def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
         """The documents of both, or those with the smallest hashes, as a sample of both traces together would have."""
-        for name in ("layers", "max_bytes"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"documents kept with different {name.replace('_', ' ')} cannot be added")
-        held = [[len(ids_KT) for ids_KT in sample.expert_ids.values()] for sample in (self, other)]
-        known = [[column is not None for column in sample._columns()] for sample in (self, other)]
-        if held[0] != held[1] or known[0] != known[1]:
-            raise ValueError("documents kept with different columns cannot be added")
         if len(shared := np.intersect1d(self.document, other.document)):
             raise ValueError(f"document {shared[0]} is in both counts, which must be of different documents")
         tokens = self.trace_tokens + other.trace_tokens
-        fraction = min(self.fraction, other.fraction, _fraction(self.layers, held[0], self.max_bytes, tokens))
-        domains, mine_D, theirs_D = united(self.domain_names, other.domain_names)
+        fraction = min(self.fraction, other.fraction, _fraction(self.layers, self.ranks, self.max_bytes, tokens))
+        domain_names, *codes = united(self.domain_names, other.domain_names)
         sides = [
-            replace(sample._only(_kept(sample.document, fraction)), domain_names=domains)
-            for sample in (
-                replace(self, domain=mine_D[self.domain]),
-                replace(other, domain=theirs_D[other.domain]),
+            replace(sample, domain=place_D[sample.domain], domain_names=domain_names)._only(
+                _kept(sample.document, fraction)
             )
+            for sample, place_D in zip((self, other), codes, strict=True)
         ]
         pieces = [
-            (sample, slice(*documents), slice(*sample.starts[list(documents)].tolist()))
+            (sample, {"document": slice(*bounds), "token": slice(*sample.starts[list(bounds)].tolist())})
             for sample in sides
-            for documents in pairwise([0, *np.cumsum(sample.parts).tolist()])
+            for bounds in pairwise([0, *np.cumsum(sample.parts).tolist()])
         ]
-        pieces.sort(key=lambda piece: int(piece[0].document[piece[1].start]))
+        pieces.sort(key=lambda piece: int(piece[0].document[piece[1]["document"].start]))
+        lengths = [np.diff(sample.starts)[rows["document"]] for sample, rows in pieces]
+        parts = np.array([len(lengths_of_part) for lengths_of_part in lengths], np.int64)
+        none = (sides[0], {"document": slice(0), "token": slice(0)})
+        length_G = np.concatenate([np.zeros(0, np.int64), *lengths])
+        return sides[0]._of_pieces([none, *pieces], length_G, parts, fraction=fraction, trace_tokens=tokens)
 
-        def joined(of_piece: Callable[[DocumentSample, slice, slice], NDArray[Any]]) -> NDArray[Any]:
-            return np.concatenate(
-                [of_piece(*piece) for piece in pieces] or [of_piece(sides[0], slice(0), slice(0))], -1
-            )
+    facts = ("fraction", "trace_tokens", "max_bytes", "ranks", "known")
+    own_facts = ("fraction", "trace_tokens")
 
-        def column(number: int) -> NDArray[Any] | None:
-            return joined(lambda sample, _, rows: sample._columns()[number][rows]) if known[0][number] else None  # type: ignore[index]
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Choices of a token that are held, by layer."""
+        return tuple(len(ids_KT) for ids_KT in self.expert_ids.values())
 
-        lengths = joined(lambda sample, documents, _: np.diff(sample.starts)[documents])
-        return replace(
-            sides[0],
-            document=joined(lambda sample, documents, _: sample.document[documents]),
-            domain=joined(lambda sample, documents, _: sample.domain[documents]),
-            expert_ids={
-                layer.layer: joined(lambda sample, _, rows, number=layer.layer: sample.expert_ids[number][:, rows])  # type: ignore[misc]
-                for layer in self.layers
-            },
-            fraction=fraction,
-            trace_tokens=tokens,
-            parts=np.array([documents.stop - documents.start for _, documents, _ in pieces], np.int64),
-            **_frame(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), *(column(n) for n in range(3))),
-        )
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Columns held that not every trace has."""
+        return tuple(name for name in ("token_id", "phase") if getattr(self, name) is not None)
 
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The columns by name, the choices as ``expert_ids/LAYER``."""
-        known = {"token_id": self.token_id, "phase": self.phase}
-        return {
-            "document": self.document,
-            "domain": self.domain,
-            "starts": self.starts,
-            "parts": self.parts,
-            "position": self.position,
-            **{name: column for name, column in known.items() if column is not None},
-            **{f"expert_ids/{layer}": ids_KT for layer, ids_KT in self.expert_ids.items()},
-            "fraction": np.array([self.fraction]),
-            "trace_tokens": np.array([self.trace_tokens], np.int64),
-            "max_bytes": np.array([self.max_bytes], np.int64),
+    @classmethod
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The columns."""
+        ranks, by_token = facts["ranks"], ("token",)
+        if not all(1 <= number <= layer.top_k for layer, number in zip(layers, ranks, strict=True)):
+            raise ValueError(f"{ranks} choices a token are held of layers that make {[a.top_k for a in layers]}")
+        if not (0 <= facts["fraction"] <= 1 and facts["trace_tokens"] >= 0 and facts["max_bytes"] >= 0):
+            raise ValueError(f"holds {facts['fraction']} of {facts['trace_tokens']} tokens, expected 0 to 1")
+        columns = {
+            "document": Array(("document",), (None,), most=2**32 - 1),
+            "domain": Array(("document",), (None,), most=len(domains) - 1),
+            "starts": Array(("document and end",), (None,)),
+            "parts": Array(("part",), (None,), least=1),
+            "position": Array(by_token, (None,), (np.int32,)),
+            "token_id": Array(by_token, (None,), (np.int32,), least=None),
+            "phase": Array(by_token, (None,), (np.uint8,), most=len(PHASES) - 1),
         }
+        for layer, number in zip(layers, ranks, strict=True):
+            dtype = _id_dtype(layer)
+            least = -1 if dtype.kind == "i" else 0
+            axes = "choice", "token"
+            columns[f"expert_ids/{layer.layer}"] = Array(axes, (number, None), (dtype.type,), least, layer.num_ids - 1)
+        return {
+            name: column
+            for name, column in columns.items()
+            if name not in ("token_id", "phase") or name in facts["known"]
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The columns; where sequences start follows from the positions."""
+        return {name: column for name, column in super().arrays().items() if name != "sequence_starts"}
 
     @classmethod
     def restored(cls, stored: Stored) -> Self:
-        """The sample of the arrays of `stored`."""
-        document = stored.take("document", np.int64, (None,), most=2**32 - 1)
-        position = stored.take("position", np.int32, (None,))
-        starts = stored.take("starts", np.int64, (len(document) + 1,))
-        parts = stored.take("parts", np.int64, (None,), least=1)
-        tokens = position.shape
-        if starts[0] != 0 or starts[-1] != len(position) or (np.diff(starts) < 1).any():
+        """The sample of a file."""
+        sample = super().restored(stored)
+        document, starts, position = sample.document, sample.starts, sample.position
+        if (
+            len(starts) != len(document) + 1
+            or starts[0] != 0
+            or starts[-1] != len(position)
+            or (np.diff(starts) < 1).any()
+        ):
             raise ValueError("starts do not cut the tokens into documents")
-        if len(np.unique(document)) != len(document) or parts.sum() != len(document):
+        if len(np.unique(document)) != len(document) or sample.parts.sum() != len(document):
             raise ValueError("a document comes twice, or the parts do not hold as many")
         goes_on = position[1:] == position[:-1].astype(np.int64) + 1
         if position[starts[:-1]].any() or not (goes_on | (position[1:] == 0)).all():
             raise ValueError("position does not count the tokens of sequences")
-        expert_ids = {}
-        for layer in stored.layers:
-            name, dtype = f"expert_ids/{layer.layer}", _id_dtype(layer)
-            least = -1 if dtype.kind == "i" else 0
-            ids_KT = stored.take(name, dtype, (None, *tokens), least=least, most=layer.num_ids - 1)
-            if not 1 <= len(ids_KT) <= layer.top_k:
-                raise ValueError(f"{name} holds {len(ids_KT)} choices a token, expected 1 to {layer.top_k}")
-            expert_ids[layer.layer] = ids_KT
-        token_id = stored.take("token_id", np.int32, tokens, least=None) if "token_id" in stored else None
-        phase = stored.take("phase", np.uint8, tokens, most=len(PHASES) - 1) if "phase" in stored else None
-        return cls(
-            stored.layers,
-            stored.domains,
-            document,
-            stored.take("domain", np.int64, document.shape, most=len(stored.domains) - 1),
-            expert_ids=expert_ids,
-            fraction=float(stored.take("fraction", np.float64, (1,), most=1)[0]),
-            trace_tokens=stored.number("trace_tokens"),
-            max_bytes=stored.number("max_bytes"),
-            parts=parts,
-            **_frame(starts, position, token_id, phase),
-        )
+        return sample
+
+    @classmethod
+    def of_arrays(
+        cls,
+        layers: Sequence[Layer],
+        domains: Sequence[str],
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> Self:
+        """The sample that has these columns."""
+        frame = _frame(arrays["starts"], arrays["position"], arrays.get("token_id"), arrays.get("phase"))
+        return super().of_arrays(layers, domains, {**facts, **frame, "domain_names": tuple(domains)}, arrays)
 
     def as_trace(self, path: Path, header: Header) -> Trace:
         """The documents as a trace whose parts are in memory, divided as those of the trace were.
@@ -310,7 +314,7 @@ class _HeldPart(PartFile):
 
 
 @dataclass(frozen=True)
-class DocumentRoom:
+class SampleMemory:
     """The memory of a sample, which the counters of all threads fill, each its own rows.
 
     Attributes:
@@ -324,8 +328,8 @@ class DocumentRoom:
     @classmethod
     def for_documents(
         cls, trace: Trace, layers: tuple[Layer, ...], max_bytes: int = MAX_BYTES, ranks: int | None = None
-    ) -> DocumentRoom:
-        """Room for the documents of a trace, and their first `ranks` choices, that fit in so many bytes; all empty."""
+    ) -> SampleMemory:
+        """Memory for the documents, and their first `ranks` choices, that fit in so many bytes; all empty."""
         held = {layer: len(range(layer.top_k)[:ranks]) for layer in layers}
         fraction = _fraction(layers, list(held.values()), max_bytes, trace.num_tokens)
         number, owner, length = trace.document_numbers, trace.document_parts, trace.document_tokens
@@ -372,7 +376,7 @@ class DocumentCounter(Counter[DocumentSample]):
 
     name, result_type, reads_tokens = "documents", DocumentSample, True
 
-    room: DocumentRoom
+    memory: SampleMemory
     document: int = -1
     rows: slice = field(default_factory=lambda: slice(0, 0))
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
@@ -386,28 +390,28 @@ class DocumentCounter(Counter[DocumentSample]):
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
         """What makes counters that share the memory of the sample."""
         max_bytes = MAX_BYTES if options.max_bytes is None else options.max_bytes
-        room = DocumentRoom.for_documents(trace, tuple(layers), max_bytes, options.ranks)
-        return lambda: cls(room)
+        memory = SampleMemory.for_documents(trace, tuple(layers), max_bytes, options.ranks)
+        return lambda: cls(memory)
 
     def result(self) -> DocumentSample:
         """The sample, once the pass is over."""
-        return self.room.filled
+        return self.memory.filled
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Keep the layers of `group` of a part's documents."""
-        sample = self.room.sample
+        sample = self.memory.sample
         if int(part.document[0]) != self.document:
             self._start(part)
         for layer in group:
-            room_KT = sample.expert_ids[layer.layer]
-            room_KT[:, self.rows] = part.expert_ids[layer.layer].T[: len(room_KT), self.kept]
+            held_KT = sample.expert_ids[layer.layer]
+            held_KT[:, self.rows] = part.expert_ids[layer.layer].T[: len(held_KT), self.kept]
 
     def _start(self, part: Part) -> None:
-        sample, starts = self.room.sample, part.document_starts()
+        sample, starts = self.memory.sample, part.document_starts()
         self.document = int(part.document[0])
         keep_G = _kept(part.document[starts[:-1]].astype(np.int64), sample.fraction)
         self.kept = slice(None) if keep_G.all() else np.repeat(keep_G, np.diff(starts))
-        first = self.room.first_row[self.document]
+        first = self.memory.first_row[self.document]
         self.rows = slice(first, first + int(np.diff(starts)[keep_G].sum()))
         sample.position[self.rows] = part.position[self.kept]
         if sample.token_id is not None:

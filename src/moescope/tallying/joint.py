@@ -6,8 +6,8 @@ table: 32 for 8 experts, 17 for 256 experts and 60 layers, 8 for 512 (495 MB). O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import joint_kernels as kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, added_counts
+from moescope.tallying.counter import WIDENING, Array, Counter, Options, Places, Result
 from moescope.tallying.document_groups import affordable_groups, document_groups
-from moescope.tallying.token_sample import token_hashes
+from moescope.tallying.token_sample import part_hashes
 from moescope.trace import Layer, Part, Trace
 
 PATH_TOKENS = 2**19
@@ -26,7 +26,7 @@ PATH_TOKENS = 2**19
 
 Choice = Literal["first", "any"]
 
-_WIDTHS = [np.uint32, np.uint64]
+_NONE = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -43,36 +43,16 @@ class Coactivation(Result):
     pairs: dict[int, NDArray[np.uint32]]
 
     @classmethod
-    def empty(cls, layers: Sequence[Layer]) -> Self:
-        """Counts of nothing."""
-        return cls(tuple(layers), {number: np.zeros(shape, np.uint32) for number, shape in cls._shapes(layers).items()})
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The table of each layer."""
+        num_groups = affordable_groups(sum(layer.num_ids**2 for layer in layers if layer.top_k > 1))
+        axes = "documents", "lower", "higher"
+        return {
+            f"pairs/{a.layer}": Array(axes, (num_groups, a.num_ids, a.num_ids), WIDENING) for a in layers if a.top_k > 1
+        }
 
-    @staticmethod
-    def _shapes(layers: Sequence[Layer]) -> dict[int, tuple[int, int, int]]:
-        num_groups = affordable_groups(sum(layer.num_ids**2 for layer in layers))
-        return {layer.layer: (num_groups, layer.num_ids, layer.num_ids) for layer in layers}
-
-    def __add__(self, other: Coactivation) -> Coactivation:
-        """The counts of both."""
-        if self.layers != other.layers:
-            raise ValueError("co-activations of different layers cannot be added")
-        return Coactivation(
-            self.layers, {layer: added_counts(pairs, other.pairs[layer]) for layer, pairs in self.pairs.items()}
-        )
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The pairs of each layer as ``pairs/LAYER``."""
-        return {f"pairs/{layer}": pairs for layer, pairs in self.pairs.items()}
-
-    @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The counts of the arrays of `stored`."""
-        layers = [layer for layer in stored.layers if layer.top_k > 1]
-        shapes = cls._shapes(layers)
-        return cls(
-            tuple(layers),
-            {number: stored.take(f"pairs/{number}", _WIDTHS, shape) for number, shape in shapes.items()},
-        )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(layer for layer in self.layers if layer.top_k > 1))
 
 
 @dataclass(frozen=True)
@@ -93,7 +73,7 @@ class CoactivationCounter(Counter[Coactivation]):
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
         """What makes empty counters, of the layers with two choices."""
-        return lambda: cls(Coactivation.empty([layer for layer in layers if layer.top_k > 1]))
+        return lambda: cls(Coactivation.empty(layers))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -107,15 +87,6 @@ class CoactivationCounter(Counter[Coactivation]):
             count = kernels.count_set_pairs_of_two if few else kernels.count_set_pairs
             count(ids_KT, starts_D, group_D, pairs[layer.layer])
 
-    def merge(self, other: Self) -> None:
-        """Add the counts of other documents, in place."""
-        for layer, pairs in self.counts.pairs.items():
-            pairs += other.counts.pairs[layer]
-
-    def result(self) -> Coactivation:
-        """What was counted."""
-        return self.counts
-
 
 @dataclass(frozen=True)
 class Transitions(Result):
@@ -125,7 +96,6 @@ class Transitions(Result):
         layers: Layers counted.
         choice: "first": the first choices; "any": all pairs of an assignment here and one there.
         moves: For each layer but the first the pairs by (group of documents, expert at the layer before, expert).
-        tokens: Tokens of the trace.
         hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "any".
         paths: A hash of the first choices of each at all layers.
     """
@@ -133,50 +103,31 @@ class Transitions(Result):
     layers: tuple[Layer, ...]
     choice: Choice
     moves: dict[int, NDArray[np.uint32]]
-    tokens: int = 0
-    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    paths: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    hashes: NDArray[np.uint64] = field(default_factory=_NONE.copy)
+    paths: NDArray[np.uint64] = field(default_factory=_NONE.copy)
 
-    @staticmethod
-    def _shapes(layers: Sequence[Layer]) -> dict[int, tuple[int, int, int]]:
-        steps = list(pairwise(layers))
-        num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
-        return {layer.layer: (num_groups, before.num_ids, layer.num_ids) for before, layer in steps}
-
-    def __add__(self, other: Transitions) -> Transitions:
-        """The counts of both."""
-        for name in ("layers", "choice"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"transitions of different {name} cannot be added")
-        moves = {layer: added_counts(mine, other.moves[layer]) for layer, mine in self.moves.items()}
-        paths = _smallest([(self.hashes, self.paths), (other.hashes, other.paths)])
-        return Transitions(self.layers, self.choice, moves, self.tokens + other.tokens, *paths)
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The moves to each layer as ``moves/LAYER``, and the sample."""
-        return {
-            **{f"moves/{layer}": moves for layer, moves in self.moves.items()},
-            "first": np.array([self.choice == "first"], np.int64),
-            "tokens": np.array([self.tokens], np.int64),
-            "hashes": self.hashes,
-            "paths": self.paths,
-        }
+    facts = ("choice",)
 
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The counts of the arrays of `stored`."""
-        hashes = stored.take("hashes", np.uint64, (None,))
-        return cls(
-            stored.layers,
-            "first" if stored.number("first", most=1) else "any",
-            {
-                number: stored.take(f"moves/{number}", _WIDTHS, shape)
-                for number, shape in cls._shapes(stored.layers).items()
-            },
-            stored.number("tokens"),
-            hashes,
-            stored.take("paths", np.uint64, hashes.shape),
-        )
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The table of each layer but the first, and the sample of paths."""
+        if facts["choice"] not in ("first", "any"):
+            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'any'")
+        steps = list(pairwise(layers))
+        num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
+        axes = "documents", "before", "expert"
+        path = Array(("path",), (None,), (np.uint64,))
+        return {
+            **{f"moves/{b.layer}": Array(axes, (num_groups, a.num_ids, b.num_ids), WIDENING) for a, b in steps},
+            "hashes": path,
+            "paths": path,
+        }
+
+    def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
+        """The counts of both, and of their paths those with the smallest hashes."""
+        hashes, paths = _smallest([(self.hashes, self.paths), (other.hashes, other.paths)])
+        bare, none = (replace(a, hashes=_NONE, paths=_NONE) for a in (self, other))
+        return replace(super(Transitions, bare).added(none, domains, places), hashes=hashes, paths=paths)
 
 
 @dataclass
@@ -185,14 +136,10 @@ class TransitionCounter(Counter[Transitions]):
 
     name, result_type = "transitions", Transitions
 
-    layers: tuple[Layer, ...]
-    choice: Choice
-    moves: dict[int, NDArray[np.uint32]]
-    tokens: int = 0
-    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    paths: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    counts: Transitions
     _limit: int = 2**64 - 1
     _rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _kept: tuple[NDArray[np.uint64], NDArray[np.uint64]] = (_NONE, _NONE)
     _fresh: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
     _waiting: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = field(default_factory=list)
 
@@ -210,27 +157,23 @@ class TransitionCounter(Counter[Transitions]):
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
         """What makes empty counters, of the first choices where they are known unless all are asked for."""
         first = options.choice != "all" and all(layer.ranked for layer in layers)
-        return lambda: cls(
-            tuple(layers),
-            "first" if first else "any",
-            {number: np.zeros(shape, np.uint32) for number, shape in Transitions._shapes(layers).items()},
-        )
+        return lambda: cls(Transitions.empty(layers, choice="first" if first else "any"))
 
     def result(self) -> Transitions:
         """What was counted."""
         self._settle()
-        paths = _smallest([(self.hashes, self.paths)])
-        return Transitions(self.layers, self.choice, self.moves, self.tokens, *paths)
+        hashes, paths = _smallest([self._kept])
+        return replace(self.counts, hashes=hashes, paths=paths)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part, each with the layer before it."""
-        starts_D, group_D = _groups(part, self.moves)
-        used = slice(None) if self.choice == "any" else slice(1)
-        numbers = [layer.layer for layer in self.layers]
-        if group[0].layer == numbers[0]:
-            self.tokens += part.num_tokens
-            if self.choice == "first":
-                self._begin_paths(part, starts_D)
+        starts_D, group_D = _groups(part, self.counts.moves)
+        used = slice(None) if self.counts.choice == "any" else slice(1)
+        numbers = [layer.layer for layer in self.counts.layers]
+        if group[0].layer == numbers[0] and self.counts.choice == "first":
+            hashes = part_hashes(part)
+            self._rows = np.flatnonzero(hashes <= np.uint64(self._limit))
+            self._fresh = hashes[self._rows], np.zeros(len(self._rows), np.uint64)
         for layer in group:
             after_KT = part.expert_ids[layer.layer].T[used]
             if self._fresh is not None:
@@ -238,7 +181,7 @@ class TransitionCounter(Counter[Transitions]):
             if layer.layer == numbers[0]:
                 continue
             before_KT = part.expert_ids[numbers[numbers.index(layer.layer) - 1]].T[used]
-            table = self.moves[layer.layer]
+            table = self.counts.moves[layer.layer]
             few = max(table.shape[1:]) <= 16 and before_KT.dtype.kind == after_KT.dtype.kind == "u"
             count = kernels.count_moves_of_few if few else kernels.count_moves
             count(before_KT, after_KT, starts_D, group_D, table)
@@ -250,28 +193,20 @@ class TransitionCounter(Counter[Transitions]):
 
     def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
-        for layer, moves in self.moves.items():
-            moves += other.moves[layer]
-        self.tokens += other.tokens
+        self.counts.merge(other.counts)
         other._settle()
-        self._waiting.append((other.hashes, other.paths))
+        self._waiting.append(other._kept)
         self._settle()
-
-    def _begin_paths(self, part: Part, starts_D: NDArray[np.int64]) -> None:
-        offset = np.arange(part.num_tokens) - np.repeat(starts_D[:-1], np.diff(starts_D))
-        hashes = token_hashes(part.document, offset)
-        self._rows = np.flatnonzero(hashes <= np.uint64(self._limit))
-        self._fresh = hashes[self._rows], np.zeros(len(self._rows), np.uint64)
 
     def _settle(self) -> None:
         """Keep the tokens with the smallest hashes of those kept and those waiting."""
-        hashes, paths = (np.concatenate(both) for both in zip((self.hashes, self.paths), *self._waiting, strict=True))
+        hashes, paths = (np.concatenate(both) for both in zip(self._kept, *self._waiting, strict=True))
         self._waiting.clear()
         if len(hashes) > PATH_TOKENS:
             kept = np.argpartition(hashes, PATH_TOKENS - 1)[:PATH_TOKENS]
             hashes, paths = hashes[kept], paths[kept]
             self._limit = int(hashes.max())
-        self.hashes, self.paths = hashes, paths
+        self._kept = hashes, paths
 
 
 def _smallest(samples: Sequence[tuple[NDArray[np.uint64], NDArray[np.uint64]]]) -> tuple[NDArray[np.uint64], ...]:

@@ -6,17 +6,16 @@ is rebuilt from the vocabulary's bytes, so no tokenizer is needed and any way of
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying.counter import Counter, Options, Result, Stored
+from moescope.tallying.counter import Array, Counter, Options, Places, Result
 from moescope.tallying.document_sample import DocumentSample
 from moescope.trace import Layer, Part, Trace
 
@@ -55,61 +54,77 @@ class WordOccurrences(Result):
     Memory grows with the occurrences, not with the tokens: 24 bytes and 4 a layer for each token of one.
 
     Attributes:
+        layers: Layers of the choices.
         of_word: By word, in the order in which they were asked for; the occurrences in the order of their documents.
     """
 
+    layers: tuple[Layer, ...]
     of_word: Mapping[str, Occurrences]
 
-    def __add__(self, other: WordOccurrences) -> WordOccurrences:
-        """The occurrences of both."""
-        if set(self.of_word) != set(other.of_word):
-            raise ValueError(
-                f"occurrences of different words cannot be added: {list(self.of_word)}, {list(other.of_word)}"
-            )
-        both = {}
-        for name, mine in self.of_word.items():
-            theirs = other.of_word[name]
-            if mine.layers != theirs.layers:
-                raise ValueError("occurrences at different layers cannot be added")
-            both[name] = _in_order(_joined(name, mine.layers, [mine, theirs]))
-        return WordOccurrences(both)
+    facts = ("words",)
 
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The words as JSON, and of the n-th word ``n/occurrence`` and so on."""
-        names = json.dumps(list(self.of_word)).encode()
-        return {
-            "words": np.frombuffer(names, np.uint8),
-            **{
-                f"{n}/{name}": getattr(word, name)
-                for n, word in enumerate(self.of_word.values())
-                for name in ("occurrence", "document", "token_id", "first_choice")
-            },
-        }
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words."""
+        return tuple(self.of_word)
 
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The occurrences of the arrays of `stored`."""
-        names = json.loads(stored.take("words", np.uint8, (None,)).tobytes())
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("words is no list of words")
-        layers, of_word = stored.layers, {}
-        for n, name in enumerate(names):
-            occurrence = stored.take(f"{n}/occurrence", np.int64, (None,))
-            if occurrence.size and (occurrence[0] != 0 or not np.isin(np.diff(occurrence), (0, 1)).all()):
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The columns of the n-th word as ``n/occurrence`` and so on."""
+        if not all(isinstance(word, str) for word in facts["words"]):
+            raise ValueError(f"words are {facts['words']}, expected a list of words")
+        column = {
+            "occurrence": Array(("token",), (None,)),
+            "document": Array(("token",), (None,), most=2**32 - 1),
+            "token_id": Array(("token",), (None,), most=2**32 - 1),
+            "first_choice": Array(("layer", "token"), (len(layers), None), (np.int32,), least=-1),
+        }
+        return {
+            f"{n}/{name}": array._replace(axes=(*array.axes[:-1], f"token of word {n}"))
+            for n in range(len(facts["words"]))
+            for name, array in column.items()
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by the names under which they are declared."""
+        return {f"{n}/{name}": getattr(word, name) for n, word in enumerate(self.of_word.values()) for name in _COLUMNS}
+
+    @classmethod
+    def of_arrays(
+        cls,
+        layers: Sequence[Layer],
+        domains: Sequence[str],
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> Self:
+        """The occurrences that have these columns.
+
+        Raises:
+            ValueError: They count up wrongly, or name an expert that a layer does not have.
+        """
+        of_word, numbers = {}, tuple(layer.layer for layer in layers)
+        for n, name in enumerate(facts["words"]):
+            word = Occurrences(name, numbers, *(arrays[f"{n}/{column}"] for column in _COLUMNS))
+            if not np.isin(np.diff(word.occurrence, prepend=-1), (0, 1)).all():
                 raise ValueError(f"{n}/occurrence does not count up from 0")
-            choices = stored.take(f"{n}/first_choice", np.int32, (len(layers), len(occurrence)), least=-1)
-            for layer, choice in zip(layers, choices, strict=True):
+            for layer, choice in zip(layers, word.first_choice, strict=True):
                 if choice.max(initial=-1) >= layer.num_ids:
                     raise ValueError(f"{n}/first_choice holds {choice.max()}, expected below {layer.num_ids}")
-            of_word[name] = Occurrences(
-                name,
-                tuple(layer.layer for layer in layers),
-                occurrence,
-                stored.take(f"{n}/document", np.int64, occurrence.shape, most=2**32 - 1),
-                stored.take(f"{n}/token_id", np.int64, occurrence.shape, most=2**32 - 1),
-                choices,
-            )
-        return cls(of_word)
+            of_word[name] = word
+        return cls(tuple(layers), of_word)
+
+    def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
+        """The occurrences of both, in the order of their documents."""
+        return replace(
+            self,
+            of_word={
+                name: _in_order(_joined(name, mine.layers, [mine, other.of_word[name]]))
+                for name, mine in self.of_word.items()
+            },
+        )
+
+
+_COLUMNS = ("occurrence", "document", "token_id", "first_choice")
 
 
 @dataclass(frozen=True)
@@ -263,7 +278,8 @@ class WordCounter(Counter[WordOccurrences]):
         layers = tuple(layer.layer for layer in self.layers)
         parts = [self.found[document] for document in sorted(self.found)]
         return WordOccurrences(
-            {word: _joined(word, layers, [part[n] for part in parts]) for n, word in enumerate(self.patterns)}
+            self.layers,
+            {word: _joined(word, layers, [part[n] for part in parts]) for n, word in enumerate(self.patterns)},
         )
 
 

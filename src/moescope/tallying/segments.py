@@ -6,7 +6,7 @@ group out at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from moescope.tallying import segment_kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
+from moescope.tallying.counter import Array, Counter, Options, Places, Result, summed
 from moescope.trace import Layer, Part, Trace
 
 LENGTHS = (4, 16, 64, 256)
@@ -43,7 +43,7 @@ class Segments(Result):
         domain_of_group: Place of each group's domain, shape (group,).
         documents: Documents with a segment, by domain and length, shape (domain, length).
         segments: Segments of each group and length, shape (group, length).
-        at_least: For each length m, pairs of segment and expert with at least v activations, v = 0 .. m, shape
+        at_least: By length m, pairs of segment and expert with at least v activations, v = 0 .. m, shape
             (layer, group, m + 1).
         expected: The same, expected if the tokens of each document stood in random order, in units of 1 / `FIXED`.
     """
@@ -54,39 +54,40 @@ class Segments(Result):
     domain_of_group: NDArray[np.int64]
     documents: NDArray[np.int64]
     segments: NDArray[np.int64]
-    at_least: tuple[NDArray[np.int64], ...]
-    expected: tuple[NDArray[np.int64], ...]
+    at_least: dict[int, NDArray[np.int64]]
+    expected: dict[int, NDArray[np.int64]]
 
-    def __add__(self, other: Segments) -> Segments:
+    facts = ("lengths",)
+
+    @classmethod
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The counts; those by number of activations are a table a length."""
+        check_lengths(facts["lengths"])
+        sizes = {"domain": len(domains), "group": None, "length": len(facts["lengths"])}
+        return {
+            "domain_of_group": Array(("group",), (None,), most=len(domains) - 1),
+            **summed(sizes, documents="domain length", segments="group length"),
+            **{
+                f"{name}/{length}": Array(("layer", "group", f"activations {length}"), (len(layers), None, length + 1))
+                for name in ("at_least", "expected")
+                for length in facts["lengths"]
+            },
+        }
+
+    def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
         """The counts of both, group by group of each domain."""
-        for name in ("layers", "lengths"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"segments of different {name} cannot be added")
-        domains, mine_D, theirs_D = united(self.domains, other.domains)
-        sides = ((self, mine_D[self.domain_of_group]), (other, theirs_D[other.domain_of_group]))
-        most_D = np.max([np.bincount(domain_R, minlength=len(domains)) for _, domain_R in sides], axis=0)
+        mine_D, theirs_D, _ = places["domain"]
+        codes = mine_D[self.domain_of_group], theirs_D[other.domain_of_group]
+        most_D = np.max([np.bincount(domain_R, minlength=len(domains)) for domain_R in codes], axis=0)
         first_D, num_groups = np.cumsum(most_D) - most_D, int(most_D.sum())
-        places = []
-        for _, domain_R in sides:
+        groups = []
+        for domain_R in codes:
             order = np.argsort(domain_R, kind="stable")
             number_R = np.empty(len(order), np.int64)
             number_R[order] = np.arange(len(order)) - np.searchsorted(domain_R[order], domain_R[order])
-            places.append(first_D[domain_R] + number_R)
-
-        def total(mine: NDArray[Any], theirs: NDArray[Any], axis: int) -> NDArray[Any]:
-            return spread(mine, places[0], num_groups, axis) + spread(theirs, places[1], num_groups, axis)
-
-        both = zip(self.at_least, other.at_least, strict=True), zip(self.expected, other.expected, strict=True)
-        documents = (spread(counts.documents, d, len(domains)) for counts, d in ((self, mine_D), (other, theirs_D)))
-        return Segments(
-            domains,
-            self.layers,
-            self.lengths,
-            np.repeat(np.arange(len(domains)), most_D),
-            sum(documents, np.zeros(1, np.int64)),
-            total(self.segments, other.segments, 0),
-            *(tuple(total(mine, theirs, 1) for mine, theirs in pairs) for pairs in both),
-        )
+            groups.append(first_D[domain_R] + number_R)
+        total = super().added(other, domains, {**places, "group": (groups[0], groups[1], num_groups)})
+        return replace(total, domain_of_group=np.repeat(np.arange(len(domains)), most_D))
 
     def of_lengths(self, lengths: Sequence[int] | None) -> Segments:
         """The counts of some of the lengths; of all for None.
@@ -105,37 +106,8 @@ class Segments(Result):
             lengths=tuple(lengths),
             documents=self.documents[:, places],
             segments=self.segments[:, places],
-            at_least=tuple(self.at_least[place] for place in places),
-            expected=tuple(self.expected[place] for place in places),
-        )
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The counts by name, those by length as ``at_least/LENGTH`` and ``expected/LENGTH``."""
-        return {
-            "lengths": np.array(self.lengths, np.int64),
-            "domain_of_group": self.domain_of_group,
-            "documents": self.documents,
-            "segments": self.segments,
-            **{f"at_least/{length}": counts for length, counts in zip(self.lengths, self.at_least, strict=True)},
-            **{f"expected/{length}": counts for length, counts in zip(self.lengths, self.expected, strict=True)},
-        }
-
-    @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The counts of the arrays of `stored`."""
-        lengths = tuple(stored.take("lengths", np.int64, (None,)).tolist())
-        check_lengths(lengths)
-        domain_R = stored.take("domain_of_group", np.int64, (None,), most=len(stored.domains) - 1)
-        shapes = [(len(stored.layers), len(domain_R), length + 1) for length in lengths]
-        return cls(
-            stored.domains,
-            stored.layers,
-            lengths,
-            domain_R,
-            stored.take("documents", np.int64, (len(stored.domains), len(lengths))),
-            stored.take("segments", np.int64, (len(domain_R), len(lengths))),
-            tuple(stored.take(f"at_least/{m}", np.int64, s) for m, s in zip(lengths, shapes, strict=True)),
-            tuple(stored.take(f"expected/{m}", np.int64, s) for m, s in zip(lengths, shapes, strict=True)),
+            at_least={length: self.at_least[length] for length in lengths},
+            expected={length: self.expected[length] for length in lengths},
         )
 
 
@@ -262,7 +234,7 @@ class SegmentCounter(Counter[Segments]):
 
     def result(self) -> Segments:
         """What was counted."""
-        at_least, expected = [], []
+        at_least, expected = {}, {}
         num_experts_L = np.array([layer.num_experts for layer in self.layers])
         for m, length in enumerate(self.lengths_M.tolist()):
             columns = slice(int(self.offset_M[m]), int(self.offset_M[m]) + length + 1)
@@ -270,8 +242,8 @@ class SegmentCounter(Counter[Segments]):
             counted = self.at_least_LRV[:, :, columns].copy()
             tails = np.cumsum(self.exactly_LRV[:, :, columns][:, :, ::-1], axis=2)[:, :, ::-1].copy()
             counted[:, :, 0], tails[:, :, 0] = all_pairs_LR, all_pairs_LR * FIXED
-            at_least.append(counted)
-            expected.append(tails)
+            at_least[length] = counted
+            expected[length] = tails
         return Segments(
             self.groups.domains,
             self.layers,
@@ -279,6 +251,6 @@ class SegmentCounter(Counter[Segments]):
             self.groups.domain,
             self.documents_DM,
             self.segments_RM,
-            tuple(at_least),
-            tuple(expected),
+            at_least,
+            expected,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +12,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, spread, united
+from moescope.tallying.counter import Array, Counter, Options, Result, sampled, summed
 from moescope.tallying.one_pass import one_pass
-from moescope.tallying.token_sample import TokenSample
+from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Header, Layer, Part, Trace, as_trace
 
 REPEAT_KINDS = ("first", "any", "first_in_next")
@@ -22,6 +22,10 @@ REPEAT_KINDS = ("first", "any", "first_in_next")
 
 MAX_PAIR_TABLE_IDS = 128
 """With two choices of at most this many ids, the tally keeps the exact table of pairs; otherwise a token sample."""
+
+
+TOKENS_A_DOMAIN = 2048
+"""Tokens kept of a domain: their two million pairs give a probability to a few tenths of a percentage point."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ class Tally(Result):
     """
 
     data: xr.Dataset
-    sample: TokenSample | None = None
+    sample: HashSample | None = None
     counts_only: bool = False
     ranked: bool = True
+
+    facts = ("counts_only", "ranked")
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -73,60 +79,38 @@ class Tally(Result):
         )
         return Header(layers, token_ids=not self.counts_only, counts_only=self.counts_only)
 
-    def __add__(self, other: Tally) -> Tally:
-        """The tally of both; their documents must be disjoint.
-
-        Raises:
-            ValueError: The layers, or their shapes, differ, or only one has nothing but counts.
-        """
-        if not isinstance(other, Tally):
-            return NotImplemented
-        mine, theirs = self.data, other.data
-        for name in ("layer", "num_experts", "num_ids", "top_k"):
-            if mine[name].values.tolist() != theirs[name].values.tolist():
-                raise ValueError(f"tallies of different layers cannot be added: {name} differs")
-        if self.counts_only != other.counts_only:
-            raise ValueError("a tally of counts and one of tokens cannot be added")
-        if self.ranked != other.ranked:
-            raise ValueError("a tally that knows the order of the choices and one that does not cannot be added")
-        domains, mine_D, theirs_D = united(self.domains, other.domains)
-        total = mine.isel(domain=[0] * len(domains)).assign_coords(domain=list(domains))
-        for name in map(str, mine.data_vars):
-            sums = spread(mine[name].values, mine_D, len(domains)) + spread(theirs[name].values, theirs_D, len(domains))
-            total[name] = (mine[name].dims, sums, mine[name].attrs)
-        sample = self.sample and self.sample.merge(other.sample, self.domains, other.domains, domains)
-        return Tally(total, sample, self.counts_only, self.ranked)
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The sums by name, and the sample as ``sample/hashes`` and ``sample/LAYER``."""
-        arrays = {str(name): variable.values for name, variable in self.data.data_vars.items()}
-        if self.sample is not None:
-            arrays["sample/hashes"] = self.sample.hashes
-            arrays |= {f"sample/{layer}": ids for layer, ids in self.sample.expert_ids.items()}
-        return arrays
-
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The tally of the arrays of `stored`."""
-        layers, domains = stored.layers, stored.domains
-        choices, kinds = _labels(layers, stored.ranked, stored.counts_only)
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The sums, and the sample of tokens of the layers that need one."""
+        counts_only = facts["counts_only"]
+        choices, kinds = _labels(layers, facts["ranked"], counts_only)
         num_ids = max(layer.num_ids for layer in layers)
         sizes = {
             "domain": len(domains), "layer": len(layers), "choice": len(choices), "kind": len(kinds),
             "expert": num_ids, "second_expert": num_ids,
         }  # fmt: skip
-        arrays = {}
-        for name, (dims, _) in _SUMS.items():
-            if name != "pair" or name in stored:
-                rounded = stored.counts_only and name in _MOMENTS_OF_COUNTS
-                arrays[name] = stored.take(name, np.float64 if rounded else np.int64, tuple(sizes[dim] for dim in dims))
-        sampled = [] if stored.counts_only else [layer for layer in layers if _sampled(layer)]
-        return cls(
-            _dataset(arrays, domains, layers, choices, kinds),
-            TokenSample.restored(stored, sampled) if sampled else None,
-            stored.counts_only,
-            stored.ranked,
-        )
+        paired = any(map(_has_pair_table, layers)) and not counts_only
+        sums = summed(sizes, **{name: " ".join(dims) for name, (dims, _) in _SUMS.items() if name != "pair" or paired})
+        if counts_only:
+            return sums | {name: sums[name]._replace(dtypes=(np.float64,)) for name in _MOMENTS_OF_COUNTS}
+        with_sample = [layer for layer in layers if _sampled(layer)]
+        return sums | (sampled("sample", with_sample, "domain", len(domains), TOKENS_A_DOMAIN) if with_sample else {})
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The sums by name, and the sample."""
+        return {str(name): variable.values for name, variable in self.data.data_vars.items()} | super().arrays()
+
+    @classmethod
+    def of_arrays(
+        cls,
+        layers: Sequence[Layer],
+        domains: Sequence[str],
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> Self:
+        """The tally of these sums and this sample."""
+        data = _dataset(arrays, domains, layers, *_labels(layers, facts["ranked"], facts["counts_only"]))
+        return super().of_arrays(layers, domains, {**facts, "data": data}, arrays)
 
     def _repr_html_(self) -> str:
         return self.data._repr_html_()
@@ -173,21 +157,8 @@ class TallyCounter(Counter[Tally]):
 
     layers: tuple[Layer, ...]
     domains: tuple[str, ...]
-    documents_D: NDArray[np.int64]
-    tokens_D: NDArray[np.int64]
-    pairs_D: NDArray[np.int64]
-    pairs_squared_D: NDArray[np.int64]
-    made_LDC: NDArray[np.int64]
-    made_squared_LDC: NDArray[np.int64]
-    loads_LDCE: NDArray[np.int64]
-    loads_squared_LDCE: NDArray[np.int64]
-    loads_by_made_LDCE: NDArray[np.int64]
-    repeats_LDM: NDArray[np.int64]
-    repeats_squared_LDM: NDArray[np.int64]
-    repeats_by_pairs_LDM: NDArray[np.int64]
-    pair_LDEE: NDArray[np.int64]
-    sample: TokenSample | None
-    sampled: dict[int, NDArray[np.int32]]
+    sums: dict[str, NDArray[np.int64]]
+    sample: HashSample | None
 
     @classmethod
     def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
@@ -206,111 +177,83 @@ class TallyCounter(Counter[Tally]):
     @classmethod
     def zeros(cls, domains: Sequence[str], layers: Sequence[Layer]) -> Self:
         """A counter of nothing."""
-        num_domains = len(domains)
-        num_choices = 1 + max(layer.top_k for layer in layers)
         num_ids = max(layer.num_ids for layer in layers)
-        paired = [layer for layer in layers if _has_pair_table(layer)]
-        paired_ids = max((layer.num_ids for layer in paired), default=0)
-        sampled = [layer for layer in layers if _sampled(layer)]
-
-        def zeros(*shape: int) -> NDArray[np.int64]:
-            return np.zeros(shape, np.int64)
-
-        loads = (len(layers), num_domains, num_choices, num_ids)
-        repeats = (len(layers), num_domains, len(REPEAT_KINDS))
-        return cls(
-            layers=tuple(layers),
-            domains=tuple(domains),
-            documents_D=zeros(num_domains),
-            tokens_D=zeros(num_domains),
-            pairs_D=zeros(num_domains),
-            pairs_squared_D=zeros(num_domains),
-            made_LDC=zeros(*loads[:3]),
-            made_squared_LDC=zeros(*loads[:3]),
-            loads_LDCE=zeros(*loads),
-            loads_squared_LDCE=zeros(*loads),
-            loads_by_made_LDCE=zeros(*loads),
-            repeats_LDM=zeros(*repeats),
-            repeats_squared_LDM=zeros(*repeats),
-            repeats_by_pairs_LDM=zeros(*repeats),
-            pair_LDEE=zeros(len(layers) if paired else 0, num_domains, paired_ids, paired_ids),
-            sample=TokenSample.empty(num_domains, sampled) if sampled else None,
-            sampled={},
-        )
+        # The pairs of the layers that have a table only, and of none no table: it has the square of the ids.
+        paired_ids = max((layer.num_ids for layer in layers if _has_pair_table(layer)), default=0)
+        sizes = {
+            "domain": len(domains), "layer": len(layers), "choice": 1 + max(layer.top_k for layer in layers),
+            "kind": len(REPEAT_KINDS), "expert": num_ids, "second_expert": paired_ids,
+        }  # fmt: skip
+        sums = {}
+        for name, (dims, _) in _SUMS.items():
+            shape = [sizes["second_expert" if name == "pair" and dim == "expert" else dim] for dim in dims]
+            if "layer" in dims:  # first, so that what the kernels add to is contiguous
+                shape[:2] = shape[1::-1]
+            sums[name] = np.zeros(shape, np.int64)
+        widths = {layer.layer: layer.top_k for layer in layers if _sampled(layer)}
+        sample = HashSample.empty(len(domains), TOKENS_A_DOMAIN, widths) if widths else None
+        return cls(tuple(layers), tuple(domains), sums, sample)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part; what belongs to no layer is counted with the first group."""
-        layers = self.layers
+        layers, sums = self.layers, self.sums
         starts_G = part.document_starts()
         domain_G = part.domain[starts_G[:-1]].astype(np.int64)
         starts_Q = part.sequence_starts()
         document_Q = np.searchsorted(starts_G, starts_Q[:-1], side="right") - 1
         pairs_G = np.diff(starts_G) - np.bincount(document_Q, minlength=len(domain_G))
         if group[0] == layers[0]:
-            num_domains = len(self.documents_D)
-            self.documents_D[:] += np.bincount(domain_G, minlength=num_domains)
-            np.add.at(self.tokens_D, domain_G, np.diff(starts_G))
-            np.add.at(self.pairs_D, domain_G, pairs_G)
-            np.add.at(self.pairs_squared_D, domain_G, pairs_G**2)
+            for name, made_G in (("documents", 1), ("tokens", np.diff(starts_G)), ("pairs", pairs_G)):
+                np.add.at(sums[name], domain_G, made_G)
+            np.add.at(sums["pairs_squared"], domain_G, pairs_G**2)
+            if self.sample is not None:
+                self.sample.begin(part_hashes(part), part.domain)
         place_of = {layer.layer: place for place, layer in enumerate(layers)}
         for layer in group:
             place = place_of[layer.layer]
             ids_KT = part.expert_ids[layer.layer].T
-            used = slice(0, layer.top_k + 1), slice(0, layer.num_ids)
+            used = slice(None), slice(0, layer.top_k + 1), slice(0, layer.num_ids)
             loads = (
-                *(sums[place][(slice(None), *used)] for sums in (self.loads_LDCE, self.loads_squared_LDCE)),
-                self.loads_by_made_LDCE[place][(slice(None), *used)],
-                self.made_LDC[place][:, used[0]],
-                self.made_squared_LDC[place][:, used[0]],
+                *(sums[name][place][used] for name in ("loads", "loads_squared", "loads_by_made")),
+                *(sums[name][place][used[:2]] for name in ("made", "made_squared")),
             )
-            repeats = (self.repeats_LDM[place], self.repeats_squared_LDM[place], self.repeats_by_pairs_LDM[place])
+            repeats = tuple(sums[name][place] for name in ("repeats", "repeats_squared", "repeats_by_pairs"))
             none_dropped = ids_KT.dtype.kind == "u"  # the reader gives signed ids only if some were dropped
             if layer.top_k == 2 and layer.num_ids <= 16 and none_dropped:
-                pair = self.pair_LDEE[place][:, : layer.num_ids, : layer.num_ids]
+                pair = sums["pair"][place][:, : layer.num_ids, : layer.num_ids]
                 kernels.count_loads_and_pairs(ids_KT, starts_G, domain_G, *loads, pair)
             else:
                 kernels.count_loads(ids_KT, starts_G, domain_G, *loads)
                 if _has_pair_table(layer):
-                    pair = self.pair_LDEE[place][:, : layer.num_ids, : layer.num_ids]
+                    pair = sums["pair"][place][:, : layer.num_ids, : layer.num_ids]
                     kernels.count_pairs(ids_KT, part.domain, pair)
             if layer.top_k == 2 and none_dropped:
                 kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
             else:
                 kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, *repeats)
-        if self.sample is not None:
-            fresh = TokenSample.of_part(part, len(self.documents_D), [layer for layer in group if _sampled(layer)])
-            self.sampled.update(fresh.expert_ids)
-            if group[-1] == layers[-1]:  # the sample of this part is whole
-                self.sample.absorb(TokenSample(fresh.hashes, dict(self.sampled)))
-                self.sampled.clear()
+            if self.sample is not None and _sampled(layer):
+                self.sample.take(layer.layer, part.expert_ids[layer.layer].__getitem__)
+        if self.sample is not None and group[-1] == layers[-1]:
+            self.sample.settle()
 
     def merge(self, other: Self) -> None:
         """Add the counts of other documents, in place."""
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, np.ndarray):
-                mine += theirs
+        for name, mine in self.sums.items():
+            mine += other.sums[name]
         if self.sample is not None and other.sample is not None:
-            self.sample.absorb(other.sample)
+            self.sample.merge(other.sample)
 
     def result(self) -> Tally:
         """The tally of what was counted."""
-        arrays = {name: getattr(self, f"{name}_D") for name in ("documents", "tokens", "pairs", "pairs_squared")}
-        by_layer = {
-            "made": self.made_LDC,
-            "made_squared": self.made_squared_LDC,
-            "loads": self.loads_LDCE,
-            "loads_squared": self.loads_squared_LDCE,
-            "loads_by_made": self.loads_by_made_LDCE,
-            "repeats": self.repeats_LDM,
-            "repeats_squared": self.repeats_squared_LDM,
-            "repeats_by_pairs": self.repeats_by_pairs_LDM,
+        arrays = {
+            name: np.ascontiguousarray(sums.swapaxes(0, 1)) if "layer" in _SUMS[name][0] else sums
+            for name, sums in self.sums.items()
+            if sums.size
         }
-        if self.pair_LDEE.size:
-            num_ids, num_paired = self.loads_LDCE.shape[3], self.pair_LDEE.shape[3]
-            by_layer["pair"] = np.zeros((*self.pair_LDEE.shape[:2], num_ids, num_ids), np.int64)
-            by_layer["pair"][:, :, :num_paired, :num_paired] = self.pair_LDEE
-        arrays |= {name: np.ascontiguousarray(sums_LD.swapaxes(0, 1)) for name, sums_LD in by_layer.items()}
+        if "pair" in arrays:
+            num_ids, paired = self.sums["loads"].shape[3], arrays["pair"]
+            arrays["pair"] = np.zeros((*paired.shape[:2], num_ids, num_ids), np.int64)
+            arrays["pair"][:, :, : paired.shape[2], : paired.shape[3]] = paired
         ranked = all(layer.ranked for layer in self.layers)
         data = _dataset(arrays, self.domains, self.layers, *_labels(self.layers, True, False))
         return Tally(data if ranked else data.sel(choice=["all"], kind=["any"]), self.sample, ranked=ranked)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Counter, Options, Result, Stored, need_choice
+from moescope.tallying.counter import Array, Counter, Options, Result, need_choice, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -186,58 +186,29 @@ class ClassCounts(Result):
     counts_LXCE: NDArray[np.int64]
     expected_LXCE: NDArray[np.int64]
     totals_LCE: NDArray[np.int64]
-    choice: str = "first"
+    choice: str
+
+    facts = ("choice",)
 
     @classmethod
-    def empty(cls, layers: Sequence[Layer], choice: str = "first") -> Self:
-        """Counts of nothing."""
-        num_classes, num_ids = len(CLASSES), max(layer.num_ids for layer in layers)
-        shape = (len(layers), NUM_GROUPS, num_classes, num_ids)
-        return cls(
-            tuple(layers),
-            np.zeros(num_classes + 1, np.int64),
-            np.zeros(num_classes + 1, np.int64),
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.int64),
-            np.zeros((len(layers), num_classes + 1, num_ids), np.int64),
-            choice,
-        )
-
-    def _arrays(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
-
-    def __add__(self, other: ClassCounts) -> ClassCounts:
-        """The counts of both."""
-        for name in ("layers", "choice"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"word classes of different {name} cannot be added")
-        theirs = other._arrays()
-        return replace(self, **{name: array + theirs[name] for name, array in self._arrays().items()})
-
-    def merge(self, other: ClassCounts) -> None:
-        """Add the counts of other documents, in place."""
-        theirs = other._arrays()
-        for name, array in self._arrays().items():
-            array += theirs[name]
-
-    def stored(self) -> dict[str, NDArray[Any]]:
-        """The counts by name."""
-        return {**self._arrays(), "first": np.array([self.choice == "first"], np.int64)}
-
-    @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The counts of the arrays of `stored`."""
-        num_layers, num_classes, num_ids = len(stored.layers), len(CLASSES), max(a.num_ids for a in stored.layers)
-        of_class = (num_classes + 1,)
-        by_group = (num_layers, NUM_GROUPS, num_classes, num_ids)
-        return cls(
-            stored.layers,
-            stored.take("tokens_C", np.int64, of_class),
-            stored.take("documents_C", np.int64, of_class),
-            stored.take("counts_LXCE", np.int64, by_group),
-            stored.take("expected_LXCE", np.int64, by_group),
-            stored.take("totals_LCE", np.int64, (num_layers, num_classes + 1, num_ids)),
-            "first" if stored.number("first", most=1) else "all",
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+        """The sums; `expected_LXCE` is rounded, and a class has one more place for all tokens where it says so."""
+        if facts["choice"] not in ("first", "all"):
+            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'all'")
+        sizes = {
+            "layer": len(layers),
+            "documents": NUM_GROUPS,
+            "class": len(CLASSES),
+            "class-or-all": len(CLASSES) + 1,
+            "expert": max(layer.num_ids for layer in layers),
+        }
+        return summed(
+            sizes,
+            tokens_C="class-or-all",
+            documents_C="class-or-all",
+            counts_LXCE="layer documents class expert",
+            expected_LXCE="layer documents class expert",
+            totals_LCE="layer class-or-all expert",
         )
 
 
@@ -271,11 +242,7 @@ class ClassCounter(Counter[ClassCounts]):
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
         """What makes empty counters."""
         pieces, choice = Pieces.of(trace.vocabulary), options.choice or "first"
-        return lambda: cls(ClassCounts.empty(layers, choice), pieces)
-
-    def result(self) -> ClassCounts:
-        """What was counted."""
-        return self.counts
+        return lambda: cls(ClassCounts.empty(layers, choice=choice), pieces)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -307,7 +274,3 @@ class ClassCounter(Counter[ClassCounts]):
                 counts.expected_LXCE[place][:, :, :size],
                 counts.totals_LCE[place][:, :size],
             )
-
-    def merge(self, other: Self) -> None:
-        """Add the counts of other documents, in place."""
-        self.counts.merge(other.counts)

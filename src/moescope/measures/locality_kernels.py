@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying.information_kernels import draw_below
+from moescope.measures.explain_kernels import draw_below
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]

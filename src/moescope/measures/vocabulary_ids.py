@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying import vocabulary_kernels as kernels
+from moescope.measures import vocabulary_kernels as kernels
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.document_sample import DocumentSample
 
