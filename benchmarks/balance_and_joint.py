@@ -73,7 +73,7 @@ def main() -> None:
             "transitions, measuring": lambda: moescope.transitions(counts[2]),
         }
         if not arguments.wide:
-            calls["transitions of any choice, counting"] = lambda: counted(
+            calls["transitions of all choices, counting"] = lambda: counted(
                 trace, TransitionCounter, threads=1, options=Options(choice="all")
             )[TransitionCounter]
         times: dict[str, list[float]] = {name: [] for name in calls}

@@ -17,12 +17,16 @@ LAYERS = (Layer(0, 8, 2), Layer(2, 8, 2), Layer(3, 12, 3))
 DOMAINS = ("A", schema.TOTAL)
 
 RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
+    "balance": moescope.balance,
+    "coactivation": moescope.coactivation,
     "consistency": lambda trace: moescope.consistency(trace, lengths=(4, 16)),
     "explain": lambda trace: moescope.explain(trace, permutations=3),
     "explain, all choices": lambda trace: moescope.explain(trace, choice="all", permutations=3),
     "locality": lambda trace: moescope.locality(trace, lags=(1, 4)),
     "syntax": moescope.syntax,
     "syntax, all choices": lambda trace: moescope.syntax(trace, choice="all"),
+    "transitions": moescope.transitions,
+    "transitions, all choices": lambda trace: moescope.transitions(trace, choice="all"),
     "vocabulary": lambda trace: moescope.vocabulary(trace, permutations=3, tokens=[1], top=2),
     "vocabulary, all choices": lambda trace: moescope.vocabulary(trace, choice="all", permutations=3, top=0),
 }

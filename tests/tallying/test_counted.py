@@ -181,7 +181,7 @@ def test_what_a_count_lacks_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(NotRecorded, match="% of the documents; what is played token by token needs all"):
         moescope.cache(few)
     with pytest.raises(NotRecorded, match="transitions of first choices"):
-        moescope.transitions(few, choice="any")
+        moescope.transitions(few, choice="all")
     with pytest.raises(ValueError, match="segments of 5 tokens were not counted"):
         moescope.consistency(few, lengths=[5])
     with pytest.raises(ValueError, match="layers are chosen when a trace is counted"):
@@ -196,7 +196,7 @@ def test_what_a_trace_does_not_have_is_not_counted_and_the_rest_is(tmp_path: Pat
     with pytest.raises(NotRecorded, match="transitions need two layers"):
         moescope.transitions(one)
     unranked = moescope.count(a_trace(tmp_path / "u.moe", tuple(replace(layer, ranked=False) for layer in LAYERS)))
-    assert unranked[TransitionCounter].choice == "any"
+    assert unranked[TransitionCounter].choice == "all"
     with pytest.raises(NotRecorded, match="which of a token's choices is the first"):
         moescope.syntax(unranked)
     counts = moescope.count(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))

@@ -24,7 +24,7 @@ from moescope.trace import Layer, Part, Trace
 PATH_TOKENS = 2**19
 """Tokens, at most, of which the path through all layers is kept."""
 
-Choice = Literal["first", "any"]
+Choice = Literal["first", "all"]
 
 _WIDTHS = [np.uint32, np.uint64]
 
@@ -123,10 +123,10 @@ class Transitions(Result):
 
     Attributes:
         layers: Layers counted.
-        choice: "first": the first choices; "any": all pairs of an assignment here and one there.
+        choice: "first": the first choices; "all": all pairs of an assignment here and one there.
         moves: For each layer but the first the pairs by (group of documents, expert at the layer before, expert).
         tokens: Tokens of the trace.
-        hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "any".
+        hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "all".
         paths: A hash of the first choices of each at all layers.
     """
 
@@ -168,7 +168,7 @@ class Transitions(Result):
         hashes = stored.take("hashes", np.uint64, (None,))
         return cls(
             stored.layers,
-            "first" if stored.number("first", most=1) else "any",
+            "first" if stored.number("first", most=1) else "all",
             {
                 number: stored.take(f"moves/{number}", _WIDTHS, shape)
                 for number, shape in cls._shapes(stored.layers).items()
@@ -203,7 +203,7 @@ class TransitionCounter(Counter[Transitions]):
         if len(layers) < 2:
             raise NotRecorded(trace.path, "transitions need two layers, found one", "ask for more with --layers")
         if options.choice == "first" and not all(layer.ranked for layer in layers):
-            hint = "ask for all assignments instead: --choice any"
+            hint = "ask for all assignments instead: --choice all"
             raise NotRecorded(trace.path, "does not say which of a token's choices is the first", hint)
 
     @classmethod
@@ -212,7 +212,7 @@ class TransitionCounter(Counter[Transitions]):
         first = options.choice != "all" and all(layer.ranked for layer in layers)
         return lambda: cls(
             tuple(layers),
-            "first" if first else "any",
+            "first" if first else "all",
             {number: np.zeros(shape, np.uint32) for number, shape in Transitions._shapes(layers).items()},
         )
 
@@ -225,7 +225,7 @@ class TransitionCounter(Counter[Transitions]):
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part, each with the layer before it."""
         starts_D, group_D = _groups(part, self.moves)
-        used = slice(None) if self.choice == "any" else slice(1)
+        used = slice(None) if self.choice == "all" else slice(1)
         numbers = [layer.layer for layer in self.layers]
         if group[0].layer == numbers[0]:
             self.tokens += part.num_tokens
