@@ -23,7 +23,7 @@ import moescope
 from moescope.tallying import tally
 from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
@@ -73,8 +73,8 @@ def main() -> None:
             "transitions, measuring": lambda: moescope.transitions(counts[2]),
         }
         if not arguments.wide:
-            calls["transitions of any choice, counting"] = lambda: counted(
-                trace, TransitionCounter, threads=1, options=Options(choice="all")
+            calls["transitions of all choices, counting"] = lambda: counted(
+                trace, TransitionCounter, threads=1, options=CountOptions(choice="all")
             )[TransitionCounter]
         times: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():

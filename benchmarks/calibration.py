@@ -168,14 +168,14 @@ def of_coactivation(case: Case) -> dict[str, Found]:
         return {}
     of = moescope.coactivation(case.trace, [1], threads=1).sel(layer=1)
     upper = np.triu_indices(case.generator.num_experts, 1)
-    names = "lift", "low", "high", "p_value"
+    names = "lift", "lift_low", "lift_high", "lift_p"
     return {"coactivation, lift of a pair": Found(*(of[name].values[upper] for name in names))}
 
 
 def of_transitions(case: Case) -> dict[str, Found]:
     of = moescope.transitions(case.trace, threads=1, seed=case.seed).sel(layer=1)
     return {
-        "transitions, lift": Found(*(of[name].values for name in ("lift", "low", "high", "p_value"))),
+        "transitions, lift": Found(*(of[name].values for name in ("lift", "lift_low", "lift_high", "lift_p"))),
         "transitions, information": Found(*(float(of[f"information{end}"]) for end in ("", "_low", "_high"))),
     }
 

@@ -21,7 +21,7 @@ from tally import make_trace
 
 import moescope
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 
 EXPLAIN = """
@@ -53,7 +53,7 @@ def main() -> None:
     locality = importlib.import_module("moescope.measures.locality").locality
     with tempfile.TemporaryDirectory() as folder:
         trace = make_trace(Path(folder) / "t.moe", arguments.tokens, arguments.layers)
-        few = counted(trace, DocumentCounter, layers=[0], options=Options(max_bytes=2**20))[DocumentCounter]
+        few = counted(trace, DocumentCounter, layers=[0], options=CountOptions(max_bytes=2**20))[DocumentCounter]
         explain(few, permutations=2)  # compiled before it is measured
         locality(few)
         moescope.tally(trace, [0], threads=1)

@@ -47,7 +47,7 @@ import moescope
 from moescope.tallying import count, tally
 from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.segments import SegmentCounter
@@ -117,7 +117,7 @@ def of_pass(trace: Trace, repeats: int) -> dict[str, Any]:
         "balance": lambda: counted(trace, BalanceCounter, threads=1)[BalanceCounter],
         "co-activation": lambda: counted(trace, CoactivationCounter, threads=1)[CoactivationCounter],
         "transitions": lambda: counted(trace, TransitionCounter, threads=1)[TransitionCounter],
-        "segments of 16": lambda: counted(trace, SegmentCounter, threads=1, options=Options(lengths=SEGMENTS))[
+        "segments of 16": lambda: counted(trace, SegmentCounter, threads=1, options=CountOptions(lengths=SEGMENTS))[
             SegmentCounter
         ],
         "word classes": lambda: counted(trace, ClassCounter, threads=1)[ClassCounter],

@@ -25,7 +25,7 @@ from tally import DOMAINS, make_trace, seconds
 import moescope
 from moescope.tallying import tally
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 from moescope.tallying.word_classes import ClassCounter
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
@@ -82,10 +82,10 @@ def main() -> None:
             print(json.dumps({"tokens": arguments.tokens, "peak_memory_mb": peaks(trace.path)}, indent=1))
             return
         trace = with_pieces(make_trace(Path(folder) / "t.moe", arguments.tokens, arguments.layers))
-        sample = counted(trace, DocumentCounter, threads=1, options=Options(ranks=1))[DocumentCounter]
+        sample = counted(trace, DocumentCounter, threads=1, options=CountOptions(ranks=1))[DocumentCounter]
         calls: dict[str, Callable[[], object]] = {
             "tally": lambda: tally(trace, threads=1),
-            "vocabulary, reading": lambda: counted(trace, DocumentCounter, threads=1, options=Options(ranks=1))[
+            "vocabulary, reading": lambda: counted(trace, DocumentCounter, threads=1, options=CountOptions(ranks=1))[
                 DocumentCounter
             ],
             "vocabulary, without tests": lambda: moescope.vocabulary(sample, threads=1, permutations=1),

@@ -53,7 +53,7 @@ COMMANDS = {
     "balance": "balance TRACE --figures FIGURES",
     "coactivation": "coactivation TRACE --figures FIGURES",
     "transitions": "transitions TRACE --figures FIGURES",
-    "transitions-any": "transitions TRACE --choice any",
+    "transitions-any": "transitions TRACE --choice all",
     "cache": "cache TRACE --expert-bytes 66e6 --bandwidth 16 --compute 30 --figures FIGURES",
     "cache-global": "cache TRACE --budget global --policies lru,hot,belady",
     "prefetch": "prefetch TRACE --figures FIGURES",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moescope.tallying.counted import count_with
-from moescope.tallying.counter import Counter, Options, R
+from moescope.tallying.counter import Counter, CountOptions, R
 from moescope.trace import Counts, Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
 
 VOCABULARY = Vocabulary.from_pieces([f" w{i}".encode() for i in range(50)])
@@ -18,7 +18,7 @@ def result_of(
     counter: type[Counter[R]], trace: Trace, layers: list[int] | None = None, threads: int | None = 1, **options: object
 ) -> R:
     """What one counter counts of a trace."""
-    counts = count_with((counter,), trace, layers, Options(**options), required=(counter,), threads=threads)
+    counts = count_with((counter,), trace, layers, CountOptions(**options), required=(counter,), threads=threads)
     return counts[counter]
 
 

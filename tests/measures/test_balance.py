@@ -192,14 +192,14 @@ def test_batches_of_independent_tokens_are_as_imbalanced_as_their_null_says(
     assert found["batches"].values.tolist() == [600, 37, 2]
     for size in (1, 16):
         at = found.sel(batch=size)
-        assert at["batch_imbalance"] == pytest.approx(at["batch_null"].item(), abs=0.03)
-        np.testing.assert_allclose(at["batch_quantile"], at["batch_null_quantile"], atol=0.12)
+        assert at["batch_imbalance"] == pytest.approx(at["batch_imbalance_null"].item(), abs=0.03)
+        np.testing.assert_allclose(at["batch_imbalance_quantile"], at["batch_imbalance_null_quantile"], atol=0.12)
     # Against batches drawn from all tokens by a plain loop.
     one_hot = np.zeros((len(scores), experts))
     np.put_along_axis(one_hot, part.expert_ids[0], 1, axis=1)
     drawn = [one_hot[rng.integers(0, len(scores), 640)].sum(axis=0) for _ in range(400)]
     expected = np.mean([load.max() / load.mean() for load in drawn])
-    assert found["batch_null"].sel(batch=16).item() == pytest.approx(expected, abs=0.02)
+    assert found["batch_imbalance_null"].sel(batch=16).item() == pytest.approx(expected, abs=0.02)
 
 
 def test_documents_with_tastes_make_batches_more_imbalanced_than_independent_tokens(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_documents_with_tastes_make_batches_more_imbalanced_than_independent_tok
     chosen = np.where(rng.random(part.num_tokens) < 0.5, favourite, rng.integers(0, 8, part.num_tokens))
     part = replace(part, expert_ids={0: chosen[:, None]})
     found = balance(make_trace(tmp_path / "t.moe", [part], layers)).isel(layer=0).sel(batch=1)
-    assert found["batch_imbalance_low"] > 2 * found["batch_null"]
+    assert found["batch_imbalance_low"] > 2 * found["batch_imbalance_null"]
 
 
 def test_a_trace_of_counts_has_a_balance_and_no_batches(tmp_path: Path) -> None:

@@ -76,18 +76,18 @@ def test_all_pairs_of_a_set_are_counted_as_a_dense_loop_counts_them(
     np.testing.assert_allclose((np.nan_to_num(conditional) * np.diag(both)[:, None])[off], both[off])
     np.testing.assert_allclose(at["joint"].values[off], both[off] / len(ids))
     np.testing.assert_allclose(at["joint"].sum(), 8 * 7)
-    np.testing.assert_allclose(at["expected"].sum(), 8 * 7)
+    np.testing.assert_allclose(at["joint_null"].sum(), 8 * 7)
     assert found["lift"].sel(layer=0, expert=9).isnull().all()
 
 
-@pytest.mark.parametrize("choice", ["first", "any"])
+@pytest.mark.parametrize("choice", ["first", "all"])
 @pytest.mark.parametrize(("threads", "columns"), [(1, 64), (3, 4)])
 def test_transitions_are_counted_as_a_dense_loop_counts_them(
     tmp_path: Path, choice: module.Choice, threads: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "COLUMNS_A_READ", columns)
     trace, parts = trace_of(tmp_path / "t.moe", 0.1)
-    counts = result_of(TransitionCounter, trace, choice="all" if choice == "any" else choice, threads=threads)
+    counts = result_of(TransitionCounter, trace, choice=choice, threads=threads)
     used = 1 if choice == "first" else 99
     tokens = tokens_of(parts, NUM_GROUPS)
     for before, after in pairwise(LAYERS):
@@ -218,10 +218,10 @@ def test_popularity_alone_is_found_to_be_nothing_else_at_the_rate_of_the_test() 
         counts = Coactivation((Layer(0, 8, 2),), {0: pairs_by_group(sets, np.repeat(document, 4))})
         found = coactivation(counts).isel(layer=0)
         upper = np.triu_indices(8, 1)
-        p_value = found["p_value"].values[upper]
+        p_value = found["lift_p"].values[upper]
         known = np.isfinite(p_value)
         rejected += int((p_value[known] < 0.05).sum())
-        low, high = (found[name].values[upper][known] for name in ("low", "high"))
+        low, high = (found[name].values[upper][known] for name in ("lift_low", "lift_high"))
         covered += int(((low <= 1) & (high >= 1)).sum())
         tested += int(known.sum())
     assert 0.03 < rejected / tested < 0.07, rejected / tested
@@ -241,11 +241,11 @@ def test_among_many_pairs_and_transitions_of_nothing_few_are_found_and_not_only_
         ids = np.argsort(-scores, axis=2)[:, :, :2]
         trace = from_arrays(tmp_path / str(draw), ids, num_experts=32, ranked=True, documents=document)
         for found in (transitions(trace), coactivation(trace)):
-            p_value, lift = found["p_value"].values, found["lift"].values
+            p_value, lift = found["lift_p"].values, found["lift"].values
             tested += int(np.isfinite(p_value).sum())
             below += int(((p_value < 0.05) & (lift < 1)).sum())
             above += int(((p_value < 0.05) & (lift > 1)).sum())
-            with_finds += bool((found["q_value"].values < 0.05).any())
+            with_finds += bool((found["lift_q"].values < 0.05).any())
     assert tested > 14_000
     assert 0.02 < (below + above) / tested < 0.06, (below, above, tested)
     assert 1 / 5 < below / above < 2.5, (below, above, tested)
@@ -258,7 +258,7 @@ def test_pairs_and_transitions_are_tested_where_all_four_cells_are_to_hold_ten_t
     moves = np.zeros((32, 4, 4), np.uint32)
     np.add.at(moves, (rng.integers(0, 32, 4000), before, after), 1)
     of = transitions(Transitions((Layer(0, 4, 1), Layer(1, 4, 1)), "first", {1: moves}))
-    tested = of["p_value"].notnull().sel(layer=1).values
+    tested = of["lift_p"].notnull().sel(layer=1).values
     # Of the 1,000 tokens of each expert some 10 go on to another than 0, and 3 to each of these.
     number = moves.sum(axis=0)
     few = number.sum(axis=1)[:, None] * (number.sum(axis=0) / 4000)
@@ -282,8 +282,8 @@ def test_a_planted_pair_is_found_with_its_lift() -> None:
         sets[planted] = np.isin(np.arange(8), (2, 5))
         counts = Coactivation((Layer(0, 8, 2),), {0: pairs_by_group(sets, document)})
         at = coactivation(counts).isel(layer=0, expert=2, other=5)
-        hits += bool(at["low"] <= truth <= at["high"])
-        assert at["q_value"] < 1e-4
+        hits += bool(at["lift_low"] <= truth <= at["lift_high"])
+        assert at["lift_q"] < 1e-4
     assert 180 <= hits <= 199, (hits, truth)
 
 
@@ -307,7 +307,7 @@ def test_information_between_layers_is_recovered_within_its_interval(q: float, s
     for _ in range(200):
         found = transitions(moves_of(rng, q, sticky)[0]).isel(layer=0)
         hits += bool(found["information_low"] - 1e-12 <= truth <= found["information_high"])
-        p_value = found["p_value"].values
+        p_value = found["lift_p"].values
         rejected += int((p_value[np.isfinite(p_value)] < 0.05).sum())
         tested += int(np.isfinite(p_value).sum())
     assert hits >= 180, hits
@@ -322,7 +322,7 @@ def test_the_bias_of_the_plug_in_is_what_the_null_says() -> None:
     found = [transitions(moves_of(rng, 0.0, 5)[0]).isel(layer=0) for _ in range(60)]
     plug_in, alone, corrected, madow = (
         np.mean([f[name].item() for f in found])
-        for name in ("plug_in", "sampling_alone", "information", "miller_madow")
+        for name in ("plug_in", "information_null", "information", "miller_madow")
     )
     assert alone == pytest.approx(plug_in, rel=0.15)
     assert corrected < 0.4 * plug_in
@@ -338,7 +338,7 @@ def test_many_experts_and_few_tokens_do_not_make_information_of_nothing(tokens: 
     found = transitions(Transitions((Layer(0, 128, 1), Layer(1, 128, 1)), "first", {1: moves})).isel(layer=0)
     assert found["information"] < 0.02 * found["plug_in"]
     assert found["information_low"] == 0
-    assert found["sampling_alone"] == pytest.approx(found["plug_in"].item(), rel=0.05)
+    assert found["information_null"] == pytest.approx(found["plug_in"].item(), rel=0.05)
 
 
 @settings(max_examples=30, deadline=None)
@@ -392,7 +392,7 @@ def test_what_a_trace_cannot_tell_is_refused(tmp_path: Path) -> None:
     unranked, _ = trace_of(tmp_path / "u.moe", ranked=False)
     with pytest.raises(NotRecorded, match="which of a token's choices is the first"):
         transitions(unranked)
-    assert transitions(unranked, choice="any")["information"].notnull().all()
+    assert transitions(unranked, choice="all")["information"].notnull().all()
     assert coactivation(unranked).equals(coactivation(trace))
 
 
@@ -404,7 +404,7 @@ def test_the_worked_examples_of_the_reference_pages(tmp_path: Path) -> None:
     ids[0][:, 1] = [1, 1, 3, 2]
     trace = make_trace(tmp_path / "t.moe", [replace(part, expert_ids=ids)], layers)
     found = coactivation(trace, [0]).isel(layer=0)
-    assert found["expected"].sel(expert=0, other=1).item() == pytest.approx(1 / 6)
+    assert found["joint_null"].sel(expert=0, other=1).item() == pytest.approx(1 / 6)
     assert found["lift"].sel(expert=0, other=1).item() == pytest.approx(3)
     assert found["conditional"].sel(expert=0, other=1) == 1
     ids[0][:, 0], ids[0][:, 1] = [0, 0, 2, 3], [1, 1, 1, 1]  # paths (0,1) twice, (2,3), (3,5)

@@ -531,7 +531,7 @@ def test_the_null_of_batches_has_the_loads_of_the_whole_trace_though_it_draws_fr
     whole = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
     monkeypatch.setattr(count_of, "SAMPLED_TOKENS", 40)
     few = moescope.balance(result_of(BalanceCounter, trace, batch_sizes=(32,)), seed=1)
-    np.testing.assert_allclose(few["batch_null"], whole["batch_null"], rtol=0.04)
+    np.testing.assert_allclose(few["batch_imbalance_null"], whole["batch_imbalance_null"], rtol=0.04)
 
 
 def of_the_largest(pairs: list[tuple[float, float]], clusters: int) -> tuple[float, float]:
@@ -633,7 +633,7 @@ def test_the_lift_of_a_pair(trace: Trace, documents: list[Document]) -> None:
                     continue
                 judged += 1
                 both = [sum({i, j} <= set(t.experts[layer.layer]) for t in tokens_of(group)) for group in by_group]
-                expected = float(at["expected"].sel(expert=i, other=j))  # has an oracle of its own
+                expected = float(at["joint_null"].sel(expert=i, other=j))  # has an oracle of its own
                 joint = sum(both) / tokens
                 lift = joint / expected
                 # Least squares of having both on having each, under the null.

@@ -72,34 +72,39 @@ def test_the_frame_of_balance_holds_each_value_once(balance, mixtral) -> None:
     loads = frame[(frame["what"] == "loads") & (frame["layer"] == 31)].set_index("domain")
     assert loads.index.tolist() == ["(all)", *mixtral.domains]
     np.testing.assert_allclose(loads["gini"], balance["gini"].sel(layer=31))
-    batches = frame[frame["what"] == "loads within a batch"].set_index(["layer", "sequences_a_batch"])
+    batches = frame[frame["what"] == "loads within a batch"].set_index(["layer", "batch"])
     expected = balance.sel(layer=31, batch=16)
-    assert batches.loc[(31, 16), "imbalance"] == expected["batch_imbalance"]
-    assert batches.loc[(31, 16), "quantile_95"] == expected["batch_quantile"].sel(quantile=0.95)
-    assert batches.loc[(31, 16), "null_quantile_5"] == expected["batch_null_quantile"].sel(quantile=0.05)
+    for name in ("batch_imbalance", "batch_imbalance_low", "batches"):
+        assert batches.loc[(31, 16), name] == expected[name]
+    for name, quantile in (("batch_imbalance_quantile", 0.95), ("batch_imbalance_null_quantile", 0.05)):
+        assert batches.loc[(31, 16), f"{name}_{100 * quantile:g}"] == expected[name].sel(quantile=quantile)
     weights = frame[frame["what"] == "gate weights"].set_index(["domain", "layer", "statistic"])
     assert weights.loc[("Github", 31, "margin"), "weight"] == balance["weight"].sel(
         domain="Github", layer=31, statistic="margin"
     )
-    assert weights.loc[("(all)", 0, "entropy"), "quantile_50"] == balance["weight_quantile"].sel(
+    quantiles = frame[frame["what"] == "quantiles of gate weights"].set_index(["layer", "statistic"])
+    assert quantiles.loc[(0, "entropy"), "weight_quantile_50"] == balance["weight_quantile"].sel(
         layer=0, statistic="entropy", quantile=0.5
     )
-    assert len(frame) == 9 * 2 + 2 * 3 + 9 * 2 * 3
+    assert len(frame) == 9 * 2 + 2 * 2 + 9 * 2 * 3 + 2 * 3  # no batch of 256 sequences is full
 
 
 def test_the_frames_of_pairs_hold_every_pair_once(coactivation, transitions) -> None:
     frame = coactivation_table(coactivation, [0, 7])
     rows = frame.frame.set_index(["layer", "expert", "other"])
     assert len(rows) == 2 * 28
-    at = coactivation.sel(layer=7, expert=2, other=6)
+    at, reverse = coactivation.sel(layer=7, expert=2, other=6), coactivation.sel(layer=7, expert=6, other=2)
     assert rows.loc[(7, 2, 6), "lift"] == at["lift"]
-    assert rows.loc[(7, 2, 6), "other_given_expert"] == at["conditional"]
-    assert rows.loc[(7, 2, 6), "expert_given_other"] == coactivation["conditional"].sel(layer=7, expert=6, other=2)
+    assert rows.loc[(7, 2, 6), "conditional_percent"] == 100 * at["conditional"]
+    assert rows.loc[(7, 2, 6), "conditional_reversed_percent"] == 100 * reverse["conditional"]
     frame = next(transitions_tables(transitions)).frame
     moves = frame[frame["what"] == "transition"].set_index(["layer", "expert", "next"])
     assert len(moves) == 5 * 64
-    assert moves.loc[(31, 4, 1), "probability"] == transitions["probability"].sel(layer=31, expert=4, next=1)
-    assert moves.loc[(31, 4, 1), "layer_before"] == 23
+    move = transitions.sel(layer=31, expert=4, next=1)
+    assert moves.loc[(31, 4, 1), "probability_percent"] == 100 * move["probability"]
+    information = frame[frame["what"] == "information"].set_index("layer")
+    assert information.loc[31, "layer_before"] == 23
+    assert information.loc[31, "information_null_bits"] == transitions["information_null"].sel(layer=31)
     paths = frame[frame["what"] == "paths"].set_index("routing")
     assert paths.loc["trace", "half"] == transitions["half"].sel(routing="trace")
 
@@ -109,7 +114,7 @@ def test_the_figure_of_balance_draws_the_trace_the_batches_and_their_null(balanc
     drawn = {str(line.get_label()): line.get_ydata() for line in left.lines}
     np.testing.assert_allclose(drawn["the whole trace"], balance["imbalance"].isel(domain=0))
     np.testing.assert_allclose(drawn["16 sequences"], balance["batch_imbalance"].sel(batch=16))
-    np.testing.assert_allclose(drawn["16 sequences, drawn"], balance["batch_null"].sel(batch=16))
+    np.testing.assert_allclose(drawn["16 sequences, drawn"], balance["batch_imbalance_null"].sel(batch=16))
     assert "256 sequences" not in drawn  # the trace has 32
     np.testing.assert_allclose(right.lines[0].get_ydata(), balance["weight"].isel(domain=0).sel(statistic="first"))
     without = balance.drop_vars([name for name in balance if str(name).startswith("weight")])
@@ -120,13 +125,13 @@ def test_the_figure_of_balance_draws_the_trace_the_batches_and_their_null(balanc
 def test_the_maps_draw_the_logarithm_of_each_lift_in_natural_order_for_few_experts(coactivation, transitions) -> None:
     figure = figures.joint.draw_coactivation(coactivation, [7])
     at = coactivation.sel(layer=7)
-    known = np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)
+    known = np.where(np.isfinite(at["lift_p"]), at["lift"], np.nan)
     expected = np.clip(np.log2(known), -2, 2)
     np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(8, 8), expected)
     figure = figures.joint.draw_transitions(transitions, [31])
     at = transitions.sel(layer=31)
     with np.errstate(divide="ignore"):
-        expected = np.clip(np.log2(np.where(np.isfinite(at["p_value"]), at["lift"], np.nan)), -2, 2)
+        expected = np.clip(np.log2(np.where(np.isfinite(at["lift_p"]), at["lift"], np.nan)), -2, 2)
     np.testing.assert_allclose(mesh_of(figure.axes[0]).reshape(8, 8), expected)
     lines = {str(line.get_label()): line.get_ydata() for line in figure.axes[-1].lines}
     np.testing.assert_allclose(lines["bias removed"], transitions["information"])
@@ -158,7 +163,7 @@ def test_a_map_of_transitions_shows_the_experts_it_can_tell_of_and_says_how_many
     documents = np.sort(rng.integers(0, 40, 1500))
     trace = moescope.from_arrays(tmp_path / "t.moe", ids, num_experts=40, ranked=True, documents=documents)
     found = moescope.transitions(trace)
-    known = np.isfinite(found["p_value"].values[0])
+    known = np.isfinite(found["lift_p"].values[0])
     rows, columns, number = int(known.any(axis=1).sum()), int(known.any(axis=0).sum()), int(known.sum())
     assert number < 100
     axes = figures.joint.draw_transitions(found).axes[0]
@@ -202,6 +207,6 @@ def test_what_a_trace_cannot_tell_is_refused_in_one_line_and_counts_have_a_balan
     part = make_part(np.random.default_rng(0), layers, [40] * 4)
     trace = make_synthetic(tmp_path / "t.moe", [part], layers)
     assert "one expert a token" in run("coactivation", trace.path).output
-    assert "--choice any" in run("transitions", trace.path).output
-    assert run("transitions", trace.path, "--choice", "any").exit_code == 0
+    assert "--choice all" in run("transitions", trace.path).output
+    assert run("transitions", trace.path, "--choice", "all").exit_code == 0
     assert "two layers" in run("transitions", trace.path, "--layer", "4").output

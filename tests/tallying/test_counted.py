@@ -18,7 +18,7 @@ from moescope.tallying import COUNTERS, Counted, one_pass
 from moescope.tallying.array_file import read, write
 from moescope.tallying.balance import BalanceCounter
 from moescope.tallying.counted import FORMAT, FORMAT_VERSION, count_with
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.segments import SegmentCounter
@@ -87,7 +87,7 @@ def test_one_pass_counts_what_each_counter_counts_alone(
     together = counted_words(trace, threads=threads)
     assert len(together.results) == len(COUNTERS)
     for counter in COUNTERS:
-        alone = count_with((counter,), trace, options=Options(words=("w3", "w41")), threads=1)
+        alone = count_with((counter,), trace, options=CountOptions(words=("w3", "w41")), threads=1)
         alike(replace(together, results={counter.name: together[counter]}), alone)
 
 
@@ -185,7 +185,7 @@ def test_what_a_count_lacks_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(NotRecorded, match="% of the documents; what is played token by token needs all"):
         moescope.cache(few)
     with pytest.raises(NotRecorded, match="transitions of first choices"):
-        moescope.transitions(few, choice="any")
+        moescope.transitions(few, choice="all")
     with pytest.raises(ValueError, match="segments of 5 tokens were not counted"):
         moescope.consistency(few, lengths=[5])
     with pytest.raises(ValueError, match="layers are chosen when a trace is counted"):
@@ -200,7 +200,7 @@ def test_what_a_trace_does_not_have_is_not_counted_and_the_rest_is(tmp_path: Pat
     with pytest.raises(NotRecorded, match="transitions need two layers"):
         moescope.transitions(one)
     unranked = moescope.count(a_trace(tmp_path / "u.moe", tuple(replace(layer, ranked=False) for layer in LAYERS)))
-    assert unranked[TransitionCounter].choice == "any"
+    assert unranked[TransitionCounter].choice == "all"
     with pytest.raises(NotRecorded, match="which of a token's choices is the first"):
         moescope.syntax(unranked)
     counts = moescope.count(make_counts(tmp_path / "c.moe", {0: {0: {1: 5}}}))

@@ -15,16 +15,21 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import (
+    EXPERT_ID,
+    add_total,
+    described,
+    estimate,
+    labelled,
+    layer_coordinates,
+    total_coordinates,
+)
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounter, BalanceCounts
 from moescope.tallying.balance_kernels import BINS_PER_E, FIXED, WEIGHT_BINS, WEIGHT_FIXED
 from moescope.tallying.counted import counted
 from moescope.trace import Layer
-
-ALL = "(all)"
-"""Label of all domains together, in the place of a domain."""
 
 NEARLY_IDLE = 0.1
 """Part of the uniform share below which an expert is nearly idle; one with no assignment at all is idle."""
@@ -34,7 +39,7 @@ DRAWS_OF_A_DOMAIN = 128
 QUANTILES = (0.05, 0.5, 0.95)
 
 LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"
-SUMMARIES = {
+SUMMARIES: dict[str, tuple[str, ...]] = {
     "imbalance": ("largest load over mean load", "1", "Switch Transformers (arXiv 2101.03961), of f_i"),
     "cv": ("standard deviation of the loads over their mean", "1", "Shazeer et al. 2017 (arXiv 1701.06538)"),
     "gini": ("Gini coefficient of the loads", "1", "Gini 1912"),
@@ -61,21 +66,22 @@ def balance(
         threads: Parts counted at a time; None for the number of processors.
         seed: Of the draws behind the nulls.
     Returns:
-        By (domain, layer), the first "domain" being all of them together, "(all)":
+        By (domain, layer), the first "domain" being all of them together (`total` says so):
 
         * `imbalance`, `max_vio` (imbalance - 1), `cv`, `gini`, `entropy` (H / log E); with `_low` and `_high`, 95 %
           interval over documents, and `_null`, what perfectly balanced routing would show with documents that vary as
           these do;
         * `busiest`: the expert with the largest load;
         * `idle`: experts without an assignment; `nearly_idle`: others with less than a tenth of the uniform share;
-          `nearly_idle_low`, `nearly_idle_high`: those surely and those possibly below, by intervals of their shares.
+          `nearly_idle_low`, `nearly_idle_high`: those significantly and those possibly below, by intervals of their
+          shares.
 
         By (layer, batch), unless the trace holds counts; `batch` is the number of consecutive sequences:
 
-        * `batch_imbalance`: mean over batches; `_low`, `_high`: 95 % interval of that mean; `batch_quantile`
-          (layer, batch, quantile);
-        * `batch_null`, `batch_null_quantile`: the same of batches with as many tokens, drawn from the whole trace
-          independently; `batches` (batch), `batch_tokens` (batch).
+        * `batch_imbalance`: mean over batches; `_low`, `_high`: 95 % interval of that mean; `_quantile` (layer, batch,
+          quantile); `_null`, `_null_quantile`: the same of batches with as many tokens, drawn from the whole trace
+          independently;
+        * `batches` (batch), `batch_tokens` (batch).
 
         By (domain, layer, statistic), if gate weights were recorded: `weight`, `weight_low`, `weight_high`, and
         `weight_quantile` (layer, statistic, quantile), of the weights of a token normalised to sum 1: the largest
@@ -87,43 +93,15 @@ def balance(
     """
     counts = counted(trace, BalanceCounter, layers=layers, threads=threads)[BalanceCounter]
     rng = np.random.default_rng(seed)
-    scopes = [ALL, *counts.domains]
-    by_domain = ("domain", "layer")
-    found = [
-        [
-            _of_loads(loads_GE, layer, DRAWS_OF_A_DOMAIN if at else NULL_DRAWS, rng)
-            for layer, loads_GE in zip(counts.layers, _scoped(counts, at), strict=True)
-        ]
-        for at in range(len(scopes))
+    coordinates = layer_coordinates(counts.layers) | total_coordinates(counts.domains, counts.documents_DG.sum(axis=1))
+    rows = [
+        _of_loads(loads_GE, layer, DRAWS_OF_A_DOMAIN if domain else NULL_DRAWS, rng)
+        for domain in range(len(counts.domains) + 1)
+        for layer, loads_GE in zip(counts.layers, _scoped(counts, domain), strict=True)
     ]
-    variables: dict[str, Any] = {}
-
-    def table(name: str) -> NDArray[Any]:
-        return np.array([[row[name] for row in rows] for rows in found])
-
-    for name, (long_name, units, source) in SUMMARIES.items():
-        variables[name] = described(table(name), by_domain, long_name, units, source)
-        variables[f"{name}_low"] = described(table(f"{name}_low"), by_domain, "95 % interval, low end", units)
-        variables[f"{name}_high"] = described(table(f"{name}_high"), by_domain, "95 % interval, high end", units)
-        variables[f"{name}_null"] = described(
-            table(f"{name}_null"), by_domain, "the same of perfect balance with such documents", units
-        )
-    variables["max_vio"] = described(table("imbalance") - 1, by_domain, "MaxVio, imbalance - 1", "1", LOSS_FREE)
-    variables["busiest"] = described(table("busiest"), by_domain, "expert with the largest load", "expert_id")
-    for name, long_name in (
-        ("idle", "experts without an assignment"),
-        ("nearly_idle", "other experts below a tenth of the uniform share"),
-        ("nearly_idle_low", "of them, those surely below"),
-        ("nearly_idle_high", "experts with an assignment that may be below"),
-    ):
-        variables[name] = described(table(name), by_domain, long_name, "experts")
-    coordinates: dict[str, Any] = {
-        "domain": scopes,
-        "layer": [layer.layer for layer in counts.layers],
-        "num_experts": ("layer", [layer.num_experts for layer in counts.layers]),
-        "top_k": ("layer", [layer.top_k for layer in counts.layers]),
-        "documents": ("domain", _with_all(counts.documents_DG.sum(axis=1))),
-    }
+    shape = len(counts.domains) + 1, len(counts.layers)
+    tables = {name: np.array([row[name] for row in rows]).reshape(shape) for name in rows[0]}
+    variables: dict[str, Any] = labelled(tables, ("domain", "layer"), _OF_LOADS)
     if counts.batch_sizes:
         variables |= _batches(counts, rng)
         coordinates |= {"batch": list(counts.batch_sizes), "quantile": list(QUANTILES)}
@@ -131,6 +109,17 @@ def balance(
         variables |= _weights(counts)
         coordinates |= {"statistic": list(WEIGHT_STATISTICS), "quantile": list(QUANTILES)}
     return xr.Dataset(variables, coordinates)
+
+
+_OF_LOADS = SUMMARIES | {
+    **{f"{name}_null": ("the same of perfect balance with such documents", "1") for name in SUMMARIES},
+    "max_vio": ("MaxVio, imbalance - 1", "1", LOSS_FREE),
+    "busiest": ("expert with the largest load", EXPERT_ID),
+    "idle": ("experts without an assignment", "experts"),
+    "nearly_idle": ("other experts below a tenth of the uniform share", "experts"),
+    "nearly_idle_low": ("of them, those significantly below", "experts"),
+    "nearly_idle_high": ("experts with an assignment that may be below", "experts"),
+}
 
 
 def summaries(loads: Numbers) -> Numbers:
@@ -156,13 +145,9 @@ def summaries(loads: Numbers) -> Numbers:
     return np.stack([num_experts * p.max(axis=-1), squared_cv, gini, deficit], axis=-1)
 
 
-def _scoped(counts: BalanceCounts, at: int) -> NDArray[np.int64]:
-    """Loads by layer, group and expert of all domains (0) or of the one at `at` - 1."""
-    return counts.loads_LDGE.sum(axis=1) if at == 0 else counts.loads_LDGE[:, at - 1]
-
-
-def _with_all(values_D: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate([values_D.sum(axis=0, keepdims=True), values_D])
+def _scoped(counts: BalanceCounts, domain: int) -> NDArray[np.int64]:
+    """Loads by layer, group and expert of all domains (0) or of the one at `domain` - 1."""
+    return counts.loads_LDGE.sum(axis=1) if domain == 0 else counts.loads_LDGE[:, domain - 1]
 
 
 def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, num_draws: int, rng: np.random.Generator) -> dict[str, float]:
@@ -170,10 +155,10 @@ def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, num_draws: int, rng: np
     num_experts = layer.num_experts
     loads_GE = loads_GE[:, :num_experts]
     made_G = loads_GE.sum(axis=1)
-    ends = [f"{name}{end}" for name in SUMMARIES for end in ("", "_low", "_high", "_null")]
     if not made_G.sum():
-        idle = dict.fromkeys(("nearly_idle", "nearly_idle_low", "nearly_idle_high"), 0)
-        return dict.fromkeys([*ends, "busiest"], float("nan")) | {"idle": num_experts} | idle
+        unknown = [f"{name}{end}" for name in SUMMARIES for end in ("", "_low", "_high", "_null")]
+        idle = {"idle": num_experts, "nearly_idle": 0, "nearly_idle_low": 0, "nearly_idle_high": 0}
+        return dict.fromkeys([*unknown, "max_vio", "busiest"], float("nan")) | idle
     p, error = groups.ratio_errors(loads_GE, made_G)
     value, jack_error, used = groups.jackknife(summaries, loads_GE)
     seen = summaries(p)
@@ -197,18 +182,20 @@ def _of_loads(loads_GE: NDArray[np.int64], layer: Layer, num_draws: int, rng: np
     low, high = (np.where(np.isfinite(half), end, np.nan) for end in (low, high))
     expected = null.mean(axis=0)
     # Square root of the squared coefficient of variation; H / log E is 1 less its deficit.
-    found: dict[str, float] = {}
-    for at, name in enumerate(SUMMARIES):
-        values = {"": seen[at], "_low": low[at], "_high": high[at], "_null": expected[at]}
+    row: dict[str, float] = {}
+    for place, name in enumerate(SUMMARIES):
+        values = {"": seen[place], "_low": low[place], "_high": high[place], "_null": expected[place]}
         if name == "cv":
-            values = {end: np.sqrt(v) for end, v in values.items()} | {"_null": np.sqrt(null[:, at]).mean()}
+            values = {end: np.sqrt(v) for end, v in values.items()} | {"_null": np.sqrt(null[:, place]).mean()}
         if name == "entropy":
-            values = {"": 1 - seen[at], "_low": 1 - high[at], "_high": 1 - low[at], "_null": 1 - expected[at]}
-        found |= {f"{name}{end}": float(v) for end, v in values.items()}
+            values = {"": 1 - seen[place], "_low": 1 - high[place], "_high": 1 - low[place]}
+            values["_null"] = 1 - expected[place]
+        row |= {f"{name}{end}": float(v) for end, v in values.items()}
     below, above = statistics.proportion_interval(p, error, used)
     threshold = NEARLY_IDLE / num_experts
     working = p > 0
-    return found | {
+    return row | {
+        "max_vio": float(seen[0]) - 1,
         "busiest": float(p.argmax()),
         "idle": int((~working).sum()),
         "nearly_idle": int((working & (p < threshold)).sum()),
@@ -225,27 +212,34 @@ def _batches(counts: BalanceCounts, rng: np.random.Generator) -> dict[str, Any]:
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(np.maximum(square - mean**2, 0) / (number_LS - 1))
     half = statistics.student_t(number_LS) * error
-    sizes = tuple(range(len(counts.batch_sizes)))
-    seen = [[_quantiles(counts.imbalances_LSB[at, s]) for s in sizes] for at in range(len(counts.layers))]
-    draws = [_null_batches(counts, s, rng) for s in sizes]
-    null_LSR = np.stack(draws, axis=1)
-    dims, by_quantile = ("layer", "batch"), ("layer", "batch", "quantile")
+    sizes = range(len(counts.batch_sizes))
+    seen = [[_quantiles(histogram_B) for histogram_B in histogram_SB] for histogram_SB in counts.imbalances_LSB]
+    null_LSR = np.stack([_null_batches(counts, size, rng) for size in sizes], axis=1)
+    dims = ("layer", "batch")
+    quantiles = {
+        "batch_imbalance_quantile": (np.array(seen), "imbalance within a batch, quantile"),
+        "batch_imbalance_null_quantile": (
+            np.moveaxis(np.quantile(null_LSR, QUANTILES, axis=2), 0, 2),
+            "quantile of tokens drawn independently",
+        ),
+    }
+    tokens_S = statistics.ratio(counts.token_sums_SB.sum(axis=1), counts.tokens_SB.sum(axis=1))
     return {
-        "batch_imbalance": described(mean, dims, "imbalance within a batch, mean over batches", "1", LOSS_FREE),
-        "batch_imbalance_low": described(np.maximum(mean - half, 1), dims, "95 % interval, low end", "1"),
-        "batch_imbalance_high": described(mean + half, dims, "95 % interval, high end", "1"),
-        "batch_quantile": described(np.array(seen), by_quantile, "imbalance within a batch, quantile", "1"),
-        "batch_null": described(null_LSR.mean(axis=2), dims, "the same of tokens drawn independently", "1"),
-        "batch_null_quantile": described(
-            np.moveaxis(np.quantile(null_LSR, QUANTILES, axis=2), 0, 2), by_quantile, "its quantile", "1"
+        **estimate(
+            "batch_imbalance",
+            dims,
+            "imbalance within a batch, mean over batches",
+            "1",
+            LOSS_FREE,
+            meanings={"null": "the same of tokens drawn independently"},
+            value=mean,
+            low=np.maximum(mean - half, 1),
+            high=mean + half,
+            null=null_LSR.mean(axis=2),
         ),
+        **{name: described(values, (*dims, "quantile"), what, "1") for name, (values, what) in quantiles.items()},
         "batches": described(number_LS.max(axis=0), ("batch",), "batches", "batches"),
-        "batch_tokens": described(
-            statistics.ratio(counts.token_sums_SB.sum(axis=1), counts.tokens_SB.sum(axis=1)),
-            ("batch",),
-            "tokens of a batch, mean",
-            "tokens",
-        ),
+        "batch_tokens": described(tokens_S, ("batch",), "tokens of a batch, mean", "tokens"),
     }
 
 
@@ -297,25 +291,21 @@ def _weights(counts: BalanceCounts) -> dict[str, Any]:
     num_layers, num_domains = counts.weighed_LDG.shape[:2]
     value, low, high = (np.full((num_domains + 1, num_layers, len(WEIGHT_STATISTICS)), np.nan) for _ in range(3))
     most_LW = np.array([[1.0, 1.0, np.log2(layer.top_k)] for layer in counts.layers])
-    for at, layer in np.ndindex(num_domains + 1, num_layers):
-        sums_DGW, n_DG = counts.weights_LDGW[layer], counts.weighed_LDG[layer]
-        y_GW, n_G = (sums_DGW.sum(axis=0), n_DG.sum(axis=0)) if at == 0 else (sums_DGW[at - 1], n_DG[at - 1])
-        mean, error = groups.ratio_errors(y_GW, n_G)
-        half = groups.student(int((n_G > 0).sum())) * error
-        value[at, layer] = mean / WEIGHT_FIXED
-        low[at, layer] = np.clip((mean - half) / WEIGHT_FIXED, 0, most_LW[layer])
-        high[at, layer] = np.clip((mean + half) / WEIGHT_FIXED, 0, most_LW[layer])
+    for layer in range(num_layers):
+        sums_DGW, n_DG = add_total(counts.weights_LDGW[layer]), add_total(counts.weighed_LDG[layer])
+        for domain, (y_GW, n_G) in enumerate(zip(sums_DGW, n_DG, strict=True)):
+            mean, error = groups.ratio_errors(y_GW, n_G)
+            half = groups.student(int((n_G > 0).sum())) * error
+            value[domain, layer] = mean / WEIGHT_FIXED
+            low[domain, layer] = np.clip((mean - half) / WEIGHT_FIXED, 0, most_LW[layer])
+            high[domain, layer] = np.clip((mean + half) / WEIGHT_FIXED, 0, most_LW[layer])
     edges = np.linspace(0, 1, WEIGHT_BINS + 1)
     quantiles = [
         [_from_histogram(of_W, edges) * most for of_W, most in zip(of_layer, most_W, strict=True)]
         for of_layer, most_W in zip(counts.weight_histogram_LWB, most_LW, strict=True)
     ]
-    dims = ("domain", "layer", "statistic")
-    return {
-        "weight": described(value, dims, "statistic of a token's gate weights, mean over tokens", "1; entropy: bits"),
-        "weight_low": described(low, dims, "95 % interval, low end", "1; entropy: bits"),
-        "weight_high": described(high, dims, "95 % interval, high end", "1; entropy: bits"),
-        "weight_quantile": described(
-            np.array(quantiles), ("layer", "statistic", "quantile"), "its quantile over tokens", "1; entropy: bits"
-        ),
+    dims, units = ("domain", "layer", "statistic"), "1; entropy: bits"
+    what = "statistic of a token's gate weights"
+    return estimate("weight", dims, f"{what}, mean over tokens", units, value=value, low=low, high=high) | {
+        "weight_quantile": described(np.array(quantiles), (*dims[1:], "quantile"), f"{what}, quantile", units)
     }

@@ -25,7 +25,7 @@ from moescope.measures.statistics import Numbers
 from moescope.measures.words import words as measured_words
 from moescope.tallying import INDENTATION, WORDS, Source
 from moescope.tallying.counted import count_with, opened
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 from moescope.tallying.occurrences import WordCounter
 from moescope.tallying.tally import TallyCounter
@@ -129,7 +129,7 @@ def claims(trace: Source, words: Sequence[str] = WORDS, *, threads: int | None =
     source = opened(trace)
     if isinstance(source, Trace):
         source.need_documents()
-        options = Options(words=(*words, INDENTATION), max_bytes=SAMPLE_BYTES)
+        options = CountOptions(words=(*words, INDENTATION), max_bytes=SAMPLE_BYTES)
         source = count_with((TallyCounter, WordCounter, DocumentCounter), source, options=options, threads=threads)
     has_order = all(layer.ranked for layer in source.layers)
     has_text = has_order and source.header.token_ids

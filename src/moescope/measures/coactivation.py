@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
-from moescope.measures import groups, statistics
+from moescope.measures import statistics
 from moescope.measures.conditional_bernoulli import pair_probabilities
-from moescope.measures.schema import described
+from moescope.measures.lifts import TABLES, definitions, lifts, padded
+from moescope.measures.schema import FRACTION, labelled, layer_coordinates
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
@@ -36,11 +36,12 @@ def coactivation(trace: Source, layers: Iterable[int] | None = None, *, threads:
 
         * `conditional`: tokens with both over tokens with `expert`, N_ij / N_i;
         * `joint`: tokens with both over tokens, the same for both orders, as all that follow;
-        * `expected`: of `joint`, if sets of k had nothing but the popularity of each expert (conditional Bernoulli);
-        * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents, on the scale of logarithms, NaN
-          where less than one token is expected to have both, or fewer than ten to have only one or neither;
-        * `p_value` that the lift is 1, NaN where fewer than ten tokens are expected to have both, or only one, or
-          neither; `q_value`, the same with the false discovery rate controlled over pairs and layers.
+        * `joint_null`: the same, if sets of k had nothing but the popularity of each expert (conditional Bernoulli);
+        * `lift`: joint / joint_null; `lift_low`, `lift_high`: its 95 % interval over documents, on the scale of
+          logarithms, NaN where less than one token is expected to have both, or fewer than ten to have only one or
+          neither;
+        * `lift_p`: that the lift is 1, NaN where fewer than ten tokens are expected to have both, or only one, or
+          neither; `lift_q`, the same with the false discovery rate controlled over pairs and layers.
 
         By (layer, expert): `inclusion`, tokens with the expert over tokens. By (layer): `tokens`; `deviation`, the part
         of the pairs that would have to be others for all lifts to be 1, and `deviation_null`, what sampling documents
@@ -52,49 +53,30 @@ def coactivation(trace: Source, layers: Iterable[int] | None = None, *, threads:
         OLMoE (arXiv 2409.02060); the null: Chen, Dempster and Liu 1994; intervals and tests are ours.
     """
     counts = counted(trace, CoactivationCounter, layers=layers, threads=threads)[CoactivationCounter]
-    num_layers, num_ids = len(counts.layers), max(layer.num_ids for layer in counts.layers)
-    names = ("conditional", "joint", "expected", "lift", "low", "high", "p_value")
-    tables = {name: np.full((num_layers, num_ids, num_ids), np.nan) for name in names}
-    inclusion = np.full((num_layers, num_ids), np.nan)
-    tokens = np.zeros(num_layers, np.int64)
-    deviation, deviation_null = np.full(num_layers, np.nan), np.full(num_layers, np.nan)
-    for at, layer in enumerate(counts.layers):
-        found = _of_layer(counts.pairs[layer.layer], layer.top_k)
-        for name in names:
-            tables[name][at, : layer.num_ids, : layer.num_ids] = found[name]
-        inclusion[at, : layer.num_ids] = found["inclusion"]
-        tokens[at] = found["tokens"]
-        deviation[at], deviation_null[at] = found["deviation"], found["deviation_null"]
-    dims = ("layer", "expert", "other")
-    q_value = _false_discovery_rate(tables["p_value"])
+    num_ids = max(layer.num_ids for layer in counts.layers)
+    rows = [_of_layer(counts.pairs[layer.layer], layer.top_k) for layer in counts.layers]
+    tables = {name: padded([row[name] for row in rows]) for name in rows[0]}
+    tables["lift_q"] = _false_discovery_rate(tables["lift_p"])
+    dims, by_layer = ("layer", "expert", "other"), {name: tables.pop(name) for name in ("inclusion", *_OF_LAYER)}
+    by_layer["tokens"] = by_layer["tokens"].astype(np.int64)
     return xr.Dataset(
-        {
-            "conditional": described(tables["conditional"], dims, "tokens with both over tokens with one", "1", OLMOE),
-            "joint": described(tables["joint"], dims, "tokens with both over tokens", "1"),
-            "expected": described(
-                tables["expected"], dims, "the same of sets by popularity alone", "1", "Chen, Dempster and Liu 1994"
-            ),
-            "lift": described(tables["lift"], dims, "joint over expected", "1"),
-            "low": described(tables["low"], dims, "95 % interval of the lift, low end", "1"),
-            "high": described(tables["high"], dims, "95 % interval of the lift, high end", "1"),
-            "p_value": described(tables["p_value"], dims, "p-value of a lift of 1", "1"),
-            "q_value": described(
-                q_value, dims, "p-value adjusted over pairs and layers", "1", "Benjamini and Hochberg 1995"
-            ),
-            "inclusion": described(inclusion, ("layer", "expert"), "tokens with the expert over tokens", "1"),
-            "tokens": described(tokens, ("layer",), "tokens without a dropped assignment", "tokens"),
-            "deviation": described(deviation, ("layer",), "part of the pairs in excess of their expectation", "1"),
-            "deviation_null": described(deviation_null, ("layer",), "the same from sampling documents alone", "1"),
-        },
-        {
-            "layer": [layer.layer for layer in counts.layers],
-            "expert": np.arange(num_ids),
-            "other": np.arange(num_ids),
-            "num_experts": ("layer", [layer.num_experts for layer in counts.layers]),
-            "num_ids": ("layer", [layer.num_ids for layer in counts.layers]),
-            "top_k": ("layer", [layer.top_k for layer in counts.layers]),
-        },
+        labelled(tables, dims, _OF_PAIR)
+        | labelled({"inclusion": by_layer.pop("inclusion")}, dims[:2], _OF_EXPERT)
+        | labelled(by_layer, dims[:1], _OF_LAYER),
+        layer_coordinates(counts.layers) | {"expert": np.arange(num_ids), "other": np.arange(num_ids)},
     )
+
+
+_OF_PAIR = {
+    "conditional": ("tokens with both over tokens with one", FRACTION, OLMOE),
+    **definitions("sets by popularity alone (Chen, Dempster and Liu 1994)"),
+}
+_OF_EXPERT = {"inclusion": ("tokens with the expert over tokens", FRACTION)}
+_OF_LAYER = {
+    "tokens": ("tokens without a dropped assignment", "tokens"),
+    "deviation": ("part of the pairs in excess of their expectation", FRACTION),
+    "deviation_null": ("the same from sampling documents alone", FRACTION),
+}
 
 
 def _of_layer(ranked_GEE: NDArray[np.uint32], top_k: int) -> dict[str, Numbers]:
@@ -108,47 +90,28 @@ def _of_layer(ranked_GEE: NDArray[np.uint32], top_k: int) -> dict[str, Numbers]:
     members_GE = pairs_GEE.sum(axis=2) / (top_k - 1)
     tokens, num_groups = tokens_G.sum(), len(tokens_G)
     if not num_groups:
-        nothing = np.full(ranked_GEE.shape[1:], np.nan)
-        names = ("conditional", "joint", "expected", "lift", "low", "high", "p_value")
-        scalars = {"tokens": np.float64(0), "deviation": np.float64("nan"), "deviation_null": np.float64("nan")}
-        return dict.fromkeys(names, nothing) | {"inclusion": nothing[0]} | scalars
-    inclusion, joint = members_GE.sum(axis=0) / tokens, pairs_GEE.sum(axis=0) / tokens
-    expected = pair_probabilities(inclusion, top_k)
-    own, other = _slopes(inclusion, expected)
-    # Linearised: a group's pairs in excess, given how often it has each of the two experts.
-    excess_GEE = pairs_GEE - joint * tokens_G[:, None, None]
+        unknown = np.full(ranked_GEE.shape[1:], np.nan)
+        tables = dict.fromkeys(("conditional", *TABLES), unknown) | {"inclusion": unknown[0]}
+        return tables | {"tokens": np.zeros(()), "deviation": unknown[0, 0], "deviation_null": unknown[0, 0]}
+    inclusion = members_GE.sum(axis=0) / tokens
+    null = pair_probabilities(inclusion, top_k)
+    own, other = _slopes(inclusion, null)
     popular_GE = members_GE - inclusion * tokens_G[:, None]
     by_popularity_GEE = own * popular_GE[:, :, None] + other * popular_GE[:, None, :]
+    tables, error = lifts(pairs_GEE, tokens_G, inclusion, inclusion, null, by_popularity_GEE)
     with np.errstate(invalid="ignore", divide="ignore"):
-        lift = np.where(expected > 0, joint / expected, np.nan)
-        error = groups.sum_error(excess_GEE - by_popularity_GEE) / tokens
-        half = groups.student(num_groups) * groups.sum_error(excess_GEE - lift * by_popularity_GEE) / tokens / expected
-        under_null = groups.error_under_null(error, joint, expected, tokens)
-        p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
-        conditional = np.where(inclusion[:, None] > 0, joint / inclusion[:, None], np.nan)
-    shares = inclusion[:, None], inclusion, expected, tokens
-    half[~groups.enough(*shares, groups.FEWEST_FOR_INTERVAL)] = np.nan
-    low, high = groups.lift_interval(lift, half)
-    p_value[~groups.enough(*shares) | (num_groups < 2)] = np.nan
-    values = {
-        "conditional": conditional,
-        "joint": joint,
-        "expected": expected,
-        "lift": lift,
-        "low": low,
-        "high": high,
-        "p_value": p_value,
-    }
+        tables["conditional"] = np.where(inclusion[:, None] > 0, tables["joint"] / inclusion[:, None], np.nan)
     apart = ~np.eye(len(inclusion), dtype=bool)
     noise = np.sqrt(2 / np.pi) * np.nan_to_num(error)[apart].sum() if num_groups > 1 else np.nan
-    total = 2 * joint[apart].sum()
-    for table in values.values():
+    of_all = 2 * tables["joint"][apart].sum()
+    deviation = np.abs(tables["joint"] - null)[apart].sum() / of_all
+    for table in tables.values():
         np.fill_diagonal(table, np.nan)
-    return values | {
+    return tables | {
         "inclusion": inclusion,
         "tokens": np.rint(tokens),
-        "deviation": np.abs(joint - expected)[apart].sum() / total,
-        "deviation_null": noise / total,
+        "deviation": deviation,
+        "deviation_null": np.asarray(noise / of_all),
     }
 
 

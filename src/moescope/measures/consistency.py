@@ -18,7 +18,7 @@ from moescope.measures import schema, statistics
 from moescope.measures.schema import DIFFERENCE, FRACTION
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.segments import FIXED, SegmentCounter
 
 SOURCE = "arXiv 2505.16056, equation 6"
@@ -61,7 +61,7 @@ def consistency(
         Liang et al., Not All Models Suit Expert Offloading (arXiv 2505.16056), equations 4 to 6: all places, segments
         within a sequence, all experts of the group with one threshold. Null, intervals and tests are ours.
     """
-    options = Options(lengths=None if lengths is None else tuple(lengths))
+    options = CountOptions(lengths=None if lengths is None else tuple(lengths))
     total = counted(trace, SegmentCounter, layers=layers, options=options, threads=threads)
     counts = total[SegmentCounter].of_lengths(lengths)
     num_layers, num_domains, num_lengths = len(counts.layers), len(counts.domains) + 1, len(counts.lengths)

@@ -19,7 +19,7 @@ from moescope.measures.divergence import LIN, divergence_of_samples, js_divergen
 from moescope.measures.schema import EXPERT_ID, FRACTION
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.word_class_kernels import FIXED
 from moescope.tallying.word_classes import CLASSES, ClassCounter, ClassCounts
 from moescope.trace import Layer
@@ -64,7 +64,7 @@ def syntax(
         Mixtral of Experts, section 5, speaks of "structured syntactic behavior"; classes and comparison are ours.
         Lin 1991 (divergence); Rao and Scott 1984 (test, see `measures.divergence`).
     """
-    total = counted(trace, ClassCounter, layers=layers, options=Options(choice=choice), threads=threads)
+    total = counted(trace, ClassCounter, layers=layers, options=CountOptions(choice=choice), threads=threads)
     counts = total[ClassCounter]
     if counts.choice != choice:
         raise NotRecorded(

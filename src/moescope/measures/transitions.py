@@ -16,11 +16,12 @@ from scipy import special, stats
 
 from moescope.errors import NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures.lifts import TABLES, definitions, lifts, padded
+from moescope.measures.schema import FRACTION, labelled, layer_coordinates
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.joint import Choice, TransitionCounter, Transitions
 from moescope.tallying.joint_kernels import draw_paths
 
@@ -33,7 +34,12 @@ ROUTINGS = ("trace", "markov chain", "independent layers")
 STEPS_DRAWN = 2**24
 """Choices drawn, at most, for each null of the paths; at least three sets of paths are."""
 
-_SUMMARIES = ("distinct", "half", "effective", "once")
+PATHS = {
+    "distinct": ("different paths", "paths"),
+    "half": ("paths that carry half of the tokens", "paths"),
+    "effective": ("one over the probability that two tokens share a path", "paths"),
+    "once": ("part of the tokens whose path no other token takes", FRACTION),
+}
 
 
 def transitions(
@@ -50,23 +56,24 @@ def transitions(
         trace: The trace or its folder; or what was counted of it (`moescope.count`).
         layers: Layers of the trace to measure, or None for all; each is paired with the one before it among them.
             Counts have theirs.
-        choice: "first", the first choices; "any", all pairs of an assignment here and one there.
+        choice: "first", the first choices; "all", all pairs of an assignment here and one there.
         threads: Parts counted at a time; None for the number of processors.
         seed: Of the paths drawn for the nulls.
     Returns:
         `layer` is the later of the two, `layer_before` the earlier. By (layer, expert, next):
 
         * `probability`: P(next at the layer | expert at the one before);
-        * `joint`: of all tokens, those with both; `expected`: the same if the layers were independent;
-        * `lift`: joint / expected; `low`, `high`: its 95 % interval over documents, on the scale of logarithms, NaN
-          where less than one token is expected to make it, or fewer than ten only one of its two steps, or neither;
-        * `p_value` that it is 1, NaN where fewer than ten tokens are expected to make it, or only one of its two steps,
-          or neither; `q_value`, the same with the false discovery rate controlled over all transitions.
+        * `joint`: of all tokens, those with both; `joint_null`: the same if the layers were independent;
+        * `lift`: joint / joint_null; `lift_low`, `lift_high`: its 95 % interval over documents, on the scale of
+          logarithms, NaN where less than one token is expected to make it, or fewer than ten only one of its two steps,
+          or neither;
+        * `lift_p`: that it is 1, NaN where fewer than ten tokens are expected to make it, or only one of its two steps,
+          or neither; `lift_q`, the same with the false discovery rate controlled over all transitions.
 
         By (layer): `information`, the mutual information of the two choices, bits, its bias removed by a jackknife over
-        groups of documents (where tokens are few for the number of cells: less `sampling_alone`, which is the most that
-        the bias can be), with `information_low` and `information_high`; `plug_in`, as counted; `miller_madow`, with
-        the correction for independent tokens; `sampling_alone`, what the count would show of independent layers;
+        groups of documents (where tokens are few for the number of cells: less `information_null`, which is the most
+        that the bias can be), with `information_low` and `information_high`; `information_null`, what the count would
+        show of independent layers; `plug_in`, as counted; `miller_madow`, with the correction for independent tokens;
         `entropy`, of the choice at the later layer; `tokens`.
 
         By (routing), for first choices only, of a sample of `path_tokens` tokens (all, if they are at most 2^19) and of
@@ -80,53 +87,31 @@ def transitions(
     Source:
         Miller 1955 and Madow (the correction); jackknife: Busing, Meijer and van der Leeden 1999; the rest is ours.
     """
-    options = Options(choice="all" if choice == "any" else choice)
+    if choice not in ("first", "all"):
+        raise ValueError(f"choice is 'first' or 'all', not {choice!r}")
+    options = CountOptions(choice=choice)
     total = counted(trace, TransitionCounter, layers=layers, options=options, threads=threads)
     total.need_tokens()
     if choice == "first" and not all(layer.ranked for layer in total.layers):
-        hint = "ask for all assignments instead: --choice any"
+        hint = "ask for all assignments instead: --choice all"
         raise NotRecorded(total.path, "does not say which of a token's choices is the first", hint)
     counts = total[TransitionCounter]
     if counts.choice != choice:
         raise NotRecorded(
             total.path, f"the counts hold transitions of {counts.choice} choices", "give the trace itself"
         )
-    shape = (len(counts.moves), *np.max([table.shape[1:] for table in counts.moves.values()], axis=0))
-    names = ("probability", "joint", "expected", "lift", "low", "high", "p_value")
-    tables = {name: np.full(shape, np.nan) for name in names}
-    scalars: dict[str, list[float]] = {name: [] for name in _INFORMATION}
     rng = np.random.default_rng(seed)
-    for at, moves_GEF in enumerate(counts.moves.values()):
-        found = _of_layer(moves_GEF, rng)
-        for name in names:
-            tables[name][at, : moves_GEF.shape[1], : moves_GEF.shape[2]] = found[name]
-        for name in _INFORMATION:
-            scalars[name].append(float(found[name]))
-    dims = ("layer", "expert", "next")
-    variables: dict[str, Any] = {
-        "probability": described(tables["probability"], dims, "probability of the next expert", "1"),
-        "joint": described(tables["joint"], dims, "tokens with both over tokens", "1"),
-        "expected": described(tables["expected"], dims, "the same of independent layers", "1"),
-        "lift": described(tables["lift"], dims, "joint over expected", "1"),
-        "low": described(tables["low"], dims, "95 % interval of the lift, low end", "1"),
-        "high": described(tables["high"], dims, "95 % interval of the lift, high end", "1"),
-        "p_value": described(tables["p_value"], dims, "p-value of a lift of 1", "1"),
-        "q_value": described(
-            statistics.false_discovery_rate(tables["p_value"]),
-            dims,
-            "p-value adjusted over all transitions",
-            "1",
-            "Benjamini and Hochberg 1995",
-        ),
-        **{name: described(scalars[name], ("layer",), *about) for name, about in _INFORMATION.items()},
-    }
-    coordinates: dict[str, Any] = {
-        "layer": [layer.layer for layer in counts.layers[1:]],
-        "layer_before": ("layer", [layer.layer for layer in counts.layers[:-1]]),
-        "expert": np.arange(shape[1]),
-        "next": np.arange(shape[2]),
-        "num_before": ("layer", [layer.num_ids for layer in counts.layers[:-1]]),
-        "num_after": ("layer", [layer.num_ids for layer in counts.layers[1:]]),
+    rows = [_of_layer(moves_GEF, rng) for moves_GEF in counts.moves.values()]
+    tables = {name: padded([row[name] for row in rows]) for name in ("probability", *TABLES)}
+    tables["lift_q"] = statistics.false_discovery_rate(tables["lift_p"])
+    by_layer = {name: np.array([float(row[name]) for row in rows]) for name in _OF_LAYER}
+    variables = labelled(tables, ("layer", "expert", "next"), _OF_PAIR) | labelled(by_layer, ("layer",), _OF_LAYER)
+    before, after = counts.layers[:-1], counts.layers[1:]
+    coordinates: dict[str, Any] = layer_coordinates(after) | {
+        "layer_before": ("layer", [layer.layer for layer in before]),
+        "expert": np.arange(tables["joint"].shape[1]),
+        "next": np.arange(tables["joint"].shape[2]),
+        "num_before": ("layer", [layer.num_ids for layer in before]),
         "choice": counts.choice,
     }
     if len(counts.paths):
@@ -135,13 +120,14 @@ def transitions(
     return xr.Dataset(variables, coordinates)
 
 
-_INFORMATION: dict[str, tuple[str, ...]] = {
+_OF_PAIR = {"probability": ("probability of the next expert", FRACTION), **definitions("independent layers")}
+_OF_LAYER: dict[str, tuple[str, ...]] = {
     "information": ("mutual information of the two choices, bias removed", "bits"),
     "information_low": ("95 % interval, low end", "bits"),
     "information_high": ("95 % interval, high end", "bits"),
+    "information_null": ("mutual information counted if the layers were independent", "bits"),
     "plug_in": ("mutual information as counted", "bits"),
     "miller_madow": ("the same less the bias of independent tokens", "bits", "Miller 1955"),
-    "sampling_alone": ("mutual information counted if the layers were independent", "bits"),
     "entropy": ("entropy of the choice at the later layer", "bits"),
     "tokens": ("tokens, or pairs of assignments", "tokens"),
 }
@@ -165,30 +151,20 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
     moves = moves_GEF[moves_GEF.any(axis=(1, 2))].astype(float)
     num_groups = len(moves)
     if not num_groups:
-        nothing = np.full(moves_GEF.shape[1:], np.nan)
-        names = ("probability", "joint", "expected", "lift", "low", "high", "p_value")
-        return dict.fromkeys(names, nothing) | dict.fromkeys(_INFORMATION, np.float64("nan"))
+        unknown = np.full(moves_GEF.shape[1:], np.nan)
+        return dict.fromkeys(("probability", *TABLES), unknown) | dict.fromkeys(_OF_LAYER, np.nan)
     tokens_G = moves.sum(axis=(1, 2))
     tokens = tokens_G.sum()
     before_GE, after_GF = moves.sum(axis=2), moves.sum(axis=1)
-    before, after, joint = (sums.sum(axis=0) / tokens for sums in (before_GE, after_GF, moves))
-    expected = before[:, None] * after
-    # Linearised: a group's transitions in excess, given its own use of the two experts.
-    excess = moves - joint * tokens_G[:, None, None]
+    before, after = (sums.sum(axis=0) / tokens for sums in (before_GE, after_GF))
+    null = before[:, None] * after
     by_popularity = (before_GE - before * tokens_G[:, None])[:, :, None] * after
     by_popularity += before[:, None] * (after_GF - after * tokens_G[:, None])[:, None, :]
+    tables, error = lifts(moves, tokens_G, before, after, null, by_popularity)
+    joint = tables["joint"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        lift = np.where(expected > 0, joint / expected, np.nan)
-        error = groups.sum_error(excess - by_popularity) / tokens
-        half = groups.student(num_groups) * groups.sum_error(excess - lift * by_popularity) / tokens / expected
-        under_null = groups.error_under_null(error, joint, expected, tokens)
-        p_value = 2 * stats.t.sf(np.abs(joint - expected) / under_null, max(num_groups - 1, 1))
         probability = np.where(before[:, None] > 0, joint / before[:, None], np.nan)
-        spread = np.nansum(error**2 / expected) * tokens if num_groups > 1 else np.nan
-    shares = before[:, None], after, expected, tokens
-    half[~groups.enough(*shares, groups.FEWEST_FOR_INTERVAL)] = np.nan
-    low, high = groups.lift_interval(lift, half)
-    p_value[~groups.enough(*shares) | (num_groups < 2)] = np.nan
+        spread = np.nansum(error**2 / null) * tokens if num_groups > 1 else np.nan
     cells = max(((before > 0).sum() - 1) * ((after > 0).sum() - 1), 1)
     # Tokens of a document are alike: they tell as much as so many independent ones.
     independent = tokens / max(spread / cells, 1) if num_groups > 1 else np.nan
@@ -205,20 +181,14 @@ def _of_layer(moves_GEF: NDArray[np.uint32], rng: np.random.Generator) -> dict[s
     if plug_in <= most_alone:
         ends[0] = min(ends[0], 0.0)
     bins = (joint > 0).sum() - (before > 0).sum() - (after > 0).sum() + 1
-    return {
+    return tables | {
         "probability": probability,
-        "joint": joint,
-        "expected": expected,
-        "lift": lift,
-        "low": low,
-        "high": high,
-        "p_value": p_value,
         "information": max(value, 0.0),
         "information_low": np.maximum(ends[0], 0),
         "information_high": np.maximum(ends[1], 0),
+        "information_null": alone,
         "plug_in": plug_in,
         "miller_madow": np.maximum(plug_in - bins / (2 * tokens * np.log(2)), 0),
-        "sampling_alone": alone,
         "entropy": -(after * np.log2(np.where(after > 0, after, 1))).sum(),
         "tokens": tokens,
     }
@@ -282,21 +252,17 @@ def _paths(counts: Transitions, seed: int) -> dict[str, Any]:
             draw_paths(cumulative, paths, seed * 1000 + draw)
             drawn.append(path_summary(paths))
         rows.append([np.mean(drawn, axis=0), np.min(drawn, axis=0), np.max(drawn, axis=0)])
-    values = np.array(rows)
-    words = {
-        "distinct": ("different paths", "paths"),
-        "half": ("paths that carry half of the tokens", "paths"),
-        "effective": ("one over the probability that two tokens share a path", "paths"),
-        "once": ("part of the tokens whose path no other token takes", "1"),
+    mean, low, high = np.moveaxis(np.array(rows), 1, 0)
+    by_name = {
+        f"{name}{end}": values[:, place]
+        for place, name in enumerate(PATHS)
+        for end, values in (("", mean), ("_low", low), ("_high", high))
     }
-    variables: dict[str, Any] = {}
-    for at, name in enumerate(_SUMMARIES):
-        long_name, units = words[name]
-        variables[name] = described(values[:, 0, at], ("routing",), long_name, units)
-        variables[f"{name}_low"] = described(values[:, 1, at], ("routing",), "lowest of the draws", units)
-        variables[f"{name}_high"] = described(values[:, 2, at], ("routing",), "highest of the draws", units)
-    variables["path_tokens"] = described(number, (), "tokens whose paths were looked at", "tokens")
-    return variables
+    of_draws = {f"{name}_low": ("lowest of the draws", units) for name, (_, units) in PATHS.items()}
+    of_draws |= {f"{name}_high": ("highest of the draws", units) for name, (_, units) in PATHS.items()}
+    return labelled(by_name, ("routing",), PATHS | of_draws) | labelled(
+        {"path_tokens": number}, (), {"path_tokens": ("tokens whose paths were looked at", "tokens")}
+    )
 
 
 def _cumulative(counts: Transitions) -> tuple[Numbers, Numbers]:

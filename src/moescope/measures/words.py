@@ -19,7 +19,7 @@ from moescope.measures import groups, statistics
 from moescope.measures.schema import EXPERT_ID, FRACTION, described, estimate, layer_coordinates
 from moescope.tallying import INDENTATION, Occurrences, Source, Tally, TokenChoices
 from moescope.tallying.counted import counted
-from moescope.tallying.counter import Options
+from moescope.tallying.counter import CountOptions
 from moescope.tallying.document_sample import DocumentCounter
 from moescope.tallying.occurrences import WordCounter
 from moescope.tallying.tally import TallyCounter
@@ -62,7 +62,7 @@ def words(
         ours.
     """
     asked = (*words, INDENTATION) if indentation else tuple(words)
-    options = Options(words=asked, ranks=1)
+    options = CountOptions(words=asked, ranks=1)
     counts = counted(trace, WordCounter, TallyCounter, DocumentCounter, layers=layers, options=options, threads=threads)
     of_word = counts[WordCounter].of_word
     if missing := [word for word in asked if word not in of_word]:

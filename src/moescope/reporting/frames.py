@@ -33,6 +33,7 @@ def tidy(result: xr.Dataset, *dims: str) -> pd.DataFrame:
         result: A result as `moescope.measures.schema` describes it, or some of its variables.
         dims: Dims in the order of the rows, the first the slowest.
     """
+    result = _quantiles_apart(result, dims)
     shape = {dim: result.sizes[dim] for dim in dims}
     columns, filled = {}, []
     for name in _columns(result, dims):
@@ -49,6 +50,35 @@ def tidy(result: xr.Dataset, *dims: str) -> pd.DataFrame:
     index = pd.MultiIndex.from_product([result[dim].values.tolist() for dim in dims], names=list(dims))
     frame = pd.concat([index.to_frame(index=False), pd.DataFrame(columns)], axis=1)
     return frame.dropna(how="all", subset=filled or None).reset_index(drop=True)
+
+
+def only(result: xr.Dataset, *dims: str) -> xr.Dataset:
+    """The variables that have these dims, no fewer and no more."""
+    return result[[name for name, variable in result.data_vars.items() if set(variable.dims) == set(dims)]]
+
+
+def kinds(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Rows of several kinds in one frame, whose first column, `what`, says which; whole numbers stay whole."""
+    whole = [
+        frame.astype({name: "Int64" for name, kind in frame.dtypes.items() if kind.kind == "i"}).assign(what=what)
+        for what, frame in frames.items()
+    ]
+    frame = pd.concat(whole, ignore_index=True)
+    return frame[["what", *frame.columns.drop("what")]]
+
+
+def _quantiles_apart(result: xr.Dataset, dims: Sequence[str]) -> xr.Dataset:
+    """A variable a quantile, such as `x_quantile_95`, in place of those by quantile, unless rows are by quantile."""
+    if "quantile" not in result.dims or "quantile" in dims:
+        return result
+    apart: dict[str, xr.DataArray] = {}
+    for name, variable in result.data_vars.items():
+        if "quantile" in variable.dims:
+            by_quantile = zip(result["quantile"].values.tolist(), variable.transpose("quantile", ...), strict=True)
+            apart |= {f"{name}_{100 * part:g}": values.drop_vars("quantile") for part, values in by_quantile}
+        else:
+            apart[str(name)] = variable
+    return xr.Dataset(apart, {name: values for name, values in result.coords.items() if name != "quantile"})
 
 
 def _columns(result: xr.Dataset, dims: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ values unrounded are the table's `frame`, which is what CSV and JSON hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-def grid(keys: Iterable[K], columns: Sequence[C], cell: Callable[[K, C], Cell]) -> tuple[Row, ...]:
+def grid(keys: Iterable[K], columns: Collection[C], cell: Callable[[K, C], Cell]) -> tuple[Row, ...]:
     """A row a key, which is its label, and in it a cell a column."""
     return tuple(Row(visible(str(key)), tuple(cell(key, column) for column in columns)) for key in keys)
 

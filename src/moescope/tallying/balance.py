@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.tallying import balance_kernels as kernels
-from moescope.tallying.counter import Array, Counter, Options, Result, sampled, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Layer, Part, Trace
@@ -134,12 +134,12 @@ class BalanceCounter(Counter[BalanceCounts]):
     open_batches: _OpenBatches
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse impossible batches; every trace has loads."""
         check_batches(options.batch_sizes or ())
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters; the rows are looked through once for where sequences begin."""
         sizes = BATCH_SIZES if options.batch_sizes is None else options.batch_sizes
         open_batches, first_sequence, total = _OpenBatches(), dict[int, int](), 0
@@ -151,7 +151,7 @@ class BalanceCounter(Counter[BalanceCounts]):
         return lambda: cls(BalanceCounts.empty(layers, trace.domains, **facts), first_sequence, open_batches)
 
     @classmethod
-    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> BalanceCounts:
+    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> BalanceCounts:
         """The loads of a trace of counts."""
         return _of_counts(trace, layers)
 

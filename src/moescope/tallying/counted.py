@@ -15,7 +15,7 @@ from typing import Any
 from moescope.errors import NotRecorded, TraceDamaged
 from moescope.tallying import array_file
 from moescope.tallying.balance import BalanceCounter
-from moescope.tallying.counter import Counter, Options, R, Result, Stored, united
+from moescope.tallying.counter import Counter, CountOptions, R, Result, Stored, united
 from moescope.tallying.document_sample import DocumentCounter, DocumentSample
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.occurrences import WordCounter
@@ -223,7 +223,7 @@ def count(
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive, or a length cannot be.
     """
-    options = Options(
+    options = CountOptions(
         words=None if words is None else tuple(words),
         lengths=None if lengths is None else tuple(lengths),
         max_bytes=max_bytes,
@@ -237,7 +237,7 @@ def count_with(
     counters: Sequence[type[Counter[Any]]],
     trace: Trace,
     layers: Iterable[int] | None = None,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: CountOptions = CountOptions(),  # noqa: B008 (frozen)
     *,
     required: Sequence[type[Counter[Any]]] = (),
     threads: int | None = None,
@@ -288,7 +288,7 @@ def counted(
     source: Source,
     *counters: type[Counter[Any]],
     layers: Iterable[int] | None = None,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: CountOptions = CountOptions(),  # noqa: B008 (frozen)
     threads: int | None = None,
 ) -> Counted:
     """What a measure is computed from: what was counted, or else a count of the trace with these counters.
@@ -322,7 +322,7 @@ def documents_of(
     """The documents that were kept, or as many of the trace as fit, with some layers and first choices of a token."""
     if isinstance(source, Counted):
         return source[DocumentCounter]
-    options = Options(ranks=ranks)
+    options = CountOptions(ranks=ranks)
     return counted(source, DocumentCounter, layers=layers, options=options, threads=threads)[DocumentCounter]
 
 

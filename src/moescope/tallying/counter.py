@@ -26,7 +26,7 @@ CHOICES = (None, "first", "all")
 
 
 @dataclass(frozen=True)
-class Options:
+class CountOptions:
     """What some counters can be asked for; None leaves it to the counter, whose module says what it then does.
 
     Attributes:
@@ -87,7 +87,7 @@ class Counter(ABC, Generic[R]):
 
     @classmethod
     @abstractmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace from which this cannot be counted.
 
         Raises:
@@ -97,11 +97,11 @@ class Counter(ABC, Generic[R]):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters of one pass, one a thread."""
 
     @classmethod
-    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> R:
+    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> R:
         """The result for a trace of counts; only of a counter that does not refuse one."""
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.tallying.counter import Array, Counter, Options, Places, Result, Stored, united
+from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.part import id_dtype
@@ -382,12 +382,12 @@ class DocumentCounter(Counter[DocumentSample]):
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace of counts."""
         trace.need_tokens()
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes counters that share the memory of the sample."""
         max_bytes = MAX_BYTES if options.max_bytes is None else options.max_bytes
         memory = SampleMemory.for_documents(trace, tuple(layers), max_bytes, options.ranks)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import joint_kernels as kernels
-from moescope.tallying.counter import WIDENING, Array, Counter, Options, Places, Result
+from moescope.tallying.counter import WIDENING, Array, Counter, CountOptions, Places, Result
 from moescope.tallying.document_groups import affordable_groups, document_groups
 from moescope.tallying.token_sample import part_hashes
 from moescope.trace import Layer, Part, Trace
@@ -24,7 +24,7 @@ from moescope.trace import Layer, Part, Trace
 PATH_TOKENS = 2**19
 """Tokens, at most, of which the path through all layers is kept."""
 
-Choice = Literal["first", "any"]
+Choice = Literal["first", "all"]
 
 _NONE = np.zeros(0, np.uint64)
 
@@ -64,14 +64,14 @@ class CoactivationCounter(Counter[Coactivation]):
     counts: Coactivation
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace of which no layer has two choices a token."""
         trace.need_tokens()
         if all(layer.top_k < 2 for layer in layers):
             raise NotRecorded(trace.path, "has one expert a token in these layers, so none is chosen beside another")
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters, of the layers with two choices."""
         return lambda: cls(Coactivation.empty(layers))
 
@@ -94,9 +94,9 @@ class Transitions(Result):
 
     Attributes:
         layers: Layers counted.
-        choice: "first": the first choices; "any": all pairs of an assignment here and one there.
+        choice: "first": the first choices; "all": all pairs of an assignment here and one there.
         moves: For each layer but the first the pairs by (group of documents, expert at the layer before, expert).
-        hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "any".
+        hashes: Hashes of the tokens whose paths are kept, ascending: the smallest ones. Empty for the choice "all".
         paths: A hash of the first choices of each at all layers.
     """
 
@@ -111,7 +111,7 @@ class Transitions(Result):
     @classmethod
     def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
         """The table of each layer but the first, and the sample of paths."""
-        if facts["choice"] not in ("first", "any"):
+        if facts["choice"] not in ("first", "all"):
             raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'any'")
         steps = list(pairwise(layers))
         num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
@@ -144,7 +144,7 @@ class TransitionCounter(Counter[Transitions]):
     _waiting: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = field(default_factory=list)
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse layers between which there is no transition of that choice."""
         trace.need_tokens()
         if len(layers) < 2:
@@ -154,10 +154,10 @@ class TransitionCounter(Counter[Transitions]):
             raise NotRecorded(trace.path, "does not say which of a token's choices is the first", hint)
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters, of the first choices where they are known unless all are asked for."""
         first = options.choice != "all" and all(layer.ranked for layer in layers)
-        return lambda: cls(Transitions.empty(layers, choice="first" if first else "any"))
+        return lambda: cls(Transitions.empty(layers, choice="first" if first else "all"))
 
     def result(self) -> Transitions:
         """What was counted."""
@@ -168,7 +168,7 @@ class TransitionCounter(Counter[Transitions]):
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part, each with the layer before it."""
         starts_D, group_D = _groups(part, self.counts.moves)
-        used = slice(None) if self.counts.choice == "any" else slice(1)
+        used = slice(None) if self.counts.choice == "all" else slice(1)
         numbers = [layer.layer for layer in self.counts.layers]
         if group[0].layer == numbers[0] and self.counts.choice == "first":
             hashes = part_hashes(part)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying.counter import Array, Counter, Options, Places, Result
+from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result
 from moescope.tallying.document_sample import DocumentSample
 from moescope.trace import Layer, Part, Trace
 
@@ -218,14 +218,14 @@ class WordCounter(Counter[WordOccurrences]):
     _choices: list[list[NDArray[np.int32]]] = field(default_factory=list)
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace without text, or without the order of the choices; and an empty word."""
         for word in options.words or ():
             word_pattern(word)
         trace.need_text(layer.layer for layer in layers)
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters."""
         words = (*WORDS, INDENTATION) if options.words is None else options.words
         patterns = {word: INDENTATION_PATTERN if word == INDENTATION else word_pattern(word) for word in words}

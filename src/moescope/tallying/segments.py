@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from moescope.tallying import segment_kernels
-from moescope.tallying.counter import Array, Counter, Options, Places, Result, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, summed
 from moescope.trace import Layer, Part, Trace
 
 LENGTHS = (4, 16, 64, 256)
@@ -111,7 +111,7 @@ class Segments(Result):
         )
 
 
-def _lengths(options: Options) -> tuple[int, ...]:
+def _lengths(options: CountOptions) -> tuple[int, ...]:
     return LENGTHS if options.lengths is None else options.lengths
 
 
@@ -175,13 +175,13 @@ class SegmentCounter(Counter[Segments]):
         self._log_factorial = np.zeros(0)
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace of counts, and impossible lengths."""
         trace.need_tokens()
         check_lengths(_lengths(options))
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters, of the same groups of documents."""
         groups = DocumentGroups.of(trace)
         return lambda: cls(layers, groups, _lengths(options))

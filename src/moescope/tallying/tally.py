@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
-from moescope.tallying.counter import Array, Counter, Options, Result, sampled, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Header, Layer, Part, Trace, as_trace
@@ -134,7 +134,7 @@ def tally(trace: Trace | Path | str, layers: Iterable[int] | None = None, *, thr
     chosen = trace.select_layers(layers)
     if trace.header.counts_only:
         return _tally_counts(trace, chosen)
-    make = TallyCounter.prepare(trace, chosen, Options())
+    make = TallyCounter.prepare(trace, chosen, CountOptions())
     (total,) = one_pass(trace, chosen, lambda: [make()], threads=threads)
     return total.result()
 
@@ -161,16 +161,16 @@ class TallyCounter(Counter[Tally]):
     sample: HashSample | None
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Nothing: every trace has a tally."""
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters."""
         return lambda: cls.zeros(trace.domains, layers)
 
     @classmethod
-    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Tally:
+    def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Tally:
         """The tally of a trace of counts."""
         return _tally_counts(trace, layers)
 

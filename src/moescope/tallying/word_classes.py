@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Array, Counter, Options, Result, need_choice, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Result, need_choice, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -231,7 +231,7 @@ class ClassCounter(Counter[ClassCounts]):
     bits: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
 
     @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> None:
+    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
         """Refuse a trace without token ids, or without the order of the choices if the first are to be counted."""
         trace.need_tokens()
         if not trace.header.token_ids:
@@ -239,7 +239,7 @@ class ClassCounter(Counter[ClassCounts]):
         need_choice(trace.path, layers, options.choice)
 
     @classmethod
-    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: Options) -> Callable[[], Self]:
+    def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters."""
         pieces, choice = Pieces.of(trace.vocabulary), options.choice or "first"
         return lambda: cls(ClassCounts.empty(layers, choice=choice), pieces)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
@@ -26,7 +27,7 @@ def draw_balance(balance: xr.Dataset) -> Figure:
     Args:
         balance: Of `moescope.balance`.
     """
-    whole = balance.isel(domain=0)
+    whole = total(balance)
     sizes = _sizes(balance)
     colours = domain_colours(len(sizes) + 1)
     with style.style():
@@ -68,7 +69,7 @@ def _draw_imbalance(
     for at, size in enumerate(sizes):
         data, colour = balance.sel(batch=size), colours[at + 1]
         x = layers + apart * (at - (len(sizes) - 1) / 2) if few else layers
-        band = data["batch_quantile"].values
+        band = data["batch_imbalance_quantile"].values
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.12, linewidth=0)
         axes.plot(
             x,
@@ -83,7 +84,7 @@ def _draw_imbalance(
         )
         axes.plot(
             layers,
-            data["batch_null"].values,
+            data["batch_imbalance_null"].values,
             color=colour,
             linewidth=1.0,
             linestyle=(0, (4, 2)),
@@ -128,7 +129,7 @@ def _draw_weights(axes: Axes, balance: xr.Dataset) -> None:
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colours[2 * at], alpha=0.13, linewidth=0)
         axes.plot(
             layers,
-            data["weight"].isel(domain=0).values,
+            total(data)["weight"].values,
             color=colours[2 * at],
             marker=_MARKERS[at],
             markersize=3.2,

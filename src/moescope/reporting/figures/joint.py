@@ -78,7 +78,7 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
         mesh = None
         for axes, layer in zip(panels, shown, strict=True):
             at = transitions.sel(layer=layer)
-            lift, q_value = _known(at, int(at["num_before"]), int(at["num_after"]))
+            lift, q_value = _known(at, int(at["num_before"]), int(at["num_ids"]))
             told, before = np.isfinite(lift), int(at["layer_before"])
             orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
             for axis, number in enumerate((before, layer)):
@@ -102,8 +102,8 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
 
 def _known(at: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The lifts that enough tokens tell of, NaN elsewhere, and their corrected p-values."""
-    lift, p_value, q_value = (at[name].values[:rows, :columns] for name in ("lift", "p_value", "q_value"))
-    return np.where(np.isfinite(p_value), lift, np.nan), q_value
+    lift, p, q = (at[name].values[:rows, :columns] for name in ("lift", "lift_p", "lift_q"))
+    return np.where(np.isfinite(p), lift, np.nan), q
 
 
 def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -198,7 +198,7 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     )
     axes.plot(
         layers,
-        transitions["sampling_alone"].values,
+        transitions["information_null"].values,
         color=MUTED,
         linestyle=(0, (4, 2)),
         linewidth=1.0,

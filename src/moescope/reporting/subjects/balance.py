@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isnan
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from moescope.measures.balance import balance
+from moescope.measures.schema import by_domain, total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, number_cell
+from moescope.reporting.cells import BY_DOCUMENT, cell
 from moescope.reporting.chapters import STRUCTURE
+from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, count, number
+from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.trace import Trace
 
@@ -103,36 +103,27 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
     The frame of the first table holds everything.
     """
     data = balance.sel(layer=list(layers))
-    domains = data["domain"].values.tolist()
-    kept = {"imbalance": 2, "cv": 3, "gini": 3, "entropy": 4}
+    whole = total(data)
 
-    def loads(domain: str) -> tuple[Row, ...]:
-        rows = []
-        for layer in layers:
-            at = data.sel(domain=domain, layer=layer)
-            busiest, nearly = float(at["busiest"]), (int(at["nearly_idle_low"]), int(at["nearly_idle_high"]))
-            experts = (
-                Cell(MISSING if isnan(busiest) else str(int(busiest))),
-                Cell(str(int(at["idle"]))),
-                Cell(str(int(at["nearly_idle"])), "" if nearly[0] == nearly[1] else f" ({nearly[0]}–{nearly[1]})"),
-            )
-            rows.append(Row(str(layer), (*(number_cell(at, name, digits) for name, digits in kept.items()), *experts)))
-        return tuple(rows)
+    def loads(of: xr.Dataset) -> tuple[Row, ...]:
+        return grid(layers, _COLUMNS, lambda layer, name: _load_cell(of.sel(layer=layer), name))
 
-    def null(layer: int) -> tuple[Cell, ...]:
-        at = data.sel(domain=domains[0], layer=layer)
-        return *(Cell(number(float(at[f"{name}_null"]), digits)) for name, digits in kept.items()), *[Cell("")] * 3
+    def of_balance(layer: int, name: str) -> Cell:
+        null = f"{name}_null"
+        return cell(whole.sel(layer=layer), null, _DIGITS[name]) if null in whole else Cell("")
 
-    frame = balance_frame(data)
     yield Table(
         "balance",
         "Load balance of the routed experts",
         "layer",
-        ("imbalance", "CV", "Gini", "H / log E", "busiest expert", "idle", "nearly idle"),
+        tuple(_COLUMNS.values()),
         (
-            Section("the whole trace", loads(domains[0])),
-            Section("perfect balance, with documents like these", tuple(Row(str(n), null(n)) for n in layers)),
-            *(Section(visible(domain), loads(domain)) for domain in domains[1:]),
+            Section("the whole trace", loads(whole)),
+            Section("perfect balance, with documents like these", grid(layers, _COLUMNS, of_balance)),
+            *(
+                Section(visible(domain), loads(data.sel(domain=domain)))
+                for domain in by_domain(data)["domain"].values.tolist()
+            ),
         ),
         notes=(
             "imbalance: largest load over mean load, 1 if all are equal (MaxVio is this minus 1).",
@@ -140,45 +131,53 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
             "brackets, surely and possibly).",
             BY_DOCUMENT,
         ),
-        frame=frame,
+        frame=balance_frame(data),
     )
     if "batch_imbalance" in data:
         sizes = [size for size in data["batch"].values.tolist() if data["batches"].sel(batch=size)]
         if sizes:
-            yield _batches_table(data, layers, sizes, frame)
+            yield _batches_table(data, layers, sizes)
     if "weight" in data:
-        whole = data.sel(domain=domains[0])
-        rows = tuple(
-            Row(
-                str(layer),
-                tuple(number_cell(whole.sel(layer=layer, statistic=name), "weight", 3) for name in _WEIGHTS),
-            )
-            for layer in layers
+        weights = grid(
+            layers, _WEIGHTS, lambda layer, name: cell(whole.sel(layer=layer, statistic=name), "weight", digits=3)
         )
         yield Table(
             "weights",
             "Gate weights of a token, normalised to sum 1; mean over the tokens of the trace",
             "layer",
             tuple(_WEIGHTS.values()),
-            (Section("", rows),),
+            (Section("", weights),),
             notes=(BY_DOCUMENT,),
-            frame=frame.query("what == 'gate weights'").dropna(axis=1, how="all"),
+            frame=tidy(only(data, "domain", "layer", "statistic"), "domain", "layer", "statistic"),
         )
 
 
+_COLUMNS = {
+    "imbalance": "imbalance",
+    "cv": "CV",
+    "gini": "Gini",
+    "entropy": "H / log E",
+    "busiest": "busiest expert",
+    "idle": "idle",
+    "nearly_idle": "nearly idle",
+}
+_DIGITS = {"cv": 3, "gini": 3, "entropy": 4, "imbalance": 2}
 _WEIGHTS = {"first": "the largest", "margin": "its lead over the second", "entropy": "entropy, bits"}
 
 
-def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int], frame: pd.DataFrame) -> Table:
+def _load_cell(place: xr.Dataset, name: str) -> Cell:
+    """A cell of the loads; that of experts nearly idle says how many there are surely and possibly."""
+    if name != "nearly_idle":
+        return cell(place, name, _DIGITS.get(name))
+    number, least, most = (int(place[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return Cell(str(number), "" if least == most else f" ({least}–{most})")
+
+
+def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]) -> Table:
     """Imbalance within batches, three columns a size."""
-    rows = []
-    for layer in layers:
-        cells: list[Cell] = []
-        for size in sizes:
-            at = data.sel(layer=layer, batch=size)
-            worst = Cell(number(float(at["batch_quantile"].isel(quantile=-1)), 2))
-            cells += [number_cell(at, "batch_imbalance", 2), worst, Cell(number(float(at["batch_null"]), 2))]
-        rows.append(Row(str(layer), tuple(cells)))
+    columns = [(size, f"batch_imbalance{end}") for size in sizes for end in ("", "_quantile", "_null")]
+    worst = data.isel(quantile=-1)
+    rows = grid(layers, columns, lambda layer, column: cell(worst.sel(layer=layer, batch=column[0]), column[1]))
     titles = tuple(
         (f"{count(size, 'sequence')}, {count(round(float(data['batch_tokens'].sel(batch=size))), 'token')}", 3)
         for size in sizes
@@ -189,51 +188,26 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
         "Imbalance within batches",
         "layer",
         ("mean", "95 %", "by chance") * len(sizes),
-        (Section("", tuple(rows)),),
+        (Section("", rows),),
         groups=titles,
         notes=(
             "95 %: the quantile over batches; by chance: the mean of batches of as many tokens drawn independently "
             "from the whole trace.",
             f"± the larger side of a 95 % interval of the mean, over batches. Full batches: {held}.",
         ),
-        frame=frame.query("what == 'loads within a batch'").dropna(axis=1, how="all"),
+        frame=tidy(data, "layer", "batch"),
     )
 
 
 def balance_frame(balance: xr.Dataset) -> pd.DataFrame:
-    """A row a (domain, layer, batch), the batch in sequences and empty for the whole trace; then a row a statistic of
-    the gate weights.
-    """
-    shapes = ["imbalance", "cv", "gini", "entropy"]
-    names = [f"{name}{end}" for name in shapes for end in ("", "_low", "_high", "_null")]
-    names += ["max_vio", "busiest", "idle", "nearly_idle", "nearly_idle_low", "nearly_idle_high"]
-    drop = ["num_experts", "top_k", "documents"]
-    parts = [balance[names].drop_vars(drop, errors="ignore").to_dataframe().reset_index()]
-    parts[0].insert(0, "what", "loads")
-    everything = balance["domain"].values[0]
+    """A row a (domain, layer), a (layer, batch), the batch in sequences, and a (domain, layer, statistic)."""
+    frames = {"loads": tidy(balance, "domain", "layer")}
     if "batch_imbalance" in balance:
-        renamed = {"batch_imbalance": "imbalance", "batch_imbalance_low": "imbalance_low"}
-        renamed |= {"batch_imbalance_high": "imbalance_high", "batch_null": "imbalance_null"}
-        rows = balance[list(renamed)].drop_vars(drop, errors="ignore").to_dataframe().reset_index()
-        for at, quantile in enumerate(balance["quantile"].values.tolist()):
-            for source, name in (("batch_quantile", "quantile"), ("batch_null_quantile", "null_quantile")):
-                rows[f"{name}_{100 * quantile:g}"] = balance[source].isel(quantile=at).values.ravel()
-        rows.insert(0, "what", "loads within a batch")
-        rows.insert(1, "domain", everything)
-        rows["batches"] = rows["batch"].map(balance["batches"].to_series())
-        rows["tokens_a_batch"] = rows["batch"].map(balance["batch_tokens"].to_series())
-        parts.append(rows.rename(columns={**renamed, "batch": "sequences_a_batch"}))
+        frames["loads within a batch"] = tidy(balance, "layer", "batch")
     if "weight" in balance:
-        names = ["weight", "weight_low", "weight_high"]
-        rows = balance[names].drop_vars(drop, errors="ignore").to_dataframe().reset_index()
-        rows.insert(0, "what", "gate weights")
-        for at, quantile in enumerate(balance["quantile"].values.tolist()):
-            by_token = balance["weight_quantile"].isel(quantile=at, drop=True).to_series()
-            keys = pd.MultiIndex.from_frame(rows[["layer", "statistic"]])
-            rows[f"quantile_{100 * quantile:g}"] = by_token.reindex(keys).values
-            rows.loc[rows["domain"] != everything, f"quantile_{100 * quantile:g}"] = np.nan
-        parts.append(rows)
-    return pd.concat(parts, ignore_index=True)
+        frames["gate weights"] = tidy(only(balance, "domain", "layer", "statistic"), "domain", "layer", "statistic")
+        frames["quantiles of gate weights"] = tidy(balance[["weight_quantile"]], "layer", "statistic")
+    return kinds(frames)
 
 
 subject = Subject(measure=lambda counted, _: balance(counted), blocks=blocks, section=SECTION, command=command)

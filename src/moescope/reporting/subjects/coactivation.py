@@ -11,8 +11,9 @@ import xarray as xr
 
 from moescope.measures.coactivation import coactivation
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, number_cell, percent_cell
+from moescope.reporting.cells import BY_DOCUMENT, cell
 from moescope.reporting.chapters import STRUCTURE
+from moescope.reporting.frames import only, tidy
 from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
 from moescope.reporting.numbers import count, percent
@@ -84,27 +85,24 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
     data = coactivation.sel(layer=[layer for layer in layers if layer in coactivation["layer"].values])
     sections = []
     for layer in data["layer"].values.tolist():
-        at = data.sel(layer=layer)
-        size = int(at["num_ids"])
-        upper = np.triu(np.ones((size, size), bool), 1)
-        lift = np.where(upper, at["lift"].values[:size, :size], np.nan)
-        found = np.where(upper, at["q_value"].values[:size, :size], np.nan) < SIGNIFICANT
-        tested = int((np.isfinite(at["p_value"].values[:size, :size]) & upper).sum())
+        of_layer = data.sel(layer=layer)
+        upper = np.triu(np.ones_like(of_layer["lift"], bool), 1)
+        lift, q = (np.where(upper, of_layer[name].values, np.nan) for name in ("lift", "lift_q"))
+        differs, tested = q < SIGNIFICANT, int((of_layer["lift_p"].notnull().values & upper).sum())
+        of_layer = of_layer.drop_vars("lift_q")  # all that are listed differ: no mark
         rows = tuple(
             Row(
-                f"{i} and {j}",
+                f"{one} and {other}",
                 (
-                    *(percent_cell(at.sel(expert=i, other=j), name) for name in ("joint", "expected")),
-                    number_cell(at.sel(expert=i, other=j), "lift", 2, "low", "high"),
-                    percent_cell(at.sel(expert=i, other=j), "conditional"),
-                    percent_cell(at.sel(expert=j, other=i), "conditional"),
+                    *(cell(of_layer.sel(expert=one, other=other), name) for name in _COLUMNS),
+                    cell(of_layer.sel(expert=other, other=one), "conditional"),
                 ),
             )
-            for i, j in extremes(lift, found)
+            for one, other in extremes(lift, differs)
         )
-        excess, chance = (percent(float(at[name])) for name in ("deviation", "deviation_null"))
+        excess, chance = (percent(float(of_layer[name])) for name in ("deviation", "deviation_null"))
         title = (
-            f"layer {layer}: {count(int(found.sum()))} of {count(tested)} pairs differ from popularity alone; "
+            f"layer {layer}: {count(int(differs.sum()))} of {count(tested)} pairs differ from popularity alone; "
             f"{excess} % of the pairs in excess, {chance} by chance"
         )
         sections.append(Section(title, rows))
@@ -112,7 +110,7 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
         "coactivation",
         "Experts chosen for the same token, % of the tokens",
         "experts",
-        ("together", "popularity alone", "lift", "second given first", "first given second"),
+        (*_COLUMNS.values(), "first given second"),
         tuple(sections),
         notes=(
             f"Of the pairs that differ, the {MOST_LISTED} most and the {MOST_LISTED} least often together (false "
@@ -124,21 +122,20 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
     )
 
 
+_COLUMNS = {
+    "joint": "together",
+    "joint_null": "popularity alone",
+    "lift": "lift",
+    "conditional": "second given first",
+}
+
+
 def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
-    """A row a (layer, pair of experts); `other_given_expert` is N_ij / N_i."""
-    names = ["joint", "expected", "lift", "low", "high", "p_value", "q_value"]
-    upper = np.triu(np.ones((coactivation.sizes["expert"],) * 2, bool), 1)
-    parts = []
-    for layer in coactivation["layer"].values.tolist():
-        at = coactivation.sel(layer=layer)
-        expert, other = np.nonzero(upper & np.isfinite(at["joint"].values))
-        columns = {"layer": layer, "expert": expert, "other": other}
-        columns |= {name: at[name].values[expert, other] for name in names[:2]}
-        columns["other_given_expert"] = at["conditional"].values[expert, other]
-        columns["expert_given_other"] = at["conditional"].values[other, expert]
-        columns |= {name: at[name].values[expert, other] for name in names[2:]}
-        parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    """A row a (layer, pair of experts); `conditional` is N_ij / N_i, `conditional_reversed` N_ij / N_j."""
+    pairs = only(coactivation, "layer", "expert", "other")
+    reversed_pairs = pairs["conditional"].values.swapaxes(1, 2)
+    pairs["conditional_reversed"] = pairs["conditional"].copy(data=reversed_pairs)
+    return tidy(pairs.where(pairs["expert"] < pairs["other"]), "layer", "expert", "other")
 
 
 subject = Subject(

@@ -14,11 +14,12 @@ import xarray as xr
 from moescope.measures.groups import FEWEST_EXPECTED
 from moescope.measures.transitions import transitions
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import number_cell, percent_cell, values
+from moescope.reporting.cells import cell
 from moescope.reporting.chapters import STRUCTURE
+from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
-from moescope.reporting.numbers import MISSING, bits, count, percent
+from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import figures_option, layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
@@ -42,7 +43,7 @@ _FOLDED = {
 
 def measure(counted: Counted, results: Results) -> xr.Dataset:
     """Of the first choices, or of all where the trace does not say which is the first."""
-    return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "any")
+    return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
 
 
 def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -59,7 +60,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
         title="From layer to layer",
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
-            f"{about_map(int(found['num_after'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
+            f"{about_map(int(found['num_ids'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
             "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
             "give. Grey: "
             "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
@@ -81,14 +82,14 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
 @layers_option
 @click.option(
     "--choice",
-    type=click.Choice(["first", "any"]),
+    type=click.Choice(["first", "all"]),
     default="first",
     show_default=True,
     help="First choices, or all pairs of an assignment at one layer and one at the next.",
 )
 @figures_option
 def command(
-    trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "any"], figures: Path | None
+    trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "all"], figures: Path | None
 ) -> Iterator[Table | Drawing]:
     """Show how the choice of experts goes on from layer to layer.
 
@@ -121,16 +122,15 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
     shown = layers if layers is not None else list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
     name_of = {layer: f"{int(transitions['layer_before'].sel(layer=layer))} to {layer}" for layer in known}
     what = "first choices" if str(transitions["choice"].values) == "first" else "all assignments"
-    frame = transitions_frame(transitions, layers)
     information = []
     for layer in known:
-        at = transitions.sel(layer=layer)
-        q_value = at["q_value"].values
+        of_layer = transitions.sel(layer=layer)
+        q = of_layer["lift_q"].values
         cells = (
-            number_cell(at, "information", 4),
-            Cell(percent(float(at["information"]) / max(float(at["entropy"]), 1e-12))),
-            *(Cell(bits(float(at[name]))) for name in ("plug_in", "miller_madow", "sampling_alone")),
-            Cell(f"{count(int((q_value < SIGNIFICANT).sum()))} of {count(int(np.isfinite(q_value).sum()))}"),
+            cell(of_layer, "information"),
+            Cell(percent(float(of_layer["information"]) / max(float(of_layer["entropy"]), 1e-12))),
+            *(cell(of_layer, name) for name in ("plug_in", "miller_madow", "information_null")),
+            Cell(f"{count(int((q < SIGNIFICANT).sum()))} of {count(int(np.isfinite(q).sum()))}"),
         )
         information.append(Row(name_of[layer], cells))
     yield Table(
@@ -143,41 +143,41 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
             "sampling alone: what would be counted if the layers were independent. ± the larger side of a "
             "95 % interval, by document.",
         ),
-        frame=frame,
+        frame=transitions_frame(transitions, layers),
     )
     sections = []
     for layer in shown:
-        at = transitions.sel(layer=layer)
-        rows = []
-        for i, j in extremes(at["lift"].values, at["q_value"].values < SIGNIFICANT):
-            one = at.sel(expert=i, next=j)
-            shares = [percent_cell(one, name) for name in ("joint", "expected", "probability")]
-            lift = number_cell(one, "lift", 2, "low", "high")
-            rows.append(Row(f"{i} to {j}", (*shares[:2], lift, shares[2])))
+        of_layer = transitions.sel(layer=layer)
+        differs = of_layer["lift_q"].values < SIGNIFICANT
+        of_layer = of_layer.drop_vars("lift_q")  # all that are listed differ: no mark
+        rows = [
+            Row(f"{before} to {after}", tuple(cell(of_layer.sel(expert=before, next=after), name) for name in _COLUMNS))
+            for before, after in extremes(of_layer["lift"].values, differs)
+        ]
         sections.append(Section(f"layer {name_of[layer]}", tuple(rows)))
     yield Table(
         "transitions",
         f"Transitions from layer to layer, {what}, %",
         "experts",
-        ("of the tokens", "independent layers", "lift", "of those from the first"),
+        tuple(_COLUMNS.values()),
         tuple(sections),
         notes=(
             f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
             f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
             *_untested(transitions.sel(layer=list(shown))),
         ),
-        frame=frame.query("what == 'transition'").dropna(axis=1, how="all"),
+        frame=_moves_frame(transitions, layers),
     )
     if "half" in transitions:
         of_paths = []
         number = int(transitions["path_tokens"])
         for routing in transitions["routing"].values.tolist():
-            at = transitions.sel(routing=routing)
-            sizes = values(at, "distinct", "half", "effective")
+            of_routing = transitions.sel(routing=routing)
+            sizes = [float(of_routing[name]) for name in ("distinct", "half", "effective")]
             counts = [Cell(MISSING if not np.isfinite(size) else count(round(size))) for size in sizes]
             if sizes[-1] > number:
                 counts[-1] = Cell(f">{count(number)}")  # rests on a few pairs of tokens
-            of_paths.append(Row(routing, (*counts, percent_cell(at, "once"))))
+            of_paths.append(Row(routing, (*counts, Cell(percent(float(of_routing["once"]))))))
         yield Table(
             "paths",
             f"Paths (first choices at all {len(known) + 1} layers) of {count(number)} tokens",
@@ -188,21 +188,29 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
                 "markov chain, independent layers: as many tokens drawn with these transitions, and with these "
                 "popularities only. effective: one over the probability that two tokens share a path.",
             ),
-            frame=frame.query("what == 'paths'").dropna(axis=1, how="all"),
+            frame=tidy(transitions, "routing"),
         )
+
+
+_COLUMNS = {
+    "joint": "of the tokens",
+    "joint_null": "independent layers",
+    "lift": "lift",
+    "probability": "of those from the first",
+}
 
 
 def _untested(transitions: xr.Dataset) -> list[str]:
     """How many of the transitions shown have too few tokens, if any do."""
-    of_all = int((transitions["num_before"] * transitions["num_after"]).sum())
-    tested = int(transitions["p_value"].notnull().sum())
+    of_all = int((transitions["num_before"] * transitions["num_ids"]).sum())
+    tested = int(transitions["lift_p"].notnull().sum())
     if tested == of_all:
         return []
     return [
         f"{count(of_all - tested)} of these {count(of_all)} transitions are not tested, and grey in the figure: "
         f"independent layers would give them fewer than {FEWEST_EXPECTED} tokens, or leave fewer to other experts, and "
         "too few tell nothing. A longer trace tests more, and so do all assignments instead of first choices (--choice "
-        "any)."
+        "all)."
     ]
 
 
@@ -213,27 +221,13 @@ def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = No
         transitions: Of `moescope.transitions`.
         layers: Later layers whose transitions have rows, or None for all.
     """
-    by_layer = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("layer",)]
-    information = pd.DataFrame({name: transitions[name].values for name in ["layer_before", "layer", *by_layer]})
-    information.insert(0, "what", "information")
-    parts = [information]
-    names = ["probability", "joint", "expected", "lift", "low", "high", "p_value", "q_value"]
-    for layer in transitions["layer"].values.tolist() if layers is None else layers:
-        at = transitions.sel(layer=layer)
-        expert, following = np.nonzero(np.isfinite(at["joint"].values))
-        columns = {"what": "transition", "layer_before": int(at["layer_before"]), "layer": layer}
-        columns |= {"expert": expert, "next": following}
-        parts.append(pd.DataFrame(columns | {name: at[name].values[expert, following] for name in names}))
-    if "half" in transitions:
-        by_routing = [str(name) for name, values in transitions.data_vars.items() if values.dims == ("routing",)]
-        paths = pd.DataFrame(
-            {"routing": transitions["routing"].values} | {n: transitions[n].values for n in by_routing}
-        )
-        paths.insert(0, "what", "paths")
-        parts.append(paths)
-    frame = pd.concat(parts, ignore_index=True)
-    whole = ["layer_before", "layer", "expert", "next"]
-    return frame.astype(dict.fromkeys(whole, "Int64"))
+    frames = {"information": tidy(only(transitions, "layer"), "layer"), "transition": _moves_frame(transitions, layers)}
+    return kinds(frames | ({"paths": tidy(transitions, "routing")} if "half" in transitions else {}))
+
+
+def _moves_frame(transitions: xr.Dataset, layers: Iterable[int] | None) -> pd.DataFrame:
+    moves = only(transitions, "layer", "expert", "next")
+    return tidy(moves if layers is None else moves.sel(layer=list(layers)), "layer", "expert", "next")
 
 
 subject = Subject(
