@@ -87,15 +87,6 @@ def number_cell(at: xr.Dataset, name: str, digits: int, low: str = "", high: str
     return Cell(number(value, digits), f"±{number(max(value - ends[0], ends[1] - value), digits)}" if known else "")
 
 
-def points_cell(at: xr.Dataset, name: str, q_value: float = float("nan")) -> Cell:
-    """A difference of shares in points, with its interval and a mark where it is not zero."""
-    value, low, high = values(at, name, f"{name}_low", f"{name}_high")
-    if isnan(value):
-        return Cell(MISSING)
-    half = max(value - low, high - value)
-    return Cell(points(value), "" if isnan(half) else f"±{100 * half:.1f}", mark(q_value))
-
-
 def bits_range_cell(at: xr.Dataset, name: str) -> Cell:
     """The interval of an amount of information."""
     low, high = values(at, f"{name}_low", f"{name}_high")

@@ -6,7 +6,7 @@ Column names carry the unit. Values keep six significant digits (`csv`, `json`),
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -103,22 +103,6 @@ def tidy_named(data: xr.Dataset, names: Sequence[str], dims: Sequence[str]) -> p
     index = pd.MultiIndex.from_product([data[dim].values.tolist() for dim in dims], names=list(dims))
     columns = {name: values.transpose(*dims).values.ravel() for name, values in zip(names, full, strict=True)}
     return pd.DataFrame(columns, index=index).reset_index()
-
-
-def in_percent(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """The frame with these columns in per cent, under their new names."""
-    frame[list(names)] *= 100
-    return frame.rename(columns=names)
-
-
-def with_sizes(frame: pd.DataFrame, data: xr.Dataset) -> pd.DataFrame:
-    """The frame with what is known of the size of each domain: documents, tokens, pairs."""
-    sizes = {
-        name: frame["domain"].map(dict(zip(data["domain"].values.tolist(), data[name].values.tolist(), strict=True)))
-        for name in ("documents", "tokens", "pairs")
-        if name in data.variables
-    }
-    return frame.assign(**sizes).reset_index(drop=True)
 
 
 def csv(frame: pd.DataFrame) -> str:
