@@ -6,7 +6,7 @@ Column names carry the unit. Values keep six significant digits (`csv`, `json`),
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd

@@ -146,7 +146,7 @@ def lru_distances(
     return now
 
 
-class Stack(NamedTuple):
+class LruStack(NamedTuple):
     """A cache as a stack of its objects, the one that is evicted last at the top; all changed.
 
     Attributes:
@@ -166,7 +166,7 @@ class Stack(NamedTuple):
     counts_CB: Sums
 
     @classmethod
-    def empty(cls, num_objects: int, rows: int, num_bins: int) -> Stack:
+    def empty(cls, num_objects: int, rows: int, num_bins: int) -> LruStack:
         """A stack that holds nothing."""
         last_N, value_N, order_N = np.zeros((3, num_objects), np.int64)
         place_N = np.full(num_objects, -1, np.int64)
@@ -200,7 +200,7 @@ def stack_distances(
     tables: Tables,
     ageing: int,
     width: int,
-    stack: Stack,
+    stack: LruStack,
 ) -> None:
     """Count requests by the size at which a cache that ranks its experts by `kind` would just hold them.
 

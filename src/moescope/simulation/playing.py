@@ -267,7 +267,7 @@ class Caches:
         num_bins = -(-self.num_objects // self.width) + 1
         self.rows = num_cells * len(layers)
         self.stacks = {
-            name: kernels.Stack.empty(self.num_objects, self.rows, num_bins)
+            name: kernels.LruStack.empty(self.num_objects, self.rows, num_bins)
             for name in settings.policies
             if name != "s3-fifo"
         }
