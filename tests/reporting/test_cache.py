@@ -55,13 +55,13 @@ def test_the_frame_holds_each_value_once_in_per_cent(played) -> None:
     at = played.sel(policy="lru", domain="Github", size=3)
     row = frame.loc[("lru", "Github", 31, 3)]
     assert row["hit_ratio_percent"] == pytest.approx(100 * at["hit_ratio"].sel(layer=31).item())
-    assert row["any_order_percent"] == pytest.approx(100 * at["null"].sel(layer=31).item())
-    assert row["uniform_percent"] == 37.5
+    assert row["hit_ratio_null_percent"] == pytest.approx(100 * at["hit_ratio_null"].sel(layer=31).item())
+    assert row["hit_ratio_uniform_percent"] == 37.5
     whole = frame.xs(("lru", "Github", 3), level=("policy", "domain", "size"))
     whole = whole[whole.index.isna()].iloc[0]
     assert whole["gain_points"] == pytest.approx(100 * at["gain"].item())
-    assert whole["loads_a_token"] == pytest.approx(at["loads"].item())
-    assert whole["loads_a_token"] == pytest.approx(2 * 6 * (1 - at["overall"].item()))
+    assert whole["loads"] == pytest.approx(at["loads"].item())
+    assert whole["loads"] == pytest.approx(2 * 6 * (1 - at["model_hit_ratio"].item()))
 
 
 def test_the_table_shows_what_the_dataset_holds(played) -> None:
@@ -70,7 +70,8 @@ def test_the_table_shows_what_the_dataset_holds(played) -> None:
     assert table.columns == tuple(f"{size} experts" for size in (2, 3, 4, 5, 6, 7))
     for row, policy in zip(sections[""].rows, POLICIES, strict=True):
         assert row.label == POLICY_NAMES[policy]
-        assert row.cells[1].value == f"{100 * played['overall'].isel(domain=0).sel(policy=policy, size=3).item():.1f}"
+        hits = played["model_hit_ratio"].isel(domain=0).sel(policy=policy, size=3).item()
+        assert row.cells[1].value == f"{100 * hits:.1f}"
     assert [cell.value for cell in sections["uniform independent routing"].rows[0].cells][:2] == ["25.0", "37.5"]
     closed = sections["part of the way from LRU to the optimum"]
     assert [row.label for row in closed.rows] == [POLICY_NAMES[policy] for policy in POLICIES[1:-1]]
@@ -95,12 +96,12 @@ def test_tokens_a_second_stand_beside_their_interval_any_order_and_uniform_routi
     rows = {section.title: section.rows[0] for section in table.sections}
     low, value, high = (
         1000 / (12 * (1 - played[name].isel(policy=0, domain=0, size=0).item()))
-        for name in ("overall_low", "overall", "overall_high")
+        for name in ("model_hit_ratio_low", "model_hit_ratio", "model_hit_ratio_high")
     )
     assert rows[""].cells[0].value == f"{value:.2f}"
     assert rows[""].cells[0].spread == f"±{max(value - low, high - value):.2f}"
     assert rows[""].cells[0].mark == "*"
-    any_order = 1000 / (12 * (1 - played["overall_null"].isel(policy=0, domain=0, size=0).item()))
+    any_order = 1000 / (12 * (1 - played["model_hit_ratio_null"].isel(policy=0, domain=0, size=0).item()))
     assert rows["tokens of each document in any order"].cells[0].value == f"{any_order:.2f}"
     assert rows["uniform independent routing"].cells[0].value == f"{1000 / 6:.2f}"
     assert table.notes[1].startswith("The link takes longer than compute everywhere.")
@@ -108,7 +109,7 @@ def test_tokens_a_second_stand_beside_their_interval_any_order_and_uniform_routi
     assert list(cache_tables(played, slow))[-1].notes[1].startswith("The link takes longer than compute nowhere.")
     frame = table.frame.set_index(["policy", "domain", "size"])
     assert frame.index.is_unique
-    assert frame.loc[("lru", "(all)", 4), "uniform"] == pytest.approx(1000 / 6)
+    assert frame.loc[("lru", "(all)", 4), "tokens_per_second_uniform"] == pytest.approx(1000 / 6)
 
 
 def test_the_command_line_says_what_cannot_be(run, mixtral, tmp_path) -> None:
@@ -141,12 +142,12 @@ def test_the_figure_draws_every_policy_with_optimum_and_nulls(played) -> None:
     left, right = figures.cache.draw_cache(played).axes
     drawn = {str(line.get_label()): line for line in left.lines}
     for policy, name in POLICY_NAMES.items():
-        expected = 100 * played["overall"].isel(domain=0).sel(policy=policy).values
+        expected = 100 * played["model_hit_ratio"].isel(domain=0).sel(policy=policy).values
         np.testing.assert_allclose(drawn[name].get_ydata(), expected)
     np.testing.assert_allclose(drawn["uniform"].get_ydata(), 100 * np.arange(2, 9) / 8)
     nulls = [line.get_ydata() for line in left.lines if line.get_label() == "null"]
     for line, policy in zip(nulls, ("lru", "belady"), strict=True):
-        np.testing.assert_allclose(line, 100 * played["overall_null"].isel(domain=0).sel(policy=policy).values)
+        np.testing.assert_allclose(line, 100 * played["model_hit_ratio_null"].isel(domain=0).sel(policy=policy).values)
     by_layer = {str(line.get_label()): line for line in right.lines}
     at = played.isel(domain=0).sel(size=quarter(played), policy="lru")
     np.testing.assert_allclose(by_layer["LRU"].get_ydata(), 100 * at["hit_ratio"].values)

@@ -28,19 +28,19 @@ def cache_of(
     sizes = np.arange(top_k, num_experts + 1)
     return xr.Dataset(
         {
-            "overall": (flat, overall),
-            "overall_low": (flat, overall - half),
-            "overall_high": (flat, overall + half),
-            "overall_null": (flat, overall - 0.04),
+            "model_hit_ratio": (flat, overall),
+            "model_hit_ratio_low": (flat, overall - half),
+            "model_hit_ratio_high": (flat, overall + half),
+            "model_hit_ratio_null": (flat, overall - 0.04),
             "closed": (flat, way),
             "closed_low": (flat, way - 0.05),
             "closed_high": (flat, way + 0.05),
-            "uniform": (("layer", "size"), sizes[None] / num_experts),
+            "model_hit_ratio_uniform": (("domain", "size"), sizes[None] / num_experts),
             "requests": (("domain", "layer"), [[1000]]),
             "num_experts": ("layer", [num_experts]),
             "top_k": ("layer", [top_k]),
         },
-        {"policy": list(hits), "domain": ["(all)"], "layer": [0], "size": sizes},
+        {"policy": list(hits), "domain": ["(all)"], "total": ("domain", [True]), "layer": [0], "size": sizes},
         {"budget": "layer", "batch": 1, "prefill": 0},
     )
 

@@ -233,7 +233,9 @@ def test_counts_are_halved_as_the_steps_pass() -> None:
     layers = [Layer(0, 6, 2)]
     parts = [make_part(np.random.default_rng(3), tuple(layers), [100, 90], window=64)]
     compare(parts, layers, ("aged-lfu",), all_sizes=True)
-    aged, lfu = (moescope.cache(InMemory(parts, layers), policies=(p,), null=False)["overall"] for p in RANKED[2:0:-1])
+    aged, lfu = (
+        moescope.cache(InMemory(parts, layers), policies=(p,), null=False)["model_hit_ratio"] for p in RANKED[2:0:-1]
+    )
     assert not np.allclose(aged.values, lfu.values)
 
 
@@ -253,7 +255,7 @@ def test_no_choice_of_evictions_hits_more_often_than_belady(capacity: int, seed:
     for of in np.split(ids[:, 0], np.cumsum(lengths)[:-1]):
         groups = [frozenset(of[start : start + 3].tolist()) for start in range(0, len(of), 3)]
         best += slow_caches.most_hits(groups, capacity)
-    assert found["overall"].item() * found["requests"].item() == pytest.approx(best)
+    assert found["model_hit_ratio"].item() * found["requests"].item() == pytest.approx(best)
 
 
 def test_a_trace_in_many_parts_is_the_same_trace(tmp_path: Path) -> None:
@@ -275,7 +277,11 @@ def test_no_policy_beats_belady_and_more_room_never_hurts_those_that_rank() -> N
     for how in ({}, {"batch": 2}, {"prefill": 8}, {"budget": "global"}, {"cold_sequences": True}):
         found = moescope.cache(trace, sizes=range(4, 17), threads=1, **how)
         of_all = found.sel(domain=EVERYTHING)  # it is the best for the whole, which another may beat in a domain
-        for name in ("overall", "overall_null") if "budget" in how else ("hit_ratio", "null", "overall"):
+        for name in (
+            ("model_hit_ratio", "model_hit_ratio_null")
+            if "budget" in how
+            else ("hit_ratio", "hit_ratio_null", "model_hit_ratio")
+        ):
             worse = of_all[name].isnull() | (of_all[name] <= of_all[name].sel(policy="belady") + 1e-12)
             assert worse.all(), how
         ranked = found.drop_sel(policy="s3-fifo")
@@ -290,10 +296,10 @@ def test_of_uniform_independent_routing_every_policy_that_cannot_foresee_hits_c_
     for layer in layers:
         parts[0].expert_ids[layer.layer][:] = np.argsort(rng.random((6000, 8)), axis=1)[:, :2]
     found = moescope.cache(InMemory(parts, layers), sizes=range(2, 8), threads=1).sel(domain=EVERYTHING)
-    uniform = found["uniform"].isel(layer=0).values
+    uniform = found["hit_ratio_uniform"].isel(layer=0).values
     for policy in POLICIES[:-1]:
         of = found.sel(policy=policy)
-        inside = (of["overall_low"] < uniform + 0.004) & (uniform < of["overall_high"] + 0.004)
+        inside = (of["model_hit_ratio_low"] < uniform + 0.004) & (uniform < of["model_hit_ratio_high"] + 0.004)
         assert inside.all(), policy  # caches that start empty miss a few times; fitted ones are fitted to noise
         assert (np.abs(of["gain"]) < 0.01).all(), policy
 
@@ -309,9 +315,9 @@ def test_runs_of_one_expert_are_worth_what_order_is_worth() -> None:
     found = moescope.cache(InMemory([part], [layer]), policies=("lru",), sizes=[1], threads=1)
     of = found.sel(domain=EVERYTHING, policy="lru", size=1)
     changes = int((np.diff(distinct.ravel()) != 0).sum()) + 1
-    assert of["overall"].item() == pytest.approx(1 - changes / 8000)
-    assert of["overall_null"].item() == pytest.approx(1 / 8, abs=0.01)
-    assert of["gain_low"].item() < of["overall"].item() - 1 / 8 + 0.01
+    assert of["model_hit_ratio"].item() == pytest.approx(1 - changes / 8000)
+    assert of["model_hit_ratio_null"].item() == pytest.approx(1 / 8, abs=0.01)
+    assert of["gain_low"].item() < of["model_hit_ratio"].item() - 1 / 8 + 0.01
     assert of["gain_low"].item() > 0.7
     assert of["loads"].item() == pytest.approx(changes / 8000)
 
@@ -326,7 +332,7 @@ def test_matching_finds_the_documents_that_use_the_same_experts() -> None:
         ids = np.argsort(rng.random((4000, 8)), axis=1)[:, :2] + 8 * kind[:, None]
         part.expert_ids[layer.layer][:] = ids
     found = moescope.cache(InMemory([part], layers), policies=("hot", "matching"), sizes=[9], null=False, threads=1)
-    of = found["overall"].sel(domain=EVERYTHING, size=9)
+    of = found["model_hit_ratio"].sel(domain=EVERYTHING, size=9)
     assert of.sel(policy="matching").item() > 0.95
     assert of.sel(policy="hot").item() < 0.85
 
@@ -335,7 +341,7 @@ def test_the_part_of_the_way_to_the_optimum_is_a_ratio_of_hits() -> None:
     layers = [Layer(0, 8, 2)]
     parts = [make_part(np.random.default_rng(10), tuple(layers), [60, 80, 50, 70], window=64)]
     found = moescope.cache(InMemory(parts, layers), sizes=[2, 4], null=False, threads=1).sel(domain=EVERYTHING)
-    lru, hot, best = (found["overall"].sel(policy=p, size=4).item() for p in ("lru", "hot", "belady"))
+    lru, hot, best = (found["model_hit_ratio"].sel(policy=p, size=4).item() for p in ("lru", "hot", "belady"))
     assert found["closed"].sel(policy="hot", size=4).item() == pytest.approx((hot - lru) / (best - lru))
     assert found["closed"].sel(policy="belady", size=4).item() == 1
     assert found["closed"].sel(size=2).isnull().all()  # two of two slots are taken by the token being served
@@ -350,8 +356,8 @@ def test_intervals_come_from_the_variation_between_documents() -> None:
         part.expert_ids[0][rows, 0] = 0 if document % 2 else np.arange(1000) % 4
     found = moescope.cache(InMemory([part], [layer]), policies=("lru",), sizes=[1], null=False, threads=1)
     of = found.sel(domain=EVERYTHING, policy="lru", size=1)
-    assert of["overall"].item() == pytest.approx(0.5, abs=0.01)
-    assert of["overall_high"].item() - of["overall_low"].item() > 0.4
+    assert of["model_hit_ratio"].item() == pytest.approx(0.5, abs=0.01)
+    assert of["model_hit_ratio_high"].item() - of["model_hit_ratio_low"].item() > 0.4
 
 
 def test_what_could_not_be_a_cache_is_refused(tmp_path: Path) -> None:
@@ -382,10 +388,10 @@ def test_one_document_has_no_interval_and_nothing_to_be_fitted_on() -> None:
     layers = [Layer(0, 8, 2)]
     parts = [make_part(np.random.default_rng(1), tuple(layers), [50], window=64)]
     found = moescope.cache(InMemory(parts, layers), sizes=[4], threads=1).sel(domain=EVERYTHING, size=4)
-    assert found["overall_low"].isnull().all()
-    assert found["overall"].sel(policy=["hot", "matching"]).isnull().all()
-    assert found["overall_null"].sel(policy=["hot", "matching"]).isnull().all()
-    assert found["overall"].sel(policy=["lru", "lfu", "aged-lfu", "s3-fifo", "belady"]).notnull().all()
+    assert found["model_hit_ratio_low"].isnull().all()
+    assert found["model_hit_ratio"].sel(policy=["hot", "matching"]).isnull().all()
+    assert found["model_hit_ratio_null"].sel(policy=["hot", "matching"]).isnull().all()
+    assert found["model_hit_ratio"].sel(policy=["lru", "lfu", "aged-lfu", "s3-fifo", "belady"]).notnull().all()
 
 
 def test_the_worked_example_of_the_page() -> None:
@@ -393,7 +399,7 @@ def test_the_worked_example_of_the_page() -> None:
     part.expert_ids[0][:] = [[0, 1], [2, 3], [1, 3], [0, 1]]
     trace = InMemory([part], [Layer(0, 4, 2)])
     found = moescope.cache(trace, policies=("lru", "belady"), sizes=[3], null=False, threads=1)
-    assert (8 * found["overall"].isel(domain=0)).values.ravel().tolist() == [2, 3]
+    assert (8 * found["model_hit_ratio"].isel(domain=0)).values.ravel().tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("name", ["qwen", "gemma"])
@@ -403,8 +409,8 @@ def test_recorded_routing_of_128_experts_gives_plausible_curves(shared_data: Pat
     source = shared_data / "traces" / "bigmoeonedge" / f"{name}.route.csv"
     trace = moescope.import_trace("bigmoeonedge", [source], tmp_path / "o.moe")
     found = moescope.cache(trace, sizes=[6, 16, 32, 64, 96, 128], threads=1).sel(domain=EVERYTHING)
-    of = {policy: found["overall"].sel(policy=policy).values for policy in POLICIES}
-    uniform = found["uniform"].isel(layer=0).values
+    of = {policy: found["model_hit_ratio"].sel(policy=policy).values for policy in POLICIES}
+    uniform = found["hit_ratio_uniform"].isel(layer=0).values
     assert (of["lru"][:-1] > uniform[:-1] + 0.05).all()
     assert (of["belady"] >= np.nanmax([of[p] for p in POLICIES], axis=0) - 1e-12).all()
     assert (np.diff(of["lru"]) > 0).all()

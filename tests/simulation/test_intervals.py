@@ -101,10 +101,10 @@ def test_hit_ratios_and_the_way_to_the_optimum(trace: Trace, documents: list[Doc
             for policy, hits in (("lru", lru), ("belady", best)):
                 of = at.sel(policy=policy)
                 of = of if len(layers) > 1 else of.sel(layer=layers[0])
-                assert float(of["overall" if len(layers) > 1 else "hit_ratio"]) == pytest.approx(
+                assert float(of["model_hit_ratio" if len(layers) > 1 else "hit_ratio"]) == pytest.approx(
                     sum(hits) / sum(requests)
                 )
-                same_interval(of, "overall" if len(layers) > 1 else "hit_ratio", proportion(hits, requests))
+                same_interval(of, "model_hit_ratio" if len(layers) > 1 else "hit_ratio", proportion(hits, requests))
         nearer = [0 for _ in lru]
         further = [b - a for a, b in zip(lru, best, strict=True)]
         assert sum(further) > 0
@@ -129,7 +129,7 @@ def test_the_part_of_the_way_that_another_policy_goes(trace: Trace, documents: l
         counted[key] += [*(sum(of[part] for of in hits) for part in range(3)), lfu]
     lru, best, requests, lfu = zip(*counted.values(), strict=True)
     at = found.sel(policy="lfu")
-    assert float(at["overall"]) == pytest.approx(sum(lfu) / sum(requests), rel=1e-9)
+    assert float(at["model_hit_ratio"]) == pytest.approx(sum(lfu) / sum(requests), rel=1e-9)
     value, error = clustered(np.subtract(lfu, lru), np.subtract(best, lru))
     half = quantile(len(lru) - 1) * error
     same_interval(at, "closed", (value - half, value + half))
@@ -178,7 +178,7 @@ def test_tokens_a_second(trace: Trace) -> None:
             at = played.isel(policy=0, domain=domain, size=size)
             requests = float(at["requests"].sum()) / float(at["tokens"])
             speeds = []
-            for end in ends(at, "overall"):
+            for end in ends(at, "model_hit_ratio"):
                 seconds = (1 - float(end)) * requests * (1e6 / 1e9 + 1e-5)
                 speeds.append(1 / (0.002 + seconds - 0.5 * min(0.002, seconds)))
             same_interval(found.isel(policy=0, domain=domain, size=size), "tokens_per_second", tuple(speeds))

@@ -13,10 +13,10 @@ from moescope.simulation.offloading import TWO_BIT_EXPERT_BYTES, table_2
 
 def counted(hit_ratio: float) -> xr.Dataset:
     """One policy, domain and size; four requests a token in two layers."""
-    names = ("overall", "overall_low", "overall_high", "overall_null")
+    names = ("model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high", "model_hit_ratio_null")
     values = {name: (("policy", "domain", "size"), [[[hit_ratio]]]) for name in names}
     layers = {"requests": (("domain", "layer"), [[200.0, 200.0]]), "num_experts": ("layer", [8, 3])}
-    layers["uniform"] = (("layer", "size"), [[0.5], [1.0]])
+    values["model_hit_ratio_uniform"] = (("domain", "size"), [[0.75]])  # of 8 experts a half, of 3 all
     coords = {"policy": ["lru"], "domain": ["(all)"], "size": [4]}
     return xr.Dataset(values | layers | {"tokens": ("domain", [100])}, coords)
 
@@ -37,8 +37,8 @@ def test_a_token_takes_its_work_and_its_loads() -> None:
 
 def test_uniform_routing_loads_what_its_share_of_each_layer_misses() -> None:
     """Of two requests in the layer of 8 one misses; all 3 experts of the other are there: one load of 0.1 s."""
-    assert speed(0.9)["uniform"].item() == pytest.approx(10)
-    assert speed(0.9, compute=0.4)["uniform"].item() == pytest.approx(2)
+    assert speed(0.9)["tokens_per_second_uniform"].item() == pytest.approx(10)
+    assert speed(0.9, compute=0.4)["tokens_per_second_uniform"].item() == pytest.approx(2)
 
 
 def test_the_longer_term_dominates() -> None:

@@ -70,7 +70,7 @@ def test_one_budget_is_one_cache_of_libcachesim(first_choices: Trace, tmp_path: 
     theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for theirs_name, ours in (("LRU", "lru"), ("Belady", "belady")):
         for size in sizes:
-            mine = 1 - found["overall"].isel(domain=0).sel(policy=ours, size=size // 2).item()
+            mine = 1 - found["model_hit_ratio"].isel(domain=0).sel(policy=ours, size=size // 2).item()
             assert theirs[f"{theirs_name} {size}"] == pytest.approx(mine, abs=1e-9), (ours, size)
 
 
@@ -88,6 +88,6 @@ def test_s3_fifo_misses_about_as_often_as_in_libcachesim(tmp_path: Path) -> None
     theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     found = moescope.cache(trace, policies=("lru", "s3-fifo"), sizes=sizes, null=False, threads=1).isel(domain=0)
     for size in sizes:
-        miss = {p: 1 - found["overall"].sel(policy=p, size=size).item() for p in ("lru", "s3-fifo")}
+        miss = {p: 1 - found["model_hit_ratio"].sel(policy=p, size=size).item() for p in ("lru", "s3-fifo")}
         assert theirs[f"S3FIFO {size}"] == pytest.approx(miss["s3-fifo"], abs=0.004)
         assert abs(miss["lru"] - miss["s3-fifo"]) > 0.01  # so that the tolerance tells the policies apart

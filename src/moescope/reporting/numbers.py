@@ -16,8 +16,10 @@ def percent(share: float, digits: int = 1) -> str:
     Example:
         >>> percent(0.125), percent(0.0), percent(0.0001), percent(0.99999), percent(1.0), percent(float("nan"))
         ('12.5', '0', '<0.1', '>99.9', '100', '–')
+        >>> percent(-0.05)  # of the way to somewhere
+        '−5.0'
     """
-    return _rounded(100 * share, digits, whole=100.0)
+    return f"−{percent(-share, digits)}" if share < 0 else _rounded(100 * share, digits, whole=100.0)
 
 
 def bits(value: float, digits: int = 4) -> str:
@@ -53,8 +55,8 @@ def number(value: float, digits: int = 2) -> str:
     """A plain number, such as a ratio.
 
     Example:
-        >>> number(1.2345), number(0.0), number(0.001), number(float("nan"))
-        ('1.23', '0', '<0.01', '–')
+        >>> number(1.2345), number(0.0), number(0.001), number(float("nan")), number(float("inf"))
+        ('1.23', '0', '<0.01', '–', '∞')
     """
     return _rounded(value, digits)
 
@@ -114,6 +116,8 @@ def plus_minus(value: float, low: float, high: float) -> str:
 def _rounded(value: float, digits: int, whole: float | None = None) -> str:
     if isnan(value):
         return MISSING
+    if value == inf:
+        return "∞"
     if value == 0 or value == whole:
         return f"{value:.0f}"
     smallest = 10.0**-digits

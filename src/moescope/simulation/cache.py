@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,16 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import statistics
-from moescope.measures.schema import described, with_total
+from moescope.measures.schema import (
+    DIFFERENCE,
+    ENDINGS,
+    FRACTION,
+    add_total,
+    described,
+    labelled,
+    layer_coordinates,
+    total_coordinates,
+)
 from moescope.measures.statistics import Numbers
 from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
 from moescope.simulation.serving import Server, Steps
@@ -65,17 +75,17 @@ def cache(
         threads: Layers played at a time; None for the number of processors.
         progress: Called with the number of parts done and of all.
     Returns:
-        `domain` holds all domains together, then each; `size` is in experts a layer.
+        The first "domain" is all of them together (`total` says so); `size` is in experts a layer.
 
-        * `hit_ratio`, `low`, `high`, `null` (policy, domain, layer, size): hits over requests, with its 95 % interval
-          over documents; the same with the tokens of each document in random order;
-        * `overall`, `overall_low`, `overall_high`, `overall_null` (policy, domain, size): of all layers together;
-        * `gain`, `gain_low`, `gain_high` (policy, domain, size): `overall` less `overall_null`, what order is worth;
+        * `hit_ratio` (policy, domain, layer, size): hits over requests, with `_low` and `_high`, its 95 % interval over
+          documents, and `_null`, the same with the tokens of each document in random order; `hit_ratio_uniform` (layer,
+          size): c/E, what every cache hits under uniform independent routing;
+        * `model_hit_ratio` and the same beside it (policy, domain, size; `_uniform`: domain, size): of all layers
+          together;
+        * `gain`, `gain_low`, `gain_high` (policy, domain, size): `model_hit_ratio` less its null, what order is worth;
         * `closed`, `closed_low`, `closed_high` (policy, domain, size): the part of the way from LRU to the optimum that
           the policy goes, of all layers together; NaN where the two are equal;
-        * `uniform` (layer, size): c/E, what every cache hits under uniform independent routing;
-        * `requests` (domain, layer), `tokens` (domain); `loads` (policy, domain, size): misses a token, in experts;
-        * `num_experts`, `top_k` (layer).
+        * `requests` (domain, layer), `tokens` (domain); `loads` (policy, domain, size): misses a token, in experts.
 
         `hot` and `matching` are NaN where one half of the corpus has no document. The settings are attributes.
     Raises:
@@ -171,81 +181,52 @@ class _Played:
 def _labelled(
     trace: Trace, settings: Settings, played: Sequence[_Played], tokens_D: NDArray[np.int64], seed: int
 ) -> xr.Dataset:
-    seen = played[0]
+    observed, shuffled = played[0], played[1] if len(played) > 1 else None
+    dims = ("policy", "domain", "layer", "size")
     shape = (len(settings.policies), len(trace.domains) + 1, len(settings.layers), len(settings.sizes))
-    flat = (shape[0], shape[1], shape[3])
-    by_layer = {name: np.full(shape, np.nan) for name in ("hit_ratio", "low", "high", "null")}
-    of_all = {
-        f"{what}{end}": np.full(flat, np.nan) for what in ("overall", "gain", "closed") for end in ("", "_low", "_high")
-    }
-    of_all["overall_null"], of_all["loads"] = np.full(flat, np.nan), np.full(flat, np.nan)
-    tokens = np.concatenate([[tokens_D.sum()], tokens_D])
-    for p, name in enumerate(settings.policies):
-        for d in range(shape[1]):
-            hits, requests = _of_domain(seen.hits[name], d), _of_domain(seen.requests_DGL, d)
-            at = p, d
-            by_layer["hit_ratio"][at], by_layer["low"][at], by_layer["high"][at] = _proportion(
-                hits, requests[..., None]
-            )
-            together, all_requests = hits.sum(axis=1), requests.sum(axis=1)[:, None]
-            ends = _proportion(together, all_requests)
-            of_all["overall"][at], of_all["overall_low"][at], of_all["overall_high"][at] = ends
-            of_all["loads"][at] = statistics.ratio(all_requests.sum() - together.sum(axis=0), tokens[d])
-            if len(played) > 1:
-                null = _of_domain(played[1].hits[name], d)
-                null_requests = _of_domain(played[1].requests_DGL, d)
-                by_layer["null"][at] = statistics.ratio(null.sum(axis=0), null_requests.sum(axis=0)[:, None])
-                pair = (null.sum(axis=1), null_requests.sum(axis=1)[:, None])
-                of_all["overall_null"][at] = statistics.ratio(pair[0].sum(axis=0), pair[1].sum())
-                gain = _difference(together, all_requests, *pair)
-                of_all["gain"][at], of_all["gain_low"][at], of_all["gain_high"][at] = gain
-            if "lru" in seen.hits and "belady" in seen.hits:
-                lru = _of_domain(seen.hits["lru"], d).sum(axis=1)
-                best = _of_domain(seen.hits["belady"], d).sum(axis=1)
-                closed = _quotient(together - lru, best - lru)
-                of_all["closed"][at], of_all["closed_low"][at], of_all["closed_high"][at] = closed
+    by_layer = {name: np.full(shape, np.nan) for name in _BY_LAYER}
+    model = {name: np.full((*shape[:2], shape[3]), np.nan) for name in _OF_MODEL}
+    tokens = add_total(tokens_D)
+
+    def put(tables: dict[str, Numbers], name: str, estimate: tuple[Numbers, Numbers, Numbers]) -> None:
+        for end, values in zip(("", "_low", "_high"), estimate, strict=True):
+            tables[f"{name}{end}"][p, d] = values
+
+    for (p, policy), d in product(enumerate(settings.policies), range(shape[1])):
+        hits, requests = _of_domain(observed.hits[policy], d), _of_domain(observed.requests_DGL, d)
+        together, all_requests = hits.sum(axis=1), requests.sum(axis=1)[:, None]
+        put(by_layer, "hit_ratio", _proportion(hits, requests[..., None]))
+        put(model, "model_hit_ratio", _proportion(together, all_requests))
+        model["loads"][p, d] = statistics.ratio(all_requests.sum() - together.sum(axis=0), tokens[d])
+        if shuffled is not None:
+            null, null_requests = _of_domain(shuffled.hits[policy], d), _of_domain(shuffled.requests_DGL, d)
+            by_layer["hit_ratio_null"][p, d] = statistics.ratio(null.sum(axis=0), null_requests.sum(axis=0)[:, None])
+            pair = (null.sum(axis=1), null_requests.sum(axis=1)[:, None])
+            model["model_hit_ratio_null"][p, d] = statistics.ratio(pair[0].sum(axis=0), pair[1].sum())
+            put(model, "gain", _difference(together, all_requests, *pair))
+        if "lru" in observed.hits and "belady" in observed.hits:
+            lru, best = (_of_domain(observed.hits[name], d).sum(axis=1) for name in ("lru", "belady"))
+            put(model, "closed", _quotient(together - lru, best - lru))
     num_experts = np.array([layer.num_experts for layer in settings.layers])
     uniform = np.minimum(1.0, np.array(settings.sizes) / num_experts[:, None])
-    requests_DL = seen.requests_DGL.sum(axis=1)
-    dims, flat_dims = ("policy", "domain", "layer", "size"), ("policy", "domain", "size")
-    low, high = "95 % interval, low end", "95 % interval, high end"
-    shuffled = "the same with the tokens of each document in random order"
+    requests_DL = add_total(observed.requests_DGL.sum(axis=1))
+    uniform_DZ = statistics.ratio(requests_DL @ uniform, requests_DL.sum(axis=1)[:, None])
+    documents = np.bincount(trace.document_domains, minlength=len(trace.domains))
     return xr.Dataset(
-        {
-            "hit_ratio": described(by_layer["hit_ratio"], dims, "hits over requests", "1", _ELISEEV),
-            "low": described(by_layer["low"], dims, low, "1"),
-            "high": described(by_layer["high"], dims, high, "1"),
-            "null": described(by_layer["null"], dims, shuffled, "1"),
-            "overall": described(of_all["overall"], flat_dims, "hits over requests, all layers", "1"),
-            "overall_low": described(of_all["overall_low"], flat_dims, low, "1"),
-            "overall_high": described(of_all["overall_high"], flat_dims, high, "1"),
-            "overall_null": described(of_all["overall_null"], flat_dims, shuffled, "1"),
-            "gain": described(of_all["gain"], flat_dims, "hit ratio less that of tokens in random order", "1"),
-            "gain_low": described(of_all["gain_low"], flat_dims, low, "1"),
-            "gain_high": described(of_all["gain_high"], flat_dims, high, "1"),
-            "closed": described(of_all["closed"], flat_dims, "part of the way from LRU to the optimum", "1"),
-            "closed_low": described(of_all["closed_low"], flat_dims, low, "1"),
-            "closed_high": described(of_all["closed_high"], flat_dims, high, "1"),
-            "loads": described(
-                of_all["loads"], flat_dims, "experts to be loaded a token, all layers", "experts a token"
+        labelled(by_layer, dims, _BY_LAYER)
+        | labelled(model, (*dims[:2], dims[3]), _OF_MODEL)
+        | {
+            "hit_ratio_uniform": described(uniform, dims[2:], _UNIFORM, FRACTION, _ELISEEV),
+            "model_hit_ratio_uniform": described(
+                uniform_DZ, ("domain", "size"), f"{_UNIFORM}, all layers", FRACTION, _ELISEEV
             ),
-            "uniform": described(uniform, ("layer", "size"), "c/E, under uniform independent routing", "1", _ELISEEV),
-            "requests": described(
-                np.concatenate([requests_DL.sum(axis=0)[None], requests_DL]),
-                ("domain", "layer"),
-                "requests",
-                "requests",
-            ),
+            "requests": described(requests_DL, dims[1:3], "requests", "requests"),
             "tokens": described(tokens, ("domain",), "tokens served", "tokens"),
-            "num_experts": described(num_experts, ("layer",), "routed experts", "experts"),
-            "top_k": described(
-                np.array([layer.top_k for layer in settings.layers]), ("layer",), "experts chosen a token", "experts"
-            ),
         },
         coords={
             "policy": list(settings.policies),
-            "domain": with_total(trace.domains),
-            "layer": [layer.layer for layer in settings.layers],
+            **total_coordinates(trace.domains, documents),
+            **layer_coordinates(settings.layers),
             "size": list(settings.sizes),
         },
         attrs={
@@ -256,6 +237,25 @@ def _labelled(
             "seed": seed,
         },
     )
+
+
+_UNIFORM = "c/E, under uniform independent routing"
+_BY_LAYER: dict[str, tuple[str, ...]] = {
+    "hit_ratio": ("hits over requests", FRACTION, _ELISEEV),
+    "hit_ratio_low": (ENDINGS["low"], FRACTION),
+    "hit_ratio_high": (ENDINGS["high"], FRACTION),
+    "hit_ratio_null": ("the same with the tokens of each document in random order", FRACTION),
+}
+_OF_MODEL: dict[str, tuple[str, ...]] = {
+    **{f"model_{name}": (f"{words}, all layers", *unit) for name, (words, *unit) in _BY_LAYER.items()},
+    "gain": ("hit ratio less that of tokens in random order", DIFFERENCE),
+    "gain_low": (ENDINGS["low"], DIFFERENCE),
+    "gain_high": (ENDINGS["high"], DIFFERENCE),
+    "closed": ("part of the way from LRU to the optimum", FRACTION),
+    "closed_low": (ENDINGS["low"], FRACTION),
+    "closed_high": (ENDINGS["high"], FRACTION),
+    "loads": ("experts to be loaded a token, all layers", "experts a token"),
+}
 
 
 def _of_domain(values: Numbers, d: int) -> Numbers:

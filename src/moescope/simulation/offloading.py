@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from moescope.measures.schema import described
+from moescope.measures.schema import described, estimate
 
 _MODEL = "1 / (compute + transfer - overlap * min(compute, transfer))"
 
@@ -52,8 +52,8 @@ def offloading(
         compute: Work a token, with everything in place, seconds. At 0 the result is what the link alone allows.
         overlap: Part of the shorter of compute and transfer that runs beside the other, 0 to 1.
     Returns:
-        * `tokens_per_second`, `low`, `high`, `null` (policy, domain, size), from the hit ratio, its interval, and that
-          of tokens in random order; infinite where nothing takes time;
+        * `tokens_per_second` (policy, domain, size) with `_low`, `_high`, `_null`, from the hit ratio, its interval,
+          and that of tokens in random order, and `_uniform` (domain, size), at c/E; infinite where nothing takes time;
         * `transfer` (policy, domain, size): seconds a token; `link_bound`: whether transfer exceeds compute;
         * `cache_bytes` (size): memory that the caches take.
     Raises:
@@ -70,32 +70,40 @@ def offloading(
     requests_D = cache["requests"].values.sum(axis=1) / cache["tokens"].values
 
     def transfer(ratio: str) -> np.ndarray:
-        hits = np.asarray(cache[ratio].transpose(*dims).values, float)
+        hits = np.asarray(cache[ratio].transpose(*dims, missing_dims="ignore").values, float)
         return (1 - hits) * requests_D[:, None] * load
-
-    requests_DL, uniform_LZ = cache["requests"].values, cache["uniform"].transpose("layer", "size").values
-    uniform_DZ = requests_DL @ (1 - uniform_LZ) / cache["tokens"].values[:, None] * load
 
     def speed(seconds: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return np.asarray(1 / (compute + seconds - overlap * np.minimum(compute, seconds)))
 
-    names = {"tokens_per_second": "overall", "low": "overall_low", "high": "overall_high", "null": "overall_null"}
-    meanings = ("tokens a second", "95 % interval, low end", "95 % interval, high end", "tokens in random order")
-    seconds = transfer("overall")
+    def speeds(ending: str) -> np.ndarray:
+        return speed(transfer(f"model_hit_ratio{ending}"))
+
+    seconds = transfer("model_hit_ratio")
     slots = np.minimum(cache["num_experts"].values[:, None], cache["size"].values).sum(axis=0)
     return xr.Dataset(
-        {
-            name: described(speed(transfer(of)), dims, meaning, "tokens/s", _MODEL)
-            for (name, of), meaning in zip(names.items(), meanings, strict=True)
-        }
+        estimate(
+            "tokens_per_second",
+            dims,
+            "tokens a second",
+            "tokens/s",
+            _MODEL,
+            meanings={"null": "tokens in random order"},
+            value=speed(seconds),
+            low=speeds("_low"),
+            high=speeds("_high"),
+            null=speeds("_null"),
+        )
         | {
-            "uniform": described(speed(uniform_DZ), ("domain", "size"), "tokens a second at c/E", "tokens/s", _MODEL),
+            "tokens_per_second_uniform": described(
+                speeds("_uniform"), dims[1:], "tokens a second at c/E", "tokens/s", _MODEL
+            ),
             "transfer": described(seconds, dims, "time to load the misses of a token", "s"),
             "link_bound": described(seconds > compute, dims, "whether transfer takes longer than compute", "1"),
             "cache_bytes": described(slots * float(bytes_per_expert), ("size",), "memory of the caches", "bytes"),
         },
-        coords={dim: cache[dim].values for dim in dims},
+        coords={name: values for name, values in cache.coords.items() if set(values.dims) <= set(dims)},
         attrs={
             "bytes_per_expert": bytes_per_expert,
             "bandwidth": bandwidth,

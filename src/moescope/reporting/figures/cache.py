@@ -6,6 +6,8 @@ order (dashed), and uniform routing (dotted). Right, LRU, the same in random ord
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
@@ -27,7 +30,8 @@ _LOOK = {
     "hot": (4, "v"),
     "matching": (6, "P"),
 }
-_ANY_ORDER, _UNIFORM = (0, (4, 2)), (0, (1, 1.6))
+_ANY_ORDER = (0, (4, 2))
+_UNIFORM_LOOK: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 1.6))}
 
 
 def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
@@ -41,11 +45,11 @@ def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
     policies = played_policies(cache)
     with style.style():
         handles = [_handle(policy) for policy in policies]
-        if cache["overall_null"].notnull().any():
+        if cache["model_hit_ratio_null"].notnull().any():
             handles.append(
                 Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_ANY_ORDER, label="tokens in any order")
             )
-        handles.append(Line2D([], [], color=MUTED, linewidth=1.2, linestyle=_UNIFORM, label="uniform routing, c/E"))
+        handles.append(Line2D([], [], label="uniform routing, c/E", **_UNIFORM_LOOK))
         top = style.legend_rows(len(handles), 5) + 0.3
         figure = style.new_figure(FULL_WIDTH, top + 0.42 + 2.5)
         left, right = figure.subplots(1, 2, squeeze=False, width_ratios=[1.35, 1], sharey=True)[0]
@@ -71,31 +75,22 @@ def _handle(policy: str) -> Line2D:
 def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
     sizes = cache["size"].values
     few = len(sizes) <= MOST_SIZES_WITH_MARKERS
-    data = cache.isel(domain=0)
-    requests = data["requests"].values
-    uniform = (data["uniform"].values * requests[:, None]).sum(axis=0) / max(requests.sum(), 1)
-    axes.plot(sizes, 100 * uniform, color=MUTED, linewidth=1.2, linestyle=_UNIFORM, label="uniform")
+    data = total(cache)
+    axes.plot(sizes, 100 * data["model_hit_ratio_uniform"].values, label="uniform", **_UNIFORM_LOOK)
     for policy in played_policies(cache):
-        at, colour = data.sel(policy=policy), _colour(policy)
-        value = 100 * at["overall"].values
-        known = np.isfinite(value)
+        of_policy = data.sel(policy=policy)
+        known = of_policy["model_hit_ratio"].notnull().values
         if policy in ("lru", "belady"):
-            low, high = 100 * at["overall_low"].values, 100 * at["overall_high"].values
-            axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(
-                sizes, 100 * at["overall_null"].values, color=colour, linewidth=1.0, linestyle=_ANY_ORDER, label="null"
-            )
+            low, high = (100 * of_policy[f"model_hit_ratio_{end}"].values for end in ("low", "high"))
+            axes.fill_between(sizes, low, high, color=_colour(policy), alpha=0.15, linewidth=0)
         marked = policy != "belady" and (few or known.sum() < len(sizes))
-        axes.plot(
-            sizes[known],
-            value[known],
-            color=colour,
-            linewidth=1.7 if policy == "belady" else 1.1,
+        _draw_policy(
+            axes,
+            of_policy,
+            "size",
+            "model_hit_ratio",
             linestyle="-" if known.sum() * 2 > len(sizes) else "",  # between sizes that were not played is no line
             marker=_LOOK[policy][1] if marked else "",
-            markersize=3.4,
-            markeredgewidth=0,
-            label=POLICY_NAMES[policy],
         )
     if not few:
         _mark_apart(axes, cache, sizes)
@@ -108,6 +103,25 @@ def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
         axes.set_xticks(sizes)
     axes.grid(axis="y")
     style.panel_title(axes, "All layers")
+
+
+def _draw_policy(axes: Axes, data: xr.Dataset, dim: str, name: str, **look: Any) -> None:
+    """The line of a policy, and dashed that of tokens in random order under LRU and the optimum."""
+    policy, values = data["policy"].item(), data[name].values
+    known = np.isfinite(values)
+    if policy in ("lru", "belady"):
+        null = 100 * data[f"{name}_null"].values
+        axes.plot(data[dim].values, null, color=_colour(policy), linewidth=1.0, linestyle=_ANY_ORDER, label="null")
+    axes.plot(
+        data[dim].values[known],
+        100 * values[known],
+        color=_colour(policy),
+        linewidth=1.7 if policy == "belady" else 1.1,
+        markersize=3.4,
+        markeredgewidth=0,
+        label=POLICY_NAMES[policy],
+        **look,
+    )
 
 
 def _mark_apart(axes: Axes, cache: xr.Dataset, sizes: np.ndarray) -> None:
@@ -123,24 +137,19 @@ def _mark_apart(axes: Axes, cache: xr.Dataset, sizes: np.ndarray) -> None:
 
 def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
     layers = cache["layer"].values.astype(float)
-    data = cache.isel(domain=0).sel(size=size)
-    few = len(layers) <= style.MOST_LAYERS_WITH_MARKERS
-    axes.plot(layers, 100 * data["uniform"].values, color=MUTED, linewidth=1.2, linestyle=_UNIFORM, label="uniform")
+    data = total(cache).sel(size=size)
+    axes.plot(layers, 100 * data["hit_ratio_uniform"].values, label="uniform", **_UNIFORM_LOOK)
     for policy in (p for p in ("lru", "belady") if p in cache["policy"].values):
-        at, colour = data.sel(policy=policy), _colour(policy)
-        low, high = 100 * at["low"].values, 100 * at["high"].values
-        style.add_verticals(axes, layers, low, high, edgecolor=colour, linewidth=0.9, alpha=0.8)
-        axes.plot(layers, 100 * at["null"].values, color=colour, linewidth=1.0, linestyle=_ANY_ORDER, label="null")
-        axes.plot(
-            layers,
-            100 * at["hit_ratio"].values,
-            color=colour,
-            linewidth=1.7 if policy == "belady" else 1.1,
+        of_policy = data.sel(policy=policy)
+        low, high = (100 * of_policy[f"hit_ratio_{end}"].values for end in ("low", "high"))
+        style.add_verticals(axes, layers, low, high, edgecolor=_colour(policy), linewidth=0.9, alpha=0.8)
+        _draw_policy(
+            axes,
+            of_policy,
+            "layer",
+            "hit_ratio",
             marker=_LOOK[policy][1] if policy != "belady" else "",
-            markersize=3.4,
-            markevery=1 if few else 4,
-            markeredgewidth=0,
-            label=POLICY_NAMES[policy],
+            markevery=1 if len(layers) <= style.MOST_LAYERS_WITH_MARKERS else 4,
         )
     style.layer_axis(axes, layers)
     axes.set_xlabel("Layer", labelpad=2)

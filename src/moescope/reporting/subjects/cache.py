@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
 from moescope.reporting.chapters import WORTH
+from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import number, percent, plus_minus, spread
 from moescope.reporting.options import figures_option, layers_option, parse_integers, trace_argument
@@ -30,8 +32,7 @@ from moescope.reporting.subject import (
     Subject,
     folded,
 )
-from moescope.reporting.tables import Cell, Row, Section, Table
-from moescope.reporting.visible import visible
+from moescope.reporting.tables import Cell, Section, Table, grid
 from moescope.reporting.wording import capital
 from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
@@ -228,7 +229,7 @@ def cache_tables(cache: xr.Dataset, speed: xr.Dataset | None = None) -> Iterator
 
 def shown_sizes(cache: xr.Dataset) -> list[int]:
     """A few sizes, evenly spread, for which every policy was played through, and not the one that holds all experts."""
-    known = cache["overall"].isel(domain=0).sel(policy=played_policies(cache)).notnull()
+    known = total(cache)["model_hit_ratio"].sel(policy=played_policies(cache)).notnull()
     sizes = cache["size"].values[known.all("policy").values]
     if len(sizes) > 2 and sizes[-1] >= int(cache["num_experts"].max()):
         sizes = sizes[:-1]
@@ -238,7 +239,7 @@ def shown_sizes(cache: xr.Dataset) -> list[int]:
 
 def played_policies(cache: xr.Dataset) -> list[str]:
     """Policies that were played; those that are fitted need two documents at least."""
-    known = cache["overall"].isel(domain=0).notnull().any("size").values
+    known = total(cache)["model_hit_ratio"].notnull().any("size").values
     return [policy for policy, played in zip(cache["policy"].values.tolist(), known, strict=True) if played]
 
 
@@ -247,18 +248,19 @@ def cache_sentence(cache: xr.Dataset) -> str:
     if "lru" not in cache["policy"].values:
         return ""
     size = quarter(cache)
-    at = cache.sel(size=size).isel(domain=0)
-    lru = at.sel(policy="lru")
+    whole = total(cache).sel(size=size)
+    lru = whole.sel(policy="lru")
     shared = cache.attrs["budget"] == "global"
     text = (
         f"{'One cache for all layers' if shared else 'A cache'} of {size} of {_experts(cache)} experts a layer hits "
-        f"{percent(lru['overall'].item())} % under LRU; "
-        f"uniform routing gives {percent(_uniform(cache, size))} %"
+        f"{percent(lru['model_hit_ratio'].item())} % under LRU; "
+        f"uniform routing gives {percent(whole['model_hit_ratio_uniform'].item())} %"
     )
-    if not isnan(lru["overall_null"].item()):
-        text += f", the tokens of each document in any order {percent(lru['overall_null'].item())} %"
+    if not isnan(lru["model_hit_ratio_null"].item()):
+        text += f", the tokens of each document in any order {percent(lru['model_hit_ratio_null'].item())} %"
     if "belady" in cache["policy"].values:
-        text += f"; no policy could hit more than {percent(at['overall'].sel(policy='belady').item())} %"
+        best = whole["model_hit_ratio"].sel(policy="belady").item()
+        text += f"; no policy could hit more than {percent(best)} %"
     return f"{text}."
 
 
@@ -270,60 +272,36 @@ def quarter(cache: xr.Dataset) -> int:
 
 
 def cache_frame(cache: xr.Dataset) -> pd.DataFrame:
-    """A row a (policy, domain, layer, size), the layer empty for all layers together."""
-    by_layer = {"hit_ratio": "hit_ratio_percent", "low": "low_percent", "high": "high_percent"}
-    by_layer |= {"null": "any_order_percent", "uniform": "uniform_percent"}
-    of_all = {"overall": "hit_ratio_percent", "overall_low": "low_percent", "overall_high": "high_percent"}
-    of_all |= {"overall_null": "any_order_percent", "gain": "gain_points", "gain_low": "gain_low_points"}
-    of_all |= {"gain_high": "gain_high_points", "closed": "of_the_gap_percent", "closed_low": "of_the_gap_low_percent"}
-    of_all |= {"closed_high": "of_the_gap_high_percent"}
-    frames = []
-    for names, dims in ((of_all, ["policy", "domain", "size"]), (by_layer, ["policy", "domain", "layer", "size"])):
-        data = cache[[*names]].drop_vars(["num_experts", "top_k"], errors="ignore")
-        frame = xr.broadcast(data)[0].transpose(*dims).to_dataframe().reset_index()
-        frame[list(names)] *= 100
-        frames.append(frame[[*dims, *names]].rename(columns=names))
-        if "layer" not in dims:
-            loads = cache["loads"].transpose(*dims).values.ravel()
-            frames[-1] = frames[-1].assign(loads_a_token=loads)
-    frame = pd.concat(frames, ignore_index=True)
-    frame["layer"] = frame["layer"].astype("Int64")
-    columns = ["policy", "domain", "layer", "size"]
-    frame = frame[[*columns, *(name for name in frame.columns if name not in columns)]]
-    return frame[frame["hit_ratio_percent"].notna()].reset_index(drop=True)
+    """A row a (policy, domain, size) of all layers together, then a row a (policy, domain, layer, size)."""
+    model = only(cache, "policy", "domain", "size").assign(cache[["model_hit_ratio_uniform", "tokens"]])
+    return kinds(
+        {
+            "all layers": tidy(model, "policy", "domain", "size"),
+            "a layer": tidy(cache.drop_vars(model.data_vars), "policy", "domain", "layer", "size"),
+        }
+    )
 
 
 def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
-    data = cache.sel(size=list(sizes)).isel(domain=0)
     policies = played_policies(cache)
+    data = _named(total(cache).sel(size=list(sizes), policy=policies))
     unfitted = [
         POLICY_NAMES[name]
         for name in cache["policy"].values.tolist()
         if name in _FITTED and policies and name not in policies
     ]
 
-    def rows(value: str, low: str | None, high: str | None) -> tuple[Row, ...]:
-        made = []
-        for policy in policies:
-            at = data.sel(policy=policy)
-            cells = []
-            for size in sizes:
-                one = at.sel(size=size)
-                v = one[value].item()
-                half = "" if low is None or high is None else spread(v, one[low].item(), one[high].item())
-                cells.append(Cell(percent(v) if v >= 0 or isnan(v) else f"−{percent(-v)}", half))
-            made.append(Row(POLICY_NAMES[policy], tuple(cells)))
-        return tuple(made)
-
-    uniform = tuple(Cell(percent(_uniform(cache, size))) for size in sizes)
-    sections = [Section("", rows("overall", "overall_low", "overall_high"))]
-    if data["overall_null"].notnull().any():
-        sections.append(Section("tokens of each document in any order", rows("overall_null", None, None)))
-    sections.append(Section("uniform independent routing", (Row("any without foresight", uniform),)))
-    if data["closed"].notnull().any():
-        kept = [row for row in rows("closed", "closed_low", "closed_high") if row.label not in _ENDS]
-        if kept:
-            sections.append(Section("part of the way from LRU to the optimum", tuple(kept)))
+    sections = [Section("", grid_of(data, "policy", "size", "model_hit_ratio"))]
+    if data["model_hit_ratio_null"].notnull().any():
+        shuffled = grid_of(data, "policy", "size", "model_hit_ratio_null")
+        sections.append(Section("tokens of each document in any order", shuffled))
+    uniform = grid([_UNIFORM], sizes, lambda _, size: cell(data.sel(size=size), "model_hit_ratio_uniform"))
+    sections.append(Section("uniform independent routing", uniform))
+    between = data.sel(policy=[name for name in data["policy"].values.tolist() if name not in _ENDS])
+    if data["closed"].notnull().any() and between.sizes["policy"]:
+        sections.append(
+            Section("part of the way from LRU to the optimum", grid_of(between, "policy", "size", "closed"))
+        )
     return Table(
         "cache",
         f"Hit ratio of expert caches, all layers, {served(cache)}, %",
@@ -342,35 +320,26 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
 
 def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
     """LRU, LRU in any order and the optimum, a row a layer or a domain."""
-    names = {"hit_ratio": "hit_ratio", "low": "low", "high": "high", "null": "null"}
-    data = cache.isel(domain=0) if dim == "layer" else cache
-    if dim == "domain":
-        names = {"hit_ratio": "overall", "low": "overall_low", "high": "overall_high", "null": "overall_null"}
-    policies = [p for p in ("lru", "belady") if p in cache["policy"].values]
-    columns, groups = [], []
+    data, name = (total(cache), "hit_ratio") if dim == "layer" else (cache, "model_hit_ratio")
+    columns: list[tuple[dict[str, Any], str]] = []
+    headings: list[str] = []
+    groups: list[tuple[str, int]] = []
     for size in sizes:
-        of_size = []
-        for policy in policies:
-            of_size.append((size, policy, "hit_ratio", POLICY_NAMES[policy]))
-            if policy == "lru" and cache["overall_null"].notnull().any():
-                of_size.append((size, policy, "null", "any order"))
-        columns += of_size
-        groups.append((f"{size} experts", len(of_size)))
-    rows = []
-    for key in data[dim].values.tolist():
-        cells = []
-        for size, policy, what, _ in columns:
-            at = data.sel({dim: key, "size": size, "policy": policy})
-            value = at[names[what]].item()
-            ends = [at[names[end]].item() for end in ("low", "high")]
-            cells.append(Cell(percent(value), spread(value, *ends) if what == "hit_ratio" else ""))
-        rows.append(Row(visible(str(key)), tuple(cells)))
+        for policy in [policy for policy in ("lru", "belady") if policy in cache["policy"].values]:
+            columns.append(({"size": size, "policy": policy}, name))
+            headings.append(POLICY_NAMES[policy])
+            if policy == "lru" and cache["model_hit_ratio_null"].notnull().any():
+                columns.append(({"size": size, "policy": policy}, f"{name}_null"))
+                headings.append("any order")
+        groups.append((f"{size} experts", len(columns) // (len(groups) + 1)))
+    keys = data[dim].values.tolist()
+    rows = grid(keys, columns, lambda key, column: cell(data.sel({dim: key, **column[0]}), column[1]))
     return Table(
         f"cache_{dim}s",
         f"Hit ratio by {dim}, {served(cache)}, %",
         dim,
-        tuple(name for *_, name in columns),
-        (Section("", tuple(rows)),),
+        tuple(headings),
+        (Section("", rows),),
         groups=tuple(groups),
         notes=("any order: LRU with the tokens of each document in random order.",),
         frame=cache_frame(cache),
@@ -378,33 +347,25 @@ def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
 
 
 def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
-    data = speed.isel(domain=0).sel(size=list(sizes))
-    policies = speed["policy"].values[data["tokens_per_second"].notnull().any("size").values].tolist()
+    data = total(speed).sel(size=list(sizes))
+    played = data["tokens_per_second"].notnull().any("size").values
+    data = _named(data.isel(policy=played))
 
-    def rows(name: str) -> tuple[Row, ...]:
-        made = []
-        for policy in policies:
-            cells = []
-            for size in sizes:
-                at = data.sel(policy=policy, size=size)
-                if name == "null":
-                    cells.append(Cell(_rate(at["null"].item())))
-                    continue
-                value, *ends = values(at, "tokens_per_second", "low", "high")
-                bound = "*" if bool(at["link_bound"].item()) else ""
-                cells.append(Cell(_rate(value), plus_minus(value, *ends), bound))
-            made.append(Row(POLICY_NAMES[policy], tuple(cells)))
-        return tuple(made)
+    def with_bound(policy: str, size: int) -> Cell:
+        place = data.sel(policy=policy, size=size)
+        ends = values(place, "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+        return Cell(number(ends[0]), plus_minus(*ends), "*" if place["link_bound"].item() else "")
 
-    sections = [Section("", rows("tokens_per_second"))]
-    if data["null"].notnull().any():
-        sections.append(Section("tokens of each document in any order", rows("null")))
-    uniform = tuple(Cell(_rate(data["uniform"].sel(size=size).item())) for size in sizes)
-    sections.append(Section("uniform independent routing", (Row("any without foresight", uniform),)))
-    memory = tuple(Cell(number(float(data["cache_bytes"].sel(size=size)) / 1e9)) for size in sizes)
-    sections.append(Section("memory of the caches, GB", (Row("any", memory),)))
+    sections = [Section("", grid(data["policy"].values.tolist(), sizes, with_bound))]
+    if data["tokens_per_second_null"].notnull().any():
+        shuffled = grid_of(data, "policy", "size", "tokens_per_second_null")
+        sections.append(Section("tokens of each document in any order", shuffled))
+    uniform = grid([_UNIFORM], sizes, lambda _, size: cell(data.sel(size=size), "tokens_per_second_uniform"))
+    sections.append(Section("uniform independent routing", uniform))
+    memory = grid(["any"], sizes, lambda _, size: Cell(number(float(data["cache_bytes"].sel(size=size)) / 1e9)))
+    sections.append(Section("memory of the caches, GB", memory))
     of = speed.attrs
-    bound = data["link_bound"].sel(policy=policies).values
+    bound = data["link_bound"].values
     dominates = "everywhere" if bound.all() else "where marked *" if bound.any() else "nowhere"
     return Table(
         "cache_speed",
@@ -418,27 +379,16 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
             f"{of['overlap']:g}.",
             f"The link takes longer than compute {dominates}. ± the larger side of a 95 % interval of the hit ratio.",
         ),
-        frame=speed_frame(speed),
+        frame=tidy(speed, "policy", "domain", "size"),
     )
 
 
-def _rate(value: float) -> str:
-    return "∞" if np.isinf(value) else number(value)
+def _named(data: xr.Dataset) -> xr.Dataset:
+    """The same with policies called as tables call them."""
+    return data.assign_coords(policy=[POLICY_NAMES[policy] for policy in data["policy"].values.tolist()])
 
 
-def speed_frame(speed: xr.Dataset) -> pd.DataFrame:
-    """A row a (policy, domain, size)."""
-    names = ["tokens_per_second", "low", "high", "null", "uniform", "transfer", "link_bound"]
-    speed = speed.assign(uniform=speed["uniform"].broadcast_like(speed["tokens_per_second"]))
-    frame = speed[names].to_dataframe(["policy", "domain", "size"]).reset_index()
-    frame["cache_bytes"] = frame["size"].map(speed["cache_bytes"].to_series())
-    return frame.rename(columns={"transfer": "transfer_seconds", "null": "any_order"})
-
-
-def _uniform(cache: xr.Dataset, size: int) -> float:
-    """c/E over all requests: the mean of the layers' by their requests."""
-    uniform, requests = cache["uniform"].sel(size=size).values, cache["requests"].isel(domain=0).values
-    return float((uniform * requests).sum() / requests.sum()) if requests.sum() else float("nan")
+_UNIFORM = "any without foresight"
 
 
 def _experts(cache: xr.Dataset) -> str:
@@ -469,14 +419,13 @@ def advise(cache: xr.Dataset) -> Recommendation:
     are named as not told apart; if that is all of them, or the interval reaches c/E, there is no knee, and every expert
     added helps as much. The price of memory is not known here: a larger cache never hits less but by chance.
     """
-    whole = cache.isel(domain=0)
+    whole = total(cache)
     experts = cache["num_experts"].max().item()
     whole = whole.sel(size=whole["size"] < experts)
-    requests_L = whole["requests"].values
-    if not whole.sizes["size"] or not requests_L.any():
+    if not whole.sizes["size"] or not whole["requests"].any():
         return Recommendation("Nothing to advise.", "No cache short of all experts was played.")
-    uniform_Z = (whole["uniform"].values * requests_L[:, None]).sum(axis=0) / requests_L.sum()
-    above_PZ = (whole["overall"] - uniform_Z).transpose("policy", "size")
+    uniform_Z = whole["model_hit_ratio_uniform"].values
+    above_PZ = (whole["model_hit_ratio"] - uniform_Z).transpose("policy", "size")
     better = whole["closed_low"].transpose("policy", "size") > 0
     allowed = (better | (whole["policy"] == "lru")) & (whole["policy"] != "belady")
     above_PZ = above_PZ.where(allowed)
@@ -486,16 +435,16 @@ def advise(cache: xr.Dataset) -> Recommendation:
     at = whole.isel(policy=p, size=z)
     policy, size = str(at["policy"].item()), int(at["size"].item())
     curve = whole.isel(policy=p)
-    low_Z, high_Z = curve["overall_low"].values - uniform_Z, curve["overall_high"].values - uniform_Z
-    played_Z = curve["overall"].notnull().values
+    low_Z, high_Z = (curve[f"model_hit_ratio_{end}"].values - uniform_Z for end in ("low", "high"))
+    played_Z = curve["model_hit_ratio"].notnull().values
     alike_Z = played_Z & (high_Z >= low_Z[z])
-    value, low, high = values(at, "overall", "overall_low", "overall_high")
+    value, low, high = values(at, "model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high")
     kept = f"{size} of {_experts(cache)} experts a layer"
     kept += ", in one cache," if cache.attrs["budget"] == "global" else ""
     evidence = [
         f"{capital(served(cache))}, {kept} hit {percent(value)}{spread(value, low, high)} % under "
         f"{POLICY_NAMES[policy]}; uniform routing gives {percent(float(uniform_Z[z]))} %"
-        + _if_known(", the tokens of each document in any order {} %", at["overall_null"].item())
+        + _if_known(", the tokens of each document in any order {} %", at["model_hit_ratio_null"].item())
         + _if_known("; no policy could hit more than {} %", _of(whole, "belady", size))
         + "."
     ]
@@ -529,7 +478,7 @@ def advise(cache: xr.Dataset) -> Recommendation:
 def _of(whole: xr.Dataset, policy: str, size: int) -> float:
     if policy not in whole["policy"].values:
         return float("nan")
-    return float(whole["overall"].sel(policy=policy, size=size))
+    return float(whole["model_hit_ratio"].sel(policy=policy, size=size))
 
 
 def _if_known(text: str, share: float) -> str:
