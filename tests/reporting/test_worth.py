@@ -118,8 +118,8 @@ def prefetch_of(gain: float, half: float, lookahead: int = 1, unit: str = "docum
     return xr.Dataset(
         {
             "model_recall": (flat, popular + gains),
-            "model_low": (flat, popular + gains - 0.02),
-            "model_high": (flat, popular + gains + 0.02),
+            "model_recall_low": (flat, popular + gains - 0.02),
+            "model_recall_high": (flat, popular + gains + 0.02),
             "model_gain": (flat, gains),
             "model_gain_low": (flat, gains - half),
             "model_gain_high": (flat, gains + half),

@@ -218,8 +218,7 @@ def check_recall(at: xr.Dataset, prefix: str, places: dict, popular: dict, loade
 
     needed = [len(places[group]) for group in sorted(places)]
     mine, theirs = hits(places), hits(popular)
-    name = f"{prefix}recall" if f"{prefix}recall_low" in at else prefix.rstrip("_")
-    low, high = ends(at, name) if name else ends(at, "recall")
+    low, high = ends(at, f"{prefix}recall")
     np.testing.assert_allclose([float(low), float(high)], proportion(mine, needed), rtol=1e-9)
     gain, error = clustered(np.subtract(mine, theirs).tolist(), needed)
     half = quantile(len(needed) - 1) * error

@@ -199,7 +199,7 @@ def test_a_layer_that_follows_from_another_is_predicted_by_its_transitions(tmp_p
     assert result["recall"].sel(predictor="transitions 2") == 1
     assert result["gain_low"].sel(predictor="transitions 2") > 0.8
     near = result.sel(predictor="transitions 1")
-    assert near["low"] < 1 / 8 < near["high"]
+    assert near["recall_low"] < 1 / 8 < near["recall_high"]
     assert near["gain_low"] < 0 < near["gain_high"]
 
 
@@ -223,11 +223,11 @@ def test_routing_at_random_is_loaded_as_often_as_chance_says(tmp_path: Path) -> 
     part = make_part(rng, layers, [50] * 200, window=1000)
     ids = {layer: np.argsort(rng.random((10_000, 8)), axis=1)[:, :2] for layer in range(3)}
     result = prefetch(make_trace(tmp_path / "u.moe", [replace(part, expert_ids=ids)], layers), distances=[1, 2])
-    inside = (result["low"] <= result["uniform"]) & (result["uniform"] <= result["high"])
+    inside = (result["recall_low"] <= result["recall_uniform"]) & (result["recall_uniform"] <= result["recall_high"])
     known = result["recall"].notnull() & (result["loaded"] < 8)
     # Of intervals of 95 %, which go together for neighbouring numbers of experts.
     assert float(inside.where(known).mean()) > 0.8
-    assert float(abs(result["recall"] - result["uniform"]).where(known).max()) < 0.02
+    assert float(abs(result["recall"] - result["recall_uniform"]).where(known).max()) < 0.02
     assert (result["model_recall"].sel(loaded=8) == 1).all()
 
 
@@ -242,7 +242,7 @@ def test_independent_documents_are_covered_by_their_intervals_as_often_as_promis
         ids = np.where(rng.random(600) < mean, 0, rng.integers(1, 4, 600))[:, None]
         trace = make_trace(tmp_path / f"{seed}.moe", [replace(part, expert_ids={0: ids})], layers)
         at = prefetch(trace, predictors=["popularity"], distances=[]).sel(predictor="popularity", layer=0, loaded=1)
-        covered += bool(at["low"] <= 0.5 <= at["high"])
+        covered += bool(at["recall_low"] <= 0.5 <= at["recall_high"])
     assert covered >= 34
 
 
@@ -289,8 +289,10 @@ def test_layers_of_different_size_are_pooled_over_those_that_all_distances_reach
     weight = result["needed"].sel(layer=[3, 4]).values
     mean = (result["recall"].sel(layer=[3, 4], loaded=3).values * weight).sum(axis=1) / weight.sum()
     np.testing.assert_allclose(result["model_recall"].sel(loaded=3), mean)
-    assert float(result["model_uniform"].sel(loaded=8)) == 1
-    assert float(result["model_uniform"].sel(loaded=3)) == pytest.approx((weight * [3 / 8, 3 / 6]).sum() / weight.sum())
+    assert float(result["model_recall_uniform"].sel(loaded=8)) == 1
+    assert float(result["model_recall_uniform"].sel(loaded=3)) == pytest.approx(
+        (weight * [3 / 8, 3 / 6]).sum() / weight.sum()
+    )
     assert np.isnan(result["recall"].sel(predictor="transitions 1", layer=0)).all()
     assert np.isnan(result["recall"].sel(layer=4, loaded=7)).all()
     assert (result["model_recall"].sel(loaded=[7, 8]) <= 1).all()
@@ -325,7 +327,7 @@ def test_recorded_lists_are_known_as_far_as_they_go(looked: Trace) -> None:
     assert (result["recall"].sel(predictor="lookahead 1", loaded=[1, 2, 3], layer=[1, 2, 3]) == 1).all()
     assert result["recall"].sel(predictor="lookahead 1", layer=0).isnull().all()
     assert result["model_recall"].sel(predictor="lookahead 1", loaded=4).isnull()
-    assert (result["low"].sel(predictor="lookahead 1", loaded=1, layer=[1, 2, 3]) < 1).all()
+    assert (result["recall_low"].sel(predictor="lookahead 1", loaded=1, layer=[1, 2, 3]) < 1).all()
     names = result["predictor"].values.tolist()
     assert "lookahead 1" not in prefetch(looked, predictors=["previous"])["predictor"].values
     text = "\n".join(note for table in prefetch_tables(result, [0, 1, 3]) for note in table.notes)
@@ -370,7 +372,7 @@ def test_a_trace_of_one_document_is_cut_into_stretches_and_says_so(tmp_path: Pat
         result = prefetch(trace)
         assert result.attrs["unit"] == "stretch of the only document"
         assert result["needed"].values.tolist() == [length] * 2
-    assert result["low"].sel(predictor="popularity", loaded=2).notnull().all()
+    assert result["recall_low"].sel(predictor="popularity", loaded=2).notnull().all()
     assert "stretches of the only document" in next(prefetch_tables(result, [0])).notes[0]
 
 
@@ -385,10 +387,8 @@ def test_the_command_prints_tables_data_and_a_figure(looked: Trace, tmp_path: Pa
     rows = json.loads(run(looked.path, "--format", "json").stdout)
     frame = prefetch_frame(prefetch(looked))
     assert len(rows) == len(frame)
-    one = next(
-        row for row in rows if row["predictor"] == "lookahead" and row["layer"] == 1 and row["layers_ahead"] == 1
-    )
-    assert (one["recall_percent"], one["uniform_percent"]) == (100, pytest.approx(8.33333))
+    one = next(row for row in rows if row["predictor"] == "lookahead 1" and row["layer"] == 1)
+    assert (one["recall_percent"], one["recall_uniform_percent"]) == (100, pytest.approx(8.33333))
     only = json.loads(run(looked.path, "--predictor", "previous", "--format", "json").stdout)
     assert {row["predictor"] for row in only} == {"previous", "popularity"}
     for option, value, message in (

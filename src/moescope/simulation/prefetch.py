@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NoSuchLayer, NotRecorded
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described
+from moescope.measures.schema import DIFFERENCE, FRACTION, described, labelled, layer_coordinates
 from moescope.measures.statistics import Numbers
 from moescope.simulation import prefetch_kernels as kernels
 from moescope.tallying import Source
@@ -103,11 +103,11 @@ def prefetch(
         threads: Parts counted at a time; None for the number of processors.
     Returns:
         `loaded` is n, from 1 to the largest number of experts. By (predictor, layer, loaded): `recall` with its 95 %
-        interval over documents `low`, `high`, and `gain`, `gain_low`, `gain_high`: recall less that of popularity, of
-        the same tokens. By (predictor, loaded): the same as `model_recall` … over the layers that all distances reach
-        (`attrs["pooled_layers"]`). By (layer, loaded) and (loaded): `uniform`, `model_uniform`, n / E, what loading n
-        experts at random gives. NaN: a layer that nothing lies so far before, n above the layer's experts, or beyond
-        the recorded lists.
+        interval over documents, `recall_low`, `recall_high`, and `gain`, `gain_low`, `gain_high`: recall less that of
+        popularity, of the same tokens. By (predictor, loaded): the same as `model_recall` … over the layers that all
+        distances reach (`attrs["pooled_layers"]`). By (layer, loaded) and (loaded): `recall_uniform`,
+        `model_recall_uniform`, n / E, what loading n experts at random gives. NaN: a layer that nothing lies so far
+        before, n above the layer's experts, or beyond the recorded lists.
     Raises:
         NotRecorded: Lookahead is asked for and was not recorded, or the trace has no tokens, or no phases.
         NoSuchLayer: A layer was not recorded, or no two are so far apart.
@@ -504,7 +504,7 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
     complete_PL = np.array([[plan.complete(each, place) for place in plan.places] for each in plan.predictors])
     reach = max((each.distance for each in plan.predictors), default=0)
     pooled = [at for at, place in enumerate(plan.places) if place >= reach]
-    names = ("recall", "low", "high", "gain", "gain_low", "gain_high")
+    names = ("recall", "recall_low", "recall_high", "gain", "gain_low", "gain_high")
     table = np.full((len(names), len(plan.predictors), len(layers), plan.num_ids), np.nan)
     model = np.full((len(names), len(plan.predictors), plan.num_ids), np.nan)
     for p in range(len(plan.predictors)):
@@ -523,23 +523,19 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
                 model[:3, p, max(layers[at].num_experts for at in pooled) - 1 :] = 1
     num_experts_L = np.array([layer.num_experts for layer in layers])
     uniform_LN = np.minimum(loaded_N / num_experts_L[:, None], 1.0)
-    by_layer, by_model = ("predictor", "layer", "loaded"), ("predictor", "loaded")
-    variables: dict[str, Any] = {}
-    for at, name in enumerate(names):
-        meaning, source = _MEANINGS[name]
-        variables[name] = described(table[at], by_layer, meaning, "1", source)
-        variables[f"model_{name}"] = described(model[at], by_model, f"{meaning}, layers together", "1", source)
-    variables["uniform"] = described(
-        np.where(loaded_N <= num_experts_L[:, None], uniform_LN, np.nan),
-        ("layer", "loaded"),
-        "recall of experts loaded at random, n / E",
-        "1",
+    dims = ("predictor", "layer", "loaded")
+    variables = labelled(dict(zip(names, table, strict=True)), dims, _MEANINGS)
+    of_model = {f"model_{name}": values for name, values in zip(names, model, strict=True)}
+    variables |= labelled(of_model, dims[::2], _OF_MODEL)
+    uniform = "recall of experts loaded at random, n / E"
+    variables["recall_uniform"] = described(
+        np.where(loaded_N <= num_experts_L[:, None], uniform_LN, np.nan), dims[1:], uniform, FRACTION
     )
-    variables["model_uniform"] = described(
+    variables["model_recall_uniform"] = described(
         statistics.ratio((uniform_LN * needed_L[:, None])[pooled].sum(axis=0), needed_L[pooled].sum()),
-        ("loaded",),
-        "the same, layers together",
-        "1",
+        dims[2:],
+        f"{uniform}, layers together",
+        FRACTION,
     )
     variables["needed"] = described(needed_L, ("layer",), "experts needed", "assignments")
     unit = "stretch of the only document" if plan.units.stretches else "document"
@@ -549,15 +545,13 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
             "predictor": [each.label for each in plan.predictors],
             "kind": ("predictor", [each.kind for each in plan.predictors]),
             "distance": ("predictor", [each.distance for each in plan.predictors]),
-            "layer": [layer.layer for layer in layers],
-            "num_experts": ("layer", num_experts_L),
-            "top_k": ("layer", [layer.top_k for layer in layers]),
+            **layer_coordinates(layers),
             "loaded": loaded_N,
+            "documents": ((), len(plan.units.numbers), {"units": "documents"}),
         },
         {
             "unit": unit,
             "folds": plan.units.num_folds,
-            "documents": len(plan.units.numbers),
             "lookahead_recorded": int(any(layer.lookahead for layer in plan.all_layers)),
             "pooled_layers": [layers[at].layer for at in pooled],
             "phase": "" if plan.phase is None else PHASES[plan.phase],
@@ -565,14 +559,11 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
     )
 
 
-_MEANINGS = {
-    "recall": ("part of the needed experts that are loaded", LOOKAHEAD_SOURCE),
-    "low": ("95 % interval, low end", ""),
-    "high": ("95 % interval, high end", ""),
-    "gain": ("recall less that of popularity", ""),
-    "gain_low": ("95 % interval, low end", ""),
-    "gain_high": ("95 % interval, high end", ""),
+_MEANINGS: dict[str, tuple[str, ...]] = {
+    "recall": ("part of the needed experts that are loaded", FRACTION, LOOKAHEAD_SOURCE),
+    "gain": ("recall less that of popularity", DIFFERENCE),
 }
+_OF_MODEL = {f"model_{name}": (f"{words}, layers together", *unit) for name, (words, *unit) in _MEANINGS.items()}
 
 
 def _judge(hits_GN: NDArray[np.int64], null_GN: NDArray[np.int64], needed_G: NDArray[np.int64]) -> Numbers:

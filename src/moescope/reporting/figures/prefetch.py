@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from moescope.reporting.colours import INK, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
-from moescope.reporting.subjects.prefetch import predictor_names
+from moescope.reporting.subjects.prefetch import as_many_as_chosen, predictor_names
 
 MOST_EXPERTS_LINEAR = 16
 """From there on the number of experts loaded is on a logarithmic axis."""
@@ -80,20 +80,7 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
 def _draw_by_loaded(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None:
     loaded = prefetch["loaded"].values
     wide = len(loaded) > MOST_EXPERTS_LINEAR
-    axes.plot(loaded, 100 * prefetch["model_uniform"].values, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    for p, (colour, marker, line) in enumerate(looks):
-        at = prefetch.isel(predictor=p)
-        _band(axes, loaded, at, "model_", colour)
-        axes.plot(
-            loaded,
-            100 * at["model_recall"].values,
-            color=colour,
-            linestyle=line,
-            linewidth=1.3,
-            marker="" if wide else marker,
-            markersize=3.0,
-            markeredgewidth=0,
-        )
+    _draw_lines(axes, prefetch, "loaded", "model_recall", looks, markers=not wide)
     top_k = int(prefetch["top_k"].max())
     axes.axvline(top_k, color=INK, linewidth=0.5, alpha=0.5)
     axes.annotate(
@@ -116,23 +103,8 @@ def _draw_by_loaded(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> Non
 
 def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None:
     layers = prefetch["layer"].values
-    needed = np.minimum(prefetch["top_k"], prefetch["num_experts"])
-    at_k = prefetch.sel(loaded=needed)
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
-    axes.plot(layers, 100 * at_k["uniform"].values, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    for p, (colour, marker, line) in enumerate(looks):
-        at = at_k.isel(predictor=p)
-        _band(axes, layers, at, "", colour)
-        axes.plot(
-            layers,
-            100 * at["recall"].values,
-            color=colour,
-            linestyle=line,
-            linewidth=1.3,
-            marker=marker if few else "",
-            markersize=3.0,
-            markeredgewidth=0,
-        )
+    _draw_lines(axes, as_many_as_chosen(prefetch), "layer", "recall", looks, markers=few)
     style.panel_title(axes, "By layer, as many loaded as chosen (k)")
     axes.set_xlabel("Layer", labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -141,6 +113,21 @@ def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None
     axes.grid(axis="y")
 
 
-def _band(axes: Axes, x: np.ndarray[tuple[int], np.dtype[np.int64]], at: xr.Dataset, prefix: str, colour: str) -> None:
-    low, high = (100 * at[f"{prefix}{end}"].values for end in ("low", "high"))
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+def _draw_lines(axes: Axes, data: xr.Dataset, dim: str, name: str, looks: list[_Look], *, markers: bool) -> None:
+    """A line a predictor over the band of its intervals, and what loading at random gives."""
+    x = data[dim].values
+    axes.plot(x, 100 * data[f"{name}_uniform"].values, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    for p, (colour, marker, line) in enumerate(looks):
+        of_predictor = data.isel(predictor=p)
+        low, high = (100 * of_predictor[f"{name}_{end}"].values for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            x,
+            100 * of_predictor[name].values,
+            color=colour,
+            linestyle=line,
+            linewidth=1.3,
+            marker=marker if markers else "",
+            markersize=3.0,
+            markeredgewidth=0,
+        )

@@ -13,10 +13,11 @@ import pandas as pd
 import xarray as xr
 
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import percent_cell, share_cell, values
+from moescope.reporting.cells import cell, grid_of
 from moescope.reporting.chapters import WORTH
+from moescope.reporting.frames import kinds, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import MISSING, percent, spread
+from moescope.reporting.numbers import percent, spread
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
 from moescope.reporting.subject import (
     Drawing,
@@ -28,7 +29,7 @@ from moescope.reporting.subject import (
     Subject,
     folded,
 )
-from moescope.reporting.tables import Cell, Row, Section, Table
+from moescope.reporting.tables import Section, Table, grid
 from moescope.simulation.prefetch import prefetch
 from moescope.simulation.together import Job
 from moescope.trace import Trace
@@ -174,18 +175,9 @@ def prefetch_tables(
 
 
 def _by_loaded(prefetch: xr.Dataset, loaded: Sequence[int]) -> Table:
-    data = prefetch.sel(loaded=list(loaded))
-    rows = [
-        Row(
-            name,
-            tuple(
-                share_cell(data.isel(predictor=p, loaded=at), "model_recall", "model_low", "model_high")
-                for at in range(len(loaded))
-            ),
-        )
-        for p, name in enumerate(predictor_names(prefetch))
-    ]
-    rows.append(Row("at random", tuple(Cell(percent(value)) for value in data["model_uniform"].values.tolist())))
+    data = prefetch.sel(loaded=list(loaded)).assign_coords(predictor=predictor_names(prefetch))
+    rows = grid_of(data, "predictor", "loaded", "model_recall")
+    random = grid(["at random"], loaded, lambda _, number: cell(data.sel(loaded=number), "model_recall_uniform"))
     pooled = prefetch.attrs["pooled_layers"]
     notes = [
         f"The layers that every predictor reaches, together: {_listed(pooled)}. {_intervals(prefetch)}",
@@ -202,7 +194,7 @@ def _by_loaded(prefetch: xr.Dataset, loaded: Sequence[int]) -> Table:
         "Needed experts that are loaded, %, by number of experts loaded",
         "predictor",
         tuple(map(str, loaded)),
-        (Section("", tuple(rows)),),
+        (Section("", (*rows, *random)),),
         groups=(("experts loaded", len(loaded)),),
         notes=tuple(notes),
         frame=prefetch_frame(prefetch),
@@ -210,27 +202,13 @@ def _by_loaded(prefetch: xr.Dataset, loaded: Sequence[int]) -> Table:
 
 
 def _by_layer(prefetch: xr.Dataset, layers: Sequence[int]) -> Table:
-    names = predictor_names(prefetch)
-    recall, gain, uniform = [], [], []
-    for layer in layers:
-        at = prefetch.sel(layer=layer)
-        at = at.sel(loaded=min(int(at["top_k"]), int(at["num_experts"])))
-        recall.append([share_cell(at.isel(predictor=p), "recall") for p in range(len(names))])
-        gain.append([_gain_cell(at.isel(predictor=p)) for p in range(len(names))])
-        uniform.append(percent_cell(at, "uniform"))
-    sections = [
-        Section(
-            "",
-            (
-                *(Row(name, tuple(cells[p] for cells in recall)) for p, name in enumerate(names)),
-                Row("at random", tuple(uniform)),
-            ),
-        )
-    ]
-    others = [p for p, kind in enumerate(prefetch["kind"].values.tolist()) if kind != "popularity"]
-    if others:
-        rows = tuple(Row(names[p], tuple(cells[p] for cells in gain)) for p in others)
-        sections.append(Section("points above popularity", rows))
+    data = as_many_as_chosen(prefetch.sel(layer=list(layers))).assign_coords(predictor=predictor_names(prefetch))
+    rows = grid_of(data, "predictor", "layer", "recall")
+    random = grid(["at random"], layers, lambda _, layer: cell(data.sel(layer=layer), "recall_uniform"))
+    sections = [Section("", (*rows, *random))]
+    others = data.isel(predictor=np.flatnonzero(data["kind"] != "popularity"))
+    if others.sizes["predictor"]:
+        sections.append(Section("points above popularity", grid_of(others, "predictor", "layer", "gain")))
     return Table(
         "prefetch_by_layer",
         "Needed experts that are loaded, %, if as many are loaded as a token chooses",
@@ -243,31 +221,19 @@ def _by_layer(prefetch: xr.Dataset, layers: Sequence[int]) -> Table:
 
 
 def prefetch_frame(prefetch: xr.Dataset) -> pd.DataFrame:
-    """A row a (predictor, layer, experts loaded); the layer is empty for all of them together."""
-    values = ("recall", "low", "high", "gain", "gain_low", "gain_high")
-    drop = ["num_experts", "top_k"]
-    together = prefetch[[f"model_{name}" for name in (*values, "uniform")]].drop_vars(drop, errors="ignore")
-    together = together.rename({f"model_{name}": name for name in (*values, "uniform")})
-    parts = [together.to_dataframe().reset_index(), prefetch[[*values, "uniform"]].to_dataframe().reset_index()]
-    frame = pd.concat([parts[0].assign(layer=pd.NA), parts[1]], ignore_index=True)
-    frame["layer"] = frame["layer"].astype("Int64")
-    columns = {}
-    for name in ("kind", "distance", "layer"):
-        columns[{"kind": "predictor", "distance": "layers_ahead"}.get(name, name)] = frame[name]
-    columns["experts_loaded"] = frame["loaded"]
-    for name in (*values, "uniform"):
-        columns[f"{name}_percent"] = 100 * frame[name]
-    tidy = pd.DataFrame(columns)
-    return tidy[tidy["recall_percent"].notna()].reset_index(drop=True)
+    """A row a (predictor, experts loaded) of the layers together, then a row a (predictor, layer, experts loaded)."""
+    by_layer = prefetch.drop_vars([name for name in prefetch.data_vars if str(name).startswith("model_")])
+    return kinds(
+        {
+            "layers together": tidy(prefetch, "predictor", "loaded"),
+            "a layer": tidy(by_layer, "predictor", "layer", "loaded"),
+        }
+    )
 
 
-def _gain_cell(at: xr.Dataset) -> Cell:
-    value, low, high = values(at, "gain", "gain_low", "gain_high")
-    if isnan(value):
-        return Cell(MISSING)
-    sign = "+" if value > 0 else "−" if value < 0 else ""
-    half = max(value - low, high - value)
-    return Cell(f"{sign}{percent(abs(value))}", "" if isnan(half) or not half else f"±{percent(half)}")
+def as_many_as_chosen(prefetch: xr.Dataset) -> xr.Dataset:
+    """What loading as many experts as a token chooses gives in each layer."""
+    return prefetch.sel(loaded=np.minimum(prefetch["top_k"], prefetch["num_experts"]))
 
 
 def _intervals(prefetch: xr.Dataset) -> str:
@@ -299,8 +265,7 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         )
     p = int(np.nanargmax(gain_P))
     one = at.isel(predictor=p)
-    recall = [one[f"model_{name}"].item() for name in ("recall", "low", "high")]
-    gain = [one[f"model_gain{end}"].item() for end in ("", "_low", "_high")]
+    recall, gain = ([one[f"model_{name}{end}"].item() for end in ("", "_low", "_high")] for name in ("recall", "gain"))
     popularity = at["model_recall"].isel(predictor=prefetch["kind"].values.tolist().index("popularity")).item()
     sign = "−" if gain[0] < 0 else ""
     number_of = np.count_nonzero(~np.isnan(gain_P))
