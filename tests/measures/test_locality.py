@@ -118,11 +118,11 @@ def test_rates_and_the_popularity_null_are_those_of_repeats(tmp_path: Path) -> N
     domains, kinds = known["domain"].values, ["first", "any"]
     at = found.sel(domain=domains, pairs="all")
     assert np.allclose(at["rate"], known["rate"].sel(kind=kinds))
-    assert np.allclose(at["rate_low"], known["low"].sel(kind=kinds))
+    assert np.allclose(at["rate_low"], known["rate_low"].sel(kind=kinds))
     assert np.allclose(at["lag_rate"].sel(lag=1), known["rate"].sel(kind=kinds))
-    assert np.allclose(at["rate_null"].sel(null="uniform", domain="ArXiv"), known["uniform"].sel(kind=kinds))
-    assert np.allclose(at["rate_null"].sel(null="popularity", kind="first"), known["marginal"].sel(kind="first"))
-    assert np.allclose(at["rate_null"].sel(null="popularity"), known["marginal"].sel(kind=kinds), atol=0.03)
+    assert np.allclose(at["rate_null"].sel(null="uniform", domain="ArXiv"), known["rate_uniform"].sel(kind=kinds))
+    assert np.allclose(at["rate_null"].sel(null="popularity", kind="first"), known["rate_null"].sel(kind="first"))
+    assert np.allclose(at["rate_null"].sel(null="popularity"), known["rate_null"].sel(kind=kinds), atol=0.03)
 
 
 def test_stand_ins_have_the_same_ids_come_from_other_documents_and_are_two_tokens() -> None:

@@ -150,7 +150,7 @@ class TransitionCounter(Counter[Transitions]):
         if len(layers) < 2:
             raise NotRecorded(trace.path, "transitions need two layers, found one", "ask for more with --layers")
         if options.choice == "first" and not all(layer.ranked for layer in layers):
-            hint = "ask for all assignments instead: --choice any"
+            hint = "ask for all assignments instead: --choice all"
             raise NotRecorded(trace.path, "does not say which of a token's choices is the first", hint)
 
     @classmethod

@@ -248,7 +248,7 @@ class TallyCounter(Counter[Tally]):
         arrays = {
             name: np.ascontiguousarray(sums.swapaxes(0, 1)) if "layer" in _SUMS[name][0] else sums
             for name, sums in self.sums.items()
-            if sums.size
+            if name != "pair" or sums.size  # no layer has a table
         }
         if "pair" in arrays:
             num_ids, paired = self.sums["loads"].shape[3], arrays["pair"]
