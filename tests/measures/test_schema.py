@@ -36,6 +36,7 @@ RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
     "explain, all choices": lambda trace: moescope.explain(trace, choice="all", permutations=3),
     "locality": lambda trace: moescope.locality(trace, lags=(1, 4)),
     "offloading": lambda trace: moescope.offloading(moescope.cache(trace), bytes_per_expert=1, bandwidth=2),
+    "parallel": lambda trace: moescope.parallel(trace, devices=2),
     "prefetch": moescope.prefetch,
     "syntax": moescope.syntax,
     "syntax, all choices": lambda trace: moescope.syntax(trace, choice="all"),

@@ -65,11 +65,15 @@ def test_the_command_prints_its_tables_and_as_csv_and_json_everything(run, trace
     assert len(json.loads(run("parallel", trace.path, *OPTIONS, "--format", "json").stdout)) == len(rows)
     number = {what: sum(row["what"] == what for row in rows) for what in dict.fromkeys(row["what"] for row in rows)}
     placements, batches, layers, domains, factors = 5, 3, 3, 4, 13
-    assert number["over-subscription"] == number["reached"] == placements * batches * layers
+    assert number["a layer"] == placements * batches * layers
     assert number["over all layers"] == placements * batches
     assert number["foreign profile"] == 2 * domains * domains
     bins = int(result["dropped_by_position"].isel(layer=0, capacity_factor=0, batch=0).notnull().sum())
-    assert number["dropped"] == batches * layers * ((domains + bins) * factors + 1)
+    assert number["dropped"] == batches * layers * domains * factors
+    assert number["dropped by position"] == batches * layers * bins * factors
+    assert number["dropped without locality"] == batches * layers * factors
+    assert number["sufficient factor"] == batches * layers
+    assert number["less another placement"] == placements * placements * batches
 
 
 def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> None:
@@ -77,7 +81,7 @@ def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> No
     at = result.sel(placement="eplb", batch="prefill 40")
     row = next(row for row in devices.sections[1].rows if row.label == "eplb")
     expected = [at["over_subscription"].sel(layer=2), at["slowest"], at["slowest_quantile"][-1], at["slowest_own"]]
-    expected += [at["slowest_shuffled"], at["slowest_uniform"]]
+    expected += [at["slowest_null"], at["slowest_uniform"]]
     assert [cell.value for cell in row.cells] == [f"{float(value):.2f}" for value in expected]
     assert [section.title for section in reach.sections] == [
         "devices a token", "nodes a token",
@@ -105,7 +109,7 @@ def test_the_figure_draws_what_its_data_hold(result: xr.Dataset, tmp_path: Path)
     for axes, batch in zip(upper, result["batch"].values, strict=True):
         at = result.sel(batch=batch, placement="linear")
         drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
-        for label, name in (("measured", ""), ("shuffled", "_shuffled"), ("uniform", "_uniform")):
+        for label, name in (("measured", ""), ("null", "_null"), ("uniform", "_uniform")):
             np.testing.assert_array_equal(drawn[label], at[f"over_subscription{name}"].values)
     mean = 100 * result["dropped"].isel(domain=0).mean("layer").sel(batch="prefill 20").values
     line = next(line for line in drops.lines if line.get_label() == "dropped")

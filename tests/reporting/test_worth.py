@@ -170,7 +170,7 @@ def parallel_of(slowest: dict[str, list[float]], half: float, batches: list[str]
             "slowest": (flat, value),
             "slowest_low": (flat, value - 0.2),  # wide: what counts is the paired difference
             "slowest_high": (flat, value + 0.2),
-            "slowest_shuffled": (flat, np.full(value.shape, 1.05)),
+            "slowest_null": (flat, np.full(value.shape, 1.05)),
             "slowest_difference": (versus, less),
             "slowest_difference_low": (versus, less - half),
             "slowest_difference_high": (versus, less + half),

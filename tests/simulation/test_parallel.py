@@ -283,14 +283,14 @@ def test_with_a_device_for_each_expert_a_token_reaches_as_many_devices_as_it_has
     found = parallel(made, devices=8, nodes=8, prefill=16, decode=2, placements=names)
     for name in ("devices_reached", "nodes_reached", "devices_reached_uniform"):
         assert (found[name] == 3).all()
-    for null in ("", "_own", "_shuffled", "_uniform"):
+    for null in ("", "_own", "_null", "_uniform"):
         values = found[f"over_subscription{null}"]
         np.testing.assert_allclose(values, values.isel(placement=[0] * 4).values)  # names of devices do not matter
 
 
 def test_one_device_waits_for_nobody(trace: Trace) -> None:
     found = parallel(trace, devices=1, prefill=20, decode=2)
-    names = ["over_subscription", "over_subscription_shuffled", "slowest", "slowest_uniform"]
+    names = ["over_subscription", "over_subscription_null", "slowest", "slowest_uniform"]
     for name in names:
         np.testing.assert_allclose(found[name], 1)
     assert (found["devices_reached"].sel(layer=0) <= 1).all()
@@ -311,13 +311,13 @@ def test_locality_over_subscribes_devices_and_without_it_both_agree(tmp_path: Pa
     local = parallel(sticky(tmp_path, rng, 3.0), devices=4, prefill=40, decode=8, placements=["linear"])
     none = parallel(sticky(tmp_path, rng, 0.0), devices=4, prefill=40, decode=8, placements=["linear"])
     prefill = {"batch": "prefill 40", "placement": "linear", "layer": 0}
-    chance = float(local["over_subscription_shuffled"].sel(prefill))
+    chance = float(local["over_subscription_null"].sel(prefill))
     assert float(local["over_subscription_low"].sel(prefill)) > chance + 0.5
-    for name in ("shuffled", "uniform"):
+    for name in ("null", "uniform"):
         other = float(none[f"over_subscription_{name}"].sel(prefill))
         assert float(none["over_subscription"].sel(prefill)) == pytest.approx(other, abs=0.05)
     drops = local.sel(batch="prefill 40", layer=0, capacity_factor=1.5)
-    assert float(drops["dropped"].sel(domain="(all)")) > 2 * float(drops["dropped_shuffled"])
+    assert float(drops["dropped"].sel(domain="(all)")) > 2 * float(drops["dropped_null"])
     first, last = (float(drops["dropped_by_position"].sel(position=at)) for at in (0, 31))
     assert first == 0
     assert last > 0.2
@@ -492,4 +492,4 @@ def test_real_routing_reaches_more_devices_the_more_there_are(name: str, shared_
     assert slowest[0] < slowest[1] < slowest[2]
     assert slowest[2] == pytest.approx(128 / 6, rel=1e-9)
     one = found[0].sel(batch="decode 1")  # a batch of one token has no locality
-    np.testing.assert_allclose(one["over_subscription"], one["over_subscription_shuffled"], rtol=0.01)
+    np.testing.assert_allclose(one["over_subscription"], one["over_subscription_null"], rtol=0.01)

@@ -213,7 +213,11 @@ def _batches(counts: BalanceCounts, rng: np.random.Generator) -> dict[str, Any]:
         error = np.sqrt(np.maximum(square - mean**2, 0) / (number_LS - 1))
     half = statistics.student_t(number_LS) * error
     sizes = range(len(counts.batch_sizes))
-    seen = [[_quantiles(histogram_B) for histogram_B in histogram_SB] for histogram_SB in counts.imbalances_LSB]
+    edges = np.exp(np.arange(counts.imbalances_LSB.shape[2] + 1) / BINS_PER_E)  # bins of half a per cent
+    seen = [
+        [statistics.histogram_quantiles(histogram_B, edges, QUANTILES) for histogram_B in histogram_SB]
+        for histogram_SB in counts.imbalances_LSB
+    ]
     null_LSR = np.stack([_null_batches(counts, size, rng) for size in sizes], axis=1)
     dims = ("layer", "batch")
     quantiles = {
@@ -270,22 +274,6 @@ def _null_batches(counts: BalanceCounts, s: int, rng: np.random.Generator) -> Nu
     return np.array(results)
 
 
-def _quantiles(histogram_B: NDArray[np.int64]) -> Numbers:
-    """Quantiles of imbalances from their histogram, linear within a bin of half a per cent."""
-    edges = np.exp(np.arange(len(histogram_B) + 1) / BINS_PER_E)
-    return _from_histogram(histogram_B, edges)
-
-
-def _from_histogram(histogram_B: NDArray[np.int64], edges: Numbers) -> Numbers:
-    total = histogram_B.sum()
-    if not total:
-        return np.full(len(QUANTILES), np.nan)
-    below = np.concatenate([[0], np.cumsum(histogram_B)]) / total
-    kept = np.concatenate([[True], np.diff(below) > 0])
-    kept[:-1] |= kept[1:]  # the lower edge of a bin that holds something
-    return np.interp(QUANTILES, below[kept], edges[kept])
-
-
 def _weights(counts: BalanceCounts) -> dict[str, Any]:
     """The variables of gate weights."""
     num_layers, num_domains = counts.weighed_LDG.shape[:2]
@@ -301,9 +289,9 @@ def _weights(counts: BalanceCounts) -> dict[str, Any]:
             high[domain, layer] = np.clip((mean + half) / WEIGHT_FIXED, 0, most_LW[layer])
     edges = np.linspace(0, 1, WEIGHT_BINS + 1)
     quantiles = [
-        [_from_histogram(of_W, edges) * most for of_W, most in zip(of_layer, most_W, strict=True)]
-        for of_layer, most_W in zip(counts.weight_histogram_LWB, most_LW, strict=True)
-    ]
+        [statistics.histogram_quantiles(histogram_B, edges, QUANTILES) for histogram_B in of_layer]
+        for of_layer in counts.weight_histogram_LWB
+    ] * most_LW[:, :, None]
     dims, units = ("domain", "layer", "statistic"), "1; entropy: bits"
     what = "statistic of a token's gate weights"
     return estimate("weight", dims, f"{what}, mean over tokens", units, value=value, low=low, high=high) | {

@@ -6,6 +6,7 @@ variances here are linearised (Taylor) variances of a ratio of document totals, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -179,3 +180,24 @@ def false_discovery_rate(p_values: ArrayLike) -> Numbers:
     if known.any():
         adjusted[known] = stats.false_discovery_control(p[known])
     return adjusted
+
+
+def histogram_quantiles(histogram_B: NDArray[np.int64], edges: Numbers, quantiles: Sequence[float]) -> Numbers:
+    """Quantiles of what a histogram counts, linear within a bin; NaN where it counts nothing.
+
+    Args:
+        histogram_B: Counts, shape (bin,).
+        edges: Edges of the bins, ascending, shape (bin + 1,).
+        quantiles: Parts of the distribution below.
+
+    Example:
+        >>> histogram_quantiles(np.array([0, 2, 2]), np.array([0.0, 1.0, 2.0, 4.0]), (0.25, 0.75)).tolist()
+        [1.5, 3.0]
+    """
+    counted = histogram_B.sum()
+    if not counted:
+        return np.full(len(quantiles), np.nan)
+    below = np.concatenate([[0], np.cumsum(histogram_B)]) / counted
+    kept = np.concatenate([[True], np.diff(below) > 0])
+    kept[:-1] |= kept[1:]  # the lower edge of a bin that holds something
+    return np.interp(quantiles, below[kept], edges[kept])

@@ -65,7 +65,7 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
         text, beside = points(value, digits), "" if isnan(half) else f"±{100 * half:.{digits}f}"
     else:
         text = number(value, 0 if unit == EXPERT_ID else digits)
-        beside = "" if isnan(half) else f"±{number(half, digits)}"
+        beside = "" if isnan(half) or not half else f"±{number(half, digits)}"
     return Cell(text, beside, mark(q))
 
 

@@ -53,8 +53,8 @@ def tidy(result: xr.Dataset, *dims: str) -> pd.DataFrame:
 
 
 def only(result: xr.Dataset, *dims: str) -> xr.Dataset:
-    """The variables that have these dims, no fewer and no more."""
-    return result[[name for name, variable in result.data_vars.items() if set(variable.dims) == set(dims)]]
+    """The variables that have these dims, no fewer and no more, but for quantiles, which `tidy` sets apart."""
+    return result[[name for name, variable in result.data_vars.items() if {*variable.dims} - {"quantile"} == {*dims}]]
 
 
 def kinds(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ state, once to each device that holds one of its experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,15 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.measures import groups, statistics
-from moescope.measures.schema import described, with_total
+from moescope.measures.schema import (
+    FRACTION,
+    add_total,
+    described,
+    estimate,
+    labelled,
+    layer_coordinates,
+    total_coordinates,
+)
 from moescope.measures.statistics import Numbers
 from moescope.simulation.batch_counts import (
     NULL_TOKENS,
@@ -91,21 +99,21 @@ def parallel(
 
         * `over_subscription`: Σ over batches of the largest load of a device / Σ of the mean load; `_low`, `_high`: 95
           % interval over documents; `_quantile` (…, quantile): over batches; `_own`: fitted on the documents it is
-          judged on; `_shuffled`, `_uniform`: of batches without locality, and of uniform routing; `_shuffled_quantile`;
+          judged on; `_null`, `_uniform`: of batches without locality, and of uniform routing; `_null_quantile`;
         * `devices_reached`, `nodes_reached`: distinct devices and nodes of the experts of a token, mean; `_low`,
           `_high`, and `_uniform`;
         * `bytes_within_nodes`, `bytes_between_nodes`: of a token's hidden state on its way to its experts, where the
           hidden size is known.
 
         By (placement, batch): `slowest`: the same over all layers, Σ of the largest / Σ of the mean, with `_low`,
-        `_high`, `_quantile`, `_own`, `_shuffled`, `_uniform`; `batches` (batch). By (placement, against, batch):
+        `_high`, `_quantile`, `_own`, `_null`, `_uniform`; `batches` (batch). By (placement, against, batch):
         `slowest_difference`: `slowest` less that of another placement in the same batches, `_low`, `_high`.
 
         By (batch, domain, layer, capacity_factor), all domains together first: `dropped`, the share of the assignments
         that exceed ⌈factor · tokens · top-k / experts⌉ of an expert in a batch, `_low`, `_high`; by (batch,
         position, layer, capacity_factor) `dropped_by_position`, `position` being the first of the bin; by (batch,
-        layer, capacity_factor) `dropped_shuffled`, `dropped_uniform`; by (batch, layer) `sufficient_factor`, the
-        smallest factor that drops less than 0.1 %, and `sufficient_factor_shuffled`.
+        layer, capacity_factor) `dropped_null`, `dropped_uniform`; by (batch, layer) `sufficient_factor`, the smallest
+        factor that drops less than 0.1 %, and `sufficient_factor_null`.
 
         By (placement, fitted_on, domain), all domains together first: `foreign`: Σ over layers of the largest / Σ of
         the mean load, of all the domain's assignments together, `_low`, `_high`. Only of eplb and eplb-replicated.
@@ -147,10 +155,12 @@ def parallel(
     # What no batch fills has a null only while that is cheap to draw.
     wanted = (counter.counts.batches_S > 0) | (np.array([kind.tokens for kind in kinds]) <= NULL_TOKENS)
     shuffled, uniform = count_shuffled(null_setting, counted, rng, wanted), count_uniform(null_setting, seed, wanted)
+    documents_X = counted.documents_XG.sum(axis=1)
+    by_domain = total_coordinates(trace.domains, documents_X)
     variables = {
         **_loads(setting, names, counter.counts, shuffled, uniform),
         **_reached(setting, len(names), counter.counts, uniform, width),
-        **_drops(setting, counter.counts, shuffled, uniform, counted.documents_XG.sum(axis=1)),
+        **_drops(setting, counter.counts, shuffled, uniform, documents_X),
         **_foreign(counted, cluster, [name for name in FOREIGN if name in names]),
     }
     result = xr.Dataset(
@@ -161,12 +171,10 @@ def parallel(
             "batch": [kind.label for kind in kinds],
             "phase": ("batch", [kind.phase for kind in kinds]),
             "batch_tokens": ("batch", [kind.tokens for kind in kinds]),
-            "layer": [layer.layer for layer in chosen],
-            "num_experts": ("layer", [layer.num_experts for layer in chosen]),
-            "top_k": ("layer", [layer.top_k for layer in chosen]),
+            **layer_coordinates(chosen),
             "quantile": list(QUANTILES),
-            "domain": with_total(trace.domains),
-            "fitted_on": with_total(trace.domains),
+            **by_domain,
+            "fitted_on": by_domain["domain"],
             "position": 2 ** np.arange(POSITION_BINS) - 1,
             "capacity_factor": list(FACTORS),
         },
@@ -248,41 +256,61 @@ def _loads(
             less_PG = largest_PG - largest_PG[against]
             less[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
             less[1:, :, against, s] = _interval(less_PG, made_G, devices, -np.inf)
-    what, unit = "largest load of a device over the mean, over batches", "1"
-    source = "GShard (arXiv 2006.16668)"
-    with_quantile, versus = (*by_layer, "quantile"), ("placement", "against", "batch")
-    return {
-        "over_subscription": described(value[:asked], by_layer, what, unit, source),
-        "over_subscription_low": described(low, by_layer, "95 % interval, low end", unit),
-        "over_subscription_high": described(high, by_layer, "95 % interval, high end", unit),
-        "over_subscription_quantile": described(
-            _quantiles(counts.histogram_SLPB[:, :, :asked]), with_quantile, "its quantile over batches", unit
-        ),
-        "over_subscription_own": described(
-            value[own], by_layer, "the same, fitted on the documents it is judged on", unit
-        ),
-        "over_subscription_shuffled": described(by_layers(shuffled), by_layer, "of the same tokens in any order", unit),
-        "over_subscription_shuffled_quantile": described(
-            _quantiles(shuffled.histogram_SLPB), with_quantile, "its quantile over batches", unit
-        ),
-        "over_subscription_uniform": described(by_layers(uniform), by_layer, "of uniform routing", unit),
-        "slowest": described(all_value[:asked], over_all, "Σ over layers of the largest load over Σ of the mean", unit),
-        "slowest_low": described(all_low, over_all, "95 % interval, low end", unit),
-        "slowest_high": described(all_high, over_all, "95 % interval, high end", unit),
-        "slowest_quantile": described(
-            _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0],
-            (*over_all, "quantile"),
-            "its quantile over batches",
-            unit,
-        ),
-        "slowest_own": described(all_value[own], over_all, "the same, fitted on the documents it is judged on", unit),
-        "slowest_shuffled": described(all_layers(shuffled), over_all, "of the same tokens in any order", unit),
-        "slowest_uniform": described(all_layers(uniform), over_all, "of uniform routing", unit),
-        "slowest_difference": described(less[0], versus, "the same less that of another placement", unit),
-        "slowest_difference_low": described(less[1], versus, "95 % interval, low end", unit),
-        "slowest_difference_high": described(less[2], versus, "95 % interval, high end", unit),
-        "batches": described(counts.batches_S, ("batch",), "batches", "batches"),
+    with_quantile = (*by_layer, "quantile")
+    tables: dict[tuple[str, ...], dict[str, NDArray[Any]]] = {
+        by_layer: {
+            "over_subscription": value[:asked],
+            "over_subscription_low": low,
+            "over_subscription_high": high,
+            "over_subscription_own": value[own],
+            "over_subscription_null": by_layers(shuffled),
+            "over_subscription_uniform": by_layers(uniform),
+        },
+        with_quantile: {
+            "over_subscription_quantile": _quantiles(counts.histogram_SLPB[:, :, :asked]),
+            "over_subscription_null_quantile": _quantiles(shuffled.histogram_SLPB),
+        },
+        over_all: {
+            "slowest": all_value[:asked],
+            "slowest_low": all_low,
+            "slowest_high": all_high,
+            "slowest_own": all_value[own],
+            "slowest_null": all_layers(shuffled),
+            "slowest_uniform": all_layers(uniform),
+        },
+        (*over_all, "quantile"): {"slowest_quantile": _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0]},
+        ("placement", "against", "batch"): {
+            "slowest_difference": less[0],
+            "slowest_difference_low": less[1],
+            "slowest_difference_high": less[2],
+        },
+        ("batch",): {"batches": counts.batches_S},
     }
+    return _all_labelled(tables, _OF_LOADS)
+
+
+def _all_labelled(
+    tables: Mapping[tuple[str, ...], Mapping[str, NDArray[Any]]], definitions: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Variables of several dims."""
+    by_dims = [labelled(named, dims, definitions) for dims, named in tables.items()]
+    return {name: variable for variables in by_dims for name, variable in variables.items()}
+
+
+_BESIDE = {
+    "quantile": "its quantile over batches",
+    "own": "the same, fitted on the documents it is judged on",
+    "null": "of the same tokens in any order",
+    "null_quantile": "quantile of the same tokens in any order over batches",
+    "uniform": "of uniform routing",
+}
+_OF_LOADS: dict[str, tuple[str, ...]] = {
+    **{f"{name}_{end}": (words, "1") for name in ("over_subscription", "slowest") for end, words in _BESIDE.items()},
+    "over_subscription": ("largest load of a device over the mean, over batches", "1", "GShard (arXiv 2006.16668)"),
+    "slowest": ("Σ over layers of the largest load over Σ of the mean", "1"),
+    "slowest_difference": ("the same less that of another placement", "1"),
+    "batches": ("batches", "batches"),
+}
 
 
 def _interval(
@@ -295,18 +323,12 @@ def _interval(
 
 
 def _quantiles(histogram_SLPB: NDArray[np.int64]) -> Numbers:
-    """Quantiles from histograms, shape (placement, kind, layer, quantile), linear within a bin of half a per cent."""
+    """Quantiles from histograms, shape (placement, kind, layer, quantile), in bins of half a per cent."""
     edges = np.exp(np.arange(histogram_SLPB.shape[3] + 1) / BINS_PER_E)
-    found = np.full((*np.moveaxis(histogram_SLPB, 2, 0).shape[:3], len(QUANTILES)), np.nan)
-    for s, at, p in np.ndindex(histogram_SLPB.shape[:3]):
-        histogram_B = histogram_SLPB[s, at, p]
-        total = histogram_B.sum()
-        if total:
-            below = np.concatenate([[0], np.cumsum(histogram_B)]) / total
-            kept = np.concatenate([[True], np.diff(below) > 0])
-            kept[:-1] |= kept[1:]  # the lower edge of a bin that holds something
-            found[p, s, at] = np.interp(QUANTILES, below[kept], edges[kept])
-    return found
+    quantiles = np.full((*np.moveaxis(histogram_SLPB, 2, 0).shape[:3], len(QUANTILES)), np.nan)
+    for s, layer, p in np.ndindex(histogram_SLPB.shape[:3]):
+        quantiles[p, s, layer] = statistics.histogram_quantiles(histogram_SLPB[s, layer, p], edges, QUANTILES)
+    return quantiles
 
 
 def _reached(
@@ -329,9 +351,7 @@ def _reached(
             reached_PG = counts.reached_SLPG2[s, layer, :asked, :, at]
             low[:, s, layer], high[:, s, layer] = _interval(reached_PG, counts.tokens_SLG[s, layer], 1.0, 0.0)
         what = f"distinct {name} of the experts of a token, mean"
-        variables[f"{name}_reached"] = described(value, dims, what, name)
-        variables[f"{name}_reached_low"] = described(low, dims, "95 % interval, low end", name)
-        variables[f"{name}_reached_high"] = described(high, dims, "95 % interval, high end", name)
+        variables |= estimate(f"{name}_reached", dims, what, name, value=value, low=low, high=high)
         variables[f"{name}_reached_uniform"] = described(means(uniform), dims, "of uniform routing", name)
         mean.append(value)
     if width is not None:
@@ -355,14 +375,13 @@ def _drops(
     shape = num_kinds, num_domains + 1, num_layers, len(setting.factors)
     value, low, high = (np.full(shape, np.nan) for _ in range(3))
     for s, x, at in np.ndindex(shape[:3]):
-        of_X = counts.dropped_SLXGJ[s, at]
-        of_GJ = of_X.sum(axis=0) if x == 0 else of_X[x - 1]
+        of_XGJ = counts.dropped_SLXGJ[s, at]
+        of_GJ = of_XGJ.sum(axis=0) if x == 0 else of_XGJ[x - 1]
         made_G = of_GJ.sum(axis=1)
         p, error = groups.ratio_errors(_at_least(of_GJ), made_G)
         value[s, x, at] = p
         low[s, x, at], high[s, x, at] = statistics.proportion_interval(p, error, int((made_G > 0).sum()))
-        documents = documents_X.sum() if x == 0 else documents_X[x - 1]
-        _, rare = statistics.proportion_interval(0.0, 0.0, documents)
+        _, rare = statistics.proportion_interval(0.0, 0.0, add_total(documents_X)[x])
         high[s, x, at] = np.where(p == 0, rare, high[s, x, at])  # no document has any: they count, not the cells
     position_SLQJ = counts.dropped_SLQGJ.sum(axis=3)
     by_position = statistics.ratio(_at_least(position_SLQJ), position_SLQJ.sum(axis=3, keepdims=True))
@@ -371,27 +390,31 @@ def _drops(
         of_SLJ = of.dropped_SLXGJ.sum(axis=(2, 3))
         return statistics.ratio(_at_least(of_SLJ), of_SLJ.sum(axis=2, keepdims=True))
 
-    by_domain, by_layer = ("batch", "domain", "layer", "capacity_factor"), ("batch", "layer", "capacity_factor")
-    source = "Switch Transformers (arXiv 2101.03961), expert capacity"
-    return {
-        "dropped": described(value, by_domain, "share of the assignments dropped", "1", source),
-        "dropped_low": described(low, by_domain, "95 % interval, low end", "1"),
-        "dropped_high": described(high, by_domain, "95 % interval, high end", "1"),
-        "dropped_by_position": described(
-            np.moveaxis(by_position, 2, 1),
-            ("batch", "position", "layer", "capacity_factor"),
-            "share of the assignments dropped, by position in the sequence",
-            "1",
-        ),
-        "dropped_shuffled": described(without_order(shuffled), by_layer, "of the same tokens in any order", "1"),
-        "dropped_uniform": described(without_order(uniform), by_layer, "of uniform routing", "1"),
-        "sufficient_factor": described(
-            _sufficient(setting, counts), ("batch", "layer"), "smallest factor that drops less than 0.1 %", "1"
-        ),
-        "sufficient_factor_shuffled": described(
-            _sufficient(setting, shuffled), ("batch", "layer"), "of the same tokens in any order", "1"
-        ),
+    by_layer = ("batch", "layer", "capacity_factor")
+    tables: dict[tuple[str, ...], dict[str, NDArray[Any]]] = {
+        ("batch", "domain", "layer", "capacity_factor"): {"dropped": value, "dropped_low": low, "dropped_high": high},
+        ("batch", "position", "layer", "capacity_factor"): {"dropped_by_position": np.moveaxis(by_position, 2, 1)},
+        by_layer: {"dropped_null": without_order(shuffled), "dropped_uniform": without_order(uniform)},
+        by_layer[:2]: {
+            "sufficient_factor": _sufficient(setting, counts),
+            "sufficient_factor_null": _sufficient(setting, shuffled),
+        },
     }
+    return _all_labelled(tables, _OF_DROPS)
+
+
+_OF_DROPS: dict[str, tuple[str, ...]] = {
+    "dropped": (
+        "share of the assignments dropped",
+        FRACTION,
+        "Switch Transformers (arXiv 2101.03961), expert capacity",
+    ),
+    "dropped_by_position": ("share of the assignments dropped, by position in the sequence", FRACTION),
+    "dropped_null": (_BESIDE["null"], FRACTION),
+    "dropped_uniform": (_BESIDE["uniform"], FRACTION),
+    "sufficient_factor": ("smallest factor that drops less than 0.1 %", "1"),
+    "sufficient_factor_null": (_BESIDE["null"], "1"),
+}
 
 
 def _at_least(dropped_J: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -430,7 +453,7 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
                 for at, layer in enumerate(counted.layers):
                     share_ED = _device_shares(placed, layer.layer)
                     loads_XGE = counted.loads_LXGE[at, :, fold::NUM_FOLDS, : layer.num_experts]
-                    loads_XGD = np.concatenate([loads_XGE.sum(axis=0, keepdims=True), loads_XGE]) @ share_ED
+                    loads_XGD = add_total(loads_XGE) @ share_ED
                     busiest_X = loads_XGD.sum(axis=1).argmax(axis=1)
                     for j, busiest in enumerate(busiest_X):
                         y[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j, :, busiest] * _PARTS).astype(np.int64)
@@ -444,9 +467,7 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
     dims = ("foreign_placement", "fitted_on", "domain")
     what = "Σ over layers of the largest load of a device over Σ of the mean, all assignments of the domain together"
     return {
-        "foreign": described(value, dims, what, "1"),
-        "foreign_low": described(low, dims, "95 % interval, low end", "1"),
-        "foreign_high": described(high, dims, "95 % interval, high end", "1"),
+        **estimate("foreign", dims, what, "1", value=value, low=low, high=high),
         "foreign_placement": ("foreign_placement", list(names)),
     }
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
@@ -82,7 +83,7 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     band = data["over_subscription_quantile"].values
     axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
-    for end, line in (("shuffled", _DASHED), ("uniform", _DOTTED)):
+    for end, line in (("null", _DASHED), ("uniform", _DOTTED)):
         axes.plot(
             layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
         )
@@ -110,10 +111,10 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
         data = parallel.sel(batch=kind)
         for name, colour, line in (
             ("dropped_uniform", colours[at], _DOTTED),
-            ("dropped_shuffled", colours[at], _DASHED),
+            ("dropped_null", colours[at], _DASHED),
             ("dropped", colours[at], "-"),
         ):
-            values = data[name].isel(domain=0) if "domain" in data[name].dims else data[name]
+            values = total(data)[name]
             mean = 100 * values.mean("layer").values
             axes.plot(
                 factors,
@@ -145,7 +146,7 @@ def _draw_rows(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tupl
         y = np.arange(len(names)) + 0.2 * (at - (len(kinds) - 1) / 2)
         if name == "slowest":
             value, low, high = (data[f"{name}{end}"].values for end in ("", "_low", "_high"))
-            null = data["slowest_shuffled"].values
+            null = data["slowest_null"].values
         else:
             value = data[name].mean("layer").values
             low = high = np.full(value.shape, np.nan)

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, share_cell, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of
 from moescope.reporting.chapters import WORTH
-from moescope.reporting.frames import tidy_named
+from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import count, number, percent, plain, plus_minus
+from moescope.reporting.numbers import count, number, plus_minus
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
 from moescope.reporting.subject import (
     Drawing,
@@ -201,23 +202,23 @@ def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> Iterator[Tab
 
 def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     """Over-subscription: a section a kind of batches, a row a placement; then what there would be without locality."""
+    columns = [*((layer, "over_subscription") for layer in layers), *((layers[0], name) for name in _SLOWEST)]
+
+    def rows(data: xr.Dataset) -> tuple[Row, ...]:
+        def of_column(placement: str, column: tuple[int, str]) -> Cell:
+            return cell(data.sel(placement=placement, layer=column[0]), column[1])
+
+        return grid(data["placement"].values.tolist(), columns, of_column)
+
     sections = []
     for batch in parallel["batch"].values.tolist():
-        data = parallel.sel(batch=batch)
-        rows = []
-        for name in parallel["placement"].values.tolist():
-            at = data.sel(placement=name)
-            cells = [_with_interval(at.sel(layer=layer), "over_subscription") for layer in layers]
-            cells.append(_with_interval(at, "slowest"))
-            cells.append(Cell(plain(float(at["slowest_quantile"].isel(quantile=-1)))))
-            cells += [Cell(plain(float(at[f"slowest_{null}"]))) for null in ("own", "shuffled", "uniform")]
-            rows.append(Row(name, tuple(cells)))
-        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", tuple(rows)))
+        data = parallel.sel(batch=batch).isel(quantile=-1)
+        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", rows(data)))
     return Table(
         "parallel",
         f"Largest load over mean load of {_cluster(parallel)}, over batches",
         "placement",
-        (*(f"layer {layer}" for layer in layers), "all layers", "one in 20", "own fit", "any order", "uniform"),
+        (*(f"layer {layer}" for layer in layers), *_SLOWEST.values()),
         tuple(sections),
         groups=(("over-subscription", len(layers)), ("over all layers, each waiting for its slowest device", 5)),
         notes=(
@@ -229,6 +230,13 @@ def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     )
 
 
+_SLOWEST = {
+    "slowest": "all layers",
+    "slowest_quantile": "one in 20",
+    "slowest_own": "own fit",
+    "slowest_null": "any order",
+    "slowest_uniform": "uniform",
+}
 _TOO_LARGE = (
     "No batch is full: neither half of the documents has as many tokens, or sequences, as it takes; "
     "choose smaller ones with --prefill and --decode."
@@ -239,19 +247,14 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     """Dropped assignments: a section a kind of batches, a row a capacity factor."""
     sections = []
     for batch in parallel["batch"].values.tolist():
-        data = parallel.sel(batch=batch).isel(domain=0)
+        data = total(parallel).sel(batch=batch)
         rows = []
         for factor in SHOWN_FACTORS:
-            cells = []
-            for layer in layers:
-                at = data.sel(layer=layer, capacity_factor=factor)
-                cells += [_dropped(at), Cell(percent(float(at["dropped_shuffled"]), 2))]
+            places = [data.sel(layer=layer, capacity_factor=factor) for layer in layers]
+            cells = [cell(place, name, 2) for place in places for name in ("dropped", "dropped_null")]
             rows.append(Row(f"{factor:g}", tuple(cells)))
-        needed = [
-            Cell(plain(float(data[name].sel(layer=layer))))
-            for layer in layers
-            for name in ("sufficient_factor", "sufficient_factor_shuffled")
-        ]
+        names = ("sufficient_factor", "sufficient_factor_null")
+        needed = [cell(data.sel(layer=layer), name) for layer in layers for name in names]
         rows.append(Row("for < 0.1 %", tuple(needed)))
         sections.append(Section(batch, tuple(rows)))
     return Table(
@@ -265,7 +268,7 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             "An expert takes ⌈factor · tokens · top-k / experts⌉ of a batch, first come first served by token.",
             "Last row: the smallest factor that drops less than 0.1 %. any order: the same tokens without locality.",
         ),
-        frame=drops_frame(parallel),
+        frame=_frame(parallel, *_DROPPED),
     )
 
 
@@ -274,18 +277,14 @@ def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     sections = []
     for batch in parallel["batch"].values.tolist():
         data = parallel.sel(batch=batch, capacity_factor=PLACES_FACTOR, layer=list(layers))
-        rows = []
-        for domain in parallel["domain"].values.tolist():
-            rows.append(Row(visible(domain), tuple(_dropped(data.sel(domain=domain, layer=layer)) for layer in layers)))
-        sections.append(Section(f"{batch}, by domain", tuple(rows)))
-        rows = []
-        for first in parallel["position"].values.tolist():
-            shares = data["dropped_by_position"].sel(position=first).values.tolist()
-            if not all(map(isnan, shares)):
-                label = f"{count(first)}" if first == 0 else f"{count(first)}–{count(2 * first)}"
-                rows.append(Row(label, tuple(Cell(percent(share, 2)) for share in shares)))
-        if rows:
-            sections.append(Section(f"{batch}, by place of the token in the sequence", tuple(rows)))
+        sections.append(Section(f"{batch}, by domain", grid_of(data, "domain", "layer", "dropped", 2)))
+        known = data[["dropped_by_position"]].dropna("position", how="all")
+        stretches = [
+            f"{count(first)}–{count(2 * first)}" if first else "0" for first in known["position"].values.tolist()
+        ]
+        if stretches:
+            rows = grid_of(known.assign_coords(position=stretches), "position", "layer", "dropped_by_position", 2)
+            sections.append(Section(f"{batch}, by place of the token in the sequence", rows))
     return Table(
         "drop_places",
         f"Assignments dropped at capacity factor {PLACES_FACTOR:g}, %",
@@ -293,7 +292,7 @@ def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         tuple(f"layer {layer}" for layer in layers),
         tuple(sections),
         notes=(f"{CLUSTERED} The place of a token counts from 0.",),
-        frame=drops_frame(parallel),
+        frame=_frame(parallel, *_DROPPED),
     )
 
 
@@ -301,29 +300,18 @@ def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     """Devices, nodes and bytes: a section for each of them, a row a placement; of the first kind of batches."""
     data = parallel.isel(batch=0)
     names = parallel["placement"].values.tolist()
-    kinds = [("devices_reached", "devices a token")]
+    reached = [("devices_reached", "devices a token")]
     if int(parallel.attrs["nodes"]) > 1:
-        kinds.append(("nodes_reached", "nodes a token"))
+        reached.append(("nodes_reached", "nodes a token"))
     sections = []
-    for name, title in kinds:
-        rows = []
-        for placement in names:
-            at = data.sel(placement=placement)
-            cells = [_with_interval(at.sel(layer=layer), name) for layer in layers]
-            rows.append(Row(placement, (*cells, Cell(plain(float(at[name].mean()))))))
-        uniform = data[f"{name}_uniform"].isel(placement=0)
-        cells = [Cell(plain(float(uniform.sel(layer=layer)))) for layer in layers]
-        rows.append(Row(f"uniform routing, {names[0]}", (*cells, Cell(plain(float(uniform.mean()))))))
-        sections.append(Section(title, tuple(rows)))
+    for name, title in reached:
+        first = data.isel(placement=[0]).assign_coords(placement=[f"uniform routing, {names[0]}"])
+        rows = (*_reach_rows(data, name, layers), *_reach_rows(first, f"{name}_uniform", layers))
+        sections.append(Section(title, rows))
     for name, title in (("within", "KiB within nodes"), ("between", "KiB between nodes")):
         if f"bytes_{name}_nodes" in data and (name == "within" or int(parallel.attrs["nodes"]) > 1):
-            kibibytes = data[f"bytes_{name}_nodes"] / 1024
-            rows = []
-            for placement in names:
-                of = kibibytes.sel(placement=placement)
-                cells = [Cell(number(float(of.sel(layer=layer)))) for layer in layers]
-                rows.append(Row(placement, (*cells, Cell(number(float(of.mean()))))))
-            sections.append(Section(f"{title}, a token and layer, one way", tuple(rows)))
+            rows = _reach_rows(data[[f"bytes_{name}_nodes"]] / 1024, f"bytes_{name}_nodes", layers)
+            sections.append(Section(f"{title}, a token and layer, one way", rows))
     unknown = "bytes_within_nodes" not in data
     return Table(
         "reach",
@@ -335,19 +323,31 @@ def reach_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
             CLUSTERED,
             *(["The trace does not say how large a hidden state is: --hidden-size gives bytes."] if unknown else []),
         ),
-        frame=reach_frame(parallel),
+        frame=_frame(parallel, "a layer"),
     )
+
+
+def _reach_rows(data: xr.Dataset, name: str, layers: Sequence[int]) -> tuple[Row, ...]:
+    """A row a placement: the layers, then the mean of all."""
+    mean = data[[name]].mean("layer")
+
+    def of_layer(placement: str, layer: int | None) -> Cell:
+        of_placement = (data.sel(layer=layer) if layer is not None else mean).sel(placement=placement)
+        return cell(of_placement, name)
+
+    return grid(data["placement"].values.tolist(), [*layers, None], of_layer)
 
 
 def foreign_table(parallel: xr.Dataset) -> Table:
     """What a foreign profile costs: a section a placement, a row a domain fitted on, a column a domain judged on."""
     domains = parallel["domain"].values.tolist()
 
-    def rows(at: xr.DataArray) -> tuple[Row, ...]:
-        return grid(domains, domains, lambda fitted, on: Cell(plain(float(at.sel(fitted_on=fitted, domain=on)))))
-
+    values = parallel[["foreign"]]
     placements = parallel["foreign_placement"].values.tolist()
-    sections = [Section(name, rows(parallel["foreign"].sel(foreign_placement=name))) for name in placements]
+    sections = [
+        Section(name, grid_of(values.sel(foreign_placement=name), "fitted_on", "domain", "foreign"))
+        for name in placements
+    ]
     return Table(
         "foreign",
         f"Largest load over mean load of {_cluster(parallel)}, all assignments of a domain together, over all layers",
@@ -356,93 +356,34 @@ def foreign_table(parallel: xr.Dataset) -> Table:
         tuple(sections),
         groups=(("judged on", len(domains)),),
         notes=("Fitted and judged on different documents. The diagonal is a stale profile, the rest a foreign one.",),
-        frame=foreign_frame(parallel),
+        frame=_frame(parallel, "foreign profile"),
     )
 
 
 def parallel_frame(parallel: xr.Dataset) -> pd.DataFrame:
     """All of a result: a row a (what, placement, batch, layer …); `what` says which columns hold."""
-    parts = {
-        "over-subscription": _with_quantiles(
-            _frame(parallel, "over_subscription", ("", "_low", "_high", "_own", "_shuffled", "_uniform")),
-            parallel,
-            "over_subscription",
-            ["placement", "batch", "layer"],
-        ),
-        "over all layers": _with_quantiles(
-            _frame(parallel, "slowest", ("", "_low", "_high", "_own", "_shuffled", "_uniform")),
-            parallel,
-            "slowest",
-            ["placement", "batch"],
-        ),
-        "reached": reach_frame(parallel),
-        "dropped": drops_frame(parallel),
-        "foreign profile": foreign_frame(parallel),
-    }
-    for what, part in parts.items():
-        part.insert(0, "what", what)
-    return pd.concat([part for part in parts.values() if len(part)], ignore_index=True)
+    return _frame(parallel, *_ROWS)
 
 
-def drops_frame(parallel: xr.Dataset) -> pd.DataFrame:
-    """A row a (batch, domain, layer, capacity factor), then a row a (batch, position, layer, capacity factor), then a
-    row a (batch, layer) with the sufficient factor.
-    """
-    names = ["dropped", "dropped_low", "dropped_high"]
-    keys = ["batch", "domain", "layer", "capacity_factor"]
-    by_domain = tidy_named(parallel, names, keys)
-    whole = tidy_named(parallel, ["dropped_shuffled", "dropped_uniform"], ["batch", "layer", "capacity_factor"])
-    whole["domain"] = parallel["domain"].values[0]
-    by_domain = by_domain.merge(whole, on=keys, how="left")
-    by_position = tidy_named(parallel, ["dropped_by_position"], ["batch", "position", "layer", "capacity_factor"])
-    by_position = by_position.rename(columns={"dropped_by_position": "dropped", "position": "first_position"})
-    frame = pd.concat([by_domain, by_position[by_position["dropped"].notna()]], ignore_index=True)
-    columns = [name for name in frame.columns if name.startswith("dropped")]
-    frame[columns] *= 100
-    frame = frame.rename(columns={name: f"{name}_percent" for name in columns})
-    needed = tidy_named(parallel, ["sufficient_factor", "sufficient_factor_shuffled"], ["batch", "layer"])
-    return pd.concat([frame, needed], ignore_index=True)
+_ROWS = {
+    "a layer": ("placement", "batch", "layer"),
+    "over all layers": ("placement", "batch"),
+    "less another placement": ("placement", "against", "batch"),
+    "batches": ("batch",),
+    "dropped": ("batch", "domain", "layer", "capacity_factor"),
+    "dropped without locality": ("batch", "layer", "capacity_factor"),
+    "dropped by position": ("batch", "position", "layer", "capacity_factor"),
+    "sufficient factor": ("batch", "layer"),
+    "foreign profile": ("foreign_placement", "fitted_on", "domain"),
+}
+"""Dims of the rows of a frame."""
+
+_DROPPED = ("dropped", "dropped without locality", "dropped by position", "sufficient factor")
 
 
-def reach_frame(parallel: xr.Dataset) -> pd.DataFrame:
-    """A row a (placement, batch, layer)."""
-    names = [f"{what}_reached{end}" for what in ("devices", "nodes") for end in ("", "_low", "_high", "_uniform")]
-    names += [name for name in ("bytes_within_nodes", "bytes_between_nodes") if name in parallel]
-    return tidy_named(parallel, names, ["placement", "batch", "layer"])
-
-
-def foreign_frame(parallel: xr.Dataset) -> pd.DataFrame:
-    """A row a (placement, domain fitted on, domain judged on); empty if nothing of the kind was asked for."""
-    if "foreign" not in parallel:
-        return pd.DataFrame()
-    names = ["foreign", "foreign_low", "foreign_high"]
-    frame = tidy_named(parallel, names, ["foreign_placement", "fitted_on", "domain"])
-    new = {"foreign_placement": "placement", "foreign": "slowest", "foreign_low": "slowest_low"}
-    return frame.rename(columns=new | {"foreign_high": "slowest_high"})
-
-
-def _frame(parallel: xr.Dataset, name: str, ends: Sequence[str]) -> pd.DataFrame:
-    dims = [str(dim) for dim in parallel[name].dims]
-    return tidy_named(parallel, [f"{name}{end}" for end in ends], dims)
-
-
-def _with_quantiles(frame: pd.DataFrame, parallel: xr.Dataset, name: str, dims: list[str]) -> pd.DataFrame:
-    for end in ("", "_shuffled"):
-        if f"{name}{end}_quantile" in parallel:
-            values = parallel[f"{name}{end}_quantile"].transpose(*dims, "quantile").values
-            for at, quantile in enumerate(parallel["quantile"].values.tolist()):
-                frame[f"{name}{end}_quantile_{100 * quantile:g}"] = values[..., at].ravel()
-    frame["batches"] = frame["batch"].map(parallel["batches"].to_series())
-    return frame
-
-
-def _dropped(at: xr.Dataset) -> Cell:
-    return share_cell(at, "dropped", "dropped_low", "dropped_high", 2)
-
-
-def _with_interval(at: xr.Dataset, name: str) -> Cell:
-    value, *ends = values(at, name, f"{name}_low", f"{name}_high")
-    return Cell(plain(value), plus_minus(value, *ends))
+def _frame(parallel: xr.Dataset, *kinds_of_rows: str) -> pd.DataFrame:
+    parts = {kind: only(parallel, *_ROWS[kind]) for kind in kinds_of_rows}
+    return kinds({kind: tidy(part, *_ROWS[kind]) for kind, part in parts.items() if part})
 
 
 def _batches(batches: int) -> str:
@@ -515,7 +456,7 @@ def _of_batches(at: xr.Dataset, batch: str, held: str, free: str, known: list[st
         text += f", under {rest}, the next best, {_less(at, rest, first)}"
     if "eplb-replicated" in known and free != first:
         text += f"; replicas make that {_less(at, 'eplb-replicated', free)} than {free}"
-    null = at["slowest_shuffled"].sel(placement=held).item()
+    null = at["slowest_null"].sel(placement=held).item()
     return text + ("" if isnan(null) else f"; without locality it would have {number(null)}") + "."
 
 
