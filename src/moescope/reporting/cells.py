@@ -69,24 +69,6 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
     return Cell(text, beside, mark(q))
 
 
-def share_cell(at: xr.Dataset, name: str, low: str = "low", high: str = "high", digits: int = 1) -> Cell:
-    """A share in per cent, with its interval."""
-    value, lower, upper = values(at, name, low, high)
-    return Cell(percent(value, digits), spread(value, lower, upper, digits))
-
-
-def percent_cell(at: xr.Dataset, name: str) -> Cell:
-    """A share in per cent, without an interval."""
-    return Cell(percent(float(at[name])))
-
-
-def number_cell(at: xr.Dataset, name: str, digits: int, low: str = "", high: str = "") -> Cell:
-    """A plain number, with its interval if it is known."""
-    value, *ends = values(at, name, low or f"{name}_low", high or f"{name}_high")
-    known = not any(map(isnan, ends))
-    return Cell(number(value, digits), f"±{number(max(value - ends[0], ends[1] - value), digits)}" if known else "")
-
-
 def bits_range_cell(at: xr.Dataset, name: str) -> Cell:
     """The interval of an amount of information."""
     low, high = values(at, f"{name}_low", f"{name}_high")

@@ -97,14 +97,6 @@ def _in_unit(name: str, unit: str) -> tuple[str, int]:
     return (f"{name}_bits" if unit == "bits" and "bits" not in name.split("_") else name), 1
 
 
-def tidy_named(data: xr.Dataset, names: Sequence[str], dims: Sequence[str]) -> pd.DataFrame:
-    """Variables, repeated along the dims they lack, as columns; a row a combination of the dims."""
-    full = xr.broadcast(*(data[name].drop_vars([c for c in data[name].coords if c not in dims]) for name in names))
-    index = pd.MultiIndex.from_product([data[dim].values.tolist() for dim in dims], names=list(dims))
-    columns = {name: values.transpose(*dims).values.ravel() for name, values in zip(names, full, strict=True)}
-    return pd.DataFrame(columns, index=index).reset_index()
-
-
 def csv(frame: pd.DataFrame) -> str:
     """The frame as CSV, RFC 4180, numbers to six digits, empty where a value is missing."""
     text: str = frame.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
