@@ -64,24 +64,14 @@ def _draw_imbalance(
 ) -> None:
     layers = balance["layer"].values
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
-    every = 1 if few else 4
     apart = 0.1 if len(layers) > 1 else 0.02
     for at, size in enumerate(sizes):
         data, colour = balance.sel(batch=size), colours[at + 1]
         x = layers + apart * (at - (len(sizes) - 1) / 2) if few else layers
         band = data["batch_imbalance_quantile"].values
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.12, linewidth=0)
-        axes.plot(
-            x,
-            data["batch_imbalance"].values,
-            color=colour,
-            marker=_MARKERS[at],
-            markersize=3.2,
-            markevery=every,
-            linewidth=1.2,
-            markeredgewidth=0,
-            label=_batch(size),
-        )
+        values = data["batch_imbalance"].values
+        style.add_marked(axes, x, values, colour, _MARKERS[at], label=_batch(size))
         axes.plot(
             layers,
             data["batch_imbalance_null"].values,
@@ -90,26 +80,9 @@ def _draw_imbalance(
             linestyle=(0, (4, 2)),
             label=f"{_batch(size)}, drawn",
         )
-    style.add_verticals(
-        axes,
-        layers.astype(float),
-        whole["imbalance_low"].values,
-        whole["imbalance_high"].values,
-        edgecolor=INK,
-        linewidth=0.9,
-        alpha=0.8,
-    )
-    axes.plot(
-        layers,
-        whole["imbalance"].values,
-        color=INK,
-        marker="s",
-        markersize=3.4,
-        markevery=every,
-        linewidth=1.4,
-        markeredgewidth=0,
-        label="the whole trace",
-    )
+    style.add_intervals(axes, whole, "imbalance")
+    values = whole["imbalance"].values
+    style.add_marked(axes, layers, values, INK, "s", markersize=3.4, linewidth=1.4, label="the whole trace")
     if float(np.nanmax([np.asarray(line.get_ydata(), float) for line in axes.lines], initial=1)) > 12:
         axes.set_yscale("log")
         axes.set_ylim(bottom=1)
@@ -127,17 +100,8 @@ def _draw_weights(axes: Axes, balance: xr.Dataset) -> None:
         data = balance.sel(statistic=name)
         band = data["weight_quantile"].values
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colours[2 * at], alpha=0.13, linewidth=0)
-        axes.plot(
-            layers,
-            total(data)["weight"].values,
-            color=colours[2 * at],
-            marker=_MARKERS[at],
-            markersize=3.2,
-            markevery=1 if len(layers) <= MOST_LAYERS_WITH_MARKERS else 4,
-            linewidth=1.2,
-            markeredgewidth=0,
-            label=label,
-        )
+        values = total(data)["weight"].values
+        style.add_marked(axes, layers, values, colours[2 * at], _MARKERS[at], label=label)
     axes.set_ylim(0, 1)
     axes.legend(loc="best", handlelength=1.2)
     axes.set_ylabel("Part of a token's gate weight")
@@ -146,8 +110,7 @@ def _draw_weights(axes: Axes, balance: xr.Dataset) -> None:
 
 def _draw_entropy(axes: Axes, whole: xr.Dataset) -> None:
     layers = whole["layer"].values.astype(float)
-    low, high = whole["entropy_low"].values, whole["entropy_high"].values
-    style.add_verticals(axes, layers, low, high, edgecolor=INK, linewidth=0.9, alpha=0.8)
+    style.add_intervals(axes, whole, "entropy")
     axes.plot(layers, whole["entropy"].values, color=INK, marker="s", markersize=3.2, linewidth=1.2, label="entropy")
     axes.set_ylim(top=1)
     axes.set_ylabel("H / log E of the loads")

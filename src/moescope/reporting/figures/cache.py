@@ -141,8 +141,7 @@ def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
     axes.plot(layers, 100 * data["hit_ratio_uniform"].values, label="uniform", **_UNIFORM_LOOK)
     for policy in (p for p in ("lru", "belady") if p in cache["policy"].values):
         of_policy = data.sel(policy=policy)
-        low, high = (100 * of_policy[f"hit_ratio_{end}"].values for end in ("low", "high"))
-        style.add_verticals(axes, layers, low, high, edgecolor=_colour(policy), linewidth=0.9, alpha=0.8)
+        style.add_intervals(axes, of_policy, "hit_ratio", _colour(policy), scale=100)
         _draw_policy(
             axes,
             of_policy,

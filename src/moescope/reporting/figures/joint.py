@@ -191,8 +191,7 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.55 / width, 0.42 / height, (width - 0.75) / width, 1.1 / height))
     layers = transitions["layer"].values.astype(float)
-    low, high = (transitions[f"information_{end}"].values for end in ("low", "high"))
-    style.add_verticals(axes, layers, low, high, edgecolor=INK, linewidth=0.9, alpha=0.8)
+    style.add_intervals(axes, transitions, "information")
     axes.plot(
         layers, transitions["information"].values, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed"
     )

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
+from moescope.reporting.figures.style import FULL_WIDTH
 
 MOST_KINDS = 3
 _MARKERS = "oD^"
@@ -80,26 +80,15 @@ def _split(panels: int, width: int, gap: int) -> list[tuple[int, int]]:
 
 def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None:
     layers = data["layer"].values
-    few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     band = data["over_subscription_quantile"].values
     axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
     for end, line in (("null", _DASHED), ("uniform", _DOTTED)):
         axes.plot(
             layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
         )
-    low, high = data["over_subscription_low"].values, data["over_subscription_high"].values
-    style.add_verticals(axes, layers.astype(float), low, high, edgecolor=colour, linewidth=0.9)
-    axes.plot(
-        layers,
-        data["over_subscription"].values,
-        color=colour,
-        marker=marker,
-        markersize=3.4,
-        markevery=1 if few else 4,
-        linewidth=1.4,
-        markeredgewidth=0,
-        label="measured",
-    )
+    style.add_intervals(axes, data, "over_subscription", colour, alpha=None)
+    values = data["over_subscription"].values
+    style.add_marked(axes, layers, values, colour, marker, markersize=3.4, linewidth=1.4, label="measured")
     style.layer_axis(axes, layers)
     axes.set_xlabel("Layer", labelpad=2)
 

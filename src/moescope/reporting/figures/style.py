@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import xarray as xr
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -186,6 +187,20 @@ def add_line(
         markeredgewidth=0,
         label=mark.name,
     )
+
+
+def add_intervals(axes: Axes, data: xr.Dataset, name: str, colour: str = INK, scale: float = 1, **look: Any) -> None:
+    """Draw the intervals of a value of each layer."""
+    low, high = (scale * data[f"{name}_{end}"].values for end in ("low", "high"))
+    layers = data["layer"].values.astype(float)
+    add_verticals(axes, layers, low, high, edgecolor=colour, **{"linewidth": 0.9, "alpha": 0.8} | look)
+
+
+def add_marked(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, **look: Any) -> None:
+    """Draw a line with all its markers, or with every fourth where layers are many."""
+    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else 4
+    usual = {"markersize": 3.2, "linewidth": 1.2, "markevery": every, "markeredgewidth": 0}
+    axes.plot(x, y, color=colour, marker=marker, **usual | look)
 
 
 def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8], **look: Any) -> PathPatch:
