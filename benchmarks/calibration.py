@@ -146,7 +146,7 @@ def of_tally(case: Case) -> dict[str, Found]:
 
 def of_balance(case: Case) -> dict[str, Found]:
     of = moescope.balance(case.trace, [1], threads=1, seed=case.seed).sel(layer=1)
-    every = of.sel(domain="(all)")
+    every = schema.total(of)
     rows = {
         f"balance, {name}": Found(*(float(every[f"{name}{end}"]) for end in ("", "_low", "_high")))
         for name in ("imbalance", "cv", "gini", "entropy")
