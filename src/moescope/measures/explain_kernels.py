@@ -13,6 +13,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+FACTORS_A_LOGARITHM = 16
+"""Factors multiplied before one logarithm is taken of them: each lies within 2^±36, a double within 2^±1022."""
+
 Rows = NDArray[np.int32]
 Counts = NDArray[np.int32]
 Sums = NDArray[np.int64]
@@ -39,27 +42,17 @@ def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X:
         value_X: Workspace.
         load_E: Workspace.
     """
+    n = _count_own(x_R, e_R, 0, x_R.size, joint_XE, value_X, load_E)
     joint = value = load = 0.0
-    n = 0
-    for r in range(x_R.size):
+    for r in range(x_R.size):  # over the rows, not the tables, which may be far larger
         x, e = x_R[r], e_R[r]
-        if x < 0 or e < 0:
-            continue
-        n += 1
-        c = joint_XE[x, e]
-        joint_XE[x, e] = c + 1
-        joint += xlogx[c + 1] - xlogx[c]
-        c = value_X[x]
-        value_X[x] = c + 1
-        value += xlogx[c + 1] - xlogx[c]
-        c = load_E[e]
-        load_E[e] = c + 1
-        load += xlogx[c + 1] - xlogx[c]
-    for r in range(x_R.size):
-        if x_R[r] >= 0 and e_R[r] >= 0:
-            joint_XE[x_R[r], e_R[r]] = 0
-            value_X[x_R[r]] = 0
-            load_E[e_R[r]] = 0
+        if x >= 0 and e >= 0 and joint_XE[x, e] > 0:
+            joint += xlogx[joint_XE[x, e]]
+            joint_XE[x, e] = 0
+            value += xlogx[value_X[x]]
+            value_X[x] = 0
+            load += xlogx[load_E[e]]
+            load_E[e] = 0
     return (joint - value - load + xlogx[n]) / n if n else 0.0
 
 
@@ -93,6 +86,7 @@ def bits_by_strength(
         Rows predicted.
     """
     own_XE, own_X, own_E = _workspace(joint_XE)
+    fitted_product_A, held_out_product_A = np.ones(strength_A.size), np.ones(strength_A.size)
     total = load_E.sum()
     rows = 0
     for g in range(0, starts_G.size - 1, step):
@@ -106,9 +100,14 @@ def bits_by_strength(
             lift, seen = joint_XE[x, e] * (total / load_E[e]), value_X[x]
             lift_elsewhere, seen_elsewhere = (joint_XE[x, e] - own_XE[x, e]) / p, value_X[x] - own_X[x]
             for a in range(strength_A.size):
-                fitted_A[a] += np.log2((lift + strength_A[a]) / (seen + strength_A[a]))
-                held_out_A[a] += np.log2((lift_elsewhere + strength_A[a]) / (seen_elsewhere + strength_A[a]))
+                fitted_product_A[a] *= (lift + strength_A[a]) / (seen + strength_A[a])
+                held_out_product_A[a] *= (lift_elsewhere + strength_A[a]) / (seen_elsewhere + strength_A[a])
+            if rows % FACTORS_A_LOGARITHM == 0:
+                _take_logarithms(fitted_product_A, fitted_A)
+                _take_logarithms(held_out_product_A, held_out_A)
         _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
+    _take_logarithms(fitted_product_A, fitted_A)
+    _take_logarithms(held_out_product_A, held_out_A)
     return rows
 
 
@@ -144,16 +143,23 @@ def bits_by_document(
     for g in range(starts_G.size - 1):
         n = _count_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
         fitted = held_out = 0.0
+        fitted_product = held_out_product = 1.0
+        factors = 0
         for r in range(starts_G[g], starts_G[g + 1]):
             x, e = x_R[r], e_R[r]
             if x < 0 or e < 0:
                 continue
             with_e = joint_XE[x, e]
-            fitted += np.log2((with_e * (total / load_E[e]) + strength) / (value_X[x] + strength))
+            fitted_product *= (with_e * (total / load_E[e]) + strength) / (value_X[x] + strength)
             if n < total:
                 p = _popularity(load_E[e] - own_E[e], total - n)
                 others = value_X[x] - own_X[x]
-                held_out += np.log2(((with_e - own_XE[x, e]) / p + strength) / (others + strength))
+                held_out_product *= ((with_e - own_XE[x, e]) / p + strength) / (others + strength)
+            factors += 1
+            if factors % FACTORS_A_LOGARITHM == 0 or factors == n:
+                fitted += np.log2(fitted_product)
+                held_out += np.log2(held_out_product)
+                fitted_product = held_out_product = 1.0
         fitted_G[g], held_out_G[g], rows_G[g] = fitted, held_out, n
         _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
 
@@ -231,6 +237,14 @@ def draw_below(state: NDArray[np.uint64], bound: int) -> int:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
     return int(((z >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _take_logarithms(product_A: Numbers, sum_A: Numbers) -> None:
+    """Add the logarithms of the products, and begin new ones."""
+    for a in range(product_A.size):
+        sum_A[a] += np.log2(product_A[a])
+        product_A[a] = 1.0
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
