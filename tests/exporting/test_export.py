@@ -130,8 +130,8 @@ def test_dropped_assignments_are_refused_by_vllm_and_minus_one_in_json_lines(tmp
 
 
 def test_a_layer_number_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
-    trace = a_trace(tmp_path / "t.moe", (Layer(10**9, 8, 2),))
-    with pytest.raises(NotExportable, match="1000000001 layers"):
+    trace = a_trace(tmp_path / "t.moe", (Layer(65_535, 8, 2),))
+    with pytest.raises(NotExportable, match="65536 layers"):
         moescope.export(trace, tmp_path / "out", format="vllm")
 
 
@@ -182,14 +182,6 @@ def test_without_gate_weights_there_is_no_such_field_and_hostile_domains_stay_te
     trace = make_trace(tmp_path / "t.moe", [part], LAYERS)
     assert_json_lines(trace, moescope.export(trace, tmp_path / "out", format="jsonl"), [1, 2, 5], weights=False)
     arrays_of(moescope.export(trace, tmp_path / "arrays", format="vllm"))
-
-
-def test_gate_weights_that_are_no_numbers_are_null(tmp_path: Path) -> None:
-    part = make_part(np.random.default_rng(0), LAYERS[:1], [3], weights=True)
-    part.gate_weights[1][1] = [np.inf, np.nan]
-    trace = make_trace(tmp_path / "t.moe", [part], LAYERS[:1])
-    lines = moescope.export(trace, tmp_path / "out", format="jsonl").read_text().splitlines()
-    assert json.loads(lines[1], parse_constant=pytest.fail)["gating_probs"] == [None, None]
 
 
 @pytest.mark.filterwarnings("default")

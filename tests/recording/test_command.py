@@ -24,7 +24,7 @@ Save = Callable[..., Path]
 
 SLOW = """
 import time
-import moescope.trace.part as part
+import moescope.trace.part_file as part
 from moescope.cli import main
 
 write_part = part.write_part

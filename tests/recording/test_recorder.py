@@ -288,11 +288,11 @@ def test_ids_beyond_the_model_are_said_to_be_of_another_tokenizer(
 def test_a_full_disk_keeps_the_finished_parts_and_the_same_call_goes_on(
     documents: list[Document], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moescope.trace.part
+    import moescope.trace.part_file
 
     model = tiny_model("mixtral")
     whole = record((model, tokenizer), documents, tmp_path / "whole.moe", part_tokens=100)
-    write_part, calls = moescope.trace.part.write_part, 0
+    write_part, calls = moescope.trace.part_file.write_part, 0
 
     def full(file: Any, *args: Any) -> None:
         nonlocal calls
@@ -302,7 +302,7 @@ def test_a_full_disk_keeps_the_finished_parts_and_the_same_call_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_part(file, *args)
 
-    monkeypatch.setattr(moescope.trace.part, "write_part", full)
+    monkeypatch.setattr(moescope.trace.part_file, "write_part", full)
     with pytest.raises(DiskFull, match="every finished part is kept"):
         record((model, tokenizer), documents, tmp_path / "t.moe", part_tokens=100)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ import pytest
 from families import tiny_model
 from tiny import some_documents
 
-import moescope.trace.part
+import moescope.trace.part_file
 from moescope.corpus import Document
 from moescope.recording import Progress, record
 from moescope.recording.threads import WriteBehind, read_ahead
@@ -174,7 +174,7 @@ def test_ctrl_c_while_the_last_item_is_written_does_not_leave_the_thread_alone()
 def test_the_model_goes_on_while_a_part_is_written(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_part = moescope.trace.part.write_part
+    write_part = moescope.trace.part_file.write_part
     model_is_ahead = threading.Event()
     waited: list[bool] = []
     calls: list[Progress] = []
@@ -188,7 +188,7 @@ def test_the_model_goes_on_while_a_part_is_written(
         if len(calls) > 1:  # of the second part
             model_is_ahead.set()
 
-    monkeypatch.setattr(moescope.trace.part, "write_part", slow)
+    monkeypatch.setattr(moescope.trace.part_file, "write_part", slow)
     documents = some_documents([400] * 3)
     trace = record((tiny_model("mixtral"), tokenizer), documents, tmp_path / "t.moe", part_tokens=1, progress=progress)
     assert waited == [True] * 3
@@ -216,7 +216,7 @@ def test_documents_are_tokenized_while_the_model_runs(tokenizer: Any, tmp_path: 
 def test_a_part_that_fails_to_be_written_ends_the_recording_and_is_not_followed_by_another(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_part, calls = moescope.trace.part.write_part, 0
+    write_part, calls = moescope.trace.part_file.write_part, 0
 
     def fail_second(*args: Any) -> None:
         nonlocal calls
@@ -225,7 +225,7 @@ def test_a_part_that_fails_to_be_written_ends_the_recording_and_is_not_followed_
             raise PermissionError("the disk is read-only now")
         write_part(*args)
 
-    monkeypatch.setattr(moescope.trace.part, "write_part", fail_second)
+    monkeypatch.setattr(moescope.trace.part_file, "write_part", fail_second)
     model, documents = tiny_model("mixtral"), some_documents([200] * 12)
     with pytest.raises(PermissionError, match="read-only"):
         record((model, tokenizer), documents, tmp_path / "t.moe", part_tokens=1)

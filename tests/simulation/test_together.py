@@ -17,7 +17,7 @@ from moescope.simulation import together
 from moescope.simulation.together import Job, run_together
 from moescope.tallying import one_pass
 from moescope.trace import Layer, Trace
-from moescope.trace.part import PartFile
+from moescope.trace.part_file import PartFile
 
 LAYERS = tuple(Layer(number, 8, 2) for number in (0, 3, 7))
 

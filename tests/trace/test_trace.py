@@ -22,7 +22,7 @@ from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
 from moescope import errors
 from moescope.trace import PHASES, Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
-from moescope.trace.reader import verify
+from moescope.trace.verifying import verify
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
 
@@ -141,7 +141,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path, loads: dict, message:
 
 def test_a_dropped_assignment_where_the_header_knows_of_none_is_refused(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t.moe", Header(LAYERS), VOCABULARY) as writer:
-        with pytest.raises(ValueError, match=r"layer 0: id outside 0\.\.7: -1\.\."):
+        with pytest.raises(ValueError, match=r"layer 0, row \d+: -1 lies outside 0\.\.7"):
             writer.write(parts(dropped=0.2)[0], {})
         assert open_trace(tmp_path / "t.moe").num_tokens == 0
         writer.write(parts()[0], {})
@@ -436,7 +436,7 @@ def test_a_trace_is_never_written_through_a_link_into_another(tmp_path: Path, fi
     (tmp_path / "new.moe" / "parts").symlink_to(other.path / "parts")
     for path in (trace.path, tmp_path / "new.moe"):
         for force in (False, True):
-            with pytest.raises(errors.TraceExists, match="not written through a link"):
+            with pytest.raises(errors.TraceExists, match="a trace is not written through one"):
                 TraceWriter(path, trace.header, VOCABULARY, force=force)
     assert contents(other.path) == before
 
@@ -577,7 +577,7 @@ AHEAD = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1, lookahead=(1,), nu
 def predicted_part() -> Part:
     rng = np.random.default_rng(0)
     part = make_part(rng, AHEAD, [5, 40, 1, 17])
-    return replace(part, predictions={(3, 1): rng.integers(0, 301, (63, 5))})
+    return replace(part, predictions={(3, 1): rng.random((63, 301)).argsort(axis=1)[:, :5]})
 
 
 def test_predictions_come_back_only_if_they_are_asked_for(tmp_path: Path) -> None:
@@ -639,4 +639,6 @@ def test_verify_reads_predictions_too(tmp_path: Path, wrong: int | None) -> None
     name = str(path.relative_to(trace.path))
     sums.write_text(sums.read_text().replace(checksums.read(trace.path)[name], checksums.digest_file(path)))
     (problem,) = verify(trace.path)
-    assert ("has expert id 301" if wrong else "predictions of layer 3 have nulls") in str(problem)
+    assert ("row 0: 301 lies outside 0..300" if wrong else "has nulls, and no value of it can be missing") in str(
+        problem
+    )

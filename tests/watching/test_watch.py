@@ -27,7 +27,7 @@ from moescope.engines.transformers.routers import find_experts
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import DiskFull, ModelNotMoE, ModelUnsupported, RouterNotFinite, RouterSilent, TraceExists
 from moescope.trace import Trace, TraceWriter, open_trace
-from moescope.trace.part import PHASES
+from moescope.trace.columns import PHASES
 from moescope.watching.live import LiveTally
 from moescope.watching.watcher import watch
 

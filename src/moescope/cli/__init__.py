@@ -21,6 +21,7 @@ import click
 import moescope
 from moescope.errors import DiskFull, MoescopeError
 from moescope.plugins import installed_plugins
+from moescope.reporting.printing import say
 from moescope.reporting.subjects import COMPARISONS, MEASURES, SIMULATIONS, SUBJECTS
 
 GROUPS = {
@@ -105,13 +106,8 @@ def _stop(ctx: click.Context, message: str, code: int) -> None:
     """Say on stderr what ended the command, after the traceback if ``--debug`` asks for it."""
     if ctx.params.get("debug"):
         traceback.print_exc()
-    _say(message)
+    say(message, err=True)
     ctx.exit(code)
-
-
-def _say(message: str) -> None:
-    """Print to stderr; a path or a name in it cannot drive the terminal."""
-    click.echo("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in message), err=True)
 
 
 def _show_warning(
@@ -123,12 +119,12 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print a warning as a line for users; where in the code it arose is not theirs to know."""
-    _say(f"warning: {message}")
+    say(f"warning: {message}", err=True)
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"moescope {moescope.__version__}")
+        say(f"moescope {moescope.__version__}")
         ctx.exit()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import force_option, output_option
+from moescope.reporting.printing import say
 
 TRACE = "sample.moe"
 REPORT = "report"
@@ -33,11 +34,11 @@ def command(ctx: click.Context, output: Path, force: bool) -> None:
         require(module, extra="report")
     check_output(output / REPORT, force=force)
     if _finished(output / TRACE):
-        click.echo(f"{output / TRACE} is there and is used", err=True)
+        say(f"{output / TRACE} is there and is used", err=True)
     else:
         _record(ctx, output / TRACE)
-    click.echo("writing the report …", err=True)
-    click.echo(_summary(report(output / TRACE, output / REPORT, force=force)))
+    say("writing the report …", err=True)
+    say(_summary(report(output / TRACE, output / REPORT, force=force)))
 
 
 def _finished(path: Path) -> bool:

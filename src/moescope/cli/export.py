@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.printing import say
 
 
 @click.command()
@@ -30,4 +31,4 @@ def command(format: str, trace: Path, output: Path, layers: tuple[int, ...] | No
     """
     from moescope.exporting import export
 
-    click.echo(export(trace, output, format=format, layers=layers, force=force))
+    say(export(trace, output, format=format, layers=layers, force=force))

@@ -9,6 +9,7 @@ import click
 
 from moescope.cli.options import force_option, output_option, parse_integers
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import say
 
 
 def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -70,7 +71,7 @@ def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any
     trace = import_trace(format, files, output, **arguments)
     what = count(trace.num_documents, "document")
     tokens = "" if trace.header.counts_only else f"{count(trace.num_tokens, 'token')} of "
-    click.echo(
+    say(
         f"{output}: {tokens}{what} in {count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
         err=True,
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 from rich.cells import cell_len
 
 from moescope.cli.options import trace_argument
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import say, write
 
 if TYPE_CHECKING:
     from moescope.trace import Trace
@@ -31,41 +31,35 @@ def command(trace: Path, format: str) -> None:
     from moescope.trace import open_trace
 
     contents = _contents(open_trace(trace))
-    click.echo(json.dumps(contents, indent=1, ensure_ascii=False) if format == "json" else _text(contents))
+    if format == "json":
+        write(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+    else:
+        say(_text(contents))
 
 
 def _contents(trace: Trace) -> dict[str, Any]:
     """The header and what the parts add up to, JSON-able."""
-    documents, tokens, assignments = Counter[str](), Counter[str](), 0
+    documents, tokens, assignments = trace.domain_documents, trace.domain_tokens, 0
     if trace.header.counts_only:
         from moescope.tallying import tally
 
         sums = tally(trace).data
-        documents, tokens = (
-            Counter(dict(zip(trace.domains, sums[name].values.tolist(), strict=True)))
-            for name in ("documents", "tokens")
-        )
+        tokens = dict(zip(trace.domains, sums["tokens"].values.tolist(), strict=True))
         assignments = int(sums["made"].sum())
-    for part in () if trace.header.counts_only else trace.iter_parts(layers=()):
-        tokens.update(_counts(part.domain, part.domain_names))
-        documents.update(_counts(part.domain[part.document_starts()[:-1]], part.domain_names))
+    num_tokens = sum(tokens.values())
     header = json.loads(trace.header.to_json())
     return {
         "trace": trace.path.name,
         "complete": trace.complete,
         "parts": len(trace.parts),
         "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
-        "documents": documents.total(),
-        "tokens": tokens.total(),
-        "assignments": assignments or tokens.total() * sum(layer.top_k for layer in trace.layers),
+        "documents": trace.num_documents,
+        "tokens": num_tokens,
+        "assignments": assignments or num_tokens * sum(layer.top_k for layer in trace.layers),
         "domains": {name: {"documents": documents[name], "tokens": tokens[name]} for name in trace.domains},
         "summary": trace.summary,
         **header,
     }
-
-
-def _counts(codes: np.ndarray[Any, np.dtype[np.integer[Any]]], names: Sequence[str]) -> dict[str, int]:
-    return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
 
 
 def _text(contents: dict[str, Any]) -> str:

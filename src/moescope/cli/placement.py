@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.printing import say
 
 
 @click.command()
@@ -73,6 +74,6 @@ def command(
             domain=domain,
         )
         chosen = format or ("eplb" if output.suffix == ".npz" else "sglang")
-        click.echo(export_placement(placed, output, trace=opened, format=chosen, force=force))
+        say(export_placement(placed, output, trace=opened, format=chosen, force=force))
     except ValueError as error:
         raise click.UsageError(str(error)) from None

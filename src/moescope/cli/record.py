@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from moescope.cli.options import parse_integers
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
@@ -19,8 +20,9 @@ from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.recording.options import SAMPLE_SEED
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace
-from moescope.trace.part import PART_TOKENS
+from moescope.trace.part_file import PART_TOKENS
 
 if TYPE_CHECKING:
     from moescope.recording import Estimate, Progress
@@ -158,9 +160,9 @@ def command(out: Path, **arguments: Any) -> None:
         with _progress_bar() as (progress, announce):
             trace = record(out=out, progress=progress, announce=announce, **arguments)
     except KeyboardInterrupt:
-        click.echo(_what_is_kept(out), err=True)
+        say(_what_is_kept(out), err=True)
         raise
-    click.echo(
+    say(
         f"{out}: {count(trace.num_tokens, 'token')} of {count(trace.num_documents, 'document')} in "
         f"{count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
         err=True,
@@ -230,7 +232,7 @@ def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Esti
             bar.update(task, description="recording", total=total, completed=done, numbers=describe(progress))
 
         def announce(estimate: Estimate) -> None:
-            console.print(describe_estimate(estimate), highlight=False, soft_wrap=True)
+            print_styled(console, Text(describe_estimate(estimate)))
 
         yield update, announce
 

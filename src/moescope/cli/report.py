@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import force_option, output_option, parse_words, shown_layers_option, trace_argument
+from moescope.reporting.printing import say
 
 
 @click.command()
@@ -33,4 +34,4 @@ def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tu
     """
     from moescope.reporting import report
 
-    click.echo(report(trace, output, layers=layers, words=words or None, force=force))
+    say(report(trace, output, layers=layers, words=words or None, force=force))

@@ -7,15 +7,16 @@ import datetime
 import decimal
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
+from itertools import count as count_from
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
 from moescope.cli.options import trace_argument
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import print_styled, say, write
 
 MOST_ROWS = 1000
 """Rows that are shown as text; CSV and JSON hold all."""
@@ -54,9 +55,9 @@ def command(trace: Path, query: str | None, format: str) -> None:
             format,
         )
         if format == "text":
-            click.echo("\nExamples:")
+            say("\nExamples:")
             for example in examples(opened):
-                click.echo(f"  {example}")
+                say(f"  {example}")
         return
     try:
         with answer(opened, query) as result:
@@ -67,26 +68,48 @@ def command(trace: Path, query: str | None, format: str) -> None:
 
 def _write(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]], format: str) -> None:
     """Print rows as they come; as text, the first of them once their widths are known."""
-    out = sys.stdout
     if format == "csv":
-        writer = csv.writer(out, lineterminator="\n")
+        writer = csv.writer(_Stdout(), lineterminator="\n")
         writer.writerow(names)
         for rows in batches:
             writer.writerows([_plain(value) for value in row] for row in rows)
     elif format == "json":
-        _write_json(names, batches, out)
+        _write_json(names, batches)
     else:
         _print(names, batches)
 
 
-def _write_json(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]], out: TextIO) -> None:
+class _Stdout:
+    """What `csv` writes to."""
+
+    write = staticmethod(write)
+
+
+def _write_json(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> None:
+    names = _distinct(names)
     separator = "[\n "
     for rows in batches:
         for row in rows:
             values = dict(zip(names, map(_plain, row), strict=True))
-            out.write(separator + json.dumps(values, ensure_ascii=False, allow_nan=False))
+            write(separator + json.dumps(values, ensure_ascii=False, allow_nan=False))
             separator = ",\n "
-    out.write("[]\n" if separator == "[\n " else "\n]\n")
+    write("[]\n" if separator == "[\n " else "\n]\n")
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of the columns, each later one of a name numbered, so that an object of them loses none.
+
+    Example:
+        >>> _distinct(["n", "n", "n_2", "n"])
+        ['n', 'n_3', 'n_2', 'n_4']
+    """
+    taken, distinct = set(names), []
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            name = next(new for number in count_from(2) if (new := f"{name}_{number}") not in taken)
+            taken.add(name)
+        distinct.append(name)
+    return distinct
 
 
 def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> None:
@@ -113,11 +136,11 @@ def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> No
             " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
             for cell, width, right in zip(row, widths, numeric, strict=True)
         ]
-        console.print(Text("  ".join(cells).rstrip(), "" if number else "bold"), soft_wrap=True)
+        print_styled(console, Text("  ".join(cells).rstrip(), "" if number else "bold"))
         if not number:
-            console.print(Text("─" * (sum(widths) + 2 * len(widths) - 2), "dim"), soft_wrap=True)
+            print_styled(console, Text("─" * (sum(widths) + 2 * len(widths) - 2), "dim"))
     if len(table) > MOST_ROWS:
-        click.echo(f"only the first {count(MOST_ROWS, 'row')} are shown; --format csv writes all", err=True)
+        say(f"only the first {count(MOST_ROWS, 'row')} are shown; --format csv writes all", err=True)
 
 
 def _short(value: Any) -> str:

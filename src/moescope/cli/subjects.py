@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from moescope.cli.options import format_option
-from moescope.cli.printing import print_table
 from moescope.errors import MoescopeError, PluginFailed, require
 from moescope.plugins import describe, guarded, installed_plugins
+from moescope.reporting.printing import print_table, say
 from moescope.reporting.subject import Drawing
 from moescope.reporting.subjects import load
 from moescope.trace import Trace, open_trace
@@ -69,7 +69,7 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
                 _save(shown, folder)
             elif not printed or format in ("text", "latex"):  # the first table's values are all there are
                 if printed:
-                    click.echo()
+                    say("")
                 print_table(shown, format)
                 printed += 1
 

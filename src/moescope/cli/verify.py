@@ -1,4 +1,4 @@
-"""``moescope verify``: the door to ``moescope.trace.reader.verify``."""
+"""``moescope verify``: the door to ``moescope.trace.verifying``."""
 
 from __future__ import annotations
 
@@ -7,29 +7,36 @@ from pathlib import Path
 import click
 
 from moescope.cli.options import trace_argument
-from moescope.errors import TraceDamaged
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import say
 
 
 @click.command()
 @trace_argument
+@click.option(
+    "--drop-damaged",
+    is_flag=True,
+    help="Take damaged parts out of a complete trace; they are kept beside it, and it says what is lost.",
+)
 @click.pass_context
-def command(ctx: click.Context, trace: Path) -> None:
+def command(ctx: click.Context, trace: Path, drop_damaged: bool) -> None:
     """Check every byte of a trace.
 
     Compares each file with its checksum and each row with the format, and names everything that is wrong. Exit code 1
     if anything is.
     """
-    from moescope.trace.reader import open_trace, verify
+    from moescope.trace import open_trace, verifying
 
-    try:
-        opened = open_trace(trace)
-        problems = opened.verify()
-    except TraceDamaged as error:
-        problems = verify(trace) or [error]
+    if drop_damaged:
+        for part in verifying.drop_damaged(trace):
+            say(f"{part.name}: {part.problem}; {part.documents} lost", err=True)
+    problems = verifying.verify(trace)
     for problem in problems:
-        click.echo(problem.render(), err=True)
+        say(problem.render(), err=True)
     if problems:
+        if all(problem.subject.endswith(".parquet") or "parts/" in problem.problem for problem in problems):
+            say(f"hint: `moescope verify --drop-damaged {trace}` keeps the other parts", err=True)
         ctx.exit(1)
+    opened = open_trace(trace)
     state = "complete" if opened.complete else "unfinished, to be resumed with the command that began it"
-    click.echo(f"{trace}: sound, {state}; {count(opened.num_tokens, 'token')} in {count(len(opened.parts), 'part')}")
+    say(f"{trace}: sound, {state}; {count(opened.num_tokens, 'token')} in {count(len(opened.parts), 'part')}")

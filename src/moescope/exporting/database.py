@@ -18,7 +18,8 @@ import pyarrow.dataset as ds
 
 from moescope.errors import require
 from moescope.trace import Trace, as_trace
-from moescope.trace.part import id_dtype, prediction_columns
+from moescope.trace.columns import columns, id_dtype, prediction_columns
+from moescope.trace.verifying import part_problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,6 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
             raise ValueError("the query holds no statement")
         yield result
     except duckdb.Error as error:
-        _blame_the_trace(opened, error)
         raise ValueError(str(error)) from error
     finally:
         connection.close()
@@ -169,19 +169,16 @@ def _connect(duckdb: Any, trace: Trace) -> Any:
 
 
 def _tokens(trace: Trace) -> ds.Dataset:
-    """The parts as one dataset with the columns that the header declares; every page's checksum is verified."""
-    numbers = [name for name, type, _ in _TOKEN_COLUMNS if type == "UINTEGER"]
-    fields = [pa.field(name, pa.uint32() if name in numbers else pa.string()) for name, _, _ in _TOKEN_COLUMNS]
-    for layer in trace.layers:
-        fields += [pa.field(name, pa.from_numpy_dtype(id_dtype(layer))) for name in layer.expert_columns()]
-    if trace.header.weights:
-        fields += [pa.field(name, pa.float32()) for layer in trace.layers for name in layer.weight_columns()]
-    for layer in trace.layers:
-        fields += [pa.field(name, pa.from_numpy_dtype(id_dtype(layer))) for name in prediction_columns([layer])]
+    """The parts as one dataset with the columns that the header declares, after a look at every row.
+
+    DuckDB reads the files by itself, so it would answer from rows that no other reader accepts.
+    """
+    for problem in part_problems(trace.parts, trace.header):
+        raise problem
     options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     return ds.dataset(
         [str(part.path.absolute()) for part in trace.parts],
-        schema=pa.schema(fields),
+        schema=pa.schema([column.field() for column in columns(trace.header)]),
         format=ds.ParquetFileFormat(default_fragment_scan_options=options),
     )
 
@@ -205,10 +202,3 @@ def _choices(trace: Trace) -> str:
 
 def _span(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-
-
-def _blame_the_trace(trace: Trace, error: Exception) -> None:
-    """Raise `TraceDamaged` if the query failed where DuckDB reads the parts and a part is damaged."""
-    if "'tokens' failed" in str(error) or "arrow" in str(error).lower():
-        for problem in trace.verify():
-            raise problem from error

@@ -62,6 +62,5 @@ def _lines(part: Part, positions: NDArray[np.int64], layers: tuple[Layer, ...]) 
 
 
 def _numbers(weights: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> list[str]:
-    """Rows of weights, each as the shortest decimal that reads back as the same float32; null for NaN and infinity."""
-    texts = np.where(np.isfinite(weights), weights.astype(np.float32).astype("U32"), "null")
-    return [", ".join(row) for row in texts.tolist()]
+    """Rows of weights, each as the shortest decimal that reads back as the same float32."""
+    return [", ".join(row) for row in weights.astype(np.float32).astype("U32").tolist()]

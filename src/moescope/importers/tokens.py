@@ -17,7 +17,7 @@ from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
 from moescope.trace.header import ranges
-from moescope.trace.part import PART_TOKENS
+from moescope.trace.part_file import PART_TOKENS
 
 PART_CELLS = 1 << 24
 """Assignments after which a part is closed although it has fewer tokens: 32 MB of int16."""

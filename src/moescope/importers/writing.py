@@ -15,7 +15,7 @@ from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.tokens import Tokens
 from moescope.trace import Counts, Part, Trace, TraceWriter, Vocabulary, open_trace
-from moescope.trace.reader import SUMMARY
+from moescope.trace.gate import SUMMARY
 
 
 def write(

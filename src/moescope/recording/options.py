@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moescope.trace.part import PART_TOKENS
+from moescope.trace.part_file import PART_TOKENS
 
 SAMPLE_SEED = 0
 

@@ -27,8 +27,8 @@ from moescope.recording.progress import Meter, Progress, WholeCorpusMeter
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace import header as trace_header
-from moescope.trace.part import PART_TOKENS
-from moescope.trace.reader import SUMMARY, read_header
+from moescope.trace.gate import SUMMARY, read_header
+from moescope.trace.part_file import PART_TOKENS
 from moescope.trace.writer import refuse_foreign, refuse_other
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moescope.reporting.numbers import count
+from moescope.reporting.printing import say
 
 
 def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -79,7 +80,7 @@ def warn_of_few_permutations(permutations: int) -> None:
 
     smallest = 1 / (permutations + 1)
     if smallest >= SIGNIFICANT:
-        click.echo(
+        say(
             f"warning: with {count(permutations, 'permutation')} no p-value is below {smallest:.2g}, so nothing is "
             f"told from chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
             err=True,

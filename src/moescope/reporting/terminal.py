@@ -17,6 +17,7 @@ from moescope.reporting.colours import INK, NO_EXPERT_LIGHT, expert_colours
 from moescope.reporting.documents import RoutedDocument
 from moescope.reporting.layout import Segment, lay_out
 from moescope.reporting.numbers import MISSING, count
+from moescope.reporting.printing import print_styled
 from moescope.reporting.visible import visible
 from moescope.trace import Layer
 
@@ -58,7 +59,7 @@ def print_document(console: Console, document: RoutedDocument, layers: Sequence[
     """Print a document in the width of the console, with colours if it has them."""
     colour = console.color_system is not None and not console.no_color
     for line in document_lines(document, layers, width=console.width, colour=colour):
-        console.print(line, soft_wrap=True, highlight=False)
+        print_styled(console, line)
 
 
 def _side_by_side(document: RoutedDocument, layers: Sequence[Layer], width: int) -> Iterator[Text]:

@@ -20,7 +20,7 @@ from moescope.simulation.batches import BatchKind, batch_rows
 from moescope.simulation.placements import Cluster, Placement
 from moescope.simulation.profile import NOTE, NUM_CELLS, NUM_FOLDS, Cells, Profile
 from moescope.trace import Layer, Part
-from moescope.trace.part import PHASES
+from moescope.trace.columns import PHASES
 
 POSITION_BINS = 21
 """Positions by the power of two: 0, 1-2, 3-6, 7-14 …, the last from 2^20 - 1."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.trace import Trace
-from moescope.trace.part import PHASES
+from moescope.trace.columns import PHASES
 
 Rows = NDArray[np.int64]
 

@@ -138,7 +138,7 @@ class _SharedPart(PartFile):
 
     def __init__(self, shared: _Shared, job: int, index: int) -> None:
         file = shared.trace.parts[index]
-        self.path, self.progress, self.num_tokens = file.path, file.progress, file.num_tokens
+        super().__init__(file.path, shared.trace.header, file.contents)
         self._shared, self._job, self._index, self._file = shared, job, index, file
 
     def read(

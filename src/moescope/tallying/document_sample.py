@@ -20,7 +20,8 @@ from moescope.errors import NotRecorded
 from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
-from moescope.trace.part import id_dtype
+from moescope.trace.columns import id_dtype
+from moescope.trace.part_file import Contents
 
 MAX_BYTES = 2**30
 """Memory of the largest sample, in bytes: 14 million tokens of 32 layers x 2 choices, 2 million of 60 x 8 of 256."""
@@ -270,10 +271,10 @@ class _HeldPart(PartFile):
     """Documents of a sample, read as a part of a trace is."""
 
     def __init__(self, sample: DocumentSample, path: Path, header: Header, documents: slice) -> None:
-        self.path, self._header, self.progress = path, header, {}
         self._sample, self._documents = sample, documents
         self._rows = slice(int(sample.starts[documents.start]), int(sample.starts[documents.stop]))
-        self.num_tokens = self._rows.stop - self._rows.start
+        self.path = path
+        super().__init__(path, header, Contents.of(self.read((), tokens=False)))
 
     def read(
         self,
@@ -294,7 +295,7 @@ class _HeldPart(PartFile):
         position = sample.position[rows]
         begins = np.cumsum(position == 0)
         starts = np.cumsum(lengths) - lengths
-        token_id = np.zeros(self.num_tokens, np.uint32)
+        token_id = np.zeros(rows.stop - rows.start, np.uint32)
         if tokens and sample.token_id is not None:
             token_id = sample.token_id[rows].astype(np.uint32)
         expert_ids: dict[int, NDArray[np.integer[Any]]] = {}

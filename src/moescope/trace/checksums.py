@@ -27,7 +27,7 @@ def read(folder: Path) -> dict[str, str]:
     """The checksum of each listed file by its name; a truncated last line is ignored.
 
     Raises:
-        TraceDamaged: A line is not a checksum and a name, or a name points outside the trace.
+        TraceDamaged: A line is not a checksum and a name, a name points outside the trace, or stands there twice.
     """
     try:
         text = (folder / FILE_NAME).read_bytes().decode("ascii", "replace")
@@ -40,6 +40,8 @@ def read(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line[:-1])
         if match is None or match[2].startswith("/") or ".." in match[2].split("/"):
             raise TraceDamaged(folder, f"{FILE_NAME} line {number} is not a checksum and a file name")
+        if match[2] in sums:
+            raise TraceDamaged(folder, f"{FILE_NAME} line {number} lists {match[2]} again")
         sums[match[2]] = match[1]
     return sums
 
@@ -106,6 +108,21 @@ def enlist(folder: Path, name: str, digest: str) -> None:
                     os.truncate(folder / FILE_NAME, length)
                 raise
         _sync_folder(path.parent)
+
+
+def check_bytes(folder: Path, name: str, data: bytes, expected: str) -> None:
+    """Refuse the bytes of a file that are not those the list has.
+
+    Raises:
+        TraceDamaged: The checksum is another.
+    """
+    if (digest := hashlib.sha256(data).hexdigest()) != expected:
+        raise failed(folder, name, expected, digest)
+
+
+def failed(folder: Path, name: str, expected: str, found: str) -> TraceDamaged:
+    """The error for a file that has another checksum than the list."""
+    return TraceDamaged(folder, f"{name} fails its checksum (expected {expected[:8]}…, found {found[:8]}…)")
 
 
 def digest_file(path: Path) -> str:

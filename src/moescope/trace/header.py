@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.errors import TraceDamaged, TraceNewer, TraceNotFound
+from moescope.trace import plain_json
 
 FORMAT = "moescope-trace"
 FORMAT_VERSION = 2
@@ -51,8 +52,10 @@ class Layer:
     num_predicted: int = 0
 
     def __post_init__(self) -> None:
-        if self.layer < 0 or self.num_null_experts < 0 or self.num_shared_experts < 0:
-            raise ValueError(f"negative index or number in {self}")
+        if not 0 <= self.layer < 2**16:
+            raise ValueError(f"layer {self.layer} lies outside 0..{2**16 - 1}")
+        if self.num_experts < 1 or self.num_null_experts < 0 or self.num_shared_experts < 0:
+            raise ValueError(f"layer {self.layer}: a number of experts is negative, or none is routed")
         if not 1 <= self.top_k <= self.num_experts + self.num_null_experts:
             raise ValueError(f"layer {self.layer}: top_k {self.top_k} of {self.num_experts} experts is impossible")
         if self.num_ids > 2**16:
@@ -139,10 +142,10 @@ class Header:
             TraceDamaged: It is not valid JSON or lacks a field.
         """
         try:
-            document = json.loads(text)
+            document = plain_json.parse_object(text)
         except ValueError as error:
             raise TraceDamaged(path, f"{FILE_NAME} is not valid JSON ({error})") from None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
+        if document.get("format") != FORMAT:
             raise TraceNotFound(path, f"{FILE_NAME} is not that of a {FORMAT}")
         version = document.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -156,6 +159,7 @@ class Header:
         try:
             layers = tuple(_layer(layer) for layer in document["layers"])
             values = {f.name: document[f.name] for f in fields(cls) if f.name in document and f.name != "layers"}
+            _check_notes(values)
             return cls(layers=layers, **_checked(cls, values))
         except (KeyError, TypeError, ValueError) as error:
             raise TraceDamaged(path, f"{FILE_NAME} is not a valid header: {error!r}") from None
@@ -220,6 +224,24 @@ def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise TypeError(f"{name} must be {declared[name]}, found {value!r}")
     return values
+
+
+_NOTES: dict[tuple[str, str], tuple[type, ...]] = {
+    ("model", "name"): (str,),
+    ("model", "fingerprint"): (str, type(None)),
+    ("corpus", "name"): (str,),
+    ("corpus", "fingerprint"): (str, type(None)),
+    ("corpus", "sample"): (dict, type(None)),
+}
+"""Types of the notes that moescope reads again; the others are only shown."""
+
+
+def _check_notes(values: dict[str, Any]) -> None:
+    for (section, name), types in _NOTES.items():
+        notes = values.get(section)
+        value = notes[name] if isinstance(notes, dict) and name in notes else types[0]()
+        if not isinstance(value, types):
+            raise TypeError(f"{section}.{name} must be {types[0].__name__}, found {str(value)[:40]!r}")
 
 
 def _differences(name: str, left: Any, right: Any) -> list[str]:

@@ -1,10 +1,8 @@
-"""Reading a trace: by layer, by domain, by document, a part at a time; verifying every page's checksum."""
+"""Reading a trace: by layer, by domain, by document, a part at a time, with every page's checksum verified."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged, TraceNotFound
-from moescope.trace import checksums, header, vocabulary
+from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged
+from moescope.trace import vocabulary
 from moescope.trace.counts import COUNTS_HINT, Counts
+from moescope.trace.gate import pass_gate
 from moescope.trace.header import Header, Layer
-from moescope.trace.part import Part, PartFile
+from moescope.trace.part import Part
+from moescope.trace.part_file import PartFile
+from moescope.trace.verifying import verify
 from moescope.trace.vocabulary import Vocabulary
 
 _Column = NDArray[np.int64]
-
-PARTS = "parts"
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -64,57 +62,60 @@ class Trace:
         return sum(part.num_tokens for part in self.parts)
 
     @cached_property
-    def _contents(self) -> tuple[tuple[str, ...], _Column, _Column, _Column, _Column]:
-        """Domains in order of appearance; for each document its number, part, index of its domain and rows."""
-        domains: dict[str, None] = {}
-        documents = [np.zeros(0, np.int64)]
-        owners = [np.zeros(0, np.int64)]
-        codes = [np.zeros(0, np.int64)]
-        lengths = [np.zeros(0, np.int64)]
-        for index, file in enumerate(self.parts):
-            part = file.read_counts() if self.header.counts_only else file.read((), tokens=False)
-            lengths.append(np.diff(part.document_starts()))
-            starts = part.document_starts()[:-1]
-            domains.update(dict.fromkeys(part.domain_names[code] for code in part.domain[starts]))
-            code_of = {name: code for code, name in enumerate(domains)}
-            trace_codes = np.array([code_of.get(name, -1) for name in part.domain_names], np.int64)
-            codes.append(trace_codes[part.domain[starts]])
-            documents.append(part.document[starts].astype(np.int64))
-            owners.append(np.full(len(starts), index))
-        numbers = np.concatenate(documents)
-        if len(np.unique(numbers)) != len(numbers):
-            raise TraceDamaged(self.path, "a document is in two parts")
-        return tuple(domains), numbers, np.concatenate(owners), np.concatenate(codes), np.concatenate(lengths)
-
-    @property
     def domains(self) -> tuple[str, ...]:
         """Domains in the order in which they first appear."""
-        return self._contents[0]
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.contents.domains))
 
     @property
-    def document_numbers(self) -> NDArray[np.int64]:
-        """Indices, in the corpus, of the recorded documents, in the order recorded."""
-        return self._contents[1]
+    def domain_documents(self) -> dict[str, int]:
+        """Documents of each domain."""
+        return {name: sum(part.contents.domains.get(name, (0, 0))[0] for part in self.parts) for name in self.domains}
 
     @property
-    def document_parts(self) -> NDArray[np.int64]:
-        """Index of the part that holds each of `document_numbers`."""
-        return self._contents[2]
-
-    @property
-    def document_domains(self) -> NDArray[np.int64]:
-        """Index into `domains` of the domain of each of `document_numbers`."""
-        return self._contents[3]
-
-    @property
-    def document_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each of `document_numbers`; rows of counts in a trace of counts."""
-        return self._contents[4]
+    def domain_tokens(self) -> dict[str, int]:
+        """Tokens of each domain; rows of counts in a trace of counts."""
+        return {name: sum(part.contents.domains.get(name, (0, 0))[1] for part in self.parts) for name in self.domains}
 
     @property
     def num_documents(self) -> int:
         """Recorded documents; those without a token are not in a trace."""
-        return len(self._contents[1])
+        return sum(self.domain_documents.values())
+
+    @cached_property
+    def _documents(self) -> tuple[_Column, _Column, _Column, _Column]:
+        """For each document its number, part, index of its domain and rows."""
+        documents, owners, codes, lengths = ([np.zeros(0, np.int64)] for _ in range(4))
+        for index, file in enumerate(self.parts):
+            part = file.read_counts() if self.header.counts_only else file.read((), tokens=False)
+            starts = part.document_starts()
+            lengths.append(np.diff(starts))
+            codes.append(self._trace_codes(file.path, part)[starts[:-1]])
+            documents.append(part.document[starts[:-1]].astype(np.int64))
+            owners.append(np.full(len(starts) - 1, index))
+        numbers = np.concatenate(documents)
+        if len(np.unique(numbers)) != len(numbers):
+            raise TraceDamaged(self.path, "a document is in two parts")
+        return numbers, np.concatenate(owners), np.concatenate(codes), np.concatenate(lengths)
+
+    @property
+    def document_numbers(self) -> NDArray[np.int64]:
+        """Indices, in the corpus, of the recorded documents, in the order recorded."""
+        return self._documents[0]
+
+    @property
+    def document_parts(self) -> NDArray[np.int64]:
+        """Index of the part that holds each of `document_numbers`."""
+        return self._documents[1]
+
+    @property
+    def document_domains(self) -> NDArray[np.int64]:
+        """Index into `domains` of the domain of each of `document_numbers`."""
+        return self._documents[2]
+
+    @property
+    def document_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each of `document_numbers`; rows of counts in a trace of counts."""
+        return self._documents[3]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -183,7 +184,7 @@ class Trace:
             NotRecorded: Gate weights are requested but were not recorded, or the trace holds counts only.
         """
         self.need_tokens(weights=weights)
-        _, numbers, owners, _, _ = self._contents
+        numbers, owners, _, _ = self._documents
         matches = np.flatnonzero(numbers == number)
         if not len(matches):
             nearest = numbers[np.argsort(np.abs(numbers - number), kind="stable")[:3]]
@@ -193,17 +194,29 @@ class Trace:
         return self.with_trace_domains(part.rows(part.document == number))
 
     def with_trace_domains(self, part: Part) -> Part:
-        """The part with domain codes that index the domains of the whole trace."""
+        """The part with domain codes that index the domains of the whole trace.
+
+        Raises:
+            TraceDamaged: It has a domain that the trace is not said to have.
+        """
         if part.domain_names == self.domains:
             return part
+        return replace(part, domain=self._trace_codes(self.path, part), domain_names=self.domains)
+
+    def _trace_codes(self, where: Path, part: Part | Counts) -> NDArray[np.int64]:
+        """The domain of each row as an index of the domains of the trace."""
         code_of = {name: code for code, name in enumerate(self.domains)}
-        codes = np.array([code_of.get(name, -1) for name in part.domain_names], np.int32)
-        return replace(part, domain=codes[part.domain], domain_names=self.domains)
+        codes = np.array([code_of.get(name, -1) for name in part.domain_names], np.int64)[part.domain]
+        if codes.min(initial=0) < 0:
+            name = part.domain_names[part.domain[int(codes.argmin())]]
+            raise TraceDamaged(where, f"has domain {name!r}, which is not among those noted of the trace")
+        return codes
 
     def with_parts(self, parts: tuple[PartFile, ...]) -> Trace:
         """The same trace, whose parts are read in another way; they hold the same."""
         view = replace(self, parts=parts)
-        view.__dict__["_contents"] = self._contents  # and are not looked through again
+        view.__dict__["domains"] = self.domains
+        view.__dict__["_documents"] = self._documents  # and are not looked through again
         return view
 
     def verify(self) -> list[TraceDamaged]:
@@ -263,19 +276,8 @@ def open_trace(path: Path | str) -> Trace:
         TraceDamaged: A file is missing or contradicts the header.
     """
     path = Path(path)
-    trace_header = read_header(path)
-    sums = checksums.read(path)
-    summary = None
-    if SUMMARY in sums and (path / SUMMARY).exists():
-        try:
-            summary = json.loads((path / SUMMARY).read_bytes())
-        except ValueError:
-            summary = None
-        if not isinstance(summary, dict):
-            raise TraceDamaged(path, f"{SUMMARY} is not a JSON object")
-    elif sums and not (path / list(sums)[-1]).exists():
-        sums.popitem()  # the part that is being written, or was when the recorder stopped
-    return Trace(path, trace_header, open_parts(path, trace_header, sums), summary)
+    opened = pass_gate(path)
+    return Trace(path, opened.header, opened.parts, opened.summary)
 
 
 def selected_layers(layers: tuple[Layer, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Layer, ...]:
@@ -305,71 +307,3 @@ def as_trace(source: Trace | Path | str) -> Trace:
     if not isinstance(source, Trace):
         raise TypeError(f"expected a trace or the path of one, not {type(source).__name__}")
     return source
-
-
-def open_parts(path: Path, trace_header: Header, sums: Mapping[str, str]) -> tuple[PartFile, ...]:
-    """The listed parts of a trace in order; a gap in their numbers means damage."""
-    names = sorted(name for name in sums if name.startswith(f"{PARTS}/"))
-    for number, name in enumerate(names):
-        if name != part_name(number):
-            raise TraceDamaged(path, f"{part_name(number)} is missing from {checksums.FILE_NAME}")
-    return tuple(PartFile(path / name, trace_header) for name in names)
-
-
-def part_name(number: int) -> str:
-    """Name of a part's file within the trace."""
-    return f"{PARTS}/{number:06d}.parquet"
-
-
-def is_part_name(name: str) -> bool:
-    """Whether a file in the folder of parts has the name of a part."""
-    return re.fullmatch(r"\d{6,}\.parquet", name) is not None
-
-
-def read_header(path: Path) -> Header:
-    """Read and validate ``trace.json`` of the folder `path`."""
-    file = path / header.FILE_NAME
-    try:
-        text = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        what = "nothing there" if not path.exists() else f"no {header.FILE_NAME} in it"
-        raise TraceNotFound(path, f"is not a trace: {what}", "`moescope record` creates one") from None
-    return Header.from_json(text, path)
-
-
-def verify(path: Path) -> list[TraceDamaged]:
-    """Check every file of a trace against its checksum, and every row against the format."""
-    problems: list[TraceDamaged] = []
-    try:
-        sums = checksums.read(path)
-        complete = (path / SUMMARY).exists()
-    except TraceDamaged as error:
-        return [error]
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {checksums.FILE_NAME}
-    stray = sorted(name for name in present - set(sums) if not name.endswith(checksums.TEMPORARY))
-    problems += [TraceDamaged(path, f"{name} is not listed in {checksums.FILE_NAME}") for name in stray]
-    for name, expected in sums.items():
-        if name not in present:
-            if complete or name != list(sums)[-1]:
-                problems.append(TraceDamaged(path, f"{name} is missing"))
-            continue
-        if (digest := checksums.digest_file(path / name)) != expected:
-            problems.append(
-                TraceDamaged(path, f"{name} fails its checksum (expected {expected[:8]}…, found {digest[:8]}…)")
-            )
-    if problems:
-        return problems
-    try:
-        trace = open_trace(path)
-        for file in trace.parts:
-            if trace.header.counts_only:
-                file.read_counts()
-            else:
-                file.read(trace.layers, weights=trace.header.weights, predictions=True)
-        _ = trace.num_documents, trace.vocabulary
-        tokens = (trace.summary or {}).get("tokens", trace.num_tokens)
-        if tokens != trace.num_tokens:
-            problems.append(TraceDamaged(path, f"holds {trace.num_tokens} tokens, its summary says {tokens}"))
-    except TraceDamaged as error:
-        problems.append(error)
-    return problems

@@ -6,6 +6,7 @@ and SQL, with undecodable bytes as U+FFFD.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike
 from moescope.errors import TraceDamaged
 
 FILE_NAME = "vocabulary.parquet"
+_COLUMNS = {"token_id": pa.uint32(), "text": pa.string(), "bytes": pa.binary()}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ class Vocabulary:
         pieces = [self.pieces[token_id] for token_id in ids]
         return pa.table(
             {
-                "token_id": pa.array(ids, pa.uint32()),
-                "text": pa.array([piece.decode(errors="replace") for piece in pieces], pa.string()),
-                "bytes": pa.array(pieces, pa.binary()),
-            }
+                "token_id": ids,
+                "text": [piece.decode(errors="replace") for piece in pieces],
+                "bytes": pieces,
+            },
+            pa.schema(_COLUMNS),
         )
 
     def write(self, file: BinaryIO) -> None:
@@ -83,14 +86,20 @@ class Vocabulary:
         """
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                found = file.schema_arrow
+                if (types := list(zip(found.names, found.types, strict=True))) != list(_COLUMNS.items()):
+                    raise ValueError(f"columns are {_names(types)}, expected {_names(_COLUMNS.items())}")
                 table = file.read(["token_id", "bytes"], use_threads=False)
-            return cls(dict(_strict_pairs(table["token_id"].to_pylist(), table["bytes"].to_pylist())))
+            token_ids, pieces = table["token_id"].to_pylist(), table["bytes"].to_pylist()
+            known = dict(zip(token_ids, pieces, strict=True))
+            if None in known or None in pieces:
+                raise ValueError("a token id or a piece is missing")
+            if len(known) != len(token_ids):
+                raise ValueError(f"token id {Counter(token_ids).most_common(1)[0][0]} has two pieces")
+            return cls(known)
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise TraceDamaged(path, f"cannot be read: {error}") from None
 
 
-def _strict_pairs(token_ids: list[int], pieces: list[bytes]) -> Iterable[tuple[int, bytes]]:
-    for token_id, piece in zip(token_ids, pieces, strict=True):
-        if not isinstance(token_id, int) or not isinstance(piece, bytes):
-            raise TypeError(f"token id {token_id!r} has piece {piece!r}")
-        yield token_id, piece
+def _names(types: Iterable[tuple[str, pa.DataType]]) -> str:
+    return ", ".join(f"{name} ({type})" for name, type in types)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import TraceDamaged, TraceExists, TraceMismatch, TraceNotFound
-from moescope.trace import checksums, header, part, vocabulary
+from moescope.trace import checksums, gate, header, part_file, vocabulary
 from moescope.trace.counts import Counts, check_counts
+from moescope.trace.gate import PARTS, SUMMARY, is_part_name, part_name, read_header
 from moescope.trace.header import Header
 from moescope.trace.locks import locked
 from moescope.trace.part import Part
-from moescope.trace.reader import PARTS, SUMMARY, is_part_name, open_parts, part_name, read_header
+from moescope.trace.part_file import PartFile, is_part
+from moescope.trace.rules import check
 from moescope.trace.vocabulary import Vocabulary
 
 _NAMES = (checksums.FILE_NAME, header.FILE_NAME, vocabulary.FILE_NAME, SUMMARY)
@@ -61,9 +62,10 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
 
     def _clear(self) -> None:
         """Remove the files of a trace, and no others; interrupted at any point, it can be repeated."""
-        parts = sorted(child for child in (self.path / PARTS).iterdir() if is_part_name(child.name))
-        for part_file in reversed(parts):  # the last first, so that what is left is a beginning
-            part_file.unlink()
+        listed = _list(self.path, force=True)
+        for name in sorted(_parts(self.path), reverse=True):  # the last first, so that what is left is a beginning
+            if name in listed or is_part(self.path / name):
+                (self.path / name).unlink()
         # The header last: it identifies what is left without a list as a trace.
         for name in (SUMMARY, checksums.FILE_NAME, vocabulary.FILE_NAME, header.FILE_NAME):
             (self.path / name).unlink(missing_ok=True)
@@ -79,11 +81,13 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
             sums.popitem()  # listed, but killed before it was renamed, or while files were removed
         for folder in (self.path, self.path / PARTS):
             for leftover in folder.glob(f"*{checksums.TEMPORARY}"):
-                name = leftover.name.removesuffix(checksums.TEMPORARY)
+                name = leftover.relative_to(self.path).as_posix().removesuffix(checksums.TEMPORARY)
                 if name in _NAMES or is_part_name(name):
                     leftover.unlink()
         checksums.rewrite(self.path, sums)
-        return [file.progress for file in open_parts(self.path, self.header, sums)]
+        names = [name for name in gate.listed_files(self.path, sums) if is_part_name(name)]
+        gate.check_numbers(self.path, names)
+        return [PartFile(self.path / name, self.header).progress for name in names]
 
     def _create(self, pieces: Vocabulary) -> None:
         """Write the files that precede the parts; ``trace.json`` last, because it makes the folder a trace."""
@@ -106,10 +110,10 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
         name = part_name(len(self.progress))
         if isinstance(rows, Counts):
             check_counts(rows, self.header)
-            checksums.commit(self.path, name, lambda file: part.write_counts(file, rows, progress))
+            checksums.commit(self.path, name, lambda file: part_file.write_counts(file, rows, self.header, progress))
         else:
-            part.check(rows, self.header)
-            checksums.commit(self.path, name, lambda file: part.write_part(file, rows, self.header, progress))
+            check(rows, self.header)
+            checksums.commit(self.path, name, lambda file: part_file.write_part(file, rows, self.header, progress))
         self.progress.append(dict(progress))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -118,8 +122,8 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
         Args:
             summary: JSON-able totals of the run, such as documents, tokens, malformed records, seconds.
         """
-        text = (json.dumps(dict(summary), indent=1, ensure_ascii=False) + "\n").encode()
-        checksums.commit_bytes(self.path, SUMMARY, text)
+        parts = [PartFile(self.path / part_name(number), self.header) for number in range(len(self.progress))]
+        checksums.commit_bytes(self.path, SUMMARY, gate.summary_bytes(summary, parts, self.path))
 
     def close(self) -> None:
         """Release the trace; an unfinished one can be resumed."""
@@ -139,24 +143,31 @@ def refuse_foreign(path: Path, *, force: bool = False) -> None:
         TraceExists: It holds something else, which is never replaced.
         TraceDamaged: It holds a trace whose list lacks some of its files, which are kept.
     """
+    gate.check_path(path)
     if not path.is_dir():
         if path.exists():
             raise TraceExists(path, "exists and is not a trace", _OTHER_OUTPUT)
         return
-    names = {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()}
     parts = path / PARTS
-    if not names <= {*_NAMES, PARTS}:
+    for child in (*path.iterdir(), *(parts.iterdir() if parts.is_dir() else ())):
+        if child.is_symlink():
+            raise TraceExists(child, "is a link; a trace is not written through one", _OTHER_OUTPUT)
+    if not {child.name.removesuffix(checksums.TEMPORARY) for child in path.iterdir()} <= {*_NAMES, PARTS}:
         raise TraceExists(path, "exists and is not a trace", _OTHER_OUTPUT)
-    if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
-        raise TraceExists(parts, "is not a folder of its own; a trace is not written through a link", _OTHER_OUTPUT)
-    if not (unlisted := _unlisted(path, force=force)):
-        return
+    if parts.exists() and not parts.is_dir():
+        raise TraceExists(parts, "exists and is not a folder", _OTHER_OUTPUT)
     try:
         read_header(path)
     except (TraceNotFound, TraceDamaged):
-        problem = f"exists and is not a trace: it has {unlisted[0]}, but neither header nor list of a trace"
-        raise TraceExists(path, problem, _OTHER_OUTPUT) from None
-    if not force:
+        if (foreign := _not_of_a_beginning(path)) is not None:
+            problem = f"exists and is not a trace: it has {foreign}, but neither header nor list of a trace"
+            raise TraceExists(path, problem, _OTHER_OUTPUT) from None
+        return
+    unlisted = _unlisted(path, force=force)
+    for name in unlisted:
+        if is_part_name(name) and not is_part(path / name):
+            raise TraceExists(path / name, "is in the place of a part of a trace, and is none", _OTHER_OUTPUT)
+    if unlisted and not force:
         raise TraceDamaged(
             path,
             f"{unlisted[0]} is not listed in {checksums.FILE_NAME}; it is kept",
@@ -164,19 +175,45 @@ def refuse_foreign(path: Path, *, force: bool = False) -> None:
         )
 
 
-def _unlisted(path: Path, *, force: bool) -> list[str]:
-    """Files that may belong to a trace but are not in its list; without a list, everything among the parts."""
-    names = [name for name in (vocabulary.FILE_NAME, header.FILE_NAME, SUMMARY) if (path / name).exists()]
-    parts = sorted(child.name for child in (path / PARTS).iterdir()) if (path / PARTS).exists() else []
+def _parts(path: Path) -> list[str]:
+    """Files in the folder of parts that have the name of a part."""
+    names = (f"{PARTS}/{child.name}" for child in (path / PARTS).iterdir()) if (path / PARTS).exists() else ()
+    return [name for name in names if is_part_name(name)]
+
+
+def _list(path: Path, *, force: bool) -> dict[str, str]:
+    """The list of a trace; if it is damaged and the trace is to be replaced anyway, an empty one."""
     try:
-        listed = checksums.read(path)  # read after the files are listed: a line precedes its file
+        return checksums.read(path)
     except TraceDamaged:
         if not force:
             raise
-        listed = {}
-    if (path / checksums.FILE_NAME).exists():
-        parts = [name for name in parts if is_part_name(name)]
-    return [name for name in [*names, *(f"{PARTS}/{name}" for name in parts)] if name not in listed]
+        return {}
+
+
+def _unlisted(path: Path, *, force: bool) -> list[str]:
+    """Files that may belong to a trace but are not in its list."""
+    names = [name for name in (vocabulary.FILE_NAME, header.FILE_NAME, SUMMARY) if (path / name).exists()]
+    names += sorted(_parts(path))
+    listed = _list(path, force=force)  # read after the files are listed: a line precedes its file
+    return [name for name in names if name not in listed]
+
+
+def _not_of_a_beginning(path: Path) -> str | None:
+    """A file that is not left by the beginning of a trace, which writes the vocabulary first; None if there is none."""
+    own = {checksums.FILE_NAME, *(name + checksums.TEMPORARY for name in _NAMES)}
+    with suppress(TraceDamaged):
+        listed = checksums.read(path)
+        if set(listed) <= {vocabulary.FILE_NAME, header.FILE_NAME}:
+            own.discard(SUMMARY + checksums.TEMPORARY)
+            file = path / vocabulary.FILE_NAME
+            if file.exists() and checksums.digest_file(file) == listed.get(vocabulary.FILE_NAME):
+                Vocabulary.read(file)
+                own.add(vocabulary.FILE_NAME)
+        else:
+            own.discard(checksums.FILE_NAME)
+    files = [child.relative_to(path).as_posix() for child in sorted(path.rglob("*")) if child.name != PARTS]
+    return next((name for name in files if name not in own), None)
 
 
 def refuse_other(path: Path, wanted: Header, found: Header) -> None:

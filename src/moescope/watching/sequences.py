@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ModelUnsupported
 from moescope.trace import Part, TraceWriter
-from moescope.trace.part import PHASES
+from moescope.trace.columns import PHASES
 
 PREFILL, DECODE = range(len(PHASES))
 

@@ -32,7 +32,7 @@ from moescope.engines.transformers.routers import (
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import ModelUnsupported, RouterSilent
 from moescope.trace import Header, Layer, Vocabulary
-from moescope.trace.part import PART_TOKENS
+from moescope.trace.part_file import PART_TOKENS
 from moescope.watching.calls import find_stacks
 from moescope.watching.live import LiveTally, Loads
 from moescope.watching.output import TraceOutput

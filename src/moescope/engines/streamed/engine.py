@@ -49,7 +49,7 @@ from moescope.engines.work import has_work, work_folder
 from moescope.errors import ModelNotStreamable
 from moescope.trace import Layer
 from moescope.trace import header as trace_header
-from moescope.trace.reader import read_header
+from moescope.trace.gate import read_header
 
 RUN_KEY, RUN_VALUE = "road", "stream"
 """In the header's ``run``, what a streamed trace says; another word would part unfinished traces from their command."""

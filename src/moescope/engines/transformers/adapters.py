@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moescope.engines.transformers.batches import Batching
-from moescope.trace.part import DROPPED
+from moescope.trace.columns import DROPPED
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, Any]]
 """From positional arguments, named ones and an output (or None), ids and gate weights, each (token, choice)."""

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moescope.engines.transformers.routers import Experts, check_call
 from moescope.errors import ModelUnsupported, RouterSilent
-from moescope.trace.part import DROPPED
+from moescope.trace.columns import DROPPED
 
 
 @dataclass(frozen=True)

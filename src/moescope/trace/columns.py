@@ -1,0 +1,121 @@
+"""The columns of a part: one table of name, exact Arrow type, nullability and range, for every writer and reader.
+
+``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then ``L{layer}_{rank}``
+(chosen expert; null = no expert ran) and, if recorded, ``W{layer}_{rank}`` (gate weight as executed) and
+``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier). What relates several rows or
+columns stands in `rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from moescope.trace.header import Header, Layer
+
+DROPPED = -1
+"""The expert id, in memory, of an assignment for which no expert ran; a null in the file."""
+
+PHASES = ("prefill", "decode")
+"""Names of the codes of `Part.phase`: processed as part of a prompt, or one at a time as generated."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a part.
+
+    Attributes:
+        name: Its name.
+        type: Its type; a file that has another is damaged, even one that could be cast.
+        meaning: In one line.
+        nullable: Whether a value may be missing.
+        most: Largest value of a column of whole numbers, which start at 0; None for a column of another kind.
+    """
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    nullable: bool = False
+    most: int | None = None
+
+    def field(self) -> pa.Field:
+        """Its place in the schema of a file that is written."""
+        return pa.field(self.name, self.type, nullable=self.nullable)
+
+
+def columns(header: Header) -> tuple[Column, ...]:
+    """The columns of a part, in their order."""
+    if header.counts_only:
+        return _COUNTS
+    names = [*token_columns(header)]
+    weighted = header.layers if header.weights else ()
+    return (
+        *(column for column in _TOKENS if column.name in names),
+        *(_ids(layer, name) for layer in header.layers for name in layer.expert_columns()),
+        *(Column(name, pa.float32(), "gate weight") for layer in weighted for name in layer.weight_columns()),
+        *(_ids(layer, name, predicted=True) for layer in header.layers for name in prediction_columns([layer])),
+    )
+
+
+def token_columns(header: Header) -> list[str]:
+    """Names of the columns that identify the token of a row."""
+    absent = {name for name, known in (("token_id", header.token_ids), ("phase", header.phases)) if not known}
+    return [column.name for column in _TOKENS if column.name not in absent]
+
+
+def prediction_columns(layers: Iterable[Layer]) -> list[str]:
+    """Names of the columns of predicted experts, by layer, distance and rank."""
+    return [name for layer in layers for distance in layer.lookahead for name in layer.prediction_columns(distance)]
+
+
+def id_dtype(layer: Layer) -> type[np.uint8 | np.uint16]:
+    """Width of a layer's expert columns: one byte up to 256 ids, two above."""
+    return np.uint8 if layer.num_ids <= 256 else np.uint16
+
+
+def check_schema(found: pa.Schema, header: Header) -> None:
+    """Refuse a file whose columns are not those of the header: their names, their order, their types.
+
+    A column that may not lack a value may be nullable in the file as long as it lacks none.
+
+    Raises:
+        ValueError: A column is missing, is too many, is elsewhere, or has another type.
+    """
+    expected = columns(header)
+    if found.names != (names := [column.name for column in expected]):
+        differing = sorted(set(found.names) ^ set(names)) or ["their order"]
+        raise ValueError(f"the columns are not those of the header: {', '.join(differing[:5])}")
+    for column, field in zip(expected, found, strict=True):
+        if field.type != column.type:
+            raise ValueError(f"column {column.name} holds {field.type}, expected {column.type}")
+
+
+def _number(name: str, type: pa.DataType, meaning: str) -> Column:
+    return Column(name, type, meaning, most=2**type.bit_width - 1)
+
+
+def _ids(layer: Layer, name: str, *, predicted: bool = False) -> Column:
+    type = pa.from_numpy_dtype(id_dtype(layer))
+    meaning = "an expert predicted from an earlier layer" if predicted else "the expert that ran"
+    return Column(name, type, meaning, nullable=layer.drops and not predicted, most=layer.num_ids - 1)
+
+
+_TOKENS = (
+    _number("document", pa.uint32(), "index of the record in the corpus"),
+    Column("domain", pa.string(), "label that the corpus gives the document"),
+    _number("sequence", pa.uint32(), "window within the document; pairs of tokens never cross one"),
+    _number("position", pa.uint32(), "place within the window"),
+    _number("token_id", pa.uint32(), "vocabulary id"),
+    Column("phase", pa.string(), "prefill: part of a prompt; decode: generated"),
+)
+_COUNTS = (
+    _number("document", pa.uint32(), "the unit in which the source counted"),
+    Column("domain", pa.string(), "its label"),
+    _number("layer", pa.uint16(), "index in the whole model"),
+    _number("expert", pa.uint16(), "expert id"),
+    _number("count", pa.uint64(), "assignments the expert received in the document, at least 1"),
+)
+COUNT_COLUMNS = tuple(column.name for column in _COUNTS)

@@ -1,0 +1,369 @@
+"""A part of a trace on disk: one Parquet file of whole documents, whose columns are those of `columns`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moescope.errors import NotRecorded, TraceDamaged
+from moescope.trace import plain_json
+from moescope.trace.columns import (
+    COUNT_COLUMNS,
+    DROPPED,
+    PHASES,
+    check_schema,
+    columns,
+    id_dtype,
+    prediction_columns,
+    token_columns,
+)
+from moescope.trace.counts import COUNTS_HINT, Counts, check_counts
+from moescope.trace.header import Header, Layer
+from moescope.trace.part import Part
+from moescope.trace.rules import check_rows
+
+PART_TOKENS = 65_536
+"""Tokens of a part, unless the caller says otherwise: what an interruption can cost."""
+
+ROW_GROUP_TOKENS = 2 * PART_TOKENS  # only a part with a very long document has several
+_METADATA_KEY = b"moescope"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a part holds, so that a trace can be opened without reading a column.
+
+    Attributes:
+        rows: Its rows: tokens, or counts.
+        sequences: Sequences; 0 in a part of counts.
+        first_document: Number of its first document.
+        domains: For each domain, in order of appearance, its documents and its rows.
+    """
+
+    rows: int
+    sequences: int
+    first_document: int
+    domains: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, rows: Part | Counts) -> Contents:
+        """The contents of a part in memory."""
+        starts = rows.document_starts()
+        lengths, codes = np.diff(starts), rows.domain[starts[:-1]]
+        domains = {
+            rows.domain_names[code]: (int((codes == code).sum()), int(lengths[codes == code].sum()))
+            for code in dict.fromkeys(codes.tolist())
+        }
+        sequences = len(rows.sequence_starts()) - 1 if isinstance(rows, Part) else 0
+        return cls(len(rows.document), sequences, int(rows.document[0]), domains)
+
+    @classmethod
+    def from_json(cls, note: Any) -> Contents:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        try:
+            rows, sequences, first = (note[name] for name in ("rows", "sequences", "first_document"))
+            domains = {name: (by["documents"], by["rows"]) for name, by in note["domains"].items()}
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError(f"the contents of a part are not {str(note)[:60]!r}") from None
+        numbers = [rows, sequences, first, *(number for pair in domains.values() for number in pair)]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("the contents of a part are whole numbers from 0")
+        if sum(of_domain for _, of_domain in domains.values()) != rows:
+            raise ValueError(f"the rows of the domains of a part do not add up to {rows}")
+        return cls(rows, sequences, first, domains)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        domains = {name: {"documents": documents, "rows": rows} for name, (documents, rows) in self.domains.items()}
+        return {
+            "rows": self.rows,
+            "sequences": self.sequences,
+            "first_document": self.first_document,
+            "domains": domains,
+        }
+
+
+def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str, Any]) -> None:
+    """Write a part as Parquet, its encodings chosen by measurement (`docs/decisions/log.md`).
+
+    Columns are required, not nullable, wherever no value can be missing: without definition levels a page is read a
+    third faster. Expert columns are dictionary pages without a codec, which would save nothing; token ids and positions
+    gain from zstd; weights are float32, exact for every executed dtype of up to 32 bits, byte-stream-split + zstd, so
+    that the two empty bytes of a bf16 value compress away.
+    """
+    arrays: dict[str, pa.Array] = {
+        "document": pa.array(part.document.astype(np.uint32)),
+        "domain": _labels(part.domain, part.domain_names),
+        "sequence": pa.array(part.sequence.astype(np.uint32)),
+        "position": pa.array(part.position.astype(np.uint32)),
+    }
+    if header.token_ids:
+        arrays["token_id"] = pa.array(part.token_id.astype(np.uint32))
+    if part.phase is not None:
+        arrays["phase"] = _labels(part.phase, PHASES)
+    weight_names: list[str] = []
+    for layer in header.layers:
+        ids = part.expert_ids[layer.layer]
+        dropped = ids == DROPPED if ids.dtype.kind == "i" else None
+        for rank, name in enumerate(layer.expert_columns()):
+            mask = dropped[:, rank] if dropped is not None and dropped[:, rank].any() else None
+            arrays[name] = pa.array(ids[:, rank].astype(id_dtype(layer)), mask=mask)
+    if header.weights:
+        for layer in header.layers:
+            weights = part.gate_weights[layer.layer]
+            for rank, name in enumerate(layer.weight_columns()):
+                arrays[name] = pa.array(np.ascontiguousarray(weights[:, rank], np.float32))
+                weight_names.append(name)
+    for layer in header.layers:
+        for distance in layer.lookahead:
+            predicted = part.predictions[layer.layer, distance]
+            for rank, name in enumerate(layer.prediction_columns(distance)):
+                arrays[name] = pa.array(np.ascontiguousarray(predicted[:, rank], id_dtype(layer)))
+    table = pa.table(arrays, pa.schema([column.field() for column in columns(header)]))
+    zstd = {"position": 3, **({"token_id": 9} if header.token_ids else {}), **dict.fromkeys(weight_names, 3)}
+    with pq.ParquetWriter(
+        file,
+        table.schema,
+        use_dictionary=[name for name in arrays if name not in zstd],
+        column_encoding={
+            "position": "DELTA_BINARY_PACKED",
+            **({"token_id": "PLAIN"} if header.token_ids else {}),
+            **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT"),
+        },
+        compression={name: "zstd" if name in zstd else "none" for name in arrays},
+        compression_level=zstd,
+        dictionary_pagesize_limit=2**22,  # beyond the 2**16 ids of uint16: ids never fall back to plain pages
+        data_page_size=2**20,  # pages end by rows, not by bytes; their size did not change the speed of reading
+        max_rows_per_page=ROW_GROUP_TOKENS // 2,
+        write_page_checksum=True,
+        write_statistics=token_columns(header),
+        store_schema=False,
+    ) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP_TOKENS)
+        writer.add_key_value_metadata(_footer(part, progress))
+
+
+def write_counts(file: BinaryIO, counts: Counts, header: Header, progress: Mapping[str, Any]) -> None:
+    """Write a part of a trace of counts as Parquet."""
+    arrays = {
+        "document": pa.array(counts.document.astype(np.uint32)),
+        "domain": _labels(counts.domain, counts.domain_names),
+        "layer": pa.array(counts.layer.astype(np.uint16)),
+        "expert": pa.array(counts.expert.astype(np.uint16)),
+        "count": pa.array(counts.count.astype(np.uint64)),
+    }
+    table = pa.table(arrays, pa.schema([column.field() for column in columns(header)]))
+    with pq.ParquetWriter(
+        file, table.schema, compression="zstd", write_page_checksum=True, store_schema=False
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(_footer(counts, progress))
+
+
+def _footer(rows: Part | Counts, progress: Mapping[str, Any]) -> dict[bytes, bytes]:
+    note = {"progress": progress, "contents": Contents.of(rows).to_json()}
+    return {_METADATA_KEY: json.dumps(note, allow_nan=False).encode()}
+
+
+def _labels(codes: NDArray[np.integer[Any]], names: Sequence[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(codes.astype(np.int32), list(names)).cast(pa.string())
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file carries the mark of a part of a trace."""
+    with suppress(OSError, pa.ArrowException):
+        return _METADATA_KEY in (pq.read_metadata(path).metadata or {})
+    return False
+
+
+class PartFile:
+    """A part on disk; its columns are checked before the first is read, page checksums whenever one is.
+
+    Args:
+        path: The Parquet file.
+        header: Of its trace.
+        contents: What the trace says it holds; None to ask the file.
+    """
+
+    def __init__(self, path: Path, header: Header, contents: Contents | None = None) -> None:
+        self.path = path
+        self._header = header
+        self._expected = contents
+
+    @cached_property
+    def _note(self) -> dict[str, Any]:
+        """Its note in the file, after a check of columns and rows; `num_rows` of the file is added."""
+        with _damage(self.path):
+            metadata = pq.read_metadata(self.path)
+            check_schema(metadata.schema.to_arrow_schema(), self._header)
+            note = plain_json.parse_object((metadata.metadata or {}).get(_METADATA_KEY, b"null"))
+            if not isinstance(note.get("progress"), dict):
+                raise ValueError("the recorder's progress is missing")
+            if self._expected is not None and metadata.num_rows != self._expected.rows:
+                raise ValueError(f"{metadata.num_rows} rows, the summary says {self._expected.rows}")
+            return note | {"num_rows": metadata.num_rows}
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The recorder's progress when it finished the part."""
+        progress: dict[str, Any] = self._note["progress"]
+        return progress
+
+    @property
+    def num_tokens(self) -> int:
+        """Its rows; in a trace of counts these are not tokens."""
+        return self._note["num_rows"] if self._expected is None else self._expected.rows
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What it holds; read row by row if neither the trace nor the file says it."""
+        if self._expected is not None:
+            return self._expected
+        if "contents" in self._note:
+            with _damage(self.path):
+                return Contents.from_json(self._note["contents"])
+        return Contents.of(self.read_counts() if self._header.counts_only else self.read((), tokens=False))
+
+    def read(
+        self,
+        layers: Iterable[Layer],
+        *,
+        weights: bool = False,
+        tokens: bool = True,
+        predictions: bool = False,
+        choices: bool = True,
+    ) -> Part:
+        """Read the token columns and the columns of some layers.
+
+        Args:
+            layers: Layers of the header.
+            weights: Also read the gate weights.
+            tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
+            predictions: Also read the predictions for these layers.
+            choices: Read the chosen experts; otherwise `Part.expert_ids` is empty.
+        Raises:
+            NotRecorded: It is a part of a trace of counts.
+            TraceDamaged: A page fails its checksum, or a value is invalid.
+        """
+        if self._header.counts_only:
+            raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
+        layers = tuple(layers)
+        wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase")]
+        wanted += [name for layer in layers for name in layer.expert_columns()] if choices else []
+        wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
+        wanted += prediction_columns(layers) if predictions else []
+        labels = [name for name in ("domain", "phase") if name in wanted]
+        num_rows = self._note["num_rows"]
+        with _damage(self.path):
+            with pq.ParquetFile(
+                self.path, page_checksum_verification=True, read_dictionary=labels, buffer_size=2**16
+            ) as file:
+                table = file.read(wanted, use_threads=False)
+            if table.num_rows != num_rows:
+                raise ValueError(f"{table.num_rows} rows, expected {num_rows}")
+            domain, names = _codes(table, "domain")
+            part = Part(
+                _numbers(table, "document"),
+                domain,
+                names,
+                _numbers(table, "sequence"),
+                _numbers(table, "position"),
+                _numbers(table, "token_id") if "token_id" in wanted else np.zeros(num_rows, np.uint32),
+                {layer.layer: _ids(table, layer, layer.expert_columns()) for layer in layers} if choices else {},
+                {layer.layer: _gate_weights(table, layer) for layer in layers} if weights else {},
+                _phase(table) if "phase" in wanted else None,
+                {
+                    (layer.layer, distance): _ids(table, layer, layer.prediction_columns(distance))
+                    for layer in (layers if predictions else ())
+                    for distance in layer.lookahead
+                },
+            )
+            check_rows(part, self._header)
+        return part
+
+    def read_counts(self) -> Counts:
+        """Read a part of a trace of counts.
+
+        Raises:
+            TraceDamaged: A page fails its checksum, or a value is invalid.
+        """
+        _ = self._note
+        with _damage(self.path):
+            with pq.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["domain"]) as file:
+                table = file.read(list(COUNT_COLUMNS), use_threads=False)
+            domain, names = _codes(table, "domain")
+            numbers = (_numbers(table, name) for name in COUNT_COLUMNS if name != "domain")
+            document, layer, expert, count = (column.astype(np.int64) for column in numbers)
+            counts = Counts(document, domain, names, layer, expert, count)
+            check_counts(counts, self._header)
+        return counts
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Convert the errors that reading a damaged file raises into `TraceDamaged`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise TraceDamaged(path, "is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        hint = "`moescope verify` lists every damaged file of the trace"
+        raise TraceDamaged(path, f"cannot be read: {error}", hint) from error
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
+    column = table[name]
+    if column.null_count:
+        raise ValueError(f"column {name} has nulls")
+    return column.to_numpy()
+
+
+def _codes(table: pa.Table, name: str) -> tuple[NDArray[np.integer[Any]], tuple[str, ...]]:
+    """Codes of a column of labels, and the labels."""
+    column = table[name].combine_chunks()
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    names = tuple(column.dictionary.to_pylist())
+    if column.null_count or column.indices.null_count or pc.max(column.indices).as_py() >= len(names):
+        raise ValueError(f"column {name} has nulls or codes without a name")
+    return column.indices.to_numpy(zero_copy_only=False), names
+
+
+def _phase(table: pa.Table) -> NDArray[np.integer[Any]]:
+    codes, names = _codes(table, "phase")
+    if unknown := set(names) - set(PHASES):
+        raise ValueError(f"column phase holds {min(unknown)!r}, expected {' or '.join(PHASES)}")
+    return np.array([PHASES.index(name) for name in names], np.uint8)[codes]
+
+
+def _ids(table: pa.Table, layer: Layer, names: Sequence[str]) -> NDArray[np.integer[Any]]:
+    """Ids of one layer, shape (token, rank), each rank contiguous in memory; signed only if some were dropped."""
+    columns = [table[name] for name in names]
+    dropped = any(column.null_count for column in columns)
+    if dropped and (not layer.drops or names[0].startswith("P")):
+        raise ValueError(f"column {names[0]} or a later rank has nulls, and no value of it can be missing")
+    ids = np.empty((len(names), table.num_rows), np.int32 if dropped else id_dtype(layer))
+    for rank, column in enumerate(columns):
+        ids[rank] = (column.cast(pa.int32()).fill_null(DROPPED) if column.null_count else column).to_numpy()
+    return ids.T
+
+
+def _gate_weights(table: pa.Table, layer: Layer) -> NDArray[np.float32]:
+    weights = np.empty((layer.top_k, table.num_rows), np.float32)
+    for rank, name in enumerate(layer.weight_columns()):
+        weights[rank] = _numbers(table, name)
+    return weights.T
