@@ -233,6 +233,19 @@ def test_a_collapsing_layer_is_warned_of_once_and_by_name(model: Any, tmp_path: 
     assert "(now 6)" in found[0]
 
 
+def test_a_router_that_is_not_finite_is_not_called_collapsing(model: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, logging_steps=1, max_steps=3)
+    trainer.add_callback(RoutingCallback(trainer, patience=1, max_imbalance=1.0))
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.fill_(float("nan"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = [str(warning.message) for warning in caught]
+    assert any(text.startswith("layer 0: the router is not finite") for text in found)
+    assert not any("collapsing" in text for text in found)
+
+
 def test_a_balanced_model_and_a_passing_dip_are_not_warned_of(model: Any, tmp_path: Path) -> None:
     collapse(model, 2)
     trainer = trainer_of(model, tmp_path, logging_steps=2, max_steps=4)

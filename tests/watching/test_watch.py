@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,8 +166,8 @@ def test_figures_are_those_of_a_hand_counted_load() -> None:
     experts = find_experts(tiny_model("mixtral", num_hidden_layers=2, num_local_experts=4), "model")
     tally = LiveTally(experts)
     counts: dict[torch.device, torch.Tensor] = {}
-    tally.count(counts, 0, torch.tensor([[0, 1], [0, 1], [0, 2], [0, -1]]), None)  # 4, 2, 1, 0 and one dropped
-    tally.count(counts, 1, torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]), None)  # 2, 2, 2, 2
+    tally.count(counts, 0, torch.tensor([[0, 1], [0, 1], [0, 2], [0, -1]]), torch.ones(4, 2), None)
+    tally.count(counts, 1, torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]), torch.ones(4, 2), None)  # 2, 2, 2, 2
     tally.commit(counts)
     loads = tally.read()
     assert loads.load.values.tolist() == [[4, 2, 1, 0], [2, 2, 2, 2]]
@@ -178,6 +179,39 @@ def test_figures_are_those_of_a_hand_counted_load() -> None:
     np.testing.assert_allclose(loads.variation, [np.std([4, 2, 1, 0]) / (7 / 4), 0], atol=1e-15)
     np.testing.assert_allclose(loads.share.sum("expert"), 1)
     assert loads.idle.values.tolist() == [1, 0]
+
+
+def break_router(model: Any, layer: int, value: float) -> None:
+    with torch.no_grad():
+        model.get_parameter(f"layers.{layer}.mlp.gate.weight").fill_(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_router_that_is_not_finite_is_said_to_be_so_with_its_layer(value: float) -> None:
+    model = tiny_model("mixtral", num_hidden_layers=3)
+    break_router(model, 1, value)
+    with watch(model) as w:
+        model(some_ids(2, 8))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loads = w.loads()
+            w.loads()
+    said = [str(warning.message) for warning in caught]  # once, also of layer 2, which reads what layer 1 wrote
+    assert [text.split(" tokens")[0] for text in said] == [
+        f"layer {layer}: the router is not finite: of 16 of 16" for layer in (1, 2)
+    ]
+    assert loads.not_finite.values.tolist() == [0, 16, 16]
+
+
+def test_padding_of_a_broken_router_is_not_counted() -> None:
+    experts = find_experts(tiny_model("mixtral"), "model")[:1]
+    tally = LiveTally(experts)
+    counts: dict[torch.device, torch.Tensor] = {}
+    weights = torch.tensor([[0.5, 0.5], [float("nan"), 1], [float("inf"), 0], [0.5, float("nan")]])
+    tally.count(counts, 0, torch.zeros(4, 2, dtype=int), weights, torch.tensor([True, True, False, True]))
+    tally.commit(counts)
+    with pytest.warns(UserWarning, match="of 2 of 3 tokens"):
+        assert tally.read().not_finite.item() == 2
 
 
 def test_null_experts_are_in_the_load_and_not_in_the_imbalance() -> None:
@@ -194,7 +228,7 @@ def test_an_impossible_id_is_an_error_when_read_and_harms_nobody_before() -> Non
     experts = find_experts(tiny_model("mixtral"), "model")
     tally = LiveTally(experts[:1])
     counts: dict[torch.device, torch.Tensor] = {}
-    tally.count(counts, 0, torch.tensor([[0, 10**9]]), None)
+    tally.count(counts, 0, torch.tensor([[0, 10**9]]), torch.ones(1, 2), None)
     tally.commit(counts)
     with pytest.raises(ModelUnsupported, match=r"outside 0\.\.7"):
         tally.read()

@@ -117,7 +117,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         worst = loads.load["num_experts"] / top_k
         limit = (1 + worst) / 2 if self._max_imbalance is None else 0 * worst + self._max_imbalance
         enough = loads.load.sum("expert") / loads.load["num_experts"] >= ENOUGH_LOAD
-        collapsing = (loads.imbalance > limit) | ((loads.idle > 0) & enough)
+        collapsing = ((loads.imbalance > limit) | ((loads.idle > 0) & enough)) & (loads.not_finite == 0)
         for layer in loads.load["layer"].values.tolist():
             before = self._streaks.get(layer, 0)
             self._streaks[layer] = before + 1 if collapsing.sel(layer=layer) or before >= self._patience else 0

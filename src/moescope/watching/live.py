@@ -7,6 +7,7 @@ of numbers a layer (and a step of the window, if only the last steps count). Onl
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,15 @@ class Loads:
         load: Assignments by expert, dims (layer, expert). Ids from `num_experts` on are null experts (choices that run
             nothing); where a layer has fewer ids than another, the rest is 0.
         dropped: Assignments that capacity dropped, dims (layer,); they are in no expert's load.
+        not_finite: Tokens of whose gate weights one is NaN or infinite, dims (layer,): what a router chose for them
+            means nothing. They are in the loads all the same.
         tokens: Tokens counted, padding excluded.
         forwards: Forward passes counted.
     """
 
     load: xr.DataArray
     dropped: xr.DataArray
+    not_finite: xr.DataArray
     tokens: int
     forwards: int
 
@@ -92,8 +96,10 @@ class LiveTally:
         self._experts = tuple(experts)
         self._stacks = np.zeros(len(self._experts), np.int64) if stacks is None else np.asarray(stacks)
         self._window = window
-        self._width = 2 + max(_num_ids(block) for block in experts)  # dropped, the ids, impossible ids
+        # Columns: dropped, the ids, impossible ids, tokens whose weights are not finite.
+        self._width = 3 + max(_num_ids(block) for block in experts)
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
+        self._told_of: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -102,13 +108,16 @@ class LiveTally:
         self._top_k = np.zeros(len(self._experts), np.int64)
         self.forwards = 0
 
-    def count(self, counts: dict[torch.device, Tensor], place: int, ids: Tensor, counted: Tensor | None) -> None:
+    def count(
+        self, counts: dict[torch.device, Tensor], place: int, ids: Tensor, weights: Tensor, counted: Tensor | None
+    ) -> None:
         """Count what one layer chose, into the sums of a forward pass.
 
         Args:
             counts: The sums of the pass, one tensor (layer, id) a device.
             place: Place of the layer among `experts`.
             ids: Chosen experts, shape (token, choice); -1 = dropped.
+            weights: Their gate weights, shape (token, choice).
             counted: Which tokens count, shape (token,); None for all.
         """
         self._top_k[place] = ids.shape[1]
@@ -121,7 +130,12 @@ class LiveTally:
                 ones = torch.ones(1, dtype=torch.int64, device=ids.device).expand(bins.numel())
             else:
                 ones = counted.to(ids.device, torch.int64).unsqueeze(1).expand_as(bins).reshape(-1)
-            counts[ids.device][place].scatter_add_(0, bins.reshape(-1), ones)
+            row = counts[ids.device][place]
+            row.scatter_add_(0, bins.reshape(-1), ones)
+            not_finite = ~weights.isfinite().reshape(len(ids), -1).all(1)
+            if counted is not None:
+                not_finite &= counted.to(ids.device, torch.bool)
+            row[-1] += not_finite.sum()
 
     def commit(self, counts: Mapping[torch.device, Tensor]) -> None:
         """Add the sums of a whole forward pass."""
@@ -147,6 +161,8 @@ class LiveTally:
         Raises:
             RouterSilent: The layers did not count the same tokens.
             ModelUnsupported: An expert id is not one of its layer's.
+        Warns:
+            UserWarning: A layer's router gave gate weights that are not finite; once a layer.
         """
         with torch.inference_mode(False), torch.no_grad(), self._lock:
             host = torch.zeros(len(self._experts), self._width, dtype=torch.int64)
@@ -156,10 +172,22 @@ class LiveTally:
             top_k = self._top_k.copy()
         if reduce:
             host, forwards, top_k = _all_reduce(host, forwards, top_k, group)
-        counts = host.numpy()
+        counts, not_finite = host.numpy()[:, :-1], host.numpy()[:, -1]
         self._check(counts, top_k)
         tokens = counts.sum(1) // np.maximum(top_k, 1)
-        return self._labelled(counts, int(tokens.max(initial=0)), forwards)
+        self._warn(not_finite, tokens)
+        return self._labelled(counts, not_finite, int(tokens.max(initial=0)), forwards)
+
+    def _warn(self, not_finite: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Say once of a layer that its router is broken."""
+        for block, broken, counted in zip(self._experts, not_finite.tolist(), tokens.tolist(), strict=True):
+            if broken and block.layer not in self._told_of:
+                self._told_of.add(block.layer)
+                warnings.warn(
+                    f"layer {block.layer}: the router is not finite: of {broken:,} of {counted:,} tokens a gate weight "
+                    f"is NaN or infinite, and what it chose for them means nothing ({block.name})",
+                    stacklevel=4,
+                )
 
     def _check(self, counts: NDArray[np.int64], top_k: NDArray[np.int64]) -> None:
         for block, row in zip(self._experts, counts, strict=True):
@@ -175,18 +203,19 @@ class LiveTally:
                     f"layers counted {counted.min()} to {counted.max()} tokens, expected the same in each",
                 )
 
-    def _labelled(self, counts: NDArray[np.int64], tokens: int, forwards: int) -> Loads:
+    def _labelled(self, counts: NDArray[np.int64], not_finite: NDArray[np.int64], tokens: int, forwards: int) -> Loads:
         layers = [block.layer for block in self._experts]
         coordinates = {
             "layer": layers,
-            "expert": np.arange(self._width - 2),
+            "expert": np.arange(counts.shape[1] - 2),
             "num_experts": ("layer", [block.num_experts for block in self._experts]),
         }
         load = xr.DataArray(
             counts[:, 1:-1], coordinates, ("layer", "expert"), "load", {"units": "assignments", "long_name": "load"}
         )
         dropped = xr.DataArray(counts[:, 0], {"layer": layers}, ("layer",), "dropped", {"units": "assignments"})
-        return Loads(load, dropped, tokens, forwards)
+        broken = xr.DataArray(not_finite, {"layer": layers}, ("layer",), "not_finite", {"units": "tokens"})
+        return Loads(load, dropped, broken, tokens, forwards)
 
 
 def _num_ids(experts: Experts) -> int:

@@ -115,7 +115,7 @@ class Passes:
             )
         with torch.inference_mode(False), torch.no_grad():
             current.chosen[place] = _ranked(ids, weights) if self._output is not None else None
-            self._tally.count(current.counts, place, ids, current.counted_on(ids.device))
+            self._tally.count(current.counts, place, ids, weights, current.counted_on(ids.device))
 
     def end(self, stack: Stack, output: Any) -> None:
         """A forward pass has come to its end: what it counted, counts."""
