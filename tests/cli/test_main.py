@@ -69,7 +69,7 @@ def test_a_path_in_an_error_does_not_drive_the_terminal(probe):
     def fail():
         raise NoSuchLayer("\x1b[2Jpile\u202e.moe", "has no layer 99")
 
-    assert probe(fail).stderr == "error[no-such-layer]: \ufffd[2Jpile\ufffd.moe: has no layer 99\n"
+    assert probe(fail).stderr == "error[no-such-layer]: ␛[2Jpile⟨U+202E⟩.moe: has no layer 99\n"
 
 
 def test_debug_adds_the_traceback(probe):

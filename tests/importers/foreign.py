@@ -274,7 +274,7 @@ def vllm_split(folder: Path, rng: np.random.Generator) -> Foreign:
         "vllm",
         [path],
         {"num_experts": 8},
-        ids={at: np.concatenate([prompt[:, at], made[:, at]]) for at in range(2)},
+        ids={at: np.concatenate([np.full((1, 2), -2), prompt[1:, at], made[:, at]]) for at in range(2)},
         sequences=[[5]],
         phases=[0, 0, 0, 1, 1],
         domains=["split"],
@@ -333,7 +333,7 @@ def bigmoeonedge(folder: Path, rng: np.random.Generator) -> Foreign:
     lines += ["turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped"]
     ids = {layer: choices(rng, 5, 8, 2) for layer in range(2)}
     weights = {layer: -np.sort(-rng.random((5, 2)), axis=1).astype(np.float32) for layer in range(2)}
-    ids[1][:2] = -1  # the last layer runs for the last token of a prompt only
+    ids[1][:2] = -2  # the last layer runs for the last token of a prompt only
     weights[1][:2] = 0
     for phase, steps in ((0, (0, 1, 2)), (1, (3, 4))):
         for layer in range(2):

@@ -25,6 +25,7 @@ from moescope.errors import (
     MoescopeError,
     TraceExists,
 )
+from moescope.trace.columns import NOT_RECORDED
 
 
 def events(path: Path, rows: list[dict]) -> Path:
@@ -75,15 +76,14 @@ def test_a_token_that_comes_twice_is_refused(tmp_path: Path) -> None:
         moescope.import_trace("jsonl", [events(tmp_path / "a.jsonl", [{}, {}])], tmp_path / "o.moe")
 
 
-def test_a_layer_without_rows_for_some_tokens_drops_them_and_says_so(tmp_path: Path) -> None:
+def test_a_layer_without_rows_for_some_tokens_did_not_record_them_and_says_so(tmp_path: Path) -> None:
     path = events(tmp_path / "a.jsonl", [{}, {"layer": 1}, {"token_idx": 1}])
     told = warned("jsonl", [path], tmp_path / "o.moe", num_experts=4, ranked=True)
-    assert told[1:] == [
-        "layer 1: 1 of 2 tokens have fewer than 2 experts, 1 of them none; what is missing is recorded as assignments "
-        "that ran no expert"
-    ]
-    (part,) = moescope.open_trace(tmp_path / "o.moe").iter_parts()
-    assert part.expert_ids[1].tolist() == [[0, 1], [-1, -1]]
+    assert told[1:] == ["layer 1: 1 of 2 tokens were not recorded; no measure counts them"]
+    trace = moescope.open_trace(tmp_path / "o.moe")
+    (part,) = trace.iter_parts()
+    assert part.expert_ids[1].tolist() == [[0, 1], [NOT_RECORDED, NOT_RECORDED]]
+    assert [(layer.partial, layer.drops) for layer in trace.layers] == [(False, False), (True, False)]
 
 
 def test_a_gap_in_the_tokens_begins_a_sequence(tmp_path: Path) -> None:
@@ -133,10 +133,25 @@ def test_negative_gate_weights_look_like_logits(tmp_path: Path) -> None:
 
 def test_a_choice_that_ran_no_expert_keeps_its_slot(tmp_path: Path) -> None:
     ids = np.array([[[5, -1], [-1, 3], [-1, -1], [2, 4]]])
-    with pytest.warns(UserWarning, match="3 of 4 tokens have fewer than 2 experts, 1 of them none"):
+    with pytest.warns(UserWarning, match="3 of 4 tokens have fewer than 2 experts; what is missing"):
         trace = moescope.from_arrays(tmp_path / "a.moe", ids, num_experts=8, ranked=True)
     (part,) = trace.iter_parts()
     assert part.expert_ids[0].tolist() == ids[0].tolist()
+
+
+def test_arrays_tell_dropped_from_not_recorded(tmp_path: Path) -> None:
+    ids = np.array([[[5, -1], [-2, -2], [-1, -1], [2, 4]]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = moescope.from_arrays(tmp_path / "a.moe", ids, num_experts=8, ranked=True)
+    assert [str(warning.message).split(";")[0] for warning in caught] == [
+        "layer 0: 1 of 4 tokens were not recorded",
+        "layer 0: 2 of 4 tokens have fewer than 2 experts",
+    ]
+    (part,) = trace.iter_parts()
+    assert part.expert_ids[0].tolist() == ids[0].tolist()
+    assert trace.verify() == []
+    assert moescope.tally(trace).data["tokens"].sum() == 3
 
 
 def test_a_warm_up_of_identical_tokens_is_told_of(tmp_path: Path) -> None:
@@ -225,7 +240,7 @@ def test_zeros_are_dense_layers_or_tokens_not_recorded_only_where_programs_write
     trace = moescope.open_trace(tmp_path / "a.moe")
     assert [layer.layer for layer in trace.layers] == [1, 2]
     (part,) = trace.iter_parts()
-    assert part.expert_ids[1][4].tolist() == [-1, -1]
+    assert part.expert_ids[1][4].tolist() == [NOT_RECORDED, NOT_RECORDED]
     ids[2, 1] = 0
     with pytest.raises(ImportMalformed, match="layer 1: has 1 rows of zeros although other layers"):
         moescope.import_trace(

@@ -37,7 +37,7 @@ class InMemory(Trace):
 
     class _Readable:
         def __init__(self, part: Part) -> None:
-            self.part, self.num_tokens = part, part.num_tokens
+            self.path, self.part, self.num_tokens = Path("memory"), part, part.num_tokens
 
         def read(self, layers: object, *, tokens: bool) -> Part:
             return self.part

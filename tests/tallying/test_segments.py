@@ -82,16 +82,6 @@ def test_long_documents_and_long_segments_expect_what_scipy_does(tmp_path: Path)
     np.testing.assert_allclose(counted.expected[256][0, 0] / FIXED, tails, rtol=1e-8, atol=1e-5)
 
 
-def test_an_expert_that_a_token_names_twice_does_not_leave_the_sums(tmp_path: Path) -> None:
-    layer = Layer(0, 8, 2)
-    part = make_part(np.random.default_rng(3), (layer,), [30], window=64)
-    ids = np.zeros((30, 2), np.int64)
-    trace = make_trace(tmp_path / "t.moe", [replace(part, expert_ids={0: ids})], (layer,))
-    counted = result_of(SegmentCounter, trace, lengths=(4, 16))
-    assert counted.at_least[4][0, 0].tolist() == [27 * 8, 27, 27, 27, 27]
-    np.testing.assert_allclose(counted.expected[16][0, 0, 1:] / FIXED, 15)
-
-
 def test_documents_are_dealt_out_to_groups_of_nearly_equal_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -482,11 +482,11 @@ def test_two_recorders_cannot_write_one_trace(tmp_path: Path) -> None:
 def test_a_trace_of_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t.moe", parts(), LAYERS)
     header = json.loads((trace.path / "trace.json").read_text())
-    (trace.path / "trace.json").write_text(json.dumps({**header, "version": 3}))
+    (trace.path / "trace.json").write_text(json.dumps({**header, "version": 4}))
     with pytest.raises(errors.TraceNewer) as caught:
         open_trace(trace.path)
     assert caught.value.render() == (
-        f"error[trace-newer]: {trace.path}: written in version 3 of the trace format; this moescope reads up to 2\n"
+        f"error[trace-newer]: {trace.path}: written in version 4 of the trace format; this moescope reads up to 3\n"
         "hint: upgrade with `pip install -U moescope`"
     )
 

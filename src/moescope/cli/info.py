@@ -15,9 +15,12 @@ from rich.cells import cell_len
 from moescope.cli.options import trace_argument
 from moescope.reporting.numbers import count
 from moescope.reporting.printing import say, write
+from moescope.reporting.wording import describe_cover
 
 if TYPE_CHECKING:
-    from moescope.trace import Trace
+    from moescope.reporting.wording import describe_cover
+from moescope.trace import Trace
+from moescope.trace.cover import cover
 
 
 @click.command()
@@ -48,6 +51,8 @@ def _contents(trace: Trace) -> dict[str, Any]:
         assignments = int(sums["made"].sum())
     num_tokens = sum(tokens.values())
     header = json.loads(trace.header.to_json())
+    for layer, described in zip(trace.layers, header["layers"], strict=True):
+        described["cover"] = cover(trace, layer)
     return {
         "trace": trace.path.name,
         "complete": trace.complete,
@@ -118,6 +123,8 @@ def _layers(layers: list[dict[str, Any]]) -> Iterator[str]:
         ]
         extra += [] if shape["ranked"] else ["not ranked"]
         extra += ["some assignments ran no expert"] if shape["drops"] else []
+        fraction: Any = shape["cover"]
+        extra += [describe_cover(fraction)] if fraction < 1 else []
         notes = f" ({', '.join(extra)})" if extra else ""
         yield f"{span}: top-{shape['top_k']} of {shape['num_experts']} experts{notes}"
 

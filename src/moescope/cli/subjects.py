@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import click
 from moescope.cli.options import format_option
 from moescope.errors import MoescopeError, PluginFailed, require
 from moescope.plugins import describe, guarded, installed_plugins
+from moescope.reporting.numbers import count
 from moescope.reporting.printing import print_table, say
 from moescope.reporting.subject import Drawing
 from moescope.reporting.subjects import load
+from moescope.reporting.wording import cover_notes
 from moescope.trace import Trace, open_trace
 
 
@@ -63,6 +66,11 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
         for param in click.get_current_context().command.params:
             if isinstance(param, click.Argument):
                 arguments[str(param.name)] = _opened(arguments[str(param.name)])
+        given = [value if isinstance(value, tuple) else (value,) for value in arguments.values()]
+        traces = [value for values in given for value in values if isinstance(value, Trace)]
+        for trace in traces:
+            _remind(trace)
+        notes = tuple(note for trace in traces for note in cover_notes(trace, arguments.get("layers")))
         printed = 0
         for shown in show(**arguments):
             if isinstance(shown, Drawing):
@@ -70,7 +78,7 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
             elif not printed or format in ("text", "latex"):  # the first table's values are all there are
                 if printed:
                     say("")
-                print_table(shown, format)
+                print_table(replace(shown, notes=(*shown.notes, *notes)), format)
                 printed += 1
 
     vars(run)["__click_params__"] = list(vars(show)["__click_params__"])  # a copy, which click turns round
@@ -79,6 +87,12 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
 
 def _opened(paths: Path | tuple[Path, ...]) -> Trace | tuple[Trace, ...]:
     return open_trace(paths) if isinstance(paths, Path) else tuple(map(open_trace, paths))
+
+
+def _remind(trace: Trace) -> None:
+    """Say on stderr that the source of a trace had something odd, which its numbers then have, too."""
+    if warnings := (trace.summary or {}).get("warnings"):
+        say(f"note: {count(len(warnings), 'warning')} about this trace; see `moescope info {trace.path}`", err=True)
 
 
 def _save(drawing: Drawing, folder: Path | None) -> None:

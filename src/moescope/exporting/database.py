@@ -49,7 +49,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Column:
+class ViewColumn:
     """One column of a view.
 
     Attributes:
@@ -106,31 +106,31 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
         connection.close()
 
 
-def schema(trace: Trace | str | Path) -> list[Column]:
+def schema(trace: Trace | str | Path) -> list[ViewColumn]:
     """The columns of the views, with their meaning."""
     opened = as_trace(trace)
     layers = opened.layers
     experts = [name for layer in layers for name in layer.expert_columns()]
     weights = [name for layer in layers for name in layer.weight_columns()] if opened.header.weights else []
     id_types = sorted({_ID_TYPES[id_dtype(layer)().itemsize] for layer in layers}, key=len, reverse=True)
-    columns = [Column("tokens", *row) for row in _TOKEN_COLUMNS]
+    columns = [ViewColumn("tokens", *row) for row in _TOKEN_COLUMNS]
     columns.append(
-        Column("tokens", _span(experts), " or ".join(id_types), "L{layer}_{rank}: the expert that ran; NULL: dropped")
+        ViewColumn("tokens", _span(experts), " or ".join(id_types), "L{layer}_{rank}: the expert that ran; NULL: none")
     )
     if weights:
-        columns.append(Column("tokens", _span(weights), "FLOAT", "W{layer}_{rank}: its gate weight, as executed"))
+        columns.append(ViewColumn("tokens", _span(weights), "FLOAT", "W{layer}_{rank}: its gate weight, as executed"))
     if predicted := prediction_columns(layers):
         meaning = "P{layer}_{distance}_{rank}: an expert predicted from so many recorded layers before"
-        columns.append(Column("tokens", _span(predicted), " or ".join(id_types), meaning))
-    columns += [Column("choices", *row) for row in _TOKEN_COLUMNS]
+        columns.append(ViewColumn("tokens", _span(predicted), " or ".join(id_types), meaning))
+    columns += [ViewColumn("choices", *row) for row in _TOKEN_COLUMNS]
     columns += [
-        Column("choices", "layer", "UINTEGER", "index in the whole model"),
-        Column("choices", "rank", "UINTEGER", "0 is the choice with the largest gate weight"),
-        Column("choices", "expert", "USMALLINT", "the expert that ran; NULL: dropped by capacity"),
+        ViewColumn("choices", "layer", "UINTEGER", "index in the whole model"),
+        ViewColumn("choices", "rank", "UINTEGER", "0 is the choice with the largest gate weight"),
+        ViewColumn("choices", "expert", "USMALLINT", "the expert that ran; NULL: dropped by capacity"),
     ]
     if weights:
-        columns.append(Column("choices", "weight", "FLOAT", "its gate weight, as executed"))
-    columns += [Column("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
+        columns.append(ViewColumn("choices", "weight", "FLOAT", "its gate weight, as executed"))
+    columns += [ViewColumn("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
     return columns
 
 

@@ -38,8 +38,8 @@ def from_arrays(
 
     Args:
         path: Folder of the trace to write.
-        expert_ids: Chosen experts, ids from 0, -1 where no expert ran: shape (layer, token, choice), or for each layer
-            an array of shape (token, choice).
+        expert_ids: Chosen experts, ids from 0, -1 where no expert ran, -2 where a token was not recorded in a layer:
+            shape (layer, token, choice), or for each layer an array of shape (token, choice).
         num_experts: Routed experts of a layer.
         layers: Index of each layer in the whole model; by default from 0. Not with a mapping.
         gate_weights: Factors that multiplied the experts' outputs, shaped like `expert_ids`; choices are sorted by
@@ -105,6 +105,7 @@ def from_arrays(
                 sequence_starts,
                 None if phase is None else phase[rows].astype(np.uint8),
                 ranked=ranked,
+                none_is_dropped=True,
                 model=ModelFacts(model, num_experts),
             )
 

@@ -49,13 +49,15 @@ class TokenDocument:
     Attributes:
         place: File and position in it, for messages.
         domain: Its label.
-        expert_ids: For each layer the chosen experts, shape (token, choice); -1 = no expert ran.
+        expert_ids: For each layer the chosen experts, shape (token, choice); -1 = no expert ran, or none was logged.
         gate_weights: For each layer the gate weights, shape (token, choice); empty if unknown.
         token_ids: Vocabulary ids, shape (token,), or None.
         starts: Whether a token begins a new sequence, shape (token,); None if the document is one sequence.
         phase: Codes of `moescope.trace.PHASES`, shape (token,), or None.
         ranked: Whether choices are in order of gate weight.
         zero_is_dense: Whether the program writes rows of zeros where no router ran.
+        none_is_dropped: Whether a row of -1 is a token whose assignments were all dropped; else it was not recorded.
+            Then -2 may stand for a choice that was not recorded.
         model: What the file states about the model.
         pieces: Text pieces of token ids, as far as the file has them.
     """
@@ -69,6 +71,7 @@ class TokenDocument:
     phase: Ids | None = None
     ranked: bool = False
     zero_is_dense: bool = False
+    none_is_dropped: bool = False
     model: ModelFacts = NO_MODEL
     pieces: Mapping[int, bytes] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.documents import NO_MODEL, ModelFacts, TokenDocument
 from moescope.importers.findings import Findings
+from moescope.trace.columns import DROPPED, NOT_RECORDED
 
 MAX_DOCUMENTS = 1 << 20  # each has a key, a label and a place in memory
 MAX_DOCUMENT_EVENTS = 1 << 24
@@ -211,7 +212,8 @@ def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, f
         width = int(rank.max()) + 1
         if len(tokens) * width > 1 << 26:
             raise ImportTooLarge(place, f"begins a document with a token of {width} choices in layer {index}")
-        ids[index] = np.full((len(tokens), width), -1, np.int32)
+        ids[index] = np.full((len(tokens), width), NOT_RECORDED, np.int32)
+        ids[index][np.unique(rows)] = DROPPED  # has a row in the log, if not for each choice
         ids[index][rows, rank] = events["expert"][of_layer]
         if meaning.weights:
             weights[index] = np.zeros((len(tokens), width), np.float32)
@@ -232,5 +234,6 @@ def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, f
         starts,
         phase.astype(np.uint8) if (phase != UNKNOWN).all() else None,
         ranked=meaning.ranked,
+        none_is_dropped=True,
         model=meaning.model,
     )

@@ -16,6 +16,7 @@ from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
 from moescope.trace import Header, Layer, Part
+from moescope.trace.columns import DROPPED, NOT_RECORDED
 from moescope.trace.header import ranges
 from moescope.trace.part_file import PART_TOKENS
 
@@ -38,12 +39,14 @@ class _LayerFacts:
         zero_rows: Tokens whose ids are all zero, which is not routing.
         width: Slots used: one more than the last that holds an expert of any token.
         filled: Tokens by the number of their experts, shape (number,).
+        recorded: Tokens whose choice in the layer was recorded, even if no expert ran.
     """
 
     largest: int = -1
     zero_rows: int = 0
     width: int = 0
     filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    recorded: int = 0
 
     def add(self, chosen: NDArray[np.int64]) -> None:
         """Count tokens by how many experts each has."""
@@ -141,6 +144,7 @@ class Tokens(Assembly):
         self._phases &= all(d.phase is not None for d in documents)
         self._any_phases |= any(d.phase is not None for d in documents)
         zero_is_dense = all(d.zero_is_dense for d in documents)
+        none_is_dropped = all(d.none_is_dropped for d in documents)
 
         starts = np.zeros(num_tokens, bool)
         for d, end, length in zip(documents, ends, lengths, strict=True):
@@ -159,8 +163,8 @@ class Tokens(Assembly):
         zero_rows = np.ones(num_tokens, bool)
         for layer in layers:
             blocks = [d.expert_ids.get(layer) for d in documents]
-            ids = self._joined(layer, blocks, lengths, places)
-            zero = self._check_ids(layer, ids, places, zero_is_dense)
+            ids = self._joined(layer, blocks, lengths, places, NOT_RECORDED if none_is_dropped else DROPPED)
+            zero = self._check_ids(layer, ids, places, zero_is_dense, none_is_dropped)
             zero_rows &= zero
             arrays[f"L{layer}"] = ids
             if self._weights:
@@ -189,30 +193,36 @@ class Tokens(Assembly):
         self._tokens, self._widths = 0, {}
 
     def _joined(
-        self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places
+        self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places, least: int
     ) -> NDArray[Any]:
-        """Ids of one layer, shape (token, choice); -1 where a document lacks it. Ids out of bounds are refused."""
+        """Ids of one layer, shape (token, choice), `NOT_RECORDED` where a document lacks it; none is out of bounds."""
         width = max(block.shape[1] for block in blocks if block is not None)
         highest = (self.model.num_experts or 2**16) - 1
-        ids = np.full((int(lengths.sum()), width), -1, np.int16 if highest < 2**15 else np.int32)
+        ids = np.full((int(lengths.sum()), width), NOT_RECORDED, np.int16 if highest < 2**15 else np.int32)
         end = 0
         for block, length in zip(blocks, lengths.tolist(), strict=True):
             end += length
             if block is None:
                 continue
-            if block.min() < -1 or block.max() > highest:
-                row = int(np.flatnonzero((block < -1).any(axis=1) | (block > highest).any(axis=1))[0])
-                wrong_id = next(int(expert) for expert in block[row] if not -1 <= expert <= highest)
+            if block.min() < least or block.max() > highest:
+                row = int(np.flatnonzero((block < least).any(axis=1) | (block > highest).any(axis=1))[0])
+                wrong_id = next(int(expert) for expert in block[row] if not least <= expert <= highest)
                 raise ImportMalformed(
                     f"{places.at(end - length + row)}, layer {layer}",
                     f"has expert id {wrong_id}, expected 0 to {highest}",
                     "is the number of experts right, and do the ids include shared experts?",
                 )
+            ids[end - length : end] = DROPPED
             ids[end - length : end, : block.shape[1]] = block
         return ids
 
-    def _check_ids(self, layer: int, ids: NDArray[Any], places: _Places, zero_is_dense: bool) -> NDArray[np.bool_]:
-        """Refuse an expert chosen twice; return which rows are all zeros and therefore not routing."""
+    def _check_ids(
+        self, layer: int, ids: NDArray[Any], places: _Places, zero_is_dense: bool, none_is_dropped: bool
+    ) -> NDArray[np.bool_]:
+        """Refuse an expert chosen twice; return which rows are all zeros and therefore not routing.
+
+        Rows that were not recorded become `NOT_RECORDED`.
+        """
         facts = self._layers[layer]
         zero = np.zeros(len(ids), bool)
         used = np.flatnonzero((ids >= 0).any(axis=0))
@@ -240,6 +250,10 @@ class Tokens(Assembly):
         facts.width = max(facts.width, width)
         facts.largest = max(facts.largest, int(ids.max()))
         facts.add((ids >= 0).sum(axis=1))
+        # A log has no line, or a line of padding, where a layer was not logged; arrays say themselves which is which.
+        not_recorded = (ids == NOT_RECORDED).any(axis=1) if none_is_dropped else (ids < 0).all(axis=1)
+        ids[not_recorded] = NOT_RECORDED
+        facts.recorded += int(np.count_nonzero(~not_recorded))
         return zero
 
     def _order_by_weight(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
@@ -322,16 +336,20 @@ class Tokens(Assembly):
             if top_k > num_experts:
                 raise ImportMalformed(f"{name}, layer {index}", f"has {top_k} experts per token, of {num_experts}")
             missing = self._rows - (int(facts.filled[top_k]) if top_k < len(facts.filled) else 0)
-            if missing:
-                without = self._rows - int(facts.filled[1:].sum())
+            without = self._rows - facts.recorded
+            if without:
                 self.findings.warn(
-                    f"layer {index}: {missing:,} of {self._rows:,} tokens have fewer than {top_k} experts"
-                    + (f", {without:,} of them none" if without else "")
-                    + "; what is missing is recorded as assignments that ran no expert"
+                    f"layer {index}: {without:,} of {self._rows:,} tokens were not recorded; no measure counts them"
+                )
+            if missing > without:
+                self.findings.warn(
+                    f"layer {index}: {missing - without:,} of {self._rows:,} tokens have fewer than {top_k} experts; "
+                    "what is missing is recorded as assignments that ran no expert"
                 )
             if facts.largest == 0 and num_experts > 1:
                 self.findings.warn(f"layer {index} sends every token to expert 0; is it a dense layer?")
-            layers.append(Layer(index, num_experts, top_k, ranked=ranked, drops=bool(missing)))
+            drops, partial = missing > without, without > 0
+            layers.append(Layer(index, num_experts, top_k, ranked=ranked, drops=drops, partial=partial))
         if (cells := self._largest_part * sum(layer.top_k for layer in layers)) > 2 * MAX_DOCUMENT_CELLS:
             raise ImportTooLarge(
                 name, f"has parts of {cells:,} assignments once tokens are given all {len(layers)} layers"
@@ -385,7 +403,10 @@ class Tokens(Assembly):
             base = np.maximum.accumulate(np.where(first, counter, 0))
             ids, weights = {}, {}
             for layer in header.layers:
-                ids[layer.layer] = _of_width(arrays.get(f"L{layer.layer}"), len(rows), layer.top_k, -1)
+                given = arrays.get(f"L{layer.layer}")
+                chosen = _of_width(given, len(rows), layer.top_k, NOT_RECORDED if given is None else DROPPED)
+                chosen[(chosen == NOT_RECORDED).any(axis=1)] = NOT_RECORDED
+                ids[layer.layer] = chosen
                 if header.weights:
                     weights[layer.layer] = _of_width(arrays.get(f"W{layer.layer}"), len(rows), layer.top_k, 0)
             part = Part(

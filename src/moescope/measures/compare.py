@@ -32,6 +32,7 @@ from moescope.tallying import tally
 from moescope.tallying.matching import Matching, same_corpus
 from moescope.tallying.pair_tally import PairTally, common_layers, tally_pair
 from moescope.trace import Trace, Vocabulary, as_trace
+from moescope.trace.cover import covered
 
 OLMOE = "OLMoE (arXiv 2409.02060), router saturation"
 KINDS = ("set", "first")
@@ -130,6 +131,7 @@ def compare(
     elif shared_layers and not (a.header.token_ids and b.header.token_ids) and not same_corpus(a, b):
         reason = reason or "a trace has no token ids, and the headers do not say that the corpus is the same"
     elif shared_layers:
+        a, b = (covered(trace, trace.select_layers(layer.layer for layer in shared_layers)) for trace in (a, b))
         counted = tally_pair(a, b, layers, weights=a.header.weights, threads=threads)
         if counted.matching.share < LEAST_SHARE:
             reason = reason or "fewer than half of the tokens are the same"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moescope.reporting.tables import Table
 from moescope.reporting.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
+
+    from moescope.reporting.tables import Table
 
 
 def say(message: object, *, err: bool = False) -> None:

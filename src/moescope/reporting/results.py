@@ -17,6 +17,7 @@ from moescope.reporting.subjects import load, names
 from moescope.simulation.together import Job, run_together
 from moescope.tallying import INDENTATION, WORDS, count
 from moescope.trace import Trace
+from moescope.trace.cover import covered
 
 SEGMENT_LENGTHS = (16,)
 """Tokens of the segments counted for consistency; each length costs as much as the tally."""
@@ -35,7 +36,8 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
     """
     results = Results(trace, shown_layers(trace, layers), tuple(words), {})
     asked = (*words, INDENTATION) if results.has_text else ()
-    counted = count(trace, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
+    recorded = covered(trace, trace.layers)
+    counted = count(recorded, words=asked, lengths=SEGMENT_LENGTHS, max_bytes=SAMPLE_BYTES)
     subjects: dict[str, Subject] = {}
     jobs: dict[str, Job] = {}
     for name in names():
@@ -44,7 +46,7 @@ def gather(trace: Trace, layers: Iterable[int] | None = None, words: Sequence[st
             if (play := subjects[name].play) is not None and (job := play(results)) is not None:
                 jobs[name] = replace(job, call=partial(_known, name, job.call))
     results.found.update(dict.fromkeys(subjects))  # in the order of the page
-    results.found.update(zip(jobs, run_together(trace, list(jobs.values())), strict=True))
+    results.found.update(zip(jobs, run_together(recorded, list(jobs.values())), strict=True))
     for name, subject in subjects.items():
         if subject.measure is not None:
             results.found[name] = _known(name, subject.measure, counted, results)

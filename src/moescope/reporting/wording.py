@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import xarray as xr
+
+from moescope.trace import Trace
+from moescope.trace.cover import cover
 
 
 def describe_choice(choice: str, top_k: int) -> str:
@@ -56,3 +59,23 @@ def listed(names: Sequence[str]) -> str:
         ('a', 'a, b and c')
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def describe_cover(fraction: float) -> str:
+    """Words for the fraction of the tokens that a layer covers; all and none are said of all and none only.
+
+    Example:
+        >>> describe_cover(0.5), describe_cover(0.9999)
+        ('50 % of the tokens recorded', '99 % of the tokens recorded')
+    """
+    percent = round(100 * fraction)
+    return f"{percent if fraction in (0, 1) else min(99, max(1, percent))} % of the tokens recorded"
+
+
+def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> tuple[str, ...]:
+    """What to know of layers that cover only some of the tokens: a note, or none."""
+    partial = [layer for layer in trace.select_layers(layers) if layer.partial]
+    if not partial:
+        return ()
+    told = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
+    return (f"{told}. A token that one of the layers lacks is in none of the numbers.",)

@@ -96,7 +96,7 @@ def cache(
         Mattson et al. 1970 (all sizes in one pass); Belady 1966; Yang et al. 2023 (S3-FIFO); matching after the idea of
         MoE-Infinity, Xue et al. 2024, arXiv 2401.14361; a cache a layer, LRU: Eliseev and Mazur 2023, arXiv 2312.17238.
     """
-    trace = playable(trace)
+    trace = playable(trace, layers)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)

@@ -128,7 +128,7 @@ def parallel(
         Over-subscription and capacity factor: GShard (arXiv 2006.16668), Switch Transformers (arXiv 2101.03961); EPLB:
         github.com/deepseek-ai/EPLB; locality: Mixtral of Experts (arXiv 2401.04088), section 5. Affinity is ours.
     """
-    trace = playable(trace)
+    trace = playable(trace, layers)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     cluster = Cluster(devices, nodes, redundant_experts, expert_groups)

@@ -52,7 +52,7 @@ def placement(
     Source:
         EPLB: github.com/deepseek-ai/EPLB; affinity is ours (`simulation.parallel_kernels.bring_together`).
     """
-    trace = playable(trace)
+    trace = playable(trace, layers)
     chosen = trace.select_layers(layers)
     cluster = Cluster(devices, nodes, redundant_experts, expert_groups)
     cluster.check(chosen, [algorithm])

@@ -221,7 +221,8 @@ class Plan:
         layer_N = np.repeat(np.arange(len(self.settings.layers)), np.diff(self.offset_L))
         for fold, found in enumerate(self.chosen):
             for m, (_, _, loads_N) in enumerate(found):
-                unit_FNM[fold, :, m] = np.rint(loads_N / np.sqrt((loads_N.astype(float) ** 2).sum()) * 2**20)
+                length = max(1.0, np.sqrt((loads_N.astype(float) ** 2).sum()))  # all may have been dropped
+                unit_FNM[fold, :, m] = np.rint(loads_N / length * 2**20)
                 value_VN[fold * (LIBRARY + 1) + m] = _in_fixed_point(loads_N, layer_N)
             value_VN[fold * (LIBRARY + 1) + LIBRARY] = _in_fixed_point(self.loads_FN[fold], layer_N)
         return Library(unit_FNM, np.array([len(found) for found in self.chosen]), value_VN)

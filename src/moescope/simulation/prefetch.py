@@ -116,7 +116,7 @@ def prefetch(
         Lookahead: Eliseev and Mazur 2023 (arXiv 2312.17238), section 3.2; the comparison, cross-fitting and intervals
         are ours.
     """
-    trace = playable(trace)
+    trace = playable(trace, layers)
     trace.need_tokens()
     plan = _plan(trace, trace.select_layers(layers), distances, predictors, phase)
     threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
@@ -323,7 +323,9 @@ def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterat
         )
         if frame is None:
             counted = np.ones(part.num_tokens, np.bool_) if plan.phase is None else part.phase == plan.phase
-            frame = (*plan.units.of_part(part), counted, part.position == 0)
+            begins = np.zeros(part.num_tokens, np.bool_)
+            begins[part.sequence_starts()[:-1]] = True
+            frame = (*plan.units.of_part(part), counted, begins)
         for layer in group:
             place = by_layer[layer.layer]
             held[place] = np.ascontiguousarray(part.expert_ids[layer.layer].T, np.int32)

@@ -140,13 +140,12 @@ class BalanceCounter(Counter[BalanceCounts]):
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
-        """What makes empty counters; the rows are looked through once for where sequences begin."""
+        """What makes empty counters, which know how many sequences precede each part."""
         sizes = BATCH_SIZES if options.batch_sizes is None else options.batch_sizes
         open_batches, first_sequence, total = _OpenBatches(), dict[int, int](), 0
         for file in trace.parts:
-            part = file.read((), tokens=False)
-            first_sequence[int(part.document[0])] = total
-            total += int(np.count_nonzero(part.position == 0))
+            first_sequence[file.contents.first_document] = total
+            total += file.contents.sequences
         facts: dict[str, Any] = {"batch_sizes": sizes, "has_weights": trace.header.weights}
         return lambda: cls(BalanceCounts.empty(layers, trace.domains, **facts), first_sequence, open_batches)
 

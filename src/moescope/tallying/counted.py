@@ -24,6 +24,7 @@ from moescope.tallying.segments import SegmentCounter
 from moescope.tallying.tally import TallyCounter
 from moescope.tallying.word_classes import ClassCounter
 from moescope.trace import COUNTS_HINT, Header, Layer, Trace, as_trace, selected_layers
+from moescope.trace.cover import covered
 
 FORMAT = "moescope-counted"
 FORMAT_VERSION = 1
@@ -257,6 +258,7 @@ def count_with(
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive, or an option is none that could be.
     """
+    trace = covered(trace, trace.select_layers(layers))
     chosen = trace.select_layers(layers)
     able: list[type[Counter[Any]]] = []
     absent: dict[str, tuple[str, str | None]] = {}
@@ -326,11 +328,15 @@ def documents_of(
     return counted(source, DocumentCounter, layers=layers, options=options, threads=threads)[DocumentCounter]
 
 
-def playable(source: Source) -> Trace:
+def playable(source: Source, layers: Iterable[int] | None) -> Trace:
     """A trace whose tokens can be gone through in order: the trace itself, or the documents of what was counted.
 
+    Args:
+        source: The trace, or what was counted of it.
+        layers: Layers that will be looked at, or None for all; tokens that one of them lacks are left out.
     Raises:
-        NotRecorded: What was counted does not hold all of the documents.
+        NotRecorded: What was counted does not hold all of the documents, or no token is in all of the layers.
     """
     source = opened(source)
-    return source.trace if isinstance(source, Counted) else source
+    trace = source.trace if isinstance(source, Counted) else source
+    return covered(trace, trace.select_layers(layers))

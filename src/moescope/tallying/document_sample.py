@@ -21,7 +21,8 @@ from moescope.tallying.counter import Array, Counter, CountOptions, Places, Resu
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.columns import id_dtype
-from moescope.trace.part_file import Contents
+from moescope.trace.part import consecutive_starts
+from moescope.trace.part_file import PartContents
 
 MAX_BYTES = 2**30
 """Memory of the largest sample, in bytes: 14 million tokens of 32 layers x 2 choices, 2 million of 60 x 8 of 256."""
@@ -207,8 +208,8 @@ class DocumentSample(Result):
             raise ValueError("starts do not cut the tokens into documents")
         if len(np.unique(document)) != len(document) or sample.parts.sum() != len(document):
             raise ValueError("a document comes twice, or the parts do not hold as many")
-        goes_on = position[1:] == position[:-1].astype(np.int64) + 1
-        if position[starts[:-1]].any() or not (goes_on | (position[1:] == 0)).all():
+        falls = position[1:] < position[:-1]
+        if (position[1:][falls & (np.isin(np.arange(1, len(position)), starts, invert=True))] != 0).any():
             raise ValueError("position does not count the tokens of sequences")
         return sample
 
@@ -257,10 +258,9 @@ def _frame(
 ) -> dict[str, Any]:
     """The columns of a sample that belong to no layer, with where sequences start."""
     assert position is not None
-    sequence_starts = np.append(np.flatnonzero(position == 0), starts[-1]).astype(np.int64)
     return {
         "starts": starts,
-        "sequence_starts": sequence_starts,
+        "sequence_starts": consecutive_starts(starts, position),
         "position": position,
         "token_id": token_id,
         "phase": phase,
@@ -274,7 +274,7 @@ class _HeldPart(PartFile):
         self._sample, self._documents = sample, documents
         self._rows = slice(int(sample.starts[documents.start]), int(sample.starts[documents.stop]))
         self.path = path
-        super().__init__(path, header, Contents.of(self.read((), tokens=False)))
+        super().__init__(path, header, PartContents.of(self.read((), tokens=False), sample.header))
 
     def read(
         self,
@@ -293,8 +293,10 @@ class _HeldPart(PartFile):
         sample, rows = self._sample, self._rows
         lengths = np.diff(sample.starts)[self._documents]
         position = sample.position[rows]
-        begins = np.cumsum(position == 0)
         starts = np.cumsum(lengths) - lengths
+        begins = np.zeros(len(position), np.int64)
+        begins[consecutive_starts(starts, position)[:-1]] = 1
+        begins = np.cumsum(begins)
         token_id = np.zeros(rows.stop - rows.start, np.uint32)
         if tokens and sample.token_id is not None:
             token_id = sample.token_id[rows].astype(np.uint32)

@@ -16,6 +16,7 @@ from moescope.tallying.counter import Array, Counter, CountOptions, Result, samp
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Header, Layer, Part, Trace, as_trace
+from moescope.trace.cover import covered
 
 REPEAT_KINDS = ("first", "any", "first_in_next")
 """Same first choice; the sets share an expert; the earlier token's first choice is in the later token's set."""
@@ -131,6 +132,7 @@ def tally(trace: Trace | Path | str, layers: Iterable[int] | None = None, *, thr
         ValueError: `threads` is not positive.
     """
     trace = as_trace(trace)
+    trace = covered(trace, trace.select_layers(layers))
     chosen = trace.select_layers(layers)
     if trace.header.counts_only:
         return _tally_counts(trace, chosen)

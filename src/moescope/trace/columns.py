@@ -1,9 +1,9 @@
 """The columns of a part: one table of name, exact Arrow type, nullability and range, for every writer and reader.
 
 ``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then ``L{layer}_{rank}``
-(chosen expert; null = no expert ran) and, if recorded, ``W{layer}_{rank}`` (gate weight as executed) and
-``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier). What relates several rows or
-columns stands in `rules`.
+(chosen expert; null = none, see `DROPPED` and `NOT_RECORDED`) and, if recorded, ``W{layer}_{rank}`` (gate weight as
+executed) and ``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier). What relates several
+rows or columns stands in `rules`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import pyarrow as pa
 from moescope.trace.header import Header, Layer
 
 DROPPED = -1
-"""The expert id, in memory, of an assignment for which no expert ran; a null in the file."""
+"""The expert id, in memory, of an assignment for which no expert ran.
+
+In the file a null, but in a layer of which not all tokens were recorded the id after the layer's last.
+"""
+
+NOT_RECORDED = -2
+"""The expert id, in memory, of each choice of a token whose choices were not recorded; a null in the file."""
 
 PHASES = ("prefill", "decode")
 """Names of the codes of `Part.phase`: processed as part of a prompt, or one at a time as generated."""
@@ -72,8 +78,13 @@ def prediction_columns(layers: Iterable[Layer]) -> list[str]:
 
 
 def id_dtype(layer: Layer) -> type[np.uint8 | np.uint16]:
-    """Width of a layer's expert columns: one byte up to 256 ids, two above."""
-    return np.uint8 if layer.num_ids <= 256 else np.uint16
+    """Width of a layer's expert columns: one byte up to 256 values, two above."""
+    return np.uint8 if highest_value(layer) < 256 else np.uint16
+
+
+def highest_value(layer: Layer) -> int:
+    """The largest number in a layer's expert columns: its last id, or the one after that for a dropped assignment."""
+    return layer.num_ids - 1 + (layer.partial and layer.drops)
 
 
 def check_schema(found: pa.Schema, header: Header) -> None:
@@ -100,7 +111,8 @@ def _number(name: str, type: pa.DataType, meaning: str) -> Column:
 def _ids(layer: Layer, name: str, *, predicted: bool = False) -> Column:
     type = pa.from_numpy_dtype(id_dtype(layer))
     meaning = "an expert predicted from an earlier layer" if predicted else "the expert that ran"
-    return Column(name, type, meaning, nullable=layer.drops and not predicted, most=layer.num_ids - 1)
+    nullable = (layer.drops or layer.partial) and not predicted
+    return Column(name, type, meaning, nullable=nullable, most=highest_value(layer))
 
 
 _TOKENS = (

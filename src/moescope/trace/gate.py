@@ -15,7 +15,7 @@ from typing import Any
 from moescope.errors import TraceDamaged, TraceNotFound
 from moescope.trace import checksums, header, plain_json, vocabulary
 from moescope.trace.header import Header
-from moescope.trace.part_file import Contents, PartFile
+from moescope.trace.part_file import PartContents, PartFile
 
 PARTS = "parts"
 SUMMARY = "summary.json"
@@ -158,13 +158,13 @@ def catalogue_json(parts: Sequence[PartFile], path: Path) -> list[dict[str, Any]
     return [{"name": part.path.relative_to(path).as_posix()} | part.contents.to_json() for part in parts]
 
 
-def _catalogue(path: Path, names: Sequence[str], notes: Any) -> list[Contents] | None:
+def _catalogue(path: Path, names: Sequence[str], notes: Any) -> list[PartContents] | None:
     """What each part holds, as the summary says; None for a summary of before there was a catalogue."""
     if notes is None:
         return None
     try:
         listed = [note["name"] for note in notes]
-        contents = [Contents.from_json(note) for note in notes]
+        contents = [PartContents.from_json(note) for note in notes]
     except (TypeError, KeyError, ValueError) as error:
         raise TraceDamaged(path, f"the catalogue of {SUMMARY} is not valid: {error}") from None
     if listed != list(names):

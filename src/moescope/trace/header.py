@@ -16,7 +16,7 @@ from moescope.errors import TraceDamaged, TraceNewer, TraceNotFound
 from moescope.trace import plain_json
 
 FORMAT = "moescope-trace"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The latest; a trace is written in the earliest version that can represent it, so that earlier readers can read it."""
 
 FILE_NAME = "trace.json"
@@ -35,6 +35,7 @@ class Layer:
         num_shared_experts: Experts that always run; never in the ids.
         ranked: Whether rank 0 is the choice with the largest gate weight; False if the source gave no order.
         drops: Whether capacity may drop assignments; otherwise every choice of every token has an expert id.
+        partial: Whether the choices of some tokens were not recorded, which is not the same as dropped.
         lookahead: Distances, ascending, at which this layer's choice was predicted: at distance 1 its router was run on
             the input of the router of the preceding recorded layer.
         num_predicted: Experts per prediction; 0 if there is none.
@@ -50,6 +51,7 @@ class Layer:
     drops: bool = False
     lookahead: tuple[int, ...] = ()
     num_predicted: int = 0
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.layer < 2**16:
@@ -62,6 +64,8 @@ class Layer:
             raise ValueError(f"layer {self.layer}: {self.num_ids} expert ids do not fit in 16 bits")
         if list(self.lookahead) != sorted({distance for distance in self.lookahead if distance > 0}):
             raise ValueError(f"layer {self.layer}: distances must be ascending and at least 1, not {self.lookahead}")
+        if self.partial and self.lookahead:
+            raise ValueError(f"layer {self.layer}: predictions of tokens that were not recorded are impossible")
         if not bool(self.lookahead) <= self.num_predicted <= self.num_ids * bool(self.lookahead):
             raise ValueError(f"layer {self.layer}: {self.num_predicted} predicted experts are impossible")
 
@@ -126,10 +130,12 @@ class Header:
 
     def to_json(self) -> str:
         """The text of ``trace.json``."""
-        document = {"format": FORMAT, "version": 2 if self.lookahead else 1, **asdict(self)}
-        if not self.lookahead:
-            for layer in document["layers"]:
-                del layer["lookahead"], layer["num_predicted"]
+        version = 3 if any(layer.partial for layer in self.layers) else 2 if self.lookahead else 1
+        document = {"format": FORMAT, "version": version, **asdict(self)}
+        for layer in document["layers"]:
+            for name in _SINCE:
+                if version < _SINCE[name]:
+                    del layer[name]
         return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -200,6 +206,9 @@ def ranges(numbers: Iterable[int]) -> str:
             runs.append([number, number])
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
+
+_SINCE = {"lookahead": 2, "num_predicted": 2, "partial": 3}
+"""The version of the format in which a key of a layer came; an earlier one has the default."""
 
 _JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict, "tuple[int, ...]": list}
 

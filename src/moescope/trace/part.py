@@ -54,9 +54,11 @@ class Part:
         return run_starts(self.document)
 
     def sequence_starts(self) -> NDArray[np.int64]:
-        """Row at which each sequence starts, with the number of rows at the end, shape (sequence + 1,)."""
-        starts = np.flatnonzero(self.position == 0)
-        return np.append(starts, self.num_tokens).astype(np.int64)
+        """Row at which each run of consecutive tokens starts, with the number of rows at the end, shape (run + 1,).
+
+        A run is a sequence, or what is left of one between tokens that were not recorded.
+        """
+        return consecutive_starts(self.document_starts(), self.position)
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
@@ -81,3 +83,14 @@ class Part:
         for name in _BY_LAYER:
             chosen[name] = {key: column[selected] for key, column in getattr(self, name).items()}
         return replace(self, **chosen, phase=None if self.phase is None else self.phase[selected])
+
+
+def consecutive_starts(document_starts: NDArray[np.int64], position: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Rows at which a document starts or the position does not go on by one, with the number of rows at the end.
+
+    Example:
+        >>> consecutive_starts(np.array([0, 4, 6]), np.array([0, 1, 0, 1, 2, 4])).tolist()
+        [0, 2, 4, 5, 6]
+    """
+    jumps = np.flatnonzero(np.diff(position.astype(np.int64)) != 1) + 1
+    return np.union1d(document_starts, jumps).astype(np.int64)

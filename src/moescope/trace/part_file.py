@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from moescope.trace import plain_json
 from moescope.trace.columns import (
     COUNT_COLUMNS,
     DROPPED,
+    NOT_RECORDED,
     PHASES,
     check_schema,
     columns,
@@ -41,7 +42,7 @@ _METADATA_KEY = b"moescope"
 
 
 @dataclass(frozen=True)
-class Contents:
+class PartContents:
     """What a part holds, so that a trace can be opened without reading a column.
 
     Attributes:
@@ -49,16 +50,18 @@ class Contents:
         sequences: Sequences; 0 in a part of counts.
         first_document: Number of its first document.
         domains: For each domain, in order of appearance, its documents and its rows.
+        recorded: For each layer of which not all tokens were recorded, how many were.
     """
 
     rows: int
     sequences: int
     first_document: int
     domains: Mapping[str, tuple[int, int]]
+    recorded: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Part | Counts) -> Contents:
-        """The contents of a part in memory."""
+    def of(cls, rows: Part | Counts, header: Header) -> PartContents:
+        """The contents of a part in memory, which has all layers of the header that are partly recorded."""
         starts = rows.document_starts()
         lengths, codes = np.diff(starts), rows.domain[starts[:-1]]
         domains = {
@@ -66,10 +69,15 @@ class Contents:
             for code in dict.fromkeys(codes.tolist())
         }
         sequences = len(rows.sequence_starts()) - 1 if isinstance(rows, Part) else 0
-        return cls(len(rows.document), sequences, int(rows.document[0]), domains)
+        recorded = {
+            layer.layer: int(np.count_nonzero(rows.expert_ids[layer.layer][:, 0] != NOT_RECORDED))
+            for layer in header.layers
+            if layer.partial and isinstance(rows, Part) and layer.layer in rows.expert_ids
+        }
+        return cls(len(rows.document), sequences, int(rows.document[0]), domains, recorded)
 
     @classmethod
-    def from_json(cls, note: Any) -> Contents:
+    def from_json(cls, note: Any) -> PartContents:
         """What `to_json` gave.
 
         Raises:
@@ -78,24 +86,22 @@ class Contents:
         try:
             rows, sequences, first = (note[name] for name in ("rows", "sequences", "first_document"))
             domains = {name: (by["documents"], by["rows"]) for name, by in note["domains"].items()}
-        except (TypeError, KeyError, AttributeError):
+            recorded = {int(layer): number for layer, number in note.get("recorded", {}).items()}
+        except (TypeError, KeyError, AttributeError, ValueError):
             raise ValueError(f"the contents of a part are not {str(note)[:60]!r}") from None
-        numbers = [rows, sequences, first, *(number for pair in domains.values() for number in pair)]
+        numbers = [rows, sequences, first, *recorded.values()]
+        numbers += [number for pair in domains.values() for number in pair]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("the contents of a part are whole numbers from 0")
         if sum(of_domain for _, of_domain in domains.values()) != rows:
             raise ValueError(f"the rows of the domains of a part do not add up to {rows}")
-        return cls(rows, sequences, first, domains)
+        return cls(rows, sequences, first, domains, recorded)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         domains = {name: {"documents": documents, "rows": rows} for name, (documents, rows) in self.domains.items()}
-        return {
-            "rows": self.rows,
-            "sequences": self.sequences,
-            "first_document": self.first_document,
-            "domains": domains,
-        }
+        note = {"rows": self.rows, "sequences": self.sequences, "first_document": self.first_document}
+        return note | {"domains": domains} | ({"recorded": self.recorded} if self.recorded else {})
 
 
 def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str, Any]) -> None:
@@ -119,9 +125,12 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
     weight_names: list[str] = []
     for layer in header.layers:
         ids = part.expert_ids[layer.layer]
-        dropped = ids == DROPPED if ids.dtype.kind == "i" else None
+        missing = ids < 0 if ids.dtype.kind == "i" else None
+        if layer.partial and missing is not None:
+            missing = ids == NOT_RECORDED
+            ids = np.where(ids == DROPPED, layer.num_ids, ids)
         for rank, name in enumerate(layer.expert_columns()):
-            mask = dropped[:, rank] if dropped is not None and dropped[:, rank].any() else None
+            mask = missing[:, rank] if missing is not None and missing[:, rank].any() else None
             arrays[name] = pa.array(ids[:, rank].astype(id_dtype(layer)), mask=mask)
     if header.weights:
         for layer in header.layers:
@@ -155,7 +164,7 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
         store_schema=False,
     ) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP_TOKENS)
-        writer.add_key_value_metadata(_footer(part, progress))
+        writer.add_key_value_metadata(_footer(part, header, progress))
 
 
 def write_counts(file: BinaryIO, counts: Counts, header: Header, progress: Mapping[str, Any]) -> None:
@@ -172,11 +181,11 @@ def write_counts(file: BinaryIO, counts: Counts, header: Header, progress: Mappi
         file, table.schema, compression="zstd", write_page_checksum=True, store_schema=False
     ) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata(_footer(counts, progress))
+        writer.add_key_value_metadata(_footer(counts, header, progress))
 
 
-def _footer(rows: Part | Counts, progress: Mapping[str, Any]) -> dict[bytes, bytes]:
-    note = {"progress": progress, "contents": Contents.of(rows).to_json()}
+def _footer(rows: Part | Counts, header: Header, progress: Mapping[str, Any]) -> dict[bytes, bytes]:
+    note = {"progress": progress, "contents": PartContents.of(rows, header).to_json()}
     return {_METADATA_KEY: json.dumps(note, allow_nan=False).encode()}
 
 
@@ -200,7 +209,7 @@ class PartFile:
         contents: What the trace says it holds; None to ask the file.
     """
 
-    def __init__(self, path: Path, header: Header, contents: Contents | None = None) -> None:
+    def __init__(self, path: Path, header: Header, contents: PartContents | None = None) -> None:
         self.path = path
         self._header = header
         self._expected = contents
@@ -230,14 +239,17 @@ class PartFile:
         return self._note["num_rows"] if self._expected is None else self._expected.rows
 
     @cached_property
-    def contents(self) -> Contents:
+    def contents(self) -> PartContents:
         """What it holds; read row by row if neither the trace nor the file says it."""
         if self._expected is not None:
             return self._expected
         if "contents" in self._note:
             with _damage(self.path):
-                return Contents.from_json(self._note["contents"])
-        return Contents.of(self.read_counts() if self._header.counts_only else self.read((), tokens=False))
+                return PartContents.from_json(self._note["contents"])
+        if self._header.counts_only:
+            return PartContents.of(self.read_counts(), self._header)
+        partial = [layer for layer in self._header.layers if layer.partial]
+        return PartContents.of(self.read(partial, tokens=False), self._header)
 
     def read(
         self,
@@ -351,14 +363,19 @@ def _phase(table: pa.Table) -> NDArray[np.integer[Any]]:
 
 
 def _ids(table: pa.Table, layer: Layer, names: Sequence[str]) -> NDArray[np.integer[Any]]:
-    """Ids of one layer, shape (token, rank), each rank contiguous in memory; signed only if some were dropped."""
+    """Ids of one layer, shape (token, rank), each rank contiguous in memory; signed only if some are no id."""
     columns = [table[name] for name in names]
-    dropped = any(column.null_count for column in columns)
-    if dropped and (not layer.drops or names[0].startswith("P")):
+    predicted = names[0].startswith("P")
+    has_nulls = any(column.null_count for column in columns)
+    if has_nulls and (predicted or not (layer.drops or layer.partial)):
         raise ValueError(f"column {names[0]} or a later rank has nulls, and no value of it can be missing")
-    ids = np.empty((len(names), table.num_rows), np.int32 if dropped else id_dtype(layer))
+    ids = np.empty((len(names), table.num_rows), np.int32 if has_nulls else id_dtype(layer))
+    null = NOT_RECORDED if layer.partial else DROPPED
     for rank, column in enumerate(columns):
-        ids[rank] = (column.cast(pa.int32()).fill_null(DROPPED) if column.null_count else column).to_numpy()
+        ids[rank] = (column.cast(pa.int32()).fill_null(null) if column.null_count else column).to_numpy()
+    if layer.partial and layer.drops and not predicted and (dropped := ids == layer.num_ids).any():
+        ids = ids.astype(np.int32)
+        ids[dropped] = DROPPED
     return ids.T
 
 

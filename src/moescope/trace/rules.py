@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.trace.columns import DROPPED, PHASES, columns, token_columns
+from moescope.trace.columns import DROPPED, NOT_RECORDED, PHASES, columns, token_columns
 from moescope.trace.counts import run_starts
 from moescope.trace.header import Header, Layer
 from moescope.trace.part import Part
@@ -66,7 +66,9 @@ def check_rows(part: Part, header: Header) -> None:
             if (layer.layer, distance) in part.predictions:
                 shape = part.num_tokens, layer.num_predicted
                 what = f"predictions of layer {layer.layer}"
-                _check_ids(what, part.predictions[layer.layer, distance], replace(layer, drops=False), shape)
+                _check_ids(
+                    what, part.predictions[layer.layer, distance], replace(layer, drops=False, partial=False), shape
+                )
 
 
 def _check_numbers(what: str, values: NDArray[Any], shape: tuple[int, ...], low: int, high: int | None) -> None:
@@ -82,7 +84,16 @@ def _check_numbers(what: str, values: NDArray[Any], shape: tuple[int, ...], low:
 
 def _check_ids(what: str, ids: NDArray[Any], layer: Layer, shape: tuple[int, int]) -> None:
     """Experts of the layer, none twice in a token; null experts, which run nothing, may be."""
-    _check_numbers(what, ids, shape, DROPPED if layer.drops else 0, layer.num_ids - 1)
+    least = NOT_RECORDED if layer.partial else DROPPED if layer.drops else 0
+    _check_numbers(what, ids, shape, least, layer.num_ids - 1)
+    if layer.partial and (ids < 0).any():
+        missing = ids == NOT_RECORDED
+        half = missing.any(axis=1) != missing.all(axis=1)
+        if not layer.drops:
+            half |= (ids == DROPPED).any(axis=1)
+        if half.any():
+            row = int(np.flatnonzero(half)[0])
+            raise ValueError(f"{what}, row {row}: {ids[row].tolist()} is neither recorded nor not recorded")
     for first, second in combinations(range(shape[1]), 2):
         if (same := ids[:, first] == ids[:, second]).any():
             expert = ids[:, first]

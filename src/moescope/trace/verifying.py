@@ -17,7 +17,7 @@ from moescope.trace.gate import SUMMARY
 from moescope.trace.header import Header, ranges
 from moescope.trace.locks import locked
 from moescope.trace.part import Part
-from moescope.trace.part_file import Contents, PartFile
+from moescope.trace.part_file import PartContents, PartFile
 from moescope.trace.vocabulary import Vocabulary
 
 ASIDE = ".damaged"
@@ -93,7 +93,7 @@ def _check_part(part: PartFile, trace_header: Header) -> set[int]:
         rows: Part | Counts = part.read_counts()
     else:
         rows = part.read(trace_header.layers, weights=trace_header.weights, predictions=True)
-    if Contents.of(rows) != part.contents:
+    if PartContents.of(rows, trace_header) != part.contents:
         raise TraceDamaged(part.path, "holds other documents, sequences or tokens than are noted of it")
     return set(rows.document[rows.document_starts()[:-1]].tolist())
 
@@ -135,7 +135,7 @@ def drop_damaged(path: Path) -> list[Dropped]:
             raise error
         summary = gate.read_summary(path, sums[SUMMARY])
         noted = summary.pop(gate.CATALOGUE, None)
-        contents = {} if noted is None else {note["name"]: Contents.from_json(note) for note in noted}
+        contents = {} if noted is None else {note["name"]: PartContents.from_json(note) for note in noted}
         parts = {name: PartFile(path / name, trace_header, contents.get(name)) for name in names}
         dropped = []
         for name, part in parts.items():

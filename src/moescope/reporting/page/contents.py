@@ -16,6 +16,7 @@ from moescope.reporting.formats import FORMATS
 from moescope.reporting.subject import Chapter, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.subjects import load
 from moescope.reporting.tables import Table
+from moescope.reporting.wording import cover_notes
 
 MOST_SENTENCES = 12
 """Layers of which each has a sentence; of more layers only those shown have one."""
@@ -63,11 +64,12 @@ def contents(results: Results) -> Contents:
     """What the subjects show of their results; those that the trace cannot tell show nothing."""
     shown = Contents([], {}, {})
     sections: dict[PageSection, FilledSection] = {}
+    notes = cover_notes(results.trace)
     for name, result in results.found.items():
         with guarded(name):
             if result is None or (subject := load(name)).blocks is None:
                 continue
-            blocks = list(subject.blocks(result, results))
+            blocks = [_noted(block, notes) for block in subject.blocks(result, results)]
             if name in installed_plugins():
                 blocks = _checked(blocks, shown)
             section = _filled(subject, result, blocks, results)
@@ -84,6 +86,17 @@ def contents(results: Results) -> Contents:
         if any(isinstance(block, PageFigure) for block in section.blocks):
             chapters.setdefault(section.about.chapter, []).append(section)
     return replace(shown, chapters=chapters)
+
+
+def _noted(block: PageFigure | PageTable | Table, notes: tuple[str, ...]) -> PageFigure | PageTable | Table:
+    """The block with notes that belong to all of the trace."""
+    if not notes:
+        return block
+    if isinstance(block, PageFigure):
+        return replace(block, caption=" ".join([block.caption, *notes]))
+    if isinstance(block, PageTable):
+        return replace(block, table=replace(block.table, notes=(*block.table.notes, *notes)))
+    return replace(block, notes=(*block.notes, *notes))
 
 
 def _filled(
