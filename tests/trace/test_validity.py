@@ -21,6 +21,7 @@ import moescope
 from moescope import errors
 from moescope.cli import main
 from moescope.trace import Header, Layer, Trace, TraceWriter, checksums, open_trace
+from moescope.trace.part_file import footer_digest
 from moescope.trace.verifying import drop_damaged, verify
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
@@ -33,11 +34,16 @@ def trace_of(path: Path, num_parts: int = 2, *, finish: bool = True) -> Trace:
 
 
 def renew(trace: Path, name: str, data: bytes) -> None:
-    """Change a file, and its checksum with it."""
+    """Change a file, and its checksums with it."""
     old = checksums.read(trace)[name]
     (trace / name).write_bytes(data)
     sums = trace / checksums.FILE_NAME
     sums.write_text(sums.read_text().replace(old, hashlib.sha256(data).hexdigest()))
+    if name.startswith("parts/") and (trace / "summary.json").exists():
+        summary = json.loads((trace / "summary.json").read_text())
+        (entry,) = (entry for entry in summary["parts"] if entry["name"] == name)
+        entry["footer"] = footer_digest(trace / name)
+        renew(trace, "summary.json", json.dumps(summary).encode())
 
 
 def rewrite(trace: Path, change: Callable[[pa.Table], pa.Table], name: str = "parts/000001.parquet") -> None:
@@ -277,6 +283,21 @@ def test_opening_a_complete_trace_reads_no_part(tmp_path: Path, monkeypatch: pyt
 
 def _never(*_: object, **__: object) -> None:
     raise AssertionError("a part was read")
+
+
+def test_a_part_written_anew_with_other_choices_is_another_file(tmp_path: Path) -> None:
+    for finish in (True, False):
+        trace = trace_of(tmp_path / f"{finish}.moe", finish=finish)
+        file = trace.path / "parts/000001.parquet"
+        table = pq.read_table(file)
+        mark = pq.read_metadata(file).metadata[b"moescope"]
+        swapped = [table[{"L0_0": "L0_1", "L0_1": "L0_0"}.get(name, name)] for name in table.column_names]
+        with pq.ParquetWriter(file, table.schema, store_schema=False, write_page_checksum=True) as writer:
+            writer.write_table(pa.table(swapped, table.schema))
+            writer.add_key_value_metadata({b"moescope": mark})
+        for read in (moescope.shares, moescope.repeats, lambda trace: moescope.sql(trace, "SELECT 1")):
+            with pytest.raises(errors.TraceDamaged, match="it is another file than the"):
+                read(trace.path)
 
 
 def test_a_damaged_part_is_dropped_and_the_others_are_kept(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ settings is off, so neither a query nor a path in a trace can reach outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from moescope.errors import require
-from moescope.trace import Trace, as_trace
-from moescope.trace.columns import columns, id_dtype, prediction_columns
+from moescope.trace import Header, Trace, as_trace
+from moescope.trace.columns import Column, columns, token_columns
 from moescope.trace.verifying import part_problems
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class ViewColumn:
 def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
     """Answer a query in SQL (DuckDB's) over the views ``tokens``, ``choices`` and ``vocabulary`` of a trace.
 
+    A trace of counts has the view ``counts`` instead of the first two.
+
     Args:
         trace: The trace, or its folder.
         query: One statement; with several, the result is that of the last.
@@ -109,34 +112,45 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
 def schema(trace: Trace | str | Path) -> list[ViewColumn]:
     """The columns of the views, with their meaning."""
     opened = as_trace(trace)
-    layers = opened.layers
-    experts = [name for layer in layers for name in layer.expert_columns()]
-    weights = [name for layer in layers for name in layer.weight_columns()] if opened.header.weights else []
-    id_types = sorted({_ID_TYPES[id_dtype(layer)().itemsize] for layer in layers}, key=len, reverse=True)
-    columns = [ViewColumn("tokens", *row) for row in _TOKEN_COLUMNS]
-    columns.append(
-        ViewColumn("tokens", _span(experts), " or ".join(id_types), "L{layer}_{rank}: the expert that ran; NULL: none")
-    )
-    if weights:
-        columns.append(ViewColumn("tokens", _span(weights), "FLOAT", "W{layer}_{rank}: its gate weight, as executed"))
-    if predicted := prediction_columns(layers):
-        meaning = "P{layer}_{distance}_{rank}: an expert predicted from so many recorded layers before"
-        columns.append(ViewColumn("tokens", _span(predicted), " or ".join(id_types), meaning))
-    columns += [ViewColumn("choices", *row) for row in _TOKEN_COLUMNS]
-    columns += [
+    header = opened.header
+    vocabulary = [ViewColumn("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
+    found = columns(header)
+    listed = [
+        ViewColumn(_main_view(header), _span([c.name for c in alike]), _types(alike), meaning)
+        for meaning, group in groupby(found, key=lambda column: column.meaning)
+        for alike in [list(group)]
+    ]
+    if header.counts_only:
+        return listed + vocabulary
+    chosen = [column for column in found if column.name in opened.layers[0].expert_columns()]
+    choices = [ViewColumn("choices", c.name, _types([c]), c.meaning) for c in found[: len(token_columns(header))]]
+    choices += [
         ViewColumn("choices", "layer", "UINTEGER", "index in the whole model"),
         ViewColumn("choices", "rank", "UINTEGER", "0 is the choice with the largest gate weight"),
-        ViewColumn("choices", "expert", "USMALLINT", "the expert that ran; NULL: dropped by capacity"),
+        ViewColumn("choices", "expert", "USMALLINT", chosen[0].meaning),
     ]
-    if weights:
-        columns.append(ViewColumn("choices", "weight", "FLOAT", "its gate weight, as executed"))
-    columns += [ViewColumn("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
-    return columns
+    if header.weights:
+        choices.append(ViewColumn("choices", "weight", "FLOAT", "its gate weight, as executed"))
+    return listed + choices + vocabulary
+
+
+def _main_view(header: Header) -> str:
+    return "counts" if header.counts_only else "tokens"
+
+
+def _types(alike: Iterable[Column]) -> str:
+    """What DuckDB calls the types of some columns."""
+    return " or ".join(sorted({_DUCKDB_TYPES[column.type] for column in alike}, key=len, reverse=True))
 
 
 def examples(trace: Trace) -> list[str]:
     """Two queries that this trace can answer."""
     layer = trace.layers[len(trace.layers) // 2]
+    if trace.header.counts_only:
+        return [
+            f"SELECT domain, expert, sum(count) AS n FROM counts WHERE layer = {layer.layer} GROUP BY ALL ORDER BY ALL",
+            "SELECT layer, count(DISTINCT expert) AS used FROM counts GROUP BY ALL ORDER BY ALL",
+        ]
     return [
         f"SELECT domain, {layer.expert_columns()[0]} AS expert, count(*) AS n FROM tokens GROUP BY ALL ORDER BY ALL",
         f"SELECT text, expert, count(*) AS n FROM choices JOIN vocabulary USING (token_id) "
@@ -144,31 +158,32 @@ def examples(trace: Trace) -> list[str]:
     ]
 
 
-_TOKEN_COLUMNS = (
-    ("document", "UINTEGER", "index of the record in the corpus"),
-    ("domain", "VARCHAR", "label that the corpus gives the document"),
-    ("sequence", "UINTEGER", "window within the document; pairs of tokens never cross one"),
-    ("position", "UINTEGER", "place within the window"),
-    ("token_id", "UINTEGER", "vocabulary id"),
-)
 _VOCABULARY_COLUMNS = (
     ("token_id", "UINTEGER", "vocabulary id"),
     ("text", "VARCHAR", "its text piece; bytes that are not UTF-8 by themselves read U+FFFD"),
     ("bytes", "BLOB", "its exact bytes"),
 )
-_ID_TYPES = {1: "UTINYINT", 2: "USMALLINT"}
+_DUCKDB_TYPES = {
+    pa.uint8(): "UTINYINT",
+    pa.uint16(): "USMALLINT",
+    pa.uint32(): "UINTEGER",
+    pa.uint64(): "UBIGINT",
+    pa.float32(): "FLOAT",
+    pa.string(): "VARCHAR",
+}
 
 
 def _connect(duckdb: Any, trace: Trace) -> Any:
     """An empty database in memory with the views of a trace and nothing else."""
     connection = duckdb.connect(":memory:", config=SETTINGS)
-    connection.register("tokens", _tokens(trace))
+    connection.register(_main_view(trace.header), _rows(trace))
     connection.register("vocabulary", trace.vocabulary.table())
-    connection.execute(f"CREATE VIEW choices AS {_choices(trace)}")
+    if not trace.header.counts_only:
+        connection.execute(f"CREATE VIEW choices AS {_choices(trace)}")
     return connection
 
 
-def _tokens(trace: Trace) -> ds.Dataset:
+def _rows(trace: Trace) -> ds.Dataset:
     """The parts as one dataset with the columns that the header declares, after a look at every row.
 
     DuckDB reads the files by itself, so it would answer from rows that no other reader accepts.
@@ -185,7 +200,7 @@ def _tokens(trace: Trace) -> ds.Dataset:
 
 def _choices(trace: Trace) -> str:
     """The long view: one branch per layer, so that a query about one layer reads only its columns."""
-    keys = ", ".join(name for name, _, _ in _TOKEN_COLUMNS)
+    keys = ", ".join(token_columns(trace.header))
     branches = []
     for layer in trace.layers:
         ranks = ", ".join(map(str, range(layer.top_k)))

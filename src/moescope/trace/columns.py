@@ -61,7 +61,7 @@ def columns(header: Header) -> tuple[Column, ...]:
     return (
         *(column for column in _TOKENS if column.name in names),
         *(_ids(layer, name) for layer in header.layers for name in layer.expert_columns()),
-        *(Column(name, pa.float32(), "gate weight") for layer in weighted for name in layer.weight_columns()),
+        *(Column(name, pa.float32(), _WEIGHT) for layer in weighted for name in layer.weight_columns()),
         *(_ids(layer, name, predicted=True) for layer in header.layers for name in prediction_columns([layer])),
     )
 
@@ -110,18 +110,21 @@ def _number(name: str, type: pa.DataType, meaning: str) -> Column:
 
 def _ids(layer: Layer, name: str, *, predicted: bool = False) -> Column:
     type = pa.from_numpy_dtype(id_dtype(layer))
-    meaning = "an expert predicted from an earlier layer" if predicted else "the expert that ran"
+    meaning = _PREDICTED if predicted else _CHOSEN
     nullable = (layer.drops or layer.partial) and not predicted
     return Column(name, type, meaning, nullable=nullable, most=highest_value(layer))
 
 
+_CHOSEN = "L{layer}_{rank}: the expert that ran; NULL: none"
+_WEIGHT = "W{layer}_{rank}: its gate weight, as executed"
+_PREDICTED = "P{layer}_{distance}_{rank}: an expert predicted from so many recorded layers before"
 _TOKENS = (
     _number("document", pa.uint32(), "index of the record in the corpus"),
     Column("domain", pa.string(), "label that the corpus gives the document"),
     _number("sequence", pa.uint32(), "window within the document; pairs of tokens never cross one"),
     _number("position", pa.uint32(), "place within the window"),
     _number("token_id", pa.uint32(), "vocabulary id"),
-    Column("phase", pa.string(), "prefill: part of a prompt; decode: generated"),
+    Column("phase", pa.string(), "prefill (part of a prompt) or decode (generated)"),
 )
 _COUNTS = (
     _number("document", pa.uint32(), "the unit in which the source counted"),

@@ -15,7 +15,7 @@ from typing import Any
 from moescope.errors import TraceDamaged, TraceNotFound
 from moescope.trace import checksums, header, plain_json, vocabulary
 from moescope.trace.header import Header
-from moescope.trace.part_file import PartContents, PartFile
+from moescope.trace.part_file import PartContents, PartFile, footer_digest
 
 PARTS = "parts"
 SUMMARY = "summary.json"
@@ -50,6 +50,13 @@ def part_name(number: int) -> str:
 def is_part_name(name: str) -> bool:
     """Whether a name within the trace is one that a part can have."""
     return _PART.fullmatch(name) is not None
+
+
+def part_files(path: Path) -> list[str]:
+    """What is in the folder of parts under the name of a part, listed or not."""
+    folder = path / PARTS
+    names = (f"{PARTS}/{child.name}" for child in folder.iterdir()) if folder.is_dir() else ()
+    return [name for name in names if is_part_name(name)]
 
 
 def read_header(path: Path) -> Header:
@@ -88,12 +95,14 @@ def pass_gate(path: Path) -> Opened:
     """
     data = _header_bytes(path)
     trace_header = Header.from_json(data, path)
+    present = part_files(path)  # before the list is read, in which a part stands before it is there
     sums = checksums.read(path)
+    if stray := sorted(set(present) - set(sums)):
+        raise TraceDamaged(path, f"{stray[0]} is not listed in {checksums.FILE_NAME}", _VERIFY)
     if header.FILE_NAME not in sums:
         raise TraceDamaged(path, f"{header.FILE_NAME} is not listed in {checksums.FILE_NAME}", _VERIFY)
     checksums.check_bytes(path, header.FILE_NAME, data, sums[header.FILE_NAME])
-    present = listed_files(path, sums)
-    names = [name for name in present if name not in _FILES]
+    names = [name for name in listed_files(path, sums) if name not in _FILES]
     if (path / SUMMARY).exists():
         if SUMMARY not in sums:
             raise TraceDamaged(path, f"{SUMMARY} is not listed in {checksums.FILE_NAME}", _VERIFY)
@@ -102,10 +111,11 @@ def pass_gate(path: Path) -> Opened:
     else:
         summary, catalogue = None, None
         check_numbers(path, names)
-    parts = tuple(
-        PartFile(path / name, trace_header, None if catalogue is None else catalogue[index])
-        for index, name in enumerate(names)
-    )
+    if catalogue is None:
+        parts = tuple(PartFile(path / name, trace_header, digest=sums[name]) for name in names)
+    else:
+        entries = zip(names, catalogue, strict=True)
+        parts = tuple(PartFile(path / name, trace_header, *entry) for name, entry in entries)
     _check_totals(path, parts, trace_header, summary)
     return Opened(trace_header, parts, summary)
 
@@ -155,16 +165,19 @@ def read_summary(path: Path, digest: str) -> dict[str, Any]:
 
 def catalogue_json(parts: Sequence[PartFile], path: Path) -> list[dict[str, Any]]:
     """What each part holds, for the summary."""
-    return [{"name": part.path.relative_to(path).as_posix()} | part.contents.to_json() for part in parts]
+    return [
+        {"name": part.path.relative_to(path).as_posix(), "footer": footer_digest(part.path)} | part.contents.to_json()
+        for part in parts
+    ]
 
 
-def _catalogue(path: Path, names: Sequence[str], notes: Any) -> list[PartContents] | None:
-    """What each part holds, as the summary says; None for a summary of before there was a catalogue."""
+def _catalogue(path: Path, names: Sequence[str], notes: Any) -> list[tuple[PartContents, str]] | None:
+    """What each part holds, and the checksum of its footer; None for a summary of before there was a catalogue."""
     if notes is None:
         return None
     try:
-        listed = [note["name"] for note in notes]
-        contents = [PartContents.from_json(note) for note in notes]
+        listed = [str(note["name"]) for note in notes]
+        contents = [(PartContents.from_json(note), str(note["footer"])) for note in notes]
     except (TypeError, KeyError, ValueError) as error:
         raise TraceDamaged(path, f"the catalogue of {SUMMARY} is not valid: {error}") from None
     if listed != list(names):

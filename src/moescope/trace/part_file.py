@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded, TraceDamaged
 from moescope.trace import plain_json
+from moescope.trace.checksums import digest_file
 from moescope.trace.columns import (
     COUNT_COLUMNS,
     DROPPED,
@@ -200,6 +203,20 @@ def is_part(path: Path) -> bool:
     return False
 
 
+def footer_digest(path: Path) -> str:
+    """SHA-256 of the footer of a Parquet file, in hexadecimal: its schema, the places of its pages, its metadata.
+
+    What the footer does not say, the checksums of the pages do. Two files that different programs wrote of the same
+    rows, and two of different rows, differ in it.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - 8 - length))
+        return hashlib.sha256(size.to_bytes(8, "little") + file.read()).hexdigest()
+
+
 class PartFile:
     """A part on disk; its columns are checked before the first is read, page checksums whenever one is.
 
@@ -207,17 +224,33 @@ class PartFile:
         path: The Parquet file.
         header: Of its trace.
         contents: What the trace says it holds; None to ask the file.
+        footer: Checksum of its footer, which another file under its name would not have; None not to look.
+        digest: Checksum of all of it, looked at where there is none of the footer; None not to look.
     """
 
-    def __init__(self, path: Path, header: Header, contents: PartContents | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: Header,
+        contents: PartContents | None = None,
+        footer: str | None = None,
+        *,
+        digest: str | None = None,
+    ) -> None:
         self.path = path
         self._header = header
         self._expected = contents
+        self._footer, self._digest = footer, digest
 
     @cached_property
     def _note(self) -> dict[str, Any]:
         """Its note in the file, after a check of columns and rows; `num_rows` of the file is added."""
         with _damage(self.path):
+            if self._footer is not None:
+                if footer_digest(self.path) != self._footer:
+                    raise ValueError("it is another file than the summary says")
+            elif self._digest is not None and digest_file(self.path) != self._digest:
+                raise ValueError("it is another file than the list says")
             metadata = pq.read_metadata(self.path)
             check_schema(metadata.schema.to_arrow_schema(), self._header)
             note = plain_json.parse_object((metadata.metadata or {}).get(_METADATA_KEY, b"null"))

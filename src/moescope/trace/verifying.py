@@ -135,7 +135,7 @@ def drop_damaged(path: Path) -> list[Dropped]:
             raise error
         summary = gate.read_summary(path, sums[SUMMARY])
         noted = summary.pop(gate.CATALOGUE, None)
-        contents = {} if noted is None else {note["name"]: PartContents.from_json(note) for note in noted}
+        contents = {note["name"]: PartContents.from_json(note) for note in noted or ()}
         parts = {name: PartFile(path / name, trace_header, contents.get(name)) for name in names}
         dropped = []
         for name, part in parts.items():

@@ -61,9 +61,12 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
         return not (self.path / header.FILE_NAME).exists() or not self.header.differences(read_header(self.path))
 
     def _clear(self) -> None:
-        """Remove the files of a trace, and no others; interrupted at any point, it can be repeated."""
+        """Remove the files of a trace, and no others; interrupted at any point, it can be repeated.
+
+        The last part goes first, so that what is left is a beginning.
+        """
         listed = _list(self.path, force=True)
-        for name in sorted(_parts(self.path), reverse=True):  # the last first, so that what is left is a beginning
+        for name in sorted(gate.part_files(self.path), reverse=True):
             if name in listed or is_part(self.path / name):
                 (self.path / name).unlink()
         # The header last: it identifies what is left without a list as a trace.
@@ -175,12 +178,6 @@ def refuse_foreign(path: Path, *, force: bool = False) -> None:
         )
 
 
-def _parts(path: Path) -> list[str]:
-    """Files in the folder of parts that have the name of a part."""
-    names = (f"{PARTS}/{child.name}" for child in (path / PARTS).iterdir()) if (path / PARTS).exists() else ()
-    return [name for name in names if is_part_name(name)]
-
-
 def _list(path: Path, *, force: bool) -> dict[str, str]:
     """The list of a trace; if it is damaged and the trace is to be replaced anyway, an empty one."""
     try:
@@ -194,7 +191,7 @@ def _list(path: Path, *, force: bool) -> dict[str, str]:
 def _unlisted(path: Path, *, force: bool) -> list[str]:
     """Files that may belong to a trace but are not in its list."""
     names = [name for name in (vocabulary.FILE_NAME, header.FILE_NAME, SUMMARY) if (path / name).exists()]
-    names += sorted(_parts(path))
+    names += sorted(gate.part_files(path))
     listed = _list(path, force=force)  # read after the files are listed: a line precedes its file
     return [name for name in names if name not in listed]
 
