@@ -78,4 +78,4 @@ def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> tuple[str,
     if not partial:
         return ()
     told = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
-    return (f"{told}. A token that one of the layers lacks is in none of the numbers.",)
+    return (f"{told}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)

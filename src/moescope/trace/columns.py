@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -54,15 +55,18 @@ class Column:
 
 def columns(header: Header) -> tuple[Column, ...]:
     """The columns of a part, in their order."""
-    if header.counts_only:
-        return _COUNTS
-    names = [*token_columns(header)]
-    weighted = header.layers if header.weights else ()
+    return _COUNTS if header.counts_only else _of_tokens(header.layers, tuple(token_columns(header)), header.weights)
+
+
+@lru_cache(maxsize=16)
+def _of_tokens(layers: tuple[Layer, ...], names: tuple[str, ...], weights: bool) -> tuple[Column, ...]:
+    """Kept, because every read of a part asks for them, and a model has hundreds."""
+    weighted = layers if weights else ()
     return (
         *(column for column in _TOKENS if column.name in names),
-        *(_ids(layer, name) for layer in header.layers for name in layer.expert_columns()),
+        *(_ids(layer, name) for layer in layers for name in layer.expert_columns()),
         *(Column(name, pa.float32(), _WEIGHT) for layer in weighted for name in layer.weight_columns()),
-        *(_ids(layer, name, predicted=True) for layer in header.layers for name in prediction_columns([layer])),
+        *(_ids(layer, name, predicted=True) for layer in layers for name in prediction_columns([layer])),
     )
 
 
@@ -126,6 +130,7 @@ _TOKENS = (
     _number("token_id", pa.uint32(), "vocabulary id"),
     Column("phase", pa.string(), "prefill (part of a prompt) or decode (generated)"),
 )
+MOST_TOKEN_COLUMNS = len(_TOKENS)
 _COUNTS = (
     _number("document", pa.uint32(), "the unit in which the source counted"),
     Column("domain", pa.string(), "its label"),

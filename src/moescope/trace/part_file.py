@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,7 +88,7 @@ class PartContents:
         """
         try:
             rows, sequences, first = (note[name] for name in ("rows", "sequences", "first_document"))
-            domains = {name: (by["documents"], by["rows"]) for name, by in note["domains"].items()}
+            domains = {name: (documents, tokens) for name, (documents, tokens) in note["domains"].items()}
             recorded = {int(layer): number for layer, number in note.get("recorded", {}).items()}
         except (TypeError, KeyError, AttributeError, ValueError):
             raise ValueError(f"the contents of a part are not {str(note)[:60]!r}") from None
@@ -102,9 +102,8 @@ class PartContents:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        domains = {name: {"documents": documents, "rows": rows} for name, (documents, rows) in self.domains.items()}
         note = {"rows": self.rows, "sequences": self.sequences, "first_document": self.first_document}
-        return note | {"domains": domains} | ({"recorded": self.recorded} if self.recorded else {})
+        return note | {"domains": self.domains} | ({"recorded": self.recorded} if self.recorded else {})
 
 
 def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str, Any]) -> None:
@@ -241,6 +240,7 @@ class PartFile:
         self._header = header
         self._expected = contents
         self._footer, self._digest = footer, digest
+        self._compared = False
 
     @cached_property
     def _note(self) -> dict[str, Any]:
@@ -339,7 +339,17 @@ class PartFile:
                 },
             )
             check_rows(part, self._header)
+            self._compare(part)
         return part
+
+    def _compare(self, part: Part) -> None:
+        """Compare the first rows that are read with what is noted of them."""
+        if not self._compared and (self._expected is not None or "contents" in self._note):
+            held, noted = PartContents.of(part, self._header), self.contents
+            recorded = {layer: number for layer, number in noted.recorded.items() if layer in part.expert_ids}
+            if held != replace(noted, recorded=recorded):
+                raise ValueError("it holds other documents, sequences or tokens than are noted of it")
+        self._compared = True
 
     def read_counts(self) -> Counts:
         """Read a part of a trace of counts.

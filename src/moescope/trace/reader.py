@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged
-from moescope.trace import vocabulary
+from moescope.trace import checksums, vocabulary
 from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.gate import pass_gate
 from moescope.trace.header import Header, Layer
@@ -120,7 +120,11 @@ class Trace:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Text pieces by token id."""
-        return Vocabulary.read(self.path / vocabulary.FILE_NAME)
+        file = self.path / vocabulary.FILE_NAME
+        expected = checksums.read(self.path).get(vocabulary.FILE_NAME, "")
+        if file.is_file() and (digest := checksums.digest_file(file)) != expected:
+            raise checksums.failed(self.path, vocabulary.FILE_NAME, expected, digest)
+        return Vocabulary.read(file)
 
     def select_layers(self, layers: Iterable[int] | None) -> tuple[Layer, ...]:
         """The recorded layers with these indices, ascending; all of them for None.

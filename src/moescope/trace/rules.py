@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.trace.columns import DROPPED, NOT_RECORDED, PHASES, columns, token_columns
+from moescope.trace.columns import DROPPED, MOST_TOKEN_COLUMNS, NOT_RECORDED, PHASES, columns, token_columns
 from moescope.trace.counts import run_starts
 from moescope.trace.header import Header, Layer
 from moescope.trace.part import Part
@@ -44,7 +44,7 @@ def check_rows(part: Part, header: Header) -> None:
         ValueError: A number is out of range, a label has no name, an expert is chosen twice, a weight is not finite, or
             the rows are not whole documents in the order of their text.
     """
-    most = {column.name: column.most for column in columns(header)}
+    most = {column.name: column.most for column in columns(header)[:MOST_TOKEN_COLUMNS]}
     names = {"domain": part.domain_names, "phase": PHASES}
     for name in token_columns(header):
         if (values := getattr(part, name)) is not None:
