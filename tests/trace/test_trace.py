@@ -559,6 +559,33 @@ def test_a_kept_trace_of_version_1_reads_as_it_was_written() -> None:
     assert trace.vocabulary.text(part.token_id[:3]) == "aé"
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_kept_trace_of_a_later_version_reads_as_it_was_written(version: int) -> None:
+    trace = open_trace(Path(__file__).parent / "kept" / f"version-{version}.moe")
+    assert f'"version": {version}' in (trace.path / "trace.json").read_text()
+    assert trace.verify() == []
+    assert (trace.domains, trace.document_numbers.tolist(), trace.domain_tokens) == (
+        ("é", "b"),
+        [0, 3],
+        {"é": 3, "b": 1},
+    )
+    later = {2: {"lookahead": (1,), "num_predicted": 3}, 3: {"drops": True, "partial": True}}[version]
+    assert trace.layers == (
+        Layer(1, 8, 2, "m.1", drops=True),
+        Layer(2, 300, 2, "m.2", num_null_experts=1, **later),
+    )
+    (part,) = trace.iter_parts(weights=True, predictions=True)
+    assert part.expert_ids[1].tolist() == [[0, 1], [7, -1], [2, 3], [-1, -1]]
+    missing, dropped = {2: ([5, 6], [0, 4]), 3: ([-2, -2], [0, -1])}[version]
+    assert part.expert_ids[2].tolist() == [[299, 300], missing, dropped, [256, 255]]
+    assert part.gate_weights[2].tolist() == [[0.5, 0.125], [0, 0], [1, 0], [0.25, 0.25]]
+    assert (part.sequence.tolist(), part.position.tolist()) == ([0, 0, 1, 0], [0, 1, 0, 0])
+    assert part.phase.tolist() == [0, 0, 1, 1]
+    predicted = {(2, 1): [[299, 300, 1], [5, 6, 7], [0, 4, 2], [1, 2, 3]]} if version == 2 else {}
+    assert {key: ids.tolist() for key, ids in part.predictions.items()} == predicted
+    assert trace.vocabulary.text([5, 9, 7]) == "café"
+
+
 def test_a_trace_knows_the_part_and_the_domain_of_each_document(tmp_path: Path) -> None:
     layers = (Layer(0, 8, 2),)
     rng = np.random.default_rng(0)

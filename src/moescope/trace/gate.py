@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,9 @@ def _check_totals(
 
 
 def summary_bytes(summary: Mapping[str, Any], parts: Sequence[PartFile], path: Path) -> bytes:
-    """The text of ``summary.json``."""
-    document = dict(summary) | {CATALOGUE: catalogue_json(parts, path)}
-    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The text of ``summary.json``: a line a total, and a line a part."""
+    line = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    entries = [line(entry) for entry in catalogue_json(parts, path)]
+    totals = [f"{line(name)}: {line(value)}" for name, value in summary.items()]
+    catalogue = f"{line(CATALOGUE)}: [" + ",".join(f"\n  {entry}" for entry in entries) + "\n ]"
+    return ("{\n " + ",\n ".join([*totals, catalogue]) + "\n}\n").encode()
