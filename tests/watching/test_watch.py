@@ -214,6 +214,44 @@ def test_padding_of_a_broken_router_is_not_counted() -> None:
         assert tally.read().not_finite.item() == 2
 
 
+class Adapted(torch.nn.Module):
+    """Wraps the experts as PEFT does to adapt one of their parameters (`target_parameters` of a LoRA)."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 2)})
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(x, *args, **kwargs)
+
+
+def test_experts_whose_parameters_are_adapted_are_watched_in_their_wrappers() -> None:
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    ids = some_ids(2, 9)
+    with watch(model) as plain:
+        model(ids)
+    for layer in model.layers:
+        layer.mlp.experts = Adapted(Adapted(layer.mlp.experts))
+    with watch(model) as adapted:
+        model(ids)
+    np.testing.assert_array_equal(adapted.load, plain.load)
+    assert adapted.experts[1].name == "layers.1.mlp.experts.base_layer.base_layer"
+
+
+def test_the_lora_of_peft_on_fused_experts_is_watched() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    ids = some_ids(2, 9)
+    with watch(model) as plain:
+        model(ids)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=parameters))
+    with watch(adapted) as w:
+        adapted(ids)
+    np.testing.assert_array_equal(w.load, plain.load)
+
+
 def test_null_experts_are_in_the_load_and_not_in_the_imbalance() -> None:
     model = tiny_model("longcat_flash")
     with watch(model) as w:

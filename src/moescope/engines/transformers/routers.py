@@ -51,6 +51,8 @@ _SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expe
 
 _WHOLE_NUMBERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
+_WRAPPERS = re.compile(r"(\.base_layer)+$")
+
 NEWER = "a newer transformers may call its experts with both"
 """The hint where a family is refused: from version to version more of them do."""
 
@@ -124,8 +126,10 @@ def find_experts(model: nn.Module, subject: object, *, block: str = "mlp") -> tu
     config = getattr(model, "config", None)
     candidates, uncovered = _routed_blocks(model, subject)
     covered = tuple(f"{experts.name}." for experts in candidates)
+    # An adapter of PEFT on the parameters of the experts wraps their module, once a parameter.
+    wrapped = {_WRAPPERS.sub("", experts.name) for experts in candidates}
     for name in uncovered:
-        if not f"{name}.".startswith(covered):
+        if not f"{name}.".startswith(covered) and _WRAPPERS.sub("", name) not in wrapped:
             raise ModelUnsupported(
                 subject,
                 f"{_family(config)}: {name} holds experts, but is not called with chosen ids and gate weights",
