@@ -239,6 +239,7 @@ def test_experts_whose_parameters_are_adapted_are_watched_in_their_wrappers() ->
     assert adapted.experts[1].name == "layers.1.mlp.experts.base_layer.base_layer"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_lora_of_peft_on_fused_experts_is_watched() -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("mixtral", num_hidden_layers=2)
