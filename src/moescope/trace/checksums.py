@@ -48,12 +48,16 @@ def read(folder: Path) -> dict[str, str]:
 
 def rewrite(folder: Path, sums: dict[str, str]) -> None:
     """Replace the whole list, atomically."""
-    temporary = folder / (FILE_NAME + TEMPORARY)
-    with no_room(folder), temporary.open("wb") as file:
-        file.write("".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
-        _sync(file)
-    temporary.replace(folder / FILE_NAME)
+    write_temporary(folder, FILE_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+    (folder / (FILE_NAME + TEMPORARY)).replace(folder / FILE_NAME)
     _sync_folder(folder)
+
+
+def write_temporary(folder: Path, name: str, data: bytes) -> None:
+    """Write and sync what will replace a file, under its temporary name."""
+    with no_room(folder), (folder / (name + TEMPORARY)).open("wb") as file:
+        file.write(data)
+        _sync(file)
 
 
 def commit(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> str:

@@ -108,15 +108,17 @@ def pass_gate(path: Path) -> Opened:
         if SUMMARY not in sums:
             raise TraceDamaged(path, f"{SUMMARY} is not listed in {checksums.FILE_NAME}", _VERIFY)
         summary = read_summary(path, sums[SUMMARY])
-        catalogue = _catalogue(path, names, summary.pop(CATALOGUE, None))
+        noted = catalogue(path, summary.pop(CATALOGUE, None))
     else:
-        summary, catalogue = None, None
+        summary, noted = None, None
         check_numbers(path, names)
-    if catalogue is None:
+    if noted is None:
         parts = tuple(PartFile(path / name, trace_header, digest=sums[name]) for name in names)
+    elif list(noted) == names:
+        parts = tuple(PartFile(path / name, trace_header, *noted[name]) for name in names)
     else:
-        entries = zip(names, catalogue, strict=True)
-        parts = tuple(PartFile(path / name, trace_header, *entry) for name, entry in entries)
+        other = sorted(set(noted) ^ set(names)) or ["the order of its parts"]
+        raise TraceDamaged(path, f"{checksums.FILE_NAME} and the catalogue of {SUMMARY} differ in {other[0]}", _VERIFY)
     _check_totals(path, parts, trace_header, summary)
     return Opened(trace_header, parts, summary)
 
@@ -172,19 +174,18 @@ def catalogue_json(parts: Sequence[PartFile], path: Path) -> list[dict[str, Any]
     ]
 
 
-def _catalogue(path: Path, names: Sequence[str], notes: Any) -> list[tuple[PartContents, str]] | None:
-    """What each part holds, and the checksum of its footer; None for a summary of before there was a catalogue."""
+def catalogue(path: Path, notes: Any) -> dict[str, tuple[PartContents, str]] | None:
+    """What each part holds, and the checksum of its footer, by its name; None in a summary without a catalogue.
+
+    Raises:
+        TraceDamaged: That is not what the notes of a summary say.
+    """
     if notes is None:
         return None
     try:
-        listed = [str(note["name"]) for note in notes]
-        contents = [(PartContents.from_json(note), str(note["footer"])) for note in notes]
+        return {str(note["name"]): (PartContents.from_json(note), str(note["footer"])) for note in notes}
     except (TypeError, KeyError, ValueError) as error:
         raise TraceDamaged(path, f"the catalogue of {SUMMARY} is not valid: {error}") from None
-    if listed != list(names):
-        other = sorted(set(listed) ^ set(names)) or ["the order of its parts"]
-        raise TraceDamaged(path, f"{checksums.FILE_NAME} and the catalogue of {SUMMARY} differ in {other[0]}", _VERIFY)
-    return contents
 
 
 def check_numbers(path: Path, names: Sequence[str]) -> None:
@@ -214,5 +215,5 @@ def summary_bytes(summary: Mapping[str, Any], parts: Sequence[PartFile], path: P
     line = partial(json.dumps, ensure_ascii=False, allow_nan=False)
     entries = [line(entry) for entry in catalogue_json(parts, path)]
     totals = [f"{line(name)}: {line(value)}" for name, value in summary.items()]
-    catalogue = f"{line(CATALOGUE)}: [" + ",".join(f"\n  {entry}" for entry in entries) + "\n ]"
-    return ("{\n " + ",\n ".join([*totals, catalogue]) + "\n}\n").encode()
+    listed = f"{line(CATALOGUE)}: [" + ",".join(f"\n  {entry}" for entry in entries) + "\n ]"
+    return ("{\n " + ",\n ".join([*totals, listed]) + "\n}\n").encode()

@@ -134,9 +134,8 @@ def drop_damaged(path: Path) -> list[Dropped]:
         for error in _failures(path, {name: digest for name, digest in sums.items() if name not in names}):
             raise error
         summary = gate.read_summary(path, sums[SUMMARY])
-        noted = summary.pop(gate.CATALOGUE, None)
-        contents = {note["name"]: PartContents.from_json(note) for note in noted or ()}
-        parts = {name: PartFile(path / name, trace_header, contents.get(name)) for name in names}
+        noted = gate.catalogue(path, summary.pop(gate.CATALOGUE, None)) or {}
+        parts = {name: PartFile(path / name, trace_header, *noted.get(name, ())) for name in names}
         dropped = []
         for name, part in parts.items():
             try:
@@ -157,7 +156,7 @@ def drop_damaged(path: Path) -> list[Dropped]:
             summary["tokens"] = sum(part.num_tokens for part in kept)
         _set_aside(path, [path / part.name for part in dropped])
         data = gate.summary_bytes(summary, kept, path)
-        (path / (SUMMARY + checksums.TEMPORARY)).write_bytes(data)
+        checksums.write_temporary(path, SUMMARY, data)
         listed = {name: digest for name, digest in sums.items() if name not in lost}
         checksums.rewrite(path, listed | {SUMMARY: hashlib.sha256(data).hexdigest()})
         _finish_earlier(path)
