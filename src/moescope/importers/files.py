@@ -194,6 +194,13 @@ def rows(path: Path, *, comments: list[str] | None = None) -> Iterator[tuple[str
             raise ImportMalformed(place, f"is not CSV: {error}") from None
 
 
+def table(path: Path, *, comments: list[str] | None = None) -> tuple[str, list[str], Iterator[tuple[str, list[str]]]]:
+    """Place and names of the header of a CSV file (no name if the file is empty), and its other rows; as `rows`."""
+    cells = rows(path, comments=comments)
+    place, header = next(cells, (str(path), []))
+    return place, [name.strip() for name in header], cells
+
+
 def number(text: Any, place: str, what: str, *, low: int = 0, high: int = 2**32 - 1) -> int:
     """A whole number within bounds.
 

@@ -70,7 +70,6 @@ class TorchTensor:
 class _Storage:
     dtype: np.dtype[Any]
     member: str
-    length: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class _Global:
 
 
 _MARK = object()
+_UNREADABLE = (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError)
+"""What a damaged zip makes Python's zipfile raise, beside `BadZipFile`."""
 
 
 class TorchFile:
@@ -120,7 +121,7 @@ class TorchFile:
                 f"is not a file of torch.save, or incomplete ({error})",
                 "files from before PyTorch 1.6 and other pickles are not read: save them again with a current torch",
             ) from None
-        except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError) as error:
+        except _UNREADABLE as error:
             raise ImportMalformed(path, f"cannot be read: {error}") from None
         self.value = _interpret(text, self)
 
@@ -150,7 +151,7 @@ class TorchFile:
         member = f"{self._root}data/{key}"
         if self._sizes.get(member, -1) < length * dtype.itemsize:
             raise ImportMalformed(self.path, f"lacks the {length} numbers of storage {key[:20]}")
-        return _Storage(dtype, member, length)
+        return _Storage(dtype, member)
 
     def numbers(self, tensor: TorchTensor, start: int, stop: int | None) -> NDArray[Any]:
         """Numbers of a tensor, read now."""
@@ -162,7 +163,7 @@ class TorchFile:
         begin = (tensor._offset + start * row) * tensor.dtype.itemsize
         try:
             data = self._read(tensor._member, begin, begin + size)
-        except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError) as error:
+        except _UNREADABLE as error:
             raise ImportMalformed(self.path, f"cannot be read: {error}") from None
         except zipfile.BadZipFile as error:
             raise ImportMalformed(self.path, f"is damaged: {error}") from None
@@ -273,19 +274,15 @@ def _extend(stack: list[Any], items: Sequence[Any]) -> None:
 def _update(stack: list[Any], items: Sequence[Any]) -> None:
     target = _target(stack, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[_key(key)] = value
+        if not isinstance(key, str | int):
+            raise ValueError("a key is neither text nor a number")
+        target[key] = value
 
 
 def _target(stack: list[Any], kind: type) -> Any:
     if not stack or type(stack[-1]) is not kind:
         raise ValueError(f"a {kind.__name__} is missing")
     return stack[-1]
-
-
-def _key(key: Any) -> Any:
-    if not isinstance(key, str | int):
-        raise ValueError("a key is neither text nor a number")
-    return key
 
 
 _VALUES = {
