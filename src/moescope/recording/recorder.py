@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
 from moescope.corpus.sampling import SAMPLE_SEED
@@ -30,15 +30,6 @@ from moescope.trace import header as trace_header
 from moescope.trace.part import PART_TOKENS
 from moescope.trace.reader import SUMMARY, read_header
 from moescope.trace.writer import refuse_foreign, refuse_other
-
-
-class Documents(Protocol):
-    """What the recorder asks of a corpus: its documents, always in the same order, and their provenance."""
-
-    def __iter__(self) -> Iterator[Document]: ...
-
-    def description(self) -> dict[str, Any]:
-        """Provenance for the header of a trace."""
 
 
 def record(
@@ -134,25 +125,20 @@ def record(
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     with open_engine(model, engine_options, out=out, force=force) as engine:
-        documents = _documents(corpus, max_tokens_per_domain, max_documents_per_domain, sample_seed, engine.tokenizer)
-        added = len(engine.tokenizer.added_ids)
+        tokenizer = engine.tokenizer
+        documents = _documents(corpus, max_tokens_per_domain, max_documents_per_domain, sample_seed, tokenizer)
+        added = len(tokenizer.added_ids)
         if engine.window <= added:
             raise ValueError(f"a window of {engine.window} is full with the {added} added tokens")
         run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
-        header = Header(
-            engine.layers(),
-            weights,
-            engine.description,
-            engine.tokenizer.description(),
-            documents.description(),
-            run,
-        )
+        provenance = engine.description, tokenizer.description(), documents.description(), run
+        header = Header(engine.layers(), weights, *provenance)
         report = progress or (lambda _: None)
         prepared = None
         if isinstance(engine, CorpusEngine):
             prepared = _prepare(engine, documents, header, out, force, report, announce or (lambda _: None))
             header = replace(header, layers=engine.layers())
-        with TraceWriter(out, header, engine.tokenizer.vocabulary(), force=force) as writer:
+        with TraceWriter(out, header, tokenizer.vocabulary(), force=force) as writer:
             _record_parts(engine, documents, prepared, writer, report)
     remove_work(out)  # what the engine kept beside it, or a streamed recording that was given up for this one
     return open_trace(out)
@@ -307,6 +293,9 @@ class _Given:
         for document in self.documents:
             digest.update(repr(document).encode("utf-8", "backslashreplace"))
         return {"name": "documents", "format": "documents", "fingerprint": digest.hexdigest()}
+
+
+Documents = Corpus | Sample | _Given
 
 
 def _without_text(portion: Portion) -> Portion:
