@@ -132,9 +132,7 @@ class Call:
             return None  # a prepared mask of one step: the token of a step is real
         elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == num_tokens:
             past = self.past()
-            if (
-                mask.shape[-1] >= past + num_tokens
-            ):  # a real token always attends to itself, padding is attended by none
+            if mask.shape[-1] >= past + num_tokens:  # a real token attends to itself, padding is attended by none
                 itself = mask[:, 0].diagonal(past, -2, -1)[:, :num_tokens]
                 real = itself if itself.dtype == torch.bool else itself == 0
                 return real.expand(num_sequences, num_tokens)
@@ -151,11 +149,8 @@ class Call:
         A row is one sequence, unless `position_ids` do not grow from one of its tokens to the next or `boundaries`
         say that it is packed of several.
         """
-        device = next(
-            tensor.device
-            for tensor in (self.input_ids, real, self.position_ids, self.boundaries, _CPU)
-            if tensor is not None
-        )
+        given = (self.input_ids, real, self.position_ids, self.boundaries)
+        device = next((tensor.device for tensor in given if tensor is not None), torch.device("cpu"))
         starts = torch.zeros(self.shape, dtype=torch.bool, device=device)
         if real is None:
             starts[:, 0] = True
@@ -216,11 +211,7 @@ class Pass:
         return self._flat[device]
 
 
-_CPU = torch.zeros(0)
-
-
 def _parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module's ``forward``."""
     try:
         return list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
     except (TypeError, ValueError):
