@@ -133,9 +133,8 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         taken = self._estimate(total, first, num_layers, memory)
         refuse_small_disk(spool.path, taken)
         announce(taken)
-        self._first_rows = dict(
-            zip((unit.number for unit in units), (np.cumsum(num_tokens) - num_tokens).tolist(), strict=True)
-        )
+        first_rows = (np.cumsum(num_tokens) - num_tokens).tolist()
+        self._first_rows = {unit.number: row for unit, row in zip(units, first_rows, strict=True)}
         for layer in range(first, num_layers):
 
             def read(tokens: int, layer: int = layer) -> None:
@@ -169,12 +168,10 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         states = int(tokens * rehearsal.state_widths * layerwise.hidden_size * layerwise.dtype.itemsize)
         num_choices = len(self.model.experts) * rehearsal.top_k
         kept = min(spool_bytes, states)
+        largest = int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
         return Estimate(
             model_bytes=sum(reads) + layerwise.nbytes(None),
-            memory_bytes=int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
-            + layerwise.memory_bytes(None)
-            + kept
-            + BASE_BYTES,
+            memory_bytes=largest + layerwise.memory_bytes(None) + kept + BASE_BYTES,
             spool_bytes=kept,
             disk_bytes=2 * states + tokens * num_choices * 6,
             num_layers=num_layers,

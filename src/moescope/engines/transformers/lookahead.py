@@ -13,8 +13,8 @@ sees the run, and only if the hidden states are all that it is called with. The 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -237,8 +237,7 @@ def _run(router: LoneRouter, hidden: Tensor, source: int) -> Tensor:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """One call of a module during the search."""
 
     module: nn.Module
@@ -247,22 +246,14 @@ class _Seen:
     output: Any
 
 
-@dataclass
-class _Layer:
-    """What is seen of a layer during the search: calls of its modules until its experts are called, and with what."""
-
-    calls: list[_Seen] = field(default_factory=list)
-    ids: Tensor | None = None
-    weights: Tensor | None = None
-
-
 class _Finder(RouterWatch):
-    """Watches every module of the layers during one pass, beside what the experts are called with."""
+    """Watches, by layer, the calls of every module until the experts are called, and what these are called with."""
 
     def __init__(self, body: Any, experts: Sequence[Experts]) -> None:
         super().__init__(experts)
         self.body = body
-        self.layers = {block.layer: _Layer() for block in experts}
+        self.calls: dict[int, list[_Seen]] = {block.layer: [] for block in experts}
+        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: dict[int, Tensor] = {}
 
     def __enter__(self) -> _Finder:
@@ -270,17 +261,17 @@ class _Finder(RouterWatch):
             index = layer_index(experts.name)
             block = f"{experts.name[: index.end(1)]}." if index is not None else ""
             own = f"{experts.name}."
-            see = self._see(self.layers[experts.layer])
+            see = self._see(experts.layer)
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
                     self.handles.append(module.register_forward_hook(see, with_kwargs=True))
         super().__enter__()
         return self
 
-    def _see(self, layer: _Layer) -> Callable[..., None]:
+    def _see(self, layer: int) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if layer.ids is None:
-                layer.calls.append(_Seen(module, args, kwargs, output))
+            if layer not in self.chosen:
+                self.calls[layer].append(_Seen(module, args, kwargs, output))
 
         return after
 
@@ -288,8 +279,7 @@ class _Finder(RouterWatch):
         note = super().note(experts)
 
         def tell(ids: Tensor, weights: Tensor) -> None:
-            layer = self.layers[experts.layer]
-            layer.ids, layer.weights = ids, weights
+            self.chosen[experts.layer] = ids, weights
             note(ids, weights)
 
         return tell
@@ -297,10 +287,8 @@ class _Finder(RouterWatch):
 
 def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> LoneRouter:
     """The router of a layer, as the search saw it; `kept` are the identities of the model's own tensors."""
-    seen = finder.layers[experts.layer]
-    assert seen.ids is not None  # RouterWatch refuses a layer that is silent
-    assert seen.weights is not None
-    giving = None if experts.drops or experts.in_decoder else _giver(experts, seen.calls, seen.ids, seen.weights)
+    calls, (ids, weights) = finder.calls[experts.layer], finder.chosen[experts.layer]
+    giving = None if experts.drops or experts.in_decoder else _giver(experts, calls, ids, weights)
     if giving is None:
         reason = "capacity drops assignments" if experts.drops else "no module gives the ids that reach its experts"
         raise ModelUnsupported(
@@ -315,12 +303,12 @@ def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> 
     if place is None:
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} is not called with hidden states", _HINT)
     alone = len(given) == 1
-    router = LoneRouter(experts, call.module, place, call.args, call.kwargs, alone, read, seen.ids.shape[1])
+    router = LoneRouter(experts, call.module, place, call.args, call.kwargs, alone, read, ids.shape[1])
     hidden = finder.hidden[experts.layer] = given[place]
     if not alone:
         return router
     own = _run(router, hidden, experts.layer)
-    if not own.sort(dim=1).values.equal(seen.ids.sort(dim=1).values):
+    if not own.sort(dim=1).values.equal(ids.sort(dim=1).values):
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} chooses otherwise when run again", _HINT)
     return _longer(router, hidden)
 
