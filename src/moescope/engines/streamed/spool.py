@@ -82,9 +82,6 @@ class States:
             raise work.damaged(states._path, f"has no index: {error}") from None
         return states
 
-    def __len__(self) -> int:
-        return len(self._index)
-
     def append(self, value: Any) -> None:
         """Write what the layer returned for the next batch: a tensor, or tuples of tensors and plain values."""
         value = move(value, torch.device("cpu"))
