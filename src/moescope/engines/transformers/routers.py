@@ -213,6 +213,14 @@ def select_experts(
     return tuple(block for block in experts if block.layer in set(layers))
 
 
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module's ``forward``; none if Python cannot say."""
+    try:
+        return list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
+    except (TypeError, ValueError):
+        return []
+
+
 def layer_index(name: str) -> re.Match[str] | None:
     """The first number in the path of a module, as group 1 of a match."""
     return re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
@@ -288,10 +296,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 def _general_rule(module: nn.Module) -> Reading | None:
     """How to read the ids and weights that a module is called with; None if it is not called with them."""
-    try:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
-    except (TypeError, ValueError):
-        return None
+    names = forward_parameters(module)
     ids = next((name for name in names if name in ID_PARAMETERS), None)
     weights = next((name for name in names if name in WEIGHT_PARAMETERS), None)
     if ids is None or weights is None:
