@@ -59,6 +59,13 @@ def describe_run(
         "device": device,
         "attn_implementation": attn_implementation,
         "experts_implementation": experts_implementation,
+        **versions(libraries),
+    }
+
+
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Versions of moescope, of some libraries and of Python."""
+    return {
         "moescope": moescope.__version__,
         **{name: str(sys.modules[name].__version__) for name in libraries},
         "python": platform.python_version(),

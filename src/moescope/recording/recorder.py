@@ -131,8 +131,9 @@ def record(
         if engine.window <= added:
             raise ValueError(f"a window of {engine.window} is full with the {added} added tokens")
         run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
+        layers_read = engine.layers()  # may refuse the model, so before the corpus is read for its fingerprint
         provenance = engine.description, tokenizer.description(), documents.description(), run
-        header = Header(engine.layers(), weights, *provenance)
+        header = Header(layers_read, weights, *provenance)
         report = progress or (lambda _: None)
         prepared = None
         if isinstance(engine, CorpusEngine):
