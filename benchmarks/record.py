@@ -42,8 +42,8 @@ from moescope.engines.options import BATCH_TOKENS, WINDOW
 from moescope.engines.transformers.batches import Batch, batches
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.recording import record
-from moescope.recording.options import PART_TOKENS
 from moescope.recording.portions import portions, windows
+from moescope.trace.part import PART_TOKENS
 
 BARS = {"mini": 0.85, "random": 0.80, "layers0": 0.25}
 MEMORY_BAR = 1.05

@@ -17,50 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Comparison": "measures.compare",
-    "Counted": "tallying",
-    "Document": "corpus",
-    "Placement": "simulation",
-    "Router": "engines.transformers.routers",
-    "RoutingCallback": "watching.callback",
-    "Tally": "tallying",
-    "Trace": "trace",
-    "balance": "measures.balance",
-    "cache": "simulation",
-    "claims": "measures.claims",
-    "coactivation": "measures.coactivation",
-    "compare": "measures.compare",
-    "consistency": "measures.consistency",
-    "count": "tallying",
-    "divergence": "measures.divergence",
-    "explain": "measures.explain",
-    "export": "exporting",
-    "export_placement": "exporting",
-    "from_arrays": "importers",
-    "import_trace": "importers",
-    "locality": "measures.locality",
-    "offloading": "simulation",
-    "open_corpus": "corpus",
-    "open_counted": "tallying",
-    "open_trace": "trace",
-    "parallel": "simulation",
-    "placement": "simulation",
-    "prefetch": "simulation",
-    "record": "recording",
-    "repeats": "measures.repeats",
-    "report": "reporting",
-    "saturation": "measures.saturation",
-    "shares": "measures.shares",
-    "sql": "exporting",
-    "syntax": "measures.syntax",
-    "tally": "tallying",
-    "transitions": "measures.transitions",
-    "vocabulary": "measures.vocabulary",
-    "watch": "watching",
-    "words": "measures.words",
+_NAMES = {
+    "corpus": "Document open_corpus",
+    "engines.transformers.routers": "Router",
+    "exporting": "export export_placement sql",
+    "importers": "from_arrays import_trace",
+    "measures": "balance claims coactivation compare consistency divergence explain locality repeats saturation shares"
+    " syntax transitions vocabulary words",
+    "measures.compare": "Comparison",
+    "recording": "record",
+    "reporting": "report",
+    "simulation": "Placement cache offloading parallel placement prefetch",
+    "tallying": "Counted Tally count open_counted tally",
+    "trace": "Trace open_trace",
+    "watching": "watch",
+    "watching.callback": "RoutingCallback",
 }
-"""Public names by their module; the imports below say their types to a checker and are never run."""
+"""Public names by module; the imports below say their types to a checker and are never run."""
+
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_HOMES, "__version__"]
 

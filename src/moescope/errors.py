@@ -1,12 +1,13 @@
 """Every error that moescope raises about files, models and data: one tree, with one stable code per class.
 
-A wrong argument from Python is a ``ValueError``; ``assert`` is for internal invariants. The docstring of a class is its
-entry in `docs/reference/errors.md`.
+A wrong argument from Python is a ``ValueError``; ``assert`` is for internal invariants. The code of a class is its name
+in lower case (``TraceDamaged``: ``trace-damaged``), its docstring is its entry in `docs/reference/errors.md`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 
@@ -20,6 +21,10 @@ class MoescopeError(Exception):
     """
 
     code = "error"
+
+    def __init_subclass__(cls) -> None:
+        if "code" not in vars(cls):  # the name of the class, unless it says another
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(self, subject: object, problem: str, hint: str | None = None) -> None:
         self.subject = str(subject)
@@ -39,19 +44,13 @@ class MoescopeError(Exception):
 class MissingExtra(MoescopeError):
     """A command needs a package that only an extra installs; the hint says how to install it."""
 
-    code = "missing-extra"
-
 
 class PluginFailed(MoescopeError):
     """A command that another package adds failed; whom to tell is that package's maker."""
 
-    code = "plugin-failed"
-
 
 class DiskFull(MoescopeError):
     """The disk is full. Finished parts are kept; the same command resumes once there is free space."""
-
-    code = "disk-full"
 
 
 # ------------------------------------------------------------------------------------------------------- corpus
@@ -66,25 +65,17 @@ class CorpusError(MoescopeError):
 class CorpusNotFound(CorpusError):
     """There is nothing at the path, or nothing that a corpus reader recognises."""
 
-    code = "corpus-not-found"
-
 
 class CorpusMalformed(CorpusError):
     """A record of the corpus cannot be read. Raised only with ``--strict``; otherwise counted, with a warning."""
-
-    code = "corpus-malformed"
 
 
 class CorpusField(CorpusError):
     """The field that should hold the text or the domain is not in the corpus."""
 
-    code = "corpus-field"
-
 
 class CorpusEmpty(CorpusError):
     """The corpus holds no document with text, or none of its documents yields a token."""
-
-    code = "corpus-empty"
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -99,13 +90,9 @@ class ModelError(MoescopeError):
 class ModelNotFound(ModelError):
     """There is no model checkpoint at the path."""
 
-    code = "model-not-found"
-
 
 class ModelDamaged(ModelError):
     """The checkpoint cannot be read, or lacks some of the model's weights, which would otherwise be random."""
-
-    code = "model-damaged"
 
 
 class ModelNotMoE(ModelError):
@@ -117,31 +104,21 @@ class ModelNotMoE(ModelError):
 class ModelUnsupported(ModelError):
     """The model is a mixture of experts whose routing moescope cannot read exactly, so it is refused."""
 
-    code = "model-unsupported"
-
 
 class ModelNotStreamable(ModelError):
     """Recorded layer by layer, the model would not make the choices it makes as a whole; ``--no-stream`` loads it."""
-
-    code = "model-not-streamable"
 
 
 class TokenizerMissing(ModelError):
     """The checkpoint has no tokenizer that can be loaded."""
 
-    code = "tokenizer-missing"
-
 
 class RouterSilent(ModelError):
     """A layer with routed experts did not report one row per token in a forward pass, so the trace would have gaps."""
 
-    code = "router-silent"
-
 
 class RouterNotFinite(ModelError):
     """A router produced NaN or infinite gate weights, so its choices are meaningless."""
-
-    code = "router-not-finite"
 
 
 # -------------------------------------------------------------------------------------------------------- trace
@@ -156,67 +133,45 @@ class TraceError(MoescopeError):
 class TraceNotFound(TraceError):
     """There is no trace at the path."""
 
-    code = "trace-not-found"
-
 
 class TraceExists(TraceError):
     """The output exists and is kept; ``--force`` replaces it."""
-
-    code = "trace-exists"
 
 
 class TraceBusy(TraceError):
     """Another process is writing this trace."""
 
-    code = "trace-busy"
-
 
 class TraceMismatch(TraceError):
     """An unfinished trace was recorded from another model, corpus or option, so it cannot be resumed with this one."""
-
-    code = "trace-mismatch"
 
 
 class TraceDamaged(TraceError):
     """A file of the trace is missing, fails its checksum or contradicts the header."""
 
-    code = "trace-damaged"
-
 
 class TraceNewer(TraceError):
     """The trace was written in a later version of the format than this moescope reads."""
-
-    code = "trace-newer"
 
 
 class NoSuchLayer(TraceError):
     """The requested layer is not among the layers with routed experts of this model or trace."""
 
-    code = "no-such-layer"
-
 
 class NoSuchDocument(TraceError):
     """The requested document is not in the trace."""
-
-    code = "no-such-document"
 
 
 class NoSuchDomain(TraceError):
     """The requested domain is not in the trace."""
 
-    code = "no-such-domain"
-
 
 class NotRecorded(TraceError):
     """The trace lacks what the request needs (gate weights, tokens, sequences)."""
 
-    code = "not-recorded"
-
 
 class NotExportable(TraceError):
     """The requested format cannot represent what the trace holds."""
-
-    code = "not-exportable"
 
 
 # ------------------------------------------------------------------------------------------------------- import
@@ -231,37 +186,25 @@ class ForeignTraceError(MoescopeError):
 class ImportNotFound(ForeignTraceError):
     """There is nothing at the path, or nothing that the format's program writes."""
 
-    code = "import-not-found"
-
 
 class ImportMalformed(ForeignTraceError):
     """A recording of another program is invalid; the message says where, what was expected and what was found."""
-
-    code = "import-malformed"
 
 
 class ImportTooLarge(ForeignTraceError):
     """A piece of a recording that must be held in memory at once (a line, a document, a tensor) exceeds the limit."""
 
-    code = "import-too-large"
-
 
 class ImportIncomplete(ForeignTraceError):
     """The file lacks something that the trace needs; the hint names the option that supplies it."""
-
-    code = "import-incomplete"
 
 
 class TracesUnlike(TraceError):
     """The traces do not hold the same tokens, or not the same layers, so they cannot be compared token by token."""
 
-    code = "traces-unlike"
-
 
 class OutputExists(MoescopeError):
     """The output of a report or an export exists and is kept; ``--force`` replaces it, if it can be replaced."""
-
-    code = "output-exists"
 
 
 def require(module: str, *, extra: str) -> ModuleType:

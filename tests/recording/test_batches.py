@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moescope.corpus import Document
 from moescope.engines.transformers.batches import batches
-from moescope.recording.portions import num_characters, portions, windows
+from moescope.recording.portions import num_characters, plan, portions, windows
 
 
 def encode(text: str) -> np.ndarray:
@@ -63,6 +63,15 @@ def test_empty_documents_are_counted_in_the_part_they_come_before() -> None:
         (part.num_read, len(part.documents)) for part in portions(documents(["", "abc", "\0", "", "d", ""]), encode, 3)
     ]
     assert found == [(2, 1), (4, 1)]
+
+
+def test_a_plan_numbers_the_parts_with_tokens_and_goes_on_after_those_that_are_recorded() -> None:
+    parts = list(plan(portions(documents(["", "abc", "d", "efg", ""]), encode, 3)))
+    assert [(part.number, len(part.portion.documents)) for part in parts] == [(0, 1), (1, 2), (2, 0)]
+    assert [part.before["tokens"] for part in parts] == [0, 3, 7]
+    assert parts[-1].totals == {"documents_read": 5, "documents_empty": 2, "tokens": 7, "characters": 7}
+    (resumed, *_) = plan([parts[1].portion], [parts[0].portion.note()])
+    assert resumed == parts[1]
 
 
 def test_a_long_document_becomes_consecutive_windows() -> None:

@@ -15,10 +15,10 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from moescope.cli.options import parse_integers
+from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
-from moescope.recording.options import SAMPLE_SEED
 from moescope.reporting.numbers import count
 from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace

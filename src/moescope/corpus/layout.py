@@ -80,7 +80,6 @@ def readable(name: str) -> str:
 
 
 def _format(path: Path) -> str:
-    """The format of a single file."""
     try:
         start = next(chunks(path), b"")
     except BrokenFile:

@@ -22,6 +22,8 @@ from moescope.corpus.documents import Document
 from moescope.corpus.problems import Problems
 from moescope.errors import CorpusEmpty, CorpusError
 
+SAMPLE_SEED = 0
+
 BYTES_PER_TOKEN = 6
 """First guess of the text that a quota of tokens needs; on the high side, as too low a guess costs another pass."""
 
@@ -68,7 +70,7 @@ def sample(
     *,
     max_tokens_per_domain: int | None = None,
     max_documents_per_domain: int | None = None,
-    seed: int = 0,
+    seed: int = SAMPLE_SEED,
     num_tokens: Callable[[str], int] | None = None,
 ) -> Sample:
     """Select documents of each domain, by hash, until a quota is reached.

@@ -19,7 +19,7 @@ def open_engine(
     Args:
         model: Folder of a checkpoint (or its name in the local Hugging Face cache), or a loaded (model, tokenizer).
         options: How it is opened and what is read of it.
-        out: The trace to be: work beside it is gone on with.
+        out: The trace to be: work beside it is continued.
         force: Whether a trace that was begun does not matter, since it will be replaced.
     Raises:
         MoescopeError: The model is at fault, or the libraries that run it are not installed.

@@ -109,7 +109,7 @@ class NotFinite(Exception):
 class Engine(ABC):
     """A model that was opened to be recorded; what runs it is inside a ``with`` block of it.
 
-    At the end of the block whatever the engine holds is let go of, and a model that the caller owns is as it was.
+    At the end of the block whatever the engine holds is released, and a model that the caller owns is as it was.
 
     Attributes:
         tokenizer: Of the model.

@@ -70,7 +70,7 @@ def clear(path: Path, *, keep: bool = False) -> None:
 
 
 def damaged(path: Path, problem: str) -> TraceDamaged:
-    """The error of work that cannot be gone on with."""
+    """The error of work that cannot be continued."""
     return TraceDamaged(path, problem, "--force streams anew from the first layer")
 
 

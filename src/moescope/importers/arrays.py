@@ -89,21 +89,18 @@ def from_arrays(
             raise ValueError("the tokens of a document must be contiguous")
         for start, end in pairwise(bounds.tolist()):
             rows = slice(start, end)
-            domain = domains if isinstance(domains, str) else str(labels[start]) if labels else ""
             if labels is not None and any(label != labels[start] for label in labels[rows]):
                 raise ValueError(f"a document has one domain; tokens {start} to {end - 1} have several")
-            sequence_starts = None
-            if (sequence := columns["sequences"]) is not None:
-                sequence_starts = np.append(True, np.diff(sequence[rows]) != 0)
-            ids_of_tokens, phase = columns["token_ids"], columns["phases"]
+            own = {name: None if column is None else column[rows] for name, column in columns.items()}
+            sequence, phase = own["sequences"], own["phases"]
             yield TokenDocument(
                 f"arrays, tokens {start} to {end - 1}",
-                domain,
+                str(domains if labels is None else labels[start]),
                 {layer: ids[rows] for layer, ids in by_layer.items()},
                 {layer: array[rows] for layer, array in weights.items()},
-                None if ids_of_tokens is None else ids_of_tokens[rows],
-                sequence_starts,
-                None if phase is None else phase[rows].astype(np.uint8),
+                own["token_ids"],
+                None if sequence is None else np.append(True, np.diff(sequence) != 0),
+                None if phase is None else phase.astype(np.uint8),
                 ranked=ranked,
                 none_is_dropped=True,
                 model=ModelFacts(model, num_experts),

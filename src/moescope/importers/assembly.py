@@ -95,7 +95,7 @@ class Assembly:
 
     def code_of(self, domain: str, place: str) -> int:
         """Code of a domain, an index into `domains`."""
-        if len(domain) > 1000:
+        if len(domain) > 1000:  # text, read from the wrong field
             raise ImportMalformed(place, f"its domain is {len(domain)} characters long, expected a label")
         code = self.domains.setdefault(domain, len(self.domains))
         if code >= MAX_DOMAINS:

@@ -14,7 +14,7 @@ from pathlib import Path
 from moescope.errors import ImportMalformed
 from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
-from moescope.importers.files import find, number, real, rows, stem
+from moescope.importers.files import find, number, real, stem, table
 from moescope.importers.findings import Findings, Options
 
 _NEEDED = ("turn", "phase", "step", "layer", "slot", "expert")
@@ -24,9 +24,8 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
     """One document per turn."""
     for path in find(paths):
         comments: list[str] = []
-        table = rows(path, comments=comments)
-        place, header = next(table, (str(path), []))
-        columns = {name.strip(): index for index, name in enumerate(header)}
+        place, header, cells = table(path, comments=comments)
+        columns = {name: index for index, name in enumerate(header)}
         if missing := [name for name in _NEEDED if name not in columns]:
             raise ImportMalformed(place, f"lacks the columns {', '.join(missing)}")
         if not comments or not comments[0].startswith("route_trace"):
@@ -34,17 +33,17 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         model = _model(comments, path)
         documents = DocumentNumbers()
         domain = options.domain or stem(path)
-        events = _events(path, table, columns, documents, domain)
+        events = _events(path, cells, columns, documents, domain)
         yield from gather(batches(events), documents, Meaning("weight" in columns, True, model), findings)
 
 
 def _events(
-    path: Path, table: Iterator[tuple[str, list[str]]], columns: dict[str, int], documents: DocumentNumbers, domain: str
+    path: Path, rows: Iterator[tuple[str, list[str]]], columns: dict[str, int], documents: DocumentNumbers, domain: str
 ) -> Iterator[Event]:
     width = max(columns[name] for name in _NEEDED) + 1
     needed = [columns[name] for name in _NEEDED]
     optional = [columns.get(name, sys.maxsize) for name in ("weight", "dropped")]
-    for place, cells in table:
+    for place, cells in rows:
         if len(cells) < width:
             raise ImportMalformed(place, f"has {len(cells)} cells, expected {len(columns)}")
         turn_cell, phase, step, layer, slot, expert_cell = (cells[column] for column in needed)

@@ -107,7 +107,7 @@ def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
     waiting: list[Event] = []
     for event in events:
         waiting.append(event)
-        if len(waiting) == 100_000:
+        if len(waiting) == 100_000:  # 3 MB as an array
             yield _array(waiting)
             waiting = []
     if waiting:

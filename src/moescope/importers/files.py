@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -194,6 +195,13 @@ def rows(path: Path, *, comments: list[str] | None = None) -> Iterator[tuple[str
             raise ImportMalformed(place, f"is not CSV: {error}") from None
 
 
+def table(path: Path, *, comments: list[str] | None = None) -> tuple[str, list[str], Iterator[tuple[str, list[str]]]]:
+    """Place and names of the header of a CSV file (no name if the file is empty), and its other rows; as `rows`."""
+    cells = rows(path, comments=comments)
+    place, header = next(cells, (str(path), []))
+    return place, [name.strip() for name in header], cells
+
+
 def number(text: Any, place: str, what: str, *, low: int = 0, high: int = 2**32 - 1) -> int:
     """A whole number within bounds.
 
@@ -241,9 +249,7 @@ def npy(data: bytes, place: str) -> NDArray[Any]:
         raise ImportMalformed(place, f"is not a .npy file of numbers: its header is {header[:80]!r}")
     dtype = np.dtype(match[1].decode())
     shape = tuple(int(n) for n in match[3].decode().replace(",", " ").split())
-    length = dtype.itemsize
-    for n in shape:
-        length *= n
+    length = dtype.itemsize * math.prod(shape)
     start += len(header)
     if length != len(data) - start or len(shape) > 8:
         raise ImportMalformed(place, f"its shape {shape} of {dtype} takes {length} bytes, found {len(data) - start}")

@@ -24,7 +24,7 @@ from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers import parquet_probe
 from moescope.importers.documents import NO_MODEL, ModelFacts, TokenDocument
 from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
-from moescope.importers.files import decode, find, lines, number, real, rows, stem
+from moescope.importers.files import decode, find, lines, number, real, stem, table
 from moescope.importers.findings import Findings, Options
 
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -48,8 +48,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 
 PHASE_WORDS = {"prefill": 0, "prompt": 0, "decode": 1, "generation": 1, "0": 0, "1": 1, "false": 0, "true": 1}
 MAX_EVENT_BYTES = 1 << 20  # a row has the choices of one token in one layer, and perhaps its logits
-MAX_CHOICES = 1024
-BATCH_ROWS = 1 << 12
+MAX_CHOICES = 1024  # far beyond any top-k
+BATCH_ROWS = 1 << 12  # of Parquet at a time; few, because they become Python objects
 MAX_PARQUET_BYTES = 3 << 29
 """Memory in which a Parquet file must be decodable: 1.6 GB, of the 2 GB of an import."""
 
@@ -80,12 +80,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    table = rows(path)
-    place, header = next(table, (str(path), []))
-    names = [name.strip() for name in header]
+    place, names, rows = table(path)
     if len(set(names)) != len(names) or not names:
         raise ImportMalformed(place, "is not a header: a column occurs twice, or there is none")
-    for place, cells in table:
+    for place, cells in rows:
         if len(cells) != len(names):
             raise ImportMalformed(place, f"has {len(cells)} cells, expected {len(names)}")
         yield place, dict(zip(names, cells, strict=True))
@@ -155,12 +153,10 @@ def find_columns(place: str, row: Row, options: Options, findings: Findings) -> 
     columns: dict[str, str] = {}
     for content, names in NAMES.items():
         present = [name for name in names if name in row]
-        if content in options.fields:
-            given = options.fields[content]
+        if (given := options.fields.get(content)) is not None:
             if given not in row:
-                raise ImportIncomplete(
-                    place, f"has no column {given!r} for {content}", f"it has {', '.join(row)[:200]}"
-                )
+                problem = f"has no column {given!r} for {content}"
+                raise ImportIncomplete(place, problem, f"it has {', '.join(row)[:200]}")
             present = [given]
         if present:
             columns[content] = present[0]

@@ -37,15 +37,13 @@ class _Encoded(msgspec.Struct):
 Routes = str | list[list[list[Id]]] | _Encoded | None
 
 
-class _MetaInfo(msgspec.Struct):
-    routed_experts: Routes = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+
+class _MetaInfo(_Usage):
+    routed_experts: Routes = None
 
 
 class _Extension(msgspec.Struct):
@@ -80,9 +78,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         domain = options.domain or stem(path)
         with path.open("rb") as file:
             head = file.read(1 << 12)
-        if head.startswith(b"\x93NUMPY"):
-            yield _document(str(path), domain, _array(whole(path, MAX_RESPONSE_BYTES), str(path), options), options)
-        elif head.lstrip()[:1] in (b"{", b"[") or head[:2] == b"\x1f\x8b" or head[:4] == b"\x28\xb5\x2f\xfd":
+        if head.lstrip()[:1] in (b"{", b"[") or head[:2] == b"\x1f\x8b" or head[:4] == b"\x28\xb5\x2f\xfd":
             for place, response in objects(path, _Response, MAX_RESPONSE_BYTES):
                 yield from _answers(place, response, domain, options, findings)
         else:
@@ -229,16 +225,8 @@ def _document(
             known_ids = token_ids[first : first + rows]
         if num_prompt is not None:
             phase = (np.arange(first, first + rows) >= num_prompt).astype(np.uint8)
-    wanted = set(options.layers) if options.layers is not None else set(indices)
+    wanted = indices if options.layers is None else options.layers
     expert_ids = {layer: ids[:, index] for index, layer in enumerate(indices) if layer in wanted}
-    return TokenDocument(
-        place,
-        domain,
-        expert_ids,
-        {},
-        known_ids,
-        None,
-        phase,
-        zero_is_dense=options.layers is None,
-        model=ModelFacts(model, num_layers=options.num_layers),
-    )
+    facts = ModelFacts(model, num_layers=options.num_layers)
+    dense = options.layers is None
+    return TokenDocument(place, domain, expert_ids, token_ids=known_ids, phase=phase, zero_is_dense=dense, model=facts)

@@ -18,13 +18,14 @@ import numpy as np
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS
 from moescope.importers.documents import CountedDocument, Ids, ModelFacts, TokenDocument, integers
-from moescope.importers.files import find, number, rows, stem
+from moescope.importers.files import find, number, stem, table
 from moescope.importers.findings import Findings, Options
 from moescope.importers.torch_file import TorchFile, TorchTensor
 
 EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4
 """SGLang's numbers of forward modes; in others, a token's neighbours are unknown."""
 MAX_EXPERTS = 1 << 16  # ids of 16 bits, as in a trace
+MAX_CSV_ROWS = 1 << 22  # 64 layers of 65,536 experts
 
 
 def read(
@@ -165,30 +166,25 @@ def _counted(place: str, counts: Ids, logical: Ids, domain: str, model: ModelFac
 def read_csv(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
     """``layer_id,expert_id,count`` of SGLang 0.4.5; a document is a file."""
     for path in find(paths, "expert_distribution_rank*.csv"):
-        table: dict[int, dict[int, int]] = {}
-        entries = 0
-        header = True
-        for place, cells in rows(path):
-            if header:
-                if [cell.strip() for cell in cells] != ["layer_id", "expert_id", "count"]:
-                    raise ImportMalformed(place, f"is {','.join(cells)[:80]}, expected layer_id,expert_id,count")
-                header = False
-                continue
+        counts_of: dict[int, dict[int, int]] = {}
+        place, names, rows = table(path)
+        if names and names != ["layer_id", "expert_id", "count"]:
+            raise ImportMalformed(place, f"is {','.join(names)[:80]}, expected layer_id,expert_id,count")
+        for entries, (place, cells) in enumerate(rows):
+            if entries == MAX_CSV_ROWS:
+                raise ImportTooLarge(path, f"has more than {MAX_CSV_ROWS:,} rows")
             if len(cells) != 3:
                 raise ImportMalformed(place, f"has {len(cells)} cells, expected 3")
             layer = number(cells[0], place, "layer_id", high=65535)
             expert = number(cells[1], place, "expert_id", high=65535)
-            counts = table.setdefault(layer, {})
+            counts = counts_of.setdefault(layer, {})
             if expert in counts:
                 raise ImportMalformed(place, f"counts expert {expert} of layer {layer} again")
             counts[expert] = number(cells[2], place, "count", high=2**53 - 1)
-            entries += 1
-            if entries > 1 << 22:  # 64 layers of 65,536 experts
-                raise ImportTooLarge(path, f"has more than {1 << 22:,} rows")
-        if not table:
+        if not counts_of:
             raise ImportMalformed(path, "holds no counts")
         arrays = {}
-        for layer, counts in table.items():
+        for layer, counts in counts_of.items():
             arrays[layer] = np.zeros(max(counts) + 1, np.int64)
             arrays[layer][list(counts)] = list(counts.values())
         yield CountedDocument(str(path), options.domain or stem(path), arrays, ModelFacts(), complete=False)

@@ -101,7 +101,6 @@ class _Safetensors:
             self.keys[int(match[1]), int(match[2])] = 8 + length + offsets[0]
 
     def counts(self, iteration: int, layer: int) -> Ids:
-        """The counts of one iteration and layer."""
         with self.path.open("rb") as file:
             file.seek(self.keys[iteration, layer])
             return np.frombuffer(file.read(8 * self._num_experts), "<i8")

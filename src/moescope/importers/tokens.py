@@ -32,24 +32,15 @@ REPEATED_ROWS = 1000
 
 @dataclass
 class _LayerFacts:
-    """What is known of a layer so far.
+    """What is known of a layer so far."""
 
-    Attributes:
-        largest: Largest id; -1 if there is none.
-        zero_rows: Tokens whose ids are all zero, which is not routing.
-        width: Slots used: one more than the last that holds an expert of any token.
-        filled: Tokens by the number of their experts, shape (number,).
-        recorded: Tokens whose choice in the layer was recorded, even if no expert ran.
-    """
-
-    largest: int = -1
-    zero_rows: int = 0
-    width: int = 0
-    filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    recorded: int = 0
+    largest: int = -1  # largest id; -1 if there is none
+    zero_rows: int = 0  # tokens whose ids are all zero, which is not routing
+    width: int = 0  # slots used: one more than the last that holds an expert of any token
+    filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))  # tokens by number of experts
+    recorded: int = 0  # tokens whose choice in the layer was recorded, even if no expert ran
 
     def add(self, chosen: NDArray[np.int64]) -> None:
-        """Count tokens by how many experts each has."""
         filled = np.bincount(chosen, minlength=len(self.filled))
         filled[: len(self.filled)] += self.filled
         self.filled = filled
@@ -355,13 +346,12 @@ class Tokens(Assembly):
                 name, f"has parts of {cells:,} assignments once tokens are given all {len(layers)} layers"
             )
         self.totals = {"tokens": self._rows}
+        numbered = {"ids": "numbered by the importer, by first appearance"}
         return Header(
             tuple(layers),
             weights=self._weights,
             model=self.described(),
-            tokenizer={"ids": "numbered by the importer, by first appearance"}
-            if self.pieces and self._token_ids
-            else {},
+            tokenizer=numbered if self.pieces and self._token_ids else {},
             token_ids=self._token_ids,
             phases=self._phases,
         )

@@ -62,15 +62,30 @@ class TorchTensor:
 
         Raises:
             ImportTooLarge: They take more memory than the limit.
+            ImportMalformed: The file is damaged.
         """
-        return self._file.numbers(self, start, self.shape[0] if stop is None and self.shape else stop)
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) if self.shape else 1
+        rows = (self.shape[0] if stop is None else stop) - start if self.shape else 1
+        size = rows * row * self.dtype.itemsize
+        path = self._file.path
+        if size > MAX_TENSOR_BYTES:
+            raise ImportTooLarge(path, f"has a tensor of {size:,} bytes, expected at most {MAX_TENSOR_BYTES:,}")
+        begin = (self._offset + start * row) * self.dtype.itemsize
+        try:
+            data = self._file.read(self._member, begin, begin + size)
+        except _UNREADABLE as error:
+            raise ImportMalformed(path, f"cannot be read: {error}") from None
+        except zipfile.BadZipFile as error:
+            raise ImportMalformed(path, f"is damaged: {error}") from None
+        if len(data) != size:
+            raise ImportMalformed(path, f"is truncated: {len(data)} bytes of a tensor of {size}")
+        return np.frombuffer(data, self.dtype).reshape((rows, *self.shape[1:]) if self.shape else ())
 
 
 @dataclass(frozen=True)
 class _Storage:
     dtype: np.dtype[Any]
     member: str
-    length: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ class _Global:
 
 
 _MARK = object()
+_UNREADABLE = (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError)
+"""What a damaged zip makes Python's zipfile raise, beside `BadZipFile`."""
 
 
 class TorchFile:
@@ -111,20 +128,21 @@ class TorchFile:
             if descriptions[0].file_size > MAX_DESCRIPTION_BYTES:
                 raise ImportTooLarge(path, f"has a description of more than {MAX_DESCRIPTION_BYTES:,} bytes")
             order = f"{self._root}byteorder"
-            if order in self._sizes and self._read(order, 0, 16) != b"little":
+            if order in self._sizes and self.read(order, 0, 16) != b"little":
                 raise ImportMalformed(path, "holds big-endian numbers, expected little-endian")
-            text = self._read(descriptions[0].filename, 0, MAX_DESCRIPTION_BYTES)
+            text = self.read(descriptions[0].filename, 0, MAX_DESCRIPTION_BYTES)
         except zipfile.BadZipFile as error:
             raise ImportMalformed(
                 path,
                 f"is not a file of torch.save, or incomplete ({error})",
                 "files from before PyTorch 1.6 and other pickles are not read: save them again with a current torch",
             ) from None
-        except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError) as error:
+        except _UNREADABLE as error:
             raise ImportMalformed(path, f"cannot be read: {error}") from None
         self.value = _interpret(text, self)
 
-    def _read(self, member: str, start: int, stop: int) -> bytes:
+    def read(self, member: str, start: int, stop: int) -> bytes:
+        """Bytes of a member of the zip."""
         with self._archive.open(member) as file:
             file.seek(start)
             return file.read(stop - start)
@@ -150,26 +168,7 @@ class TorchFile:
         member = f"{self._root}data/{key}"
         if self._sizes.get(member, -1) < length * dtype.itemsize:
             raise ImportMalformed(self.path, f"lacks the {length} numbers of storage {key[:20]}")
-        return _Storage(dtype, member, length)
-
-    def numbers(self, tensor: TorchTensor, start: int, stop: int | None) -> NDArray[Any]:
-        """Numbers of a tensor, read now."""
-        row = int(np.prod(tensor.shape[1:], dtype=np.int64)) if tensor.shape else 1
-        rows = (stop or 0) - start if tensor.shape else 1
-        size = rows * row * tensor.dtype.itemsize
-        if size > MAX_TENSOR_BYTES:
-            raise ImportTooLarge(self.path, f"has a tensor of {size:,} bytes, expected at most {MAX_TENSOR_BYTES:,}")
-        begin = (tensor._offset + start * row) * tensor.dtype.itemsize
-        try:
-            data = self._read(tensor._member, begin, begin + size)
-        except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, KeyError) as error:
-            raise ImportMalformed(self.path, f"cannot be read: {error}") from None
-        except zipfile.BadZipFile as error:
-            raise ImportMalformed(self.path, f"is damaged: {error}") from None
-        if len(data) != size:
-            raise ImportMalformed(self.path, f"is truncated: {len(data)} bytes of a tensor of {size}")
-        shape = (rows, *tensor.shape[1:]) if tensor.shape else ()
-        return np.frombuffer(data, tensor.dtype).reshape(shape)
+        return _Storage(dtype, member)
 
 
 def _check_directory(path: Path) -> None:
@@ -273,19 +272,15 @@ def _extend(stack: list[Any], items: Sequence[Any]) -> None:
 def _update(stack: list[Any], items: Sequence[Any]) -> None:
     target = _target(stack, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[_key(key)] = value
+        if not isinstance(key, str | int):
+            raise ValueError("a key is neither text nor a number")
+        target[key] = value
 
 
 def _target(stack: list[Any], kind: type) -> Any:
     if not stack or type(stack[-1]) is not kind:
         raise ValueError(f"a {kind.__name__} is missing")
     return stack[-1]
-
-
-def _key(key: Any) -> Any:
-    if not isinstance(key, str | int):
-        raise ValueError("a key is neither text nor a number")
-    return key
 
 
 _VALUES = {

@@ -2,8 +2,8 @@
 
 Rule of the folder: it knows documents, parts and files, and of engines only their protocol (`engines.protocol`), so
 that importing it loads no library of theirs. `portions` divides documents into parts and windows, `parts` has an engine
-record one, `recorder` is the way from a corpus to a trace, with `threads` that read ahead and write behind; `options`
-are what a caller may ask, and `progress` is what is reported.
+record one, `recorder` is the way from a corpus to a trace, with `threads` that read ahead and write behind; `progress`
+is what is reported.
 """
 
 from moescope.engines.protocol import Estimate

@@ -25,50 +25,30 @@ class Progress:
 
 
 class Meter:
-    """Counts what is recorded and reports it to the caller."""
-
-    def __init__(
-        self, report: Callable[[Progress], None], tokens: int, characters: int, total_characters: int | None
-    ) -> None:
-        self._report = report
-        self._tokens_before, self._tokens = tokens, tokens
-        self._characters_before, self._characters = characters, float(characters)
-        self._total = total_characters
-        self._start = time.monotonic()
-
-    def add(self, tokens: int, characters: float) -> None:
-        """Count tokens that were recorded, and the characters they stand for."""
-        self._tokens += tokens
-        self._characters += characters
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        fraction = seconds_left = None
-        if self._total:
-            fraction = min(1.0, self._characters / self._total)
-            left = max(0.0, self._total - self._characters)
-            seconds_left = seconds * left / (self._characters - self._characters_before)
-        speed = (self._tokens - self._tokens_before) / seconds
-        self._report(Progress(self._tokens, fraction, speed, seconds_left))
-
-
-class WholeCorpusMeter:
-    """Reports how far an engine is that reads the whole corpus before it gives the first part.
+    """Reports how far a recording is.
 
     Args:
         report: Called with each progress.
-        tokens: Tokens of the corpus.
+        tokens: Tokens that an earlier call has recorded.
+        done: How much of the text it has recorded, in the unit of `total`.
+        total: All of the text; None if it cannot be known.
     """
 
-    def __init__(self, report: Callable[[Progress], None], tokens: int) -> None:
-        self._report, self._tokens = report, tokens
-        self._before, self._start = 0.0, time.monotonic()
+    def __init__(self, report: Callable[[Progress], None], tokens: float, done: float, total: float | None) -> None:
+        self._report, self._total = report, total
+        self._tokens_before, self._done_before = self._tokens, self._done = tokens, done
+        self._start = time.monotonic()
 
-    def start(self, before: float) -> None:
-        """Begin, with the share of the work that an earlier call had done."""
-        self._before, self._start = before, time.monotonic()
+    def add(self, tokens: int, done: float) -> None:
+        """Count tokens that were recorded, and the text they stand for."""
+        self.reach(self._tokens + tokens, self._done + done)
 
-    def advance(self, done: float) -> None:
-        """Note the share of the work that is done."""
+    def reach(self, tokens: float, done: float) -> None:
+        """Note what is recorded in all."""
+        self._tokens, self._done = tokens, done
         seconds = max(time.monotonic() - self._start, 1e-9)
-        speed = self._tokens * (done - self._before) / seconds
-        tokens = self._tokens * done
-        self._report(Progress(int(tokens), done, speed, (self._tokens - tokens) / max(speed, 1e-9)))
+        fraction = seconds_left = None
+        if self._total:
+            fraction = min(1.0, done / self._total)
+            seconds_left = seconds * max(0.0, self._total - done) / max(done - self._done_before, 1e-9)
+        self._report(Progress(int(tokens), fraction, (tokens - self._tokens_before) / seconds, seconds_left))

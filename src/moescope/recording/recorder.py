@@ -12,33 +12,24 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
+from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.opening import open_engine
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DTYPES, WINDOW, EngineOptions
 from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTokenizer, Estimate, NotFinite
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
-from moescope.recording.options import SAMPLE_SEED, CorpusOptions, OutputOptions
 from moescope.recording.parts import not_finite, record_part, unit_of
-from moescope.recording.portions import Encode, Portion, num_characters, portions
-from moescope.recording.progress import Meter, Progress, WholeCorpusMeter
+from moescope.recording.portions import Encode, Portion, num_characters, plan, portions, summed
+from moescope.recording.progress import Meter, Progress
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
 from moescope.trace import header as trace_header
 from moescope.trace.gate import SUMMARY, read_header
 from moescope.trace.part_file import PART_TOKENS
 from moescope.trace.writer import refuse_foreign, refuse_other
-
-
-class Documents(Protocol):
-    """What the recorder asks of a corpus: its documents, always in the same order, and their provenance."""
-
-    def __iter__(self) -> Iterator[Document]: ...
-
-    def description(self) -> dict[str, Any]:
-        """Provenance for the header of a trace."""
 
 
 def record(
@@ -127,34 +118,28 @@ def record(
         stream=stream,
         memory=memory,
     )
-    corpus_options = CorpusOptions(
-        max_tokens_per_domain, max_documents_per_domain, sample_seed, text_field, domain_field, strict
-    )
-    output = OutputOptions(part_tokens, force)
+    if part_tokens < 1:
+        raise ValueError(f"part_tokens {part_tokens} is below 1")
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
         _refuse_complete(out)
     if isinstance(corpus, str | Path):
         corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
     with open_engine(model, engine_options, out=out, force=force) as engine:
-        documents = _documents(corpus, corpus_options, engine.tokenizer)
-        added = len(engine.tokenizer.added_ids)
+        tokenizer = engine.tokenizer
+        documents = _documents(corpus, max_tokens_per_domain, max_documents_per_domain, sample_seed, tokenizer)
+        added = len(tokenizer.added_ids)
         if engine.window <= added:
             raise ValueError(f"a window of {engine.window} is full with the {added} added tokens")
         run = {"window": engine.window, "batch_tokens": batch_tokens, "part_tokens": part_tokens, **engine.run()}
-        header = Header(
-            engine.layers(),
-            weights,
-            engine.description,
-            engine.tokenizer.description(),
-            documents.description(),
-            run,
-        )
+        layers_read = engine.layers()  # may refuse the model, so before the corpus is read for its fingerprint
+        provenance = engine.description, tokenizer.description(), documents.description(), run
+        header = Header(layers_read, weights, *provenance)
         report = progress or (lambda _: None)
         prepared = None
         if isinstance(engine, CorpusEngine):
-            prepared = _prepare(engine, documents, header, out, output, report, announce or (lambda _: None))
+            prepared = _prepare(engine, documents, header, out, force, report, announce or (lambda _: None))
             header = replace(header, layers=engine.layers())
-        with TraceWriter(out, header, engine.tokenizer.vocabulary(), force=force) as writer:
+        with TraceWriter(out, header, tokenizer.vocabulary(), force=force) as writer:
             _record_parts(engine, documents, prepared, writer, report)
     remove_work(out)  # what the engine kept beside it, or a streamed recording that was given up for this one
     return open_trace(out)
@@ -175,18 +160,22 @@ def _refuse_complete(out: Path) -> NoReturn:
 
 
 def _documents(
-    corpus: Corpus | Sample | Iterable[Document], options: CorpusOptions, tokenizer: EngineTokenizer
+    corpus: Corpus | Sample | Iterable[Document],
+    max_tokens: int | None,
+    max_documents: int | None,
+    seed: int,
+    tokenizer: EngineTokenizer,
 ) -> Documents:
-    """The documents to record: those given, or a sample of them."""
-    if options.max_tokens_per_domain is None and options.max_documents_per_domain is None:
+    """The documents to record: those given, or a sample of them, by the quotas a domain."""
+    if max_tokens is None and max_documents is None:
         return corpus if isinstance(corpus, Corpus | Sample) else _Given(corpus)
     if not isinstance(corpus, Corpus):
         raise ValueError("quotas a domain are for a corpus of files; choose among your documents yourself")
     return sample(
         corpus,
-        max_tokens_per_domain=options.max_tokens_per_domain,
-        max_documents_per_domain=options.max_documents_per_domain,
-        seed=options.sample_seed,
+        max_tokens_per_domain=max_tokens,
+        max_documents_per_domain=max_documents,
+        seed=seed,
         num_tokens=lambda text: len(tokenizer.encode(text)),
     )
 
@@ -196,7 +185,7 @@ def _prepare(
     documents: Documents,
     header: Header,
     out: Path,
-    output: OutputOptions,
+    force: bool,
     report: Callable[[Progress], None],
     announce: Callable[[Estimate], None],
 ) -> list[Portion]:
@@ -205,25 +194,30 @@ def _prepare(
     Returns:
         The parts to be written from what it read.
     """
-    refuse_foreign(out, force=output.force)
-    if not output.force and (out / trace_header.FILE_NAME).exists():
+    refuse_foreign(out, force=force)
+    if not force and (out / trace_header.FILE_NAME).exists():
         refuse_other(out, without_top_k(header), without_top_k(read_header(out)))
-    read = [_without_text(portion) for portion in portions(documents, engine.tokenizer.encode, output.part_tokens)]
-    filled = [portion for portion in read if portion.documents]  # only the last may have no document
-    units = [unit_of(portion, number, engine) for number, portion in enumerate(filled)]
+    cut = portions(documents, engine.tokenizer.encode, header.run["part_tokens"])
+    read = [_without_text(portion) for portion in cut]
+    units = [unit_of(part.portion, part.number, engine) for part in plan(read) if part.portion.documents]
     if not units:
         raise _empty(header, sum(portion.num_read for portion in read))
-    meter = WholeCorpusMeter(report, sum(unit.num_tokens for unit in units))
+    num_tokens = sum(unit.num_tokens for unit in units)
+    meter = Meter(report, 0, 0, 1)
 
     def begin(estimate: Estimate) -> None:
+        nonlocal meter
         announce(estimate)
-        meter.start(estimate.first_layer / estimate.num_layers)
+        before = estimate.first_layer / estimate.num_layers
+        meter = Meter(report, num_tokens * before, before, 1)
 
-    plan = CorpusPlan(header, _digest(read), out, output.force)
+    def advance(done: float) -> None:
+        meter.reach(num_tokens * done, done)
+
     try:
-        engine.prepare(units, plan, announce=begin, advance=meter.advance)
+        engine.prepare(units, CorpusPlan(header, _digest(read), out, force), announce=begin, advance=advance)
     except NotFinite as error:
-        raise not_finite(error, filled[error.unit], engine) from None
+        raise not_finite(error, read[error.unit], engine) from None  # only the last has no document, and no unit
     return read
 
 
@@ -235,11 +229,9 @@ def _record_parts(
     report: Callable[[Progress], None],
 ) -> None:
     """Record the parts that the trace does not hold yet, then its summary."""
-    totals = dict.fromkeys(("documents_read", "documents_empty", "tokens", "characters"), 0)
-    for note in writer.progress:
-        totals = {name: totals[name] + note[name] for name in totals}
-    number = len(writer.progress)
-    encode, done, part_tokens = engine.tokenizer.encode, totals["documents_read"], writer.header.run["part_tokens"]
+    notes, encode = tuple(writer.progress), engine.tokenizer.encode
+    totals = summed(notes)
+    done, part_tokens = totals["documents_read"], writer.header.run["part_tokens"]
 
     def tokenized(documents: Iterator[Document]) -> Iterator[Portion]:
         return portions(islice(documents, done, None), encode, part_tokens)
@@ -253,17 +245,16 @@ def _record_parts(
         source = read_ahead(documents, tokenized)
     else:
         meter = Meter(lambda _: None, 0, 0, None)  # progress was reported while the engine read
-        source = nullcontext(prepared[number:])
+        source = nullcontext(prepared[len(notes) :])
     with source as upcoming, WriteBehind(write) as written:
-        for portion in upcoming:
+        for part in plan(upcoming, notes):
+            portion, totals = part.portion, part.totals
             if portion.documents:
 
                 def advance(tokens: int, portion: Portion = portion) -> None:
                     meter.add(tokens, portion.num_characters * tokens / portion.num_tokens)
 
-                written.put((record_part(engine, portion, number, advance), portion.note()))
-                number += 1
-            totals = {name: totals[name] + portion.note()[name] for name in totals}
+                written.put((record_part(engine, portion, part.number, advance), portion.note()))
     if not totals["tokens"]:
         raise _empty(writer.header, totals["documents_read"])
     problems = getattr(documents, "problems", None)
@@ -303,6 +294,9 @@ class _Given:
         for document in self.documents:
             digest.update(repr(document).encode("utf-8", "backslashreplace"))
         return {"name": "documents", "format": "documents", "fingerprint": digest.hexdigest()}
+
+
+Documents = Corpus | Sample | _Given
 
 
 def _without_text(portion: Portion) -> Portion:

@@ -6,7 +6,6 @@ except where a cache keeps its length there.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moescope.engines.transformers.routers import Experts
+from moescope.engines.transformers.routers import Experts, forward_parameters
 from moescope.errors import ModelUnsupported
 
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
@@ -43,7 +42,7 @@ def find_stacks(model: nn.Module, experts: Sequence[Experts]) -> tuple[Stack, ..
         name = block.name
         while name:
             name = name.rpartition(".")[0]
-            if "input_ids" in _parameters(model.get_submodule(name)):
+            if "input_ids" in forward_parameters(model.get_submodule(name)):
                 break
         places.setdefault(name, []).append(place)
     return tuple(Stack(name, model.get_submodule(name), tuple(members)) for name, members in places.items())
@@ -78,7 +77,7 @@ class Call:
         Raises:
             ModelUnsupported: None of them has the shape of a batch of tokens.
         """
-        given = {**dict(zip(_parameters(stack.module), args, strict=False)), **kwargs}
+        given = {**dict(zip(forward_parameters(stack.module), args, strict=False)), **kwargs}
         subject = stack.name or type(stack.module).__name__
         tokens = [given.get(name) for name in _TOKENS] + list(given.values())
         batch = next((tensor for tensor in tokens if isinstance(tensor, Tensor) and tensor.dim() >= 2), None)
@@ -132,9 +131,7 @@ class Call:
             return None  # a prepared mask of one step: the token of a step is real
         elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == num_tokens:
             past = self.past()
-            if (
-                mask.shape[-1] >= past + num_tokens
-            ):  # a real token always attends to itself, padding is attended by none
+            if mask.shape[-1] >= past + num_tokens:  # a real token attends to itself, padding is attended by none
                 itself = mask[:, 0].diagonal(past, -2, -1)[:, :num_tokens]
                 real = itself if itself.dtype == torch.bool else itself == 0
                 return real.expand(num_sequences, num_tokens)
@@ -151,11 +148,8 @@ class Call:
         A row is one sequence, unless `position_ids` do not grow from one of its tokens to the next or `boundaries`
         say that it is packed of several.
         """
-        device = next(
-            tensor.device
-            for tensor in (self.input_ids, real, self.position_ids, self.boundaries, _CPU)
-            if tensor is not None
-        )
+        given = (self.input_ids, real, self.position_ids, self.boundaries)
+        device = next((tensor.device for tensor in given if tensor is not None), torch.device("cpu"))
         starts = torch.zeros(self.shape, dtype=torch.bool, device=device)
         if real is None:
             starts[:, 0] = True
@@ -214,14 +208,3 @@ class Pass:
         if device not in self._flat:
             self._flat[device] = self.counted.reshape(-1).to(device)
         return self._flat[device]
-
-
-_CPU = torch.zeros(0)
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module's ``forward``."""
-    try:
-        return list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
-    except (TypeError, ValueError):
-        return []

@@ -15,7 +15,7 @@ from moescope.engines.transformers.routers import Experts
 from moescope.errors import ModelUnsupported, RouterNotFinite, TraceExists
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary
 from moescope.watching.calls import Pass
-from moescope.watching.sequences import DECODE, PREFILL, DocumentBlock, Labels, Sequences, Step
+from moescope.watching.sequences import DECODE, PREFILL, Labels, Sequences, Step
 
 
 class TraceOutput:
@@ -105,18 +105,6 @@ class TraceOutput:
 
             self._sequences.add(step, cache, past, call.subject, begin, generation)
 
-    def settle(self) -> None:
-        """Write the parts that are full."""
-        self._write(lambda sequences: sequences.settle())
-
-    def end_block(self, block: DocumentBlock, *, whole: bool) -> None:
-        """A document has ended."""
-        self._write(lambda sequences: sequences.end_block(block, whole=whole))
-
-    def end_generation(self, generation: object, *, whole: bool) -> None:
-        """A call of ``generate`` has ended."""
-        self._write(lambda sequences: sequences.end_generation(generation, whole=whole))
-
     def close(self, *, complete: bool) -> None:
         """Write what is whole; the trace is complete if no error ended the block and no Ctrl-C came in between."""
         with self._lock:
@@ -125,12 +113,15 @@ class TraceOutput:
             with self._writer:
                 self._sequences.finish(complete=complete and not self._interrupted)
 
-    def _write(self, write: Callable[[Sequences], None]) -> None:
-        """After an error what is not written is kept, and written next; Ctrl-C may come between any two steps."""
+    def update(self, change: Callable[[Sequences], None]) -> None:
+        """Have the sequences take note of what has ended, and write the parts that are full.
+
+        After an error what is not written is kept, and written next; Ctrl-C may come between any two steps.
+        """
         with self._lock:
             try:
                 if self._sequences is not None:
-                    write(self._sequences)
+                    change(self._sequences)
             except Exception:
                 raise
             except BaseException:

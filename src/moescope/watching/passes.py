@@ -22,6 +22,7 @@ from moescope.watching.compiling import noticed_by_dynamo, teller
 from moescope.watching.generating import Generation, generate_announced
 from moescope.watching.live import LiveTally
 from moescope.watching.output import TraceOutput
+from moescope.watching.sequences import Sequences
 
 BYPASSED = (
     "was the model compiled, or captured in a graph, so that the hooks are passed by? Enter `moescope.watch` before "
@@ -59,9 +60,8 @@ class Passes:
         self._model, self._name, self._stacks, self._experts = model, name, stacks, experts
         self._tally, self._output, self._added_ids = tally, output, added_ids
         self._stack_of = {place: stack for stack in stacks for place in stack.places}
-        self._open = (
-            threading.local()
-        )  # DataParallel runs its replicas in threads, and a server may generate in several
+        # By thread: DataParallel runs its replicas in threads, and a server may generate in several.
+        self._open = threading.local()
         self._generations = threading.local()
         self._undo = ExitStack()
         self.paused = self.seen = False
@@ -134,7 +134,7 @@ class Passes:
             self._output.add(current, choices, _cache_of(output, current.call.cache), self._generation)
         self._tally.commit(current.counts)
         if self._output is not None:
-            self._output.settle()
+            self._output.update(Sequences.settle)
 
     @contextmanager
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -150,7 +150,7 @@ class Passes:
         finally:
             self._generations.now = before
             if self._output is not None:
-                self._output.end_generation(generation, whole=whole)
+                self._output.update(lambda sequences: sequences.end_generation(generation, whole=whole))
 
     @property
     def _generation(self) -> Generation | None:

@@ -86,15 +86,13 @@ class SequenceBatch:
         for row, domain in enumerate(self.domains):
             for number in np.unique(sequence[row, recorded[row]]):
                 rows = np.flatnonzero(recorded[row] & (sequence[row] == number))
-                yield (
-                    domain,
-                    {
-                        "token_id": token_ids[row, rows],
-                        "phase": phase[rows],
-                        "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
-                        "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
-                    },
-                )
+                columns = {
+                    "token_id": token_ids[row, rows],
+                    "phase": phase[rows],
+                    "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
+                    "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
+                }
+                yield domain, columns
 
 
 class Labels:
@@ -270,5 +268,4 @@ class Sequences:
 
 
 def _joined(pieces: Sequence[dict[int, NDArray[Any]]], axis: int = 1) -> dict[int, NDArray[Any]]:
-    """The arrays of each layer, one after the other."""
     return {layer: np.concatenate([piece[layer] for piece in pieces], axis) for layer in pieces[0]}

@@ -12,7 +12,7 @@ import datetime
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from moescope.engines.options import BLOCKS, check_block
 from moescope.engines.transformers.provenance import describe_body, describe_run, tensors_fingerprint
+from moescope.engines.transformers.replacing import attribute_set
 from moescope.engines.transformers.routers import (
     Router,
     find_experts,
@@ -171,27 +172,15 @@ class Watch:
         finally:
             self._labels.block = None
             if self._output is not None:
-                self._output.end_block(block, whole=whole)
+                self._output.update(lambda sequences: sequences.end_block(block, whole=whole))
 
-    @contextmanager
-    def domain(self, domains: str | Sequence[str]) -> Iterator[None]:
+    def domain(self, domains: str | Sequence[str]) -> AbstractContextManager[None]:
         """In this block the sequences have this domain, or the rows of each batch have these."""
-        before = self._labels.domains
-        self._labels.domains = domains if isinstance(domains, str) else tuple(domains)
-        try:
-            yield
-        finally:
-            self._labels.domains = before
+        return attribute_set(self._labels, "domains", domains if isinstance(domains, str) else tuple(domains))
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """In this block nothing is counted or recorded: evaluation within training, say."""
-        before = self._passes.paused
-        self.pause()
-        try:
-            yield
-        finally:
-            self._passes.paused = before
+        return attribute_set(self._passes, "paused", True)
 
     def pause(self) -> None:
         """Count and record nothing until `resume`."""

@@ -133,9 +133,8 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         taken = self._estimate(total, first, num_layers, memory)
         refuse_small_disk(spool.path, taken)
         announce(taken)
-        self._first_rows = dict(
-            zip((unit.number for unit in units), (np.cumsum(num_tokens) - num_tokens).tolist(), strict=True)
-        )
+        first_rows = (np.cumsum(num_tokens) - num_tokens).tolist()
+        self._first_rows = {unit.number: row for unit, row in zip(units, first_rows, strict=True)}
         for layer in range(first, num_layers):
 
             def read(tokens: int, layer: int = layer) -> None:
@@ -160,27 +159,19 @@ class StreamedEngine(ModelEngine, CorpusEngine):
     def _estimate(self, tokens: int, first: int, num_layers: int, spool_bytes: int) -> Estimate:
         """What the layers from `first` on will take."""
         layerwise, rehearsal = self._layerwise, self._rehearsal
-        by_layer = {experts.layer: experts for experts in layerwise.experts}
-        operations = 0.0
-        for layer in range(first, num_layers):
-            if layer == num_layers - 1 and rehearsal.bare:
-                operations += layerwise.operations(layer, share_of_experts=0)
-            else:
-                share = rehearsal.top_k / by_layer[layer].num_experts if layer in by_layer else 0
-                operations += layerwise.operations(layer, share_of_experts=min(1.0, share))
-        reads = [
-            layerwise.nbytes(layer, bare=layer == num_layers - 1 and rehearsal.bare)
-            for layer in range(first, num_layers)
-        ]
+        shares = {experts.layer: min(1.0, rehearsal.top_k / experts.num_experts) for experts in layerwise.experts}
+        if rehearsal.bare:
+            shares[num_layers - 1] = 0
+        left = range(first, num_layers)
+        operations = sum(layerwise.operations(layer, share_of_experts=shares.get(layer, 0)) for layer in left)
+        reads = [layerwise.nbytes(layer, bare=self._is_bare(layer)) for layer in left]
         states = int(tokens * rehearsal.state_widths * layerwise.hidden_size * layerwise.dtype.itemsize)
         num_choices = len(self.model.experts) * rehearsal.top_k
         kept = min(spool_bytes, states)
+        largest = int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
         return Estimate(
             model_bytes=sum(reads) + layerwise.nbytes(None),
-            memory_bytes=int(LAYER_FACTOR * max(map(layerwise.memory_bytes, range(num_layers))))
-            + layerwise.memory_bytes(None)
-            + kept
-            + BASE_BYTES,
+            memory_bytes=largest + layerwise.memory_bytes(None) + kept + BASE_BYTES,
             spool_bytes=kept,
             disk_bytes=2 * states + tokens * num_choices * 6,
             num_layers=num_layers,
@@ -190,16 +181,20 @@ class StreamedEngine(ModelEngine, CorpusEngine):
             read_seconds=sum(reads) / self._read_rate,
         )
 
+    def _is_bare(self, layer: int) -> bool:
+        """Whether a layer runs without its experts: the last, if the pass may stop once it has chosen."""
+        return self._rehearsal.bare and layer == self.model.experts[-1].layer
+
     def _run_layer(
         self, units: Sequence[Unit], spool: Spool, layer: int, *, last: bool, advance: Callable[[int], None]
     ) -> None:
         """Load a layer, have every batch pass, free it, and commit what it chose and returned."""
         model, layerwise = self.model, self._layerwise
-        bare = last and self._rehearsal.bare
+        bare = self._is_bare(layer)
         with quiet():
             layerwise.load(layer, bare=bare)
         if not last:
-            layerwise.fetch_ahead(layer + 1, bare=layer + 1 == model.experts[-1].layer and self._rehearsal.bare)
+            layerwise.fetch_ahead(layer + 1, bare=self._is_bare(layer + 1))
         experts = [block for block in model.experts if block.layer == layer]
         num_tokens = sum(unit.num_tokens for unit in units)
         table = _Table(layer, num_tokens, weights=self.options.weights) if experts else None
@@ -274,15 +269,8 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
             layerwise.check(last, bare=rehearsal.bare)
         fingerprint = checkpoint_fingerprint(checkpoint.folder)
         left_out = (*find_left_out(layerwise.body, layerwise.experts), *checkpoint.elsewhere)
-        model = describe(
-            layerwise.body,
-            checkpoint.tokenizer,
-            layerwise.experts,
-            options.layers,
-            checkpoint.name,
-            fingerprint,
-            left_out,
-        )
+        body, experts, tokenizer = layerwise.body, layerwise.experts, checkpoint.tokenizer
+        model = describe(body, tokenizer, experts, options.layers, checkpoint.name, fingerprint, left_out)
         before, start = layerwise.shards.bytes_read, time.monotonic()
         with quiet():
             layerwise.load(None)
@@ -294,11 +282,7 @@ def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
 
 
 def _refuse(checkpoint: Checkpoint) -> None:
-    """Refuse what cannot be streamed by its configuration.
-
-    Raises:
-        ModelNotStreamable: It is an encoder-decoder or quantized.
-    """
+    """Refuse an encoder-decoder and a quantized checkpoint."""
     config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
         raise ModelNotStreamable(

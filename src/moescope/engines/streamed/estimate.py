@@ -23,7 +23,7 @@ _WHOLE_FACTOR = 1.2  # a whole model in memory, and what loading it needs
 OVERHEAD = 1.25
 """Time of a layer over that of its matrix products: attention, norms, routing (docs/decisions/log.md)."""
 
-_MEASURE_SECONDS = 0.1
+_MEASURE_SECONDS = 0.1  # enough for the best of several products, and nobody notices
 
 
 def fits(folder: Path, dtype: str, available: int) -> bool:
@@ -99,9 +99,9 @@ def refuse_small_disk(work: Path, estimate: Estimate) -> None:
     Raises:
         DiskFull: It has less free than will be written.
     """
-    there = sum(file.stat().st_size for file in work.iterdir())
+    written = sum(file.stat().st_size for file in work.iterdir())
     free = shutil.disk_usage(work).free
-    if free < estimate.disk_bytes - there:
+    if free < estimate.disk_bytes - written:
         raise DiskFull(
             work,
             f"needs some {estimate.disk_bytes / 1e9:,.1f} GB for what a layer gives to the next, and {free / 1e9:,.1f} "

@@ -111,14 +111,8 @@ class Layerwise(AbstractContextManager["Layerwise"]):
             layer: Index of the layer.
             bare: Without those of its routed experts.
         """
-        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
-        start = "" if layer is None else f"{self._prefix}.{layer}."
-        return [
-            key
-            for key, target in self._targets.items()
-            if (target.startswith(start) if start else not target.startswith(f"{self._prefix}."))
-            and not (without and target.startswith(without))
-        ]
+        inside = self._names_within(layer, bare=bare)
+        return [key for key, target in self._targets.items() if inside(target)]
 
     def nbytes(self, layer: int | None, *, bare: bool = False) -> int:
         """Bytes, in the checkpoint, of the tensors that `keys` names."""
@@ -132,9 +126,9 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def operations(self, layer: int, *, share_of_experts: float) -> float:
         """Multiplications and additions a token in the matrices of a layer, of whose experts only a share runs."""
         inside = self._names_within(layer)
-        experts = tuple(f"{block.name}." for block in self.experts if block.layer == layer)
+        outside_experts = self._names_within(layer, bare=True)
         return sum(
-            2 * tensor.numel() * (share_of_experts if experts and name.startswith(experts) else 1)
+            2 * tensor.numel() * (1 if outside_experts(name) else share_of_experts)
             for name, tensor in self._empty.items()
             if inside(name) and tensor.dim() >= 2
         )
@@ -262,9 +256,7 @@ class Layerwise(AbstractContextManager["Layerwise"]):
         return info
 
     def _refuse_gaps(self, info: Any, layer: int | None, missing: Iterable[str], *, bare: bool) -> None:
-        inside = self._names_within(layer)
-        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
-        gaps = sorted(name for name in missing if inside(name) and not (without and name.startswith(without)))
+        gaps = sorted(filter(self._names_within(layer, bare=bare), missing))
         gaps += sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
         if gaps:
             raise ModelDamaged(self.subject, f"{len(gaps)} tensors are missing or misshapen, such as {gaps[0]}")
@@ -277,9 +269,11 @@ class Layerwise(AbstractContextManager["Layerwise"]):
                 owner = self.body.get_submodule(module)
                 (owner._parameters if last in owner._parameters else owner._buffers)[last] = empty
 
-    def _names_within(self, layer: int | None) -> Callable[[str], bool]:
+    def _names_within(self, layer: int | None, *, bare: bool = False) -> Callable[[str], bool]:
+        """Whether a name of the body lies in a layer, and if `bare` in none of its experts; for None, in no layer."""
         start = f"{self._prefix}." if layer is None else f"{self._prefix}.{layer}."
-        return lambda name: name.startswith(start) != (layer is None)
+        without = tuple(f"{block.name}." for block in self.experts if bare and block.layer == layer)
+        return lambda name: name.startswith(start) != (layer is None) and not name.startswith(without)
 
     def _merge(self, tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
         """Take from `tensors` those that are stacked into one, and read each right to its place.
@@ -303,7 +297,7 @@ class Layerwise(AbstractContextManager["Layerwise"]):
             places = self._places(converter, keys, tensors, self._empty[target])
             if places is None or any(re.search(pattern.replace("*", ".*"), target) for pattern in plan):
                 continue
-            out = self._room_for(self._empty[target])
+            out = self._memory_for(self._empty[target])
             for key, (index, start, end) in places.items():
                 tensors.pop(key).read_into(out[index, start:end])
             self._stacked[target] = out
@@ -311,7 +305,7 @@ class Layerwise(AbstractContextManager["Layerwise"]):
         self._spare.clear()  # what this layer has no use for
         return merged
 
-    def _room_for(self, empty: Tensor) -> Tensor:
+    def _memory_for(self, empty: Tensor) -> Tensor:
         """Memory for a tensor: that of the layer before if it fits, since new pages cost time to fault in."""
         for index, spare in enumerate(self._spare):
             if (spare.shape, spare.dtype) == (empty.shape, empty.dtype):
@@ -371,18 +365,15 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, shards: Shards) -> tor
     named = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(named, torch.dtype):
         return named
-    first = next((tensor.dtype for tensor in shards.tensors.values() if tensor.dtype.is_floating_point), torch.float32)
-    return first
+    return next((tensor.dtype for tensor in shards.tensors.values() if tensor.dtype.is_floating_point), torch.float32)
 
 
 def _find_layers(body: nn.Module, experts: tuple[Experts, ...], subject: object) -> tuple[str, nn.ModuleList]:
-    """The list of layers that holds all experts, and its name."""
     prefixes = {re.split(r"\.\d+\.", block.name)[0] for block in experts}
-    if len(prefixes) == 1:
-        (prefix,) = prefixes
-        layers = body.get_submodule(prefix)
-        if isinstance(layers, nn.ModuleList):
-            return prefix, layers
+    prefix = min(prefixes)
+    layers = body.get_submodule(prefix)
+    if len(prefixes) == 1 and isinstance(layers, nn.ModuleList):
+        return prefix, layers
     raise ModelNotStreamable(
         subject, f"its layers with experts are not in one list: {', '.join(sorted(prefixes))}", NO_STREAM
     )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from moescope.engines.transformers.model import Checkpoint, Model, quiet, ready_
 from moescope.engines.transformers.routers import Experts, find_experts
 from moescope.errors import ModelNotStreamable, MoescopeError
 
-_LENGTHS = ((2, 24), (1, 9))
+_LENGTHS = ((2, 24), (1, 9))  # of batches (sequence, token): with several sequences, and with a shorter one
 
 Routing = list[dict[int, Choices]]
 
@@ -56,7 +55,6 @@ def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dt
     Raises:
         ModelNotStreamable: The choices or gate weights differ, or no small model can be made to tell.
     """
-    family = str(checkpoint.config.model_type)
     with tempfile.TemporaryDirectory() as name, quiet():
         folder = Path(name)
         config = _save_small(checkpoint, folder, experts[0].layer, dtype)
@@ -81,8 +79,8 @@ def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dt
                 faults.append(f"layer {layer} chooses otherwise")
     raise ModelNotStreamable(
         checkpoint.name,
-        f"{family} models cannot be streamed: a small one, run layer by layer, differs from its own forward pass "
-        f"({faults[-1]})",
+        f"{checkpoint.config.model_type} models cannot be streamed: a small one, run layer by layer, differs from its "
+        f"own forward pass ({faults[-1]})",
         NO_STREAM,
     )
 
@@ -94,14 +92,14 @@ def _save_small(checkpoint: Checkpoint, folder: Path, first_layer: int, dtype: t
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
-            _make_telling(model)
+            _perturb_constants(model)
             model.save_pretrained(folder)
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise _no_small_model(checkpoint, error) from error
 
 
-def _make_telling(model: nn.Module) -> None:
+def _perturb_constants(model: nn.Module) -> None:
     """Change what is constant, such as biases of 0, so that a tensor that is lost or misplaced changes a choice."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.state_dict().values()]:
@@ -143,24 +141,20 @@ def _run_streamed(
     routing: Routing = [{} for _ in inputs]
     states: list[Any] = [None for _ in inputs]
     widths = 0.0
-    model = Model(small.body, checkpoint.tokenizer, small.experts, {})
-    try:
-        with ready_to_record(model):
-            small.load(None)
-            last = small.experts[-1].layer
-            for layer in range(last + 1):
-                small.load(layer, bare=bare and layer == last)
-                own = [block for block in small.experts if block.layer == layer]
-                with RouterWatch(own, stop_at=layer if layer == last and bare else None) as watch:
-                    for index, batch in enumerate(inputs):
-                        choices, states[index] = run_layer(small, watch, layer, batch, states[index])
-                        routing[index] |= choices
-                if layer == 0 and last:
-                    state_numbers = sum(tensor.numel() for tensor in _tensors(states[0]))
-                    widths = state_numbers / inputs[0]["input_ids"].numel() / small.hidden_size
-                small.free(layer)
-    finally:
-        small.close()
+    with small, ready_to_record(Model(small.body, checkpoint.tokenizer, small.experts, {})):
+        small.load(None)
+        last = small.experts[-1].layer
+        for layer in range(last + 1):
+            small.load(layer, bare=bare and layer == last)
+            own = [block for block in small.experts if block.layer == layer]
+            with RouterWatch(own, stop_at=layer if layer == last and bare else None) as watch:
+                for index, batch in enumerate(inputs):
+                    choices, states[index] = run_layer(small, watch, layer, batch, states[index])
+                    routing[index] |= choices
+            if layer == 0 and last:
+                state_numbers = sum(tensor.numel() for tensor in _tensors(states[0]))
+                widths = state_numbers / inputs[0]["input_ids"].numel() / small.hidden_size
+            small.free(layer)
     return routing, widths
 
 
@@ -194,11 +188,9 @@ def _first_difference(left: Routing, right: Routing) -> int | None:
         for layer in sorted(one.keys() | other.keys()):
             if layer not in one or layer not in other:
                 return layer
-            for a, b in (
-                (one[layer].expert_ids, other[layer].expert_ids),
-                (one[layer].gate_weights, other[layer].gate_weights),
-            ):
-                if a.tobytes() != b.tobytes() or np.shape(a) != np.shape(b):
+            for name in ("expert_ids", "gate_weights"):
+                a, b = getattr(one[layer], name), getattr(other[layer], name)
+                if a.tobytes() != b.tobytes() or a.shape != b.shape:
                     return layer
     return None
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -109,24 +109,25 @@ class Shards(AbstractContextManager["Shards"]):
     def fetch_ahead(self, names: Iterable[str]) -> None:
         """Ask the system, from a thread, to read these tensors into its page cache; where it cannot, do nothing."""
         if hasattr(os, "posix_fadvise"):
-            places = sorted(
-                (self.tensors[name] for name in names), key=lambda tensor: (tensor._shard.path, tensor._start)
-            )
-            self._ahead.submit(self._advise, [(tensor._shard, tensor._start, tensor.nbytes) for tensor in places])
+            tensors = [self.tensors[name] for name in names]
+            tensors.sort(key=lambda tensor: (tensor._shard.path, tensor._start))
+            self._ahead.submit(self._advise, tensors)
 
-    def _advise(self, places: list[tuple[_Shard, int, int]]) -> None:
-        for shard, start, nbytes in places:
-            for offset in range(start, start + nbytes, _AHEAD_BYTES):
+    def _advise(self, tensors: Sequence[StoredTensor]) -> None:
+        for tensor in tensors:
+            end = tensor._start + tensor.nbytes
+            for offset in range(tensor._start, end, _AHEAD_BYTES):
                 if self._closing.is_set():
                     return
-                shard.advise(offset, min(_AHEAD_BYTES, start + nbytes - offset))
+                length = min(_AHEAD_BYTES, end - offset)
+                os.posix_fadvise(tensor._shard.file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files."""
         self._closing.set()
         self._ahead.shutdown(cancel_futures=True)
         for shard in self._files:
-            shard.close()
+            shard.file.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -138,10 +139,10 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self.file = path.open("rb", buffering=0)
         except OSError as error:
             raise ModelDamaged(path, f"cannot be opened: {error}") from error
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.size = os.fstat(self.file.fileno()).st_size
         self.bytes_read = 0
         self._lock = threading.Lock()
 
@@ -149,21 +150,15 @@ class _Shard:
         done = 0
         with self._lock:
             try:
-                self._file.seek(start)
+                self.file.seek(start)
                 while done < len(into):
-                    count = self._file.readinto(into[done:])
+                    count = self.file.readinto(into[done:])
                     if not count:
                         raise ModelDamaged(self.path, f"ends at byte {start + done}, within a tensor")
                     done += count
             except OSError as error:
                 raise ModelDamaged(self.path, f"cannot be read: {error}") from error
             self.bytes_read += done
-
-    def advise(self, start: int, length: int) -> None:
-        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        self._file.close()
 
     def read_header(self) -> dict[str, StoredTensor]:
         """Its tensors by name; each lies within the file and is as long as its shape says."""
@@ -199,7 +194,6 @@ class _Shard:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Names of a checkpoint's safetensors files."""
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).is_file():

@@ -120,7 +120,6 @@ def _num_experts(part: Any, value: int) -> int:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """The configuration and those within it."""
     yield config
     for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):

@@ -82,9 +82,6 @@ class States:
             raise work.damaged(states._path, f"has no index: {error}") from None
         return states
 
-    def __len__(self) -> int:
-        return len(self._index)
-
     def append(self, value: Any) -> None:
         """Write what the layer returned for the next batch: a tensor, or tuples of tensors and plain values."""
         value = move(value, torch.device("cpu"))
@@ -119,7 +116,7 @@ class States:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of file and memory."""
+        """Close the file and release the memory."""
         for value in self._kept.values():
             self._memory.give_back(_nbytes(value))
         self._kept.clear()
@@ -169,7 +166,6 @@ class States:
         return bytes(data)
 
     def _read_into(self, data: memoryview, start: int) -> None:
-        """Read bytes of the file."""
         if start < 0:
             raise ValueError(f"starts at {start}")
         done = 0
@@ -221,14 +217,12 @@ class Spool(AbstractContextManager["Spool"]):
         self._lock.enter_context(locked(path))
         try:
             try:
-                self._begin(plan, tokens)
-                self.next_layer = self._resume()
+                self.next_layer = self._resume(plan, tokens)
             except (TraceDamaged, TraceMismatch):
                 if not force:
                     raise
                 work.clear(path, keep=True)
-                self._begin(plan, tokens)
-                self.next_layer = self._resume()
+                self.next_layer = self._resume(plan, tokens)
         except BaseException:
             self.close()
             raise
@@ -271,16 +265,15 @@ class Spool(AbstractContextManager["Spool"]):
 
     def choices(self, layer: int) -> Chosen:
         """What a layer chose, not yet read."""
-        names = [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
         try:
-            arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in names]
+            arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in self._files(layer)]
         except (OSError, ValueError) as error:
             raise work.damaged(self.path, f"what layer {layer} chose cannot be read: {error}") from None
         return Chosen(arrays[0], arrays[1] if self._with_weights else None)
 
     def close(self) -> None:
-        """Let go of the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
-        # Let go of before, the folder would change under whoever takes it.
+        """Release the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
+        # Released before, the folder would change under whoever takes it.
         interrupt = despite_interrupts(lambda: wait([self._pending] if self._pending else []))
         self._behind.shutdown(wait=False)
         if self._states is not None:
@@ -323,8 +316,9 @@ class Spool(AbstractContextManager["Spool"]):
             text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
             checksums.commit_bytes(self.path, PLAN, text.encode())
 
-    def _resume(self) -> int:
+    def _resume(self, plan: Header, tokens: str) -> int:
         """Drop what a kill left unfinished; open the states of the last finished layer and return the one after it."""
+        self._begin(plan, tokens)
         sums = {name: digest for name, digest in checksums.read(self.path).items() if (self.path / name).exists()}
         finished = max((int(name.split("-")[1]) for name in sums if name.startswith("states-")), default=-1)
         last = self._num_layers - 1
@@ -347,7 +341,6 @@ class Spool(AbstractContextManager["Spool"]):
         return finished + 1
 
     def _files(self, layer: int) -> list[str]:
-        """The files of a layer that stay."""
         if layer not in self._recorded:
             return []
         return [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]

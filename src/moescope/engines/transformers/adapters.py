@@ -1,7 +1,7 @@
 """Adapters: how to read the routed blocks that are not called with chosen ids and gate weights as the others are.
 
 Unit: one `Reading` a routed block. Convention: what is read is what the block **acts** on: the arguments of its
-experts, or the very output of its router that it goes on with. A block is known by the name of its class, so it is read
+experts, or the very output of its router that it uses. A block is known by the name of its class, so it is read
 wherever it stands. What an adapter finds must have the shape it was written for; another version of transformers may
 give something else, and then the block is refused by name.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,9 +94,8 @@ def _jetmoe(block: Any) -> Reading:
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Any, Any]:
         places, _, gates, loads, _ = output
-        sorted_ids = torch.arange(num_experts, device=places.device).repeat_interleave(
-            torch.as_tensor(loads, device=places.device)
-        )
+        loads = torch.as_tensor(loads, device=places.device)
+        sorted_ids = torch.arange(num_experts, device=places.device).repeat_interleave(loads)
         ids, weights = torch.empty_like(places), torch.empty_like(gates)
         ids[places], weights[places] = sorted_ids, gates
         return ids.view(-1, top_k), weights.view(-1, top_k)
@@ -108,8 +107,7 @@ def _jetmoe(block: Any) -> Reading:
 
 def _jetmoe_attention(block: Any) -> Reading:
     """The same router over pairs of query and output projections."""
-    mlp = _jetmoe(block)
-    return Reading(mlp.read, None, mlp.router, mlp.num_experts, block="attention", says=mlp.says)
+    return replace(_jetmoe(block), block="attention")
 
 
 def _switch(experts: Any) -> Reading:
@@ -172,13 +170,9 @@ def _zaya(experts: Any) -> Reading:
         return ids.masked_fill((ids == 0) & (weights == 0), num_experts), weights
 
     return Reading(
-        read,
-        experts,
-        None,
-        num_experts,
-        num_null_experts=1,
-        says="arguments of the experts; expert 0 with weight 0 is the skip expert",
-    )
+        read, experts, None, num_experts,
+        num_null_experts=1, says="arguments of the experts; expert 0 with weight 0 is the skip expert",
+    )  # fmt: skip
 
 
 def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], ids: str, weights: str) -> tuple[Tensor, Tensor]:

@@ -206,15 +206,9 @@ def _takes_use_cache(forward: Callable[..., Any]) -> bool:
 
 def _after_start(model: Any, input_ids: Tensor) -> Tensor:
     """The start token of the decoder before each sequence, shape (sequence, token + 1)."""
-    config = model.config
-    start = next(
-        (
-            token_id
-            for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-            if (token_id := getattr(config, name, None)) is not None
-        ),
-        0,
-    )
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    known = (getattr(model.config, name, None) for name in names)
+    start = next((token_id for token_id in known if token_id is not None), 0)
     return torch.cat([input_ids.new_full((len(input_ids), 1), start), input_ids], dim=1)
 
 
@@ -224,7 +218,6 @@ def _without_start(rows: Tensor, num_sequences: int) -> Tensor:
 
 
 def _ranked(experts: Experts, ids: Tensor, weights: Tensor, predicted: Mapping[int, NDArray[np.int16]]) -> Choices:
-    """Choices by falling gate weight, on the CPU."""
     if ids.shape[1] > 1:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order)

@@ -12,11 +12,9 @@ sees the run, and only if the hidden states are all that it is called with. The 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moescope.engines.transformers.adapters import Read
 from moescope.engines.transformers.hooks import RouterWatch
-from moescope.engines.transformers.routers import Experts, check_call
+from moescope.engines.transformers.replacing import attribute_set
+from moescope.engines.transformers.routers import Experts, check_call, layer_index
 from moescope.errors import ModelUnsupported, NoSuchLayer, RouterSilent
 from moescope.trace import Layer
 
@@ -77,7 +76,7 @@ class LoneRouter:
         further = self.num_predicted - chosen.shape[1]
         if further < 1:
             return chosen
-        with _set(self.module, self.top_k, self.num_predicted):
+        with attribute_set(self.module, self.top_k, self.num_predicted):
             more = self._ranked(hidden)
         known = (more[:, :, None] == chosen[:, None, :]).any(dim=2)
         new = known.to(torch.uint8).argsort(dim=1, stable=True)[:, :further]
@@ -101,21 +100,20 @@ class Lookahead:
 
     def __init__(self, routers: Mapping[int, LoneRouter], targets: Mapping[int, Sequence[tuple[int, int]]]) -> None:
         self.routers, self.targets = routers, targets
-        self._found: dict[int, dict[int, Tensor]] = {}
+        self._predicted: dict[int, dict[int, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Lookahead:
         for layer in self.targets:
-            self._handles.append(
-                self.routers[layer].module.register_forward_pre_hook(self._predict(layer), with_kwargs=True)
-            )
+            module = self.routers[layer].module
+            self._handles.append(module.register_forward_pre_hook(self._predict(layer), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._found.clear()
+        self._predicted.clear()
 
     def take(self, num_tokens: int) -> dict[int, dict[int, NDArray[np.int16]]]:
         """What was predicted since the last call: for each layer and distance ids of shape (token, predicted).
@@ -124,7 +122,7 @@ class Lookahead:
             RouterSilent: A router was passed by, or not called with every token.
             ModelUnsupported: An id is none of the layer's.
         """
-        predictions, self._found = self._found, {}
+        predictions, self._predicted = self._predicted, {}
         taken: dict[int, dict[int, NDArray[np.int16]]] = {}
         for source, targets in self.targets.items():
             for distance, target in targets:
@@ -153,12 +151,8 @@ class Lookahead:
             for distance, target in targets:
                 distances.setdefault(target, []).append(distance)
         return tuple(
-            replace(
-                layer,
-                lookahead=tuple(sorted(distances[layer.layer])),
-                num_predicted=self.routers[layer.layer].num_predicted,
-            )
-            if layer.layer in distances
+            replace(layer, lookahead=tuple(sorted(ahead)), num_predicted=self.routers[layer.layer].num_predicted)
+            if (ahead := distances.get(layer.layer))
             else layer
             for layer in layers
         )
@@ -169,7 +163,7 @@ class Lookahead:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[router.place] if isinstance(router.place, int) else kwargs[router.place]
             for distance, target in self.targets[layer]:
-                self._found.setdefault(target, {})[distance] = _run(self.routers[target], hidden, layer)
+                self._predicted.setdefault(target, {})[distance] = _run(self.routers[target], hidden, layer)
 
         return before
 
@@ -185,9 +179,7 @@ def check_distances(distances: Sequence[int], num_layers: int, subject: object) 
         ValueError: One is no whole number from 1.
         NoSuchLayer: No two of the layers are so far apart.
     """
-    if not all(
-        isinstance(distance, int) and not isinstance(distance, bool) and distance >= 1 for distance in distances
-    ):
+    if not all(type(distance) is int and distance >= 1 for distance in distances):
         raise ValueError(f"distances to look ahead are whole numbers from 1, not {tuple(distances)}")
     if distances and max(distances) >= num_layers:
         most = f"distances go up to {num_layers - 1}" if num_layers > 1 else "there is no layer to look ahead to"
@@ -245,8 +237,7 @@ def _run(router: LoneRouter, hidden: Tensor, source: int) -> Tensor:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """One call of a module during the search."""
 
     module: nn.Module
@@ -255,41 +246,32 @@ class _Seen:
     output: Any
 
 
-@dataclass
-class _Layer:
-    """What is seen of a layer during the search: calls of its modules until its experts are called, and with what."""
-
-    calls: list[_Seen] = field(default_factory=list)
-    ids: Tensor | None = None
-    weights: Tensor | None = None
-
-
 class _Finder(RouterWatch):
-    """Watches every module of the layers during one pass, beside what the experts are called with."""
+    """Watches, by layer, the calls of every module until the experts are called, and what these are called with."""
 
     def __init__(self, body: Any, experts: Sequence[Experts]) -> None:
         super().__init__(experts)
         self.body = body
-        self.layers = {block.layer: _Layer() for block in experts}
+        self.calls: dict[int, list[_Seen]] = {block.layer: [] for block in experts}
+        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: dict[int, Tensor] = {}
 
     def __enter__(self) -> _Finder:
         for experts in self.experts:
-            index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", experts.name)
+            index = layer_index(experts.name)
             block = f"{experts.name[: index.end(1)]}." if index is not None else ""
             own = f"{experts.name}."
+            see = self._see(experts.layer)
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
-                    self.handles.append(
-                        module.register_forward_hook(self._see(self.layers[experts.layer]), with_kwargs=True)
-                    )
+                    self.handles.append(module.register_forward_hook(see, with_kwargs=True))
         super().__enter__()
         return self
 
-    def _see(self, layer: _Layer) -> Callable[..., None]:
+    def _see(self, layer: int) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if layer.ids is None:
-                layer.calls.append(_Seen(module, args, kwargs, output))
+            if layer not in self.chosen:
+                self.calls[layer].append(_Seen(module, args, kwargs, output))
 
         return after
 
@@ -297,8 +279,7 @@ class _Finder(RouterWatch):
         note = super().note(experts)
 
         def tell(ids: Tensor, weights: Tensor) -> None:
-            layer = self.layers[experts.layer]
-            layer.ids, layer.weights = ids, weights
+            self.chosen[experts.layer] = ids, weights
             note(ids, weights)
 
         return tell
@@ -306,10 +287,8 @@ class _Finder(RouterWatch):
 
 def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> LoneRouter:
     """The router of a layer, as the search saw it; `kept` are the identities of the model's own tensors."""
-    seen = finder.layers[experts.layer]
-    assert seen.ids is not None  # RouterWatch refuses a layer that is silent
-    assert seen.weights is not None
-    giving = None if experts.drops or experts.in_decoder else _giver(experts, seen.calls, seen.ids, seen.weights)
+    calls, (ids, weights) = finder.calls[experts.layer], finder.chosen[experts.layer]
+    giving = None if experts.drops or experts.in_decoder else _giver(experts, calls, ids, weights)
     if giving is None:
         reason = "capacity drops assignments" if experts.drops else "no module gives the ids that reach its experts"
         raise ModelUnsupported(
@@ -324,12 +303,12 @@ def _router(experts: Experts, finder: _Finder, kept: set[int], subject: str) -> 
     if place is None:
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} is not called with hidden states", _HINT)
     alone = len(given) == 1
-    router = LoneRouter(experts, call.module, place, call.args, call.kwargs, alone, read, seen.ids.shape[1])
+    router = LoneRouter(experts, call.module, place, call.args, call.kwargs, alone, read, ids.shape[1])
     hidden = finder.hidden[experts.layer] = given[place]
     if not alone:
         return router
     own = _run(router, hidden, experts.layer)
-    if not own.sort(dim=1).values.equal(seen.ids.sort(dim=1).values):
+    if not own.sort(dim=1).values.equal(ids.sort(dim=1).values):
         raise ModelUnsupported(subject, f"the router of layer {experts.layer} chooses otherwise when run again", _HINT)
     return _longer(router, hidden)
 
@@ -384,18 +363,7 @@ def _longer(router: LoneRouter, hidden: Tensor) -> LoneRouter:
     return longer if ids.shape[1] == wanted and bool(distinct) else router
 
 
-@contextmanager
-def _set(module: nn.Module, name: str, value: int) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an output, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):

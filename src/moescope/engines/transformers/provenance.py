@@ -17,7 +17,7 @@ from moescope.trace import Layer
 HASHED_WHOLE_BYTES = 10**9
 """Checkpoints up to this size are hashed whole, larger ones by evenly spaced blocks of every file."""
 
-_BLOCKS, _BLOCK_BYTES = 64, 2**16
+_BLOCKS, _BLOCK_BYTES = 64, 2**16  # 4 MB of a file, read in a moment wherever it lies
 
 LIBRARIES = ("torch", "transformers")
 """What decides how a model is computed."""

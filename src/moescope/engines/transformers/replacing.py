@@ -1,17 +1,29 @@
-"""A function of ``torch.nn.functional`` replaced for one thread, while a ``with`` block lasts.
+"""What is another while a ``with`` block lasts: an attribute, or a function of ``torch.nn.functional`` for one thread.
 
-Models call such functions by that name. A torch function mode would reach every call, but it slows all functions of
+Models call such functions by their name. A torch function mode would reach every call, but it slows all functions of
 torch, by a fifth of a small model's forward pass (docs/decisions/log.md).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
 from torch.nn import functional
+
+
+@contextmanager
+def attribute_set(owner: object, name: str, value: object) -> Iterator[None]:
+    """An attribute of an object has another value until the block ends."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class Replacing:

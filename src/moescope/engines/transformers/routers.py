@@ -37,13 +37,7 @@ TEXT_TOWERS = {"diffusion_gemma": "encoder", "qwen3_omni_moe": "thinker.model"}
 _NOT_FOR_TEXT = frozenset({"vision_moe"})
 """Blocks inside a text tower that no text token reaches (ERNIE 4.5 VL)."""
 
-_MOE_FIELDS = (
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-)
+_MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Fields of configurations that count routed experts."""
 
 _SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
@@ -108,6 +102,10 @@ class Router:
             raise ValueError(f"{self.module}: a router has at least one expert and no negative number of others")
         if self.at not in ("output", "call") or self.batching not in ("padded", "equal", "alone"):
             raise ValueError(f"{self.module}: at is 'output' or 'call', batching 'padded', 'equal' or 'alone'")
+
+
+_AS_READING = ("read", "num_experts", "num_null_experts", "num_shared_experts", "drops", "batching")
+"""What a `Router` says as a `Reading` does."""
 
 
 def find_experts(model: nn.Module, subject: object, *, block: str = "mlp") -> tuple[Experts, ...]:
@@ -184,24 +182,16 @@ def given_experts(model: nn.Module, routers: Sequence[Router]) -> tuple[Experts,
             module = model.get_submodule(router.module)
         except AttributeError as error:
             raise ValueError(f"the model has no module {router.module!r}: {error}") from None
-        index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", router.module) if router.layer is None else None
+        index = layer_index(router.module) if router.layer is None else None
         layer = int(index[1]) if index is not None else router.layer
         if layer is None:
             raise ValueError(f"{router.module} is in no numbered layer: say which, Router(layer=…)")
         if layer in by_layer:
             raise ValueError(f"layer {layer} has two routers, {by_layer[layer].name} and {router.module}")
+        reading: dict[str, Any] = {name: getattr(router, name) for name in _AS_READING}
+        called, listened = (module, None) if router.at == "call" else (None, module)
         by_layer[layer] = Experts(
-            layer=layer,
-            name=router.module,
-            module=module,
-            num_experts=router.num_experts,
-            num_null_experts=router.num_null_experts,
-            num_shared_experts=router.num_shared_experts,
-            read=router.read,
-            called=module if router.at == "call" else None,
-            router=module if router.at == "output" else None,
-            drops=router.drops,
-            batching=router.batching,
+            **reading, layer=layer, name=router.module, module=module, called=called, router=listened
         )
     if not by_layer:
         raise ValueError("routers must name at least one router")
@@ -225,6 +215,19 @@ def select_experts(
             problem = f"layer {layer} has no routed experts" if dense else f"there is no layer {layer}"
             raise NoSuchLayer(subject, f"{problem}; the layers with routed experts are {ranges(have)}")
     return tuple(block for block in experts if block.layer in set(layers))
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module's ``forward``; none if Python cannot say."""
+    try:
+        return list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
+    except (TypeError, ValueError):
+        return []
+
+
+def layer_index(name: str) -> re.Match[str] | None:
+    """The first number in the path of a module, as group 1 of a match."""
+    return re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
 
 
 def text_tower(model: Any) -> Any:
@@ -297,10 +300,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 def _general_rule(module: nn.Module) -> Reading | None:
     """How to read the ids and weights that a module is called with; None if it is not called with them."""
-    try:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]  # 0 is self
-    except (TypeError, ValueError):
-        return None
+    names = forward_parameters(module)
     ids = next((name for name in names if name in ID_PARAMETERS), None)
     weights = next((name for name in names if name in WEIGHT_PARAMETERS), None)
     if ids is None or weights is None:
@@ -320,16 +320,13 @@ def _general_rule(module: nn.Module) -> Reading | None:
 
 
 def _describe(model: nn.Module, name: str, module: nn.Module, reading: Reading, subject: object) -> Experts:
-    index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    if index is None or not reading.num_experts or getattr(module, "_is_expert_parallel", False):
-        reason = (
-            "is in no numbered layer"
-            if index is None
-            else "does not say how many experts it has"
-            if not reading.num_experts
-            else "holds only this process's share of the experts"
-        )
-        raise ModelUnsupported(subject, f"{name} {reason}")
+    index = layer_index(name)
+    if index is None:
+        raise ModelUnsupported(subject, f"{name} is in no numbered layer")
+    if not reading.num_experts:
+        raise ModelUnsupported(subject, f"{name} does not say how many experts it has")
+    if getattr(module, "_is_expert_parallel", False):
+        raise ModelUnsupported(subject, f"{name} holds only this process's share of the experts")
     if reading.holder:
         name, module = f"{name}.{reading.holder}", module.get_submodule(reading.holder)
     config = getattr(model, "config", None)

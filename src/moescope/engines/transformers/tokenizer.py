@@ -58,8 +58,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a lone surrogate reads U+FFFD
-        ids = self._ids(text, add_special_tokens=False)
-        return np.asarray(ids, np.uint32)
+        return np.asarray(self._ids(text, add_special_tokens=False), np.uint32)
 
     def description(self) -> dict[str, Any]:
         """Provenance for the header of a trace: class, fingerprint, added tokens."""
@@ -80,14 +79,8 @@ class Tokenizer:
         return Vocabulary(pieces)
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
+        options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def _find_added_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text; what it puts after can change no earlier choice."""
