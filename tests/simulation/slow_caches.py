@@ -223,4 +223,5 @@ def most_hits(groups: Sequence[frozenset[int]], capacity: int) -> int:
 
 def unit(loads: np.ndarray) -> np.ndarray:
     """Loads scaled to unit length, as the product rounds them."""
-    return np.rint(loads / np.sqrt((loads.astype(float) ** 2).sum()) * 2**20).astype(np.int64)
+    length = max(1.0, np.sqrt((loads.astype(float) ** 2).sum()))  # 1 where all was dropped
+    return np.rint(loads / length * 2**20).astype(np.int64)
