@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moescope.cli.options import force_option, output_option, parse_integers
+from moescope.cli.options import force_option, layers_option_for, output_option
 from moescope.reporting.numbers import count
 from moescope.reporting.printing import say
 
@@ -32,14 +32,7 @@ def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @click.option(
     "--num-layers", type=click.IntRange(1, 65536), metavar="N", help="Layers of the model, dense ones included."
 )
-@click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers with routed experts, such as 3,4,5, counted over the whole model.",
-)
+@layers_option_for("Layers with routed experts, such as 3,4,5, counted over the whole model.")
 @click.option("--domain", metavar="LABEL", help="Label of all documents.  [default: the file's, else its name]")
 @click.option("--model", metavar="NAME", help="Name of the model, where the files do not say it.")
 @click.option("--ranked", is_flag=True, help="Choices stand in order of gate weight, though no weights say so.")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from moescope.reporting.options import Command
 from moescope.reporting.options import layers_option as layers_option
+from moescope.reporting.options import layers_option_for as layers_option_for
 from moescope.reporting.options import parse_integers as parse_integers
-from moescope.reporting.options import parse_words as parse_words
 from moescope.reporting.options import shown_layers_option as shown_layers_option
 from moescope.reporting.options import trace_argument as trace_argument
-
-Command = TypeVar("Command", bound=Callable[..., object])
+from moescope.reporting.options import word_option as word_option
 
 format_option = click.option(
     "--format",

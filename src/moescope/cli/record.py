@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from moescope.cli.options import parse_integers
+from moescope.cli.options import layers_option_for, parse_integers
 from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
@@ -66,14 +66,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="PATH", help="Folder of the trace."
 )
-@click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]",
-)
+@layers_option_for("Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]")
 @click.option("--window", type=click.IntRange(2), default=WINDOW, help="Longest sequence the model reads.")
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, output_option, parse_words, shown_layers_option, trace_argument
+from moescope.cli.options import force_option, output_option, shown_layers_option, trace_argument, word_option
 from moescope.reporting.printing import say
 
 
@@ -14,14 +14,7 @@ from moescope.reporting.printing import say
 @trace_argument
 @output_option("report", "Folder to write; an earlier report there is replaced.")
 @shown_layers_option
-@click.option(
-    "--word",
-    "words",
-    multiple=True,
-    callback=parse_words,
-    metavar="WORD",
-    help="Word to look for instead of the paper's; repeatable.",
-)
+@word_option("Word to look for instead of the paper's; repeatable.")
 @force_option
 def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tuple[str, ...], force: bool) -> None:
     """Write everything as one offline HTML page, with figures and tables.

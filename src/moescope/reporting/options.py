@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
 from moescope.reporting.numbers import count
 from moescope.reporting.printing import say
+
+Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -20,7 +24,7 @@ def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None
     return tuple(sorted({int(part) for part in parts}))
 
 
-def parse_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+def _parse_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse a word that is nothing but spaces. For ``callback=`` of an option."""
     if not all(word.strip() for word in value):
         raise click.BadParameter("a word must hold something besides spaces.")
@@ -30,58 +34,61 @@ def parse_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 trace_argument = click.argument("trace", type=click.Path(path_type=Path))
 """``TRACE``: the folder ``moescope record`` wrote. Whether it is one is for ``open_trace`` to say."""
 
-layers_option = click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers, such as 0,15,31, counted over the whole model.  [default: all]",
-)
-"""``--layers 0,15,31`` -> ``layers``: a tuple of int, or None for all."""
 
-shown_layers_option = click.option(
-    "--layers",
-    "--layer",
-    "layers",
-    callback=parse_integers,
-    metavar="LIST",
-    help="Layers to show, such as 0,15,31.  [default: the first, the middle and the last recorded]",
+def layers_option_for(help: str) -> Callable[[Command], Command]:
+    """``--layers 0,15,31`` -> ``layers``: a tuple of int, or None."""
+    return click.option("--layers", "--layer", "layers", callback=parse_integers, metavar="LIST", help=help)
+
+
+layers_option = layers_option_for("Layers, such as 0,15,31, counted over the whole model.  [default: all]")
+"""Layers to measure; None for all."""
+
+shown_layers_option = layers_option_for(
+    "Layers to show, such as 0,15,31.  [default: the first, the middle and the last recorded]"
 )
-"""The same for commands that show a few layers; None for three of them."""
+"""Layers of which a few are shown; None for three of them."""
+
+
+def word_option(help: str) -> Callable[[Command], Command]:
+    """``--word self --word the`` -> ``words``: a tuple of str."""
+    return click.option("--word", "words", multiple=True, callback=_parse_words, metavar="WORD", help=help)
+
 
 figures_option = click.option(
     "--figures", type=click.Path(path_type=Path), metavar="FOLDER", help="Also draw it there, as PNG, SVG and PDF."
 )
 """``--figures FOLDER`` -> ``figures``: a folder, or None."""
 
-choice_option = click.option(
-    "--choice",
-    type=click.Choice(["first", "all"]),
-    default="first",
-    show_default=True,
-    help="The first choice of a token, or each of its choices.",
-)
-"""``--choice first|all`` -> ``choice``."""
+
+def choice_option_for(help: str) -> Callable[[Command], Command]:
+    """``--choice first|all`` -> ``choice``."""
+    return click.option("--choice", type=click.Choice(["first", "all"]), default="first", show_default=True, help=help)
+
+
+choice_option = choice_option_for("The first choice of a token, or each of its choices.")
+"""The choice that is measured."""
+
+
+def _warn_of_few_permutations(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    """Say on stderr if so few permutations cannot make anything significant."""
+    from moescope.reporting.tables import SIGNIFICANT  # here, since it takes pandas with it
+
+    smallest = 1 / (value + 1)
+    if smallest >= SIGNIFICANT:
+        say(
+            f"warning: with {count(value, 'permutation')} no p-value is below {smallest:.2g}, so nothing is "
+            f"told from chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
+            err=True,
+        )
+    return value
+
 
 permutations_option = click.option(
     "--permutations",
     type=click.IntRange(1, 99_999),
     default=99,
     show_default=True,
+    callback=_warn_of_few_permutations,
     help="Permutations of each test.",
 )
-"""``--permutations N`` -> ``permutations``, about which `warn_of_few_permutations` has a word."""
-
-
-def warn_of_few_permutations(permutations: int) -> None:
-    """Say on stderr if so few permutations cannot tell anything from chance."""
-    from moescope.reporting.tables import SIGNIFICANT
-
-    smallest = 1 / (permutations + 1)
-    if smallest >= SIGNIFICANT:
-        say(
-            f"warning: with {count(permutations, 'permutation')} no p-value is below {smallest:.2g}, so nothing is "
-            f"told from chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
-            err=True,
-        )
+"""``--permutations N`` -> ``permutations``."""

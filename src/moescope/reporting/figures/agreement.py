@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from moescope.reporting.colours import INK, MUTED
+from moescope.reporting.colours import INK
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS
 
 NEARLY_THE_SAME = 90.0
 """Per cent above which everything must lie for the axis not to start at zero."""
@@ -21,11 +20,7 @@ LEAST_RANGE = 2.0
 
 
 def draw_agreement(agreement: xr.Dataset) -> Figure:
-    """The agreement of all layers there are.
-
-    Args:
-        agreement: `Comparison.agreement` of `moescope.compare`.
-    """
+    """The agreement of all layers there are; `agreement` is that of a `moescope.Comparison`."""
     domains = agreement["domain"].values.tolist()
     marks = style.domain_marks(domains[1:]) if len(domains) > 2 else []
     top_k = int(agreement["top_k"].values.max())
@@ -34,38 +29,32 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
     lowest = 100 * float(agreement["agreement_low"].sel(kind=kinds).min())
     bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
     with style.style():
-        handles = [
-            Line2D([], [], color=INK, linewidth=1.8),
+        handles: list[Artist] = [
+            Line2D([], [], color=INK, linewidth=1.8, label="all domains"),
             *style.line_handles(marks),
-            Patch(facecolor=MUTED, alpha=0.25, linewidth=0),
         ]
-        labels = ["all domains", *(mark.name for mark in marks), "popularity of the experts alone"]
-        if bottom > 0:  # popularity is below what is shown
-            handles, labels = handles[:-1], labels[:-1]
+        if bottom == 0:  # else popularity is below what is shown
+            handles.append(style.band_handle("popularity of the experts alone"))
         columns = 5 if len(marks) <= 8 else 4
-        top = style.legend_rows(len(labels), columns) + 0.3
+        top = style.legend_rows(len(handles), columns) + 0.3
         left = 0.5 if bottom == 0 else 0.6
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2, left=left, alike=True)
+        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2, left=left, sharey=True)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_panel(axes, agreement.sel(kind=kind), marks)
             axes.set_xlabel("Layer", labelpad=2)
         panels[0].set_ylim(bottom, 100)
         panels[0].set_ylabel("Chosen in both traces (%)")
-        style.legend_above(figure, handles, labels, columns=columns)
+        style.legend_above(figure, handles, columns=columns)
     return figure
 
 
 def _draw_panel(axes: Axes, data: xr.Dataset, marks: list[style.Mark]) -> None:
     layers = data["layer"].values
-    few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     value, low, high, null = (100 * data[f"agreement{end}"].values for end in ("", "_low", "_high", "_null"))
     style.add_band(axes, layers, null, "popularity")
     for number, mark in enumerate(marks, start=1):
         style.add_domain(axes, layers, value[number], mark, number, linewidth=0.9, markersize=2.8)
     axes.plot(layers, value[0], color=INK, linewidth=1.8, marker="o" if len(layers) == 1 else "", label="all domains")
-    if few:
-        style.add_verticals(axes, layers.astype(float), low[0], high[0], edgecolor=INK, linewidth=0.9)
-    else:
-        axes.fill_between(layers, low[0], high[0], color=INK, alpha=0.15, linewidth=0)
+    style.add_spread(axes, layers, low[0], high[0], INK, 0.15)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     style.layer_axis(axes, layers)

@@ -7,6 +7,8 @@ where they were not recorded, the entropy of the loads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -16,35 +18,29 @@ from matplotlib.lines import Line2D
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
+from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS
 
 _MARKERS = "oD^vPX"
 
 
 def draw_balance(balance: xr.Dataset) -> Figure:
-    """Imbalance of all layers there are, and beside it the entropy, or the gate weights if they were recorded.
-
-    Args:
-        balance: Of `moescope.balance`.
-    """
+    """Imbalance of all layers of a `moescope.balance`; beside it the gate weights, or the entropy without them."""
     whole = total(balance)
     sizes = _sizes(balance)
     colours = domain_colours(len(sizes) + 1)
     with style.style():
-        handles = [Line2D([], [], color=INK, linewidth=1.4, marker="s", markersize=3.4, label="the whole trace")]
-        handles += [
+        handles = [
+            Line2D([], [], color=INK, linewidth=1.4, marker="s", markersize=3.4, label="the whole trace"),
+            *(
+                Line2D([], [], color=colour, marker=marker, markersize=3.2, linewidth=1.2, label=_batch(size))
+                for size, colour, marker in zip(sizes, colours[1:], _MARKERS, strict=False)
+            ),
             Line2D(
-                [], [], color=colours[at + 1], marker=_MARKERS[at], markersize=3.2, linewidth=1.2, label=_batch(size)
-            )
-            for at, size in enumerate(sizes)
+                [], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED, label="the same, tokens drawn at random"
+            ),
         ]
-        handles.append(
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=(0, (4, 2)), label="the same, tokens drawn at random")
-        )
         top = style.legend_rows(len(handles), 5) + 0.3
-        figure = style.new_figure(FULL_WIDTH, top + 0.42 + 2.2)
-        left, right = figure.subplots(1, 2, squeeze=False, width_ratios=[1.5, 1])[0]
-        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        figure, (left, right) = style.panels_in_row(2, top=top, height=top + 0.42 + 2.2, width_ratios=[1.5, 1])
         figure.subplots_adjust(wspace=0.24)
         _draw_imbalance(left, balance, whole, sizes, colours)
         if "weight" in balance:
@@ -54,8 +50,7 @@ def draw_balance(balance: xr.Dataset) -> Figure:
         for axes in (left, right):
             style.layer_axis(axes, balance["layer"].values)
             axes.set_xlabel("Layer", labelpad=2)
-        labels = [str(handle.get_label()) for handle in handles]
-        style.legend_above(figure, handles, labels, columns=5)
+        style.legend_above(figure, handles, columns=5)
     return figure
 
 
@@ -65,43 +60,34 @@ def _draw_imbalance(
     layers = balance["layer"].values
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     apart = 0.1 if len(layers) > 1 else 0.02
-    for at, size in enumerate(sizes):
-        data, colour = balance.sel(batch=size), colours[at + 1]
-        x = layers + apart * (at - (len(sizes) - 1) / 2) if few else layers
+    for number, (size, colour) in enumerate(zip(sizes, colours[1:], strict=True)):
+        data = balance.sel(batch=size)
+        x = layers + apart * (number - (len(sizes) - 1) / 2) if few else layers
         band = data["batch_imbalance_quantile"].values
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.12, linewidth=0)
-        values = data["batch_imbalance"].values
-        style.add_marked(axes, x, values, colour, _MARKERS[at], label=_batch(size))
-        axes.plot(
-            layers,
-            data["batch_imbalance_null"].values,
-            color=colour,
-            linewidth=1.0,
-            linestyle=(0, (4, 2)),
-            label=f"{_batch(size)}, drawn",
-        )
+        values, null = (data[name].values for name in ("batch_imbalance", "batch_imbalance_null"))
+        style.add_marked(axes, x, values, colour, _MARKERS[number], label=_batch(size))
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.0, "linestyle": style.DASHED}
+        axes.plot(layers, null, **look, label=f"{_batch(size)}, drawn")
     style.add_intervals(axes, whole, "imbalance")
     values = whole["imbalance"].values
     style.add_marked(axes, layers, values, INK, "s", markersize=3.4, linewidth=1.4, label="the whole trace")
     if float(np.nanmax([np.asarray(line.get_ydata(), float) for line in axes.lines], initial=1)) > 12:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    else:
-        axes.set_ylim(bottom=1)
+    axes.set_ylim(bottom=1)
     axes.set_ylabel("Largest load over mean load")
     style.panel_title(axes, "Imbalance")
 
 
 def _draw_weights(axes: Axes, balance: xr.Dataset) -> None:
-    layers, colours = balance["layer"].values, domain_colours(8)[4:]
-    names = (("first", "the largest"), ("margin", "its lead over the second"))
-    for at, (name, label) in enumerate(names):
+    layers, colours = balance["layer"].values, domain_colours(8)
+    names = (("first", "the largest", colours[4]), ("margin", "its lead over the second", colours[6]))
+    for (name, label, colour), marker in zip(names, _MARKERS, strict=False):
         data = balance.sel(statistic=name)
         band = data["weight_quantile"].values
-        axes.fill_between(layers, band[:, 0], band[:, -1], color=colours[2 * at], alpha=0.13, linewidth=0)
-        values = total(data)["weight"].values
-        style.add_marked(axes, layers, values, colours[2 * at], _MARKERS[at], label=label)
+        axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.13, linewidth=0)
+        style.add_marked(axes, layers, total(data)["weight"].values, colour, marker, label=label)
     axes.set_ylim(0, 1)
     axes.legend(loc="best", handlelength=1.2)
     axes.set_ylabel("Part of a token's gate weight")

@@ -17,13 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from moescope.reporting.colours import MUTED, PAPER
+from moescope.reporting.colours import PAPER
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH
 from moescope.reporting.numbers import bits
 from moescope.reporting.tables import SIGNIFICANT
 
 MOST_LAYERS_WITH_NUMBERS = 10
+DARK = 0.45
+"""Part of the largest value from which a square is so dark that what stands on it is white."""
+
 LEGEND_WIDTH = 3.85
 """Inches that the scale and its words need."""
 
@@ -33,19 +36,15 @@ FROM_NOTHING = LinearSegmentedColormap.from_list(
 
 
 def draw_divergence(divergence: xr.Dataset) -> Figure:
-    """The map of all layers there are.
-
-    Args:
-        divergence: Of `moescope.divergence`.
-    """
+    """The map of all layers of a `moescope.divergence`."""
     value = divergence["jsd_rest"].transpose("domain", "layer").values
-    found = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
+    differs = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
-    return draw_map(names, divergence["layer"].values, value, found)
+    return draw_map(names, divergence["layer"].values, value, differs)
 
 
 def draw_map(
-    names: Sequence[str], layers: NDArray[np.int64], value: NDArray[np.float64], found: NDArray[np.bool_]
+    names: Sequence[str], layers: NDArray[np.int64], value: NDArray[np.float64], differs: NDArray[np.bool_]
 ) -> Figure:
     """A map of divergences, a row a name and a column a layer.
 
@@ -53,7 +52,7 @@ def draw_map(
         names: Of the rows.
         layers: Of the columns.
         value: Bits, shape (name, layer).
-        found: Where a dot stands, same shape.
+        differs: Where a dot stands, same shape.
     """
     numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     with style.style():
@@ -69,27 +68,16 @@ def draw_map(
             figure, left=left, right=width - left - cell * len(layers), top=top, bottom=bottom, between=0, rows=1
         )
         largest = float(np.nanmax(value, initial=1e-6))
-        mesh = axes.pcolormesh(value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
-        axes.invert_yaxis()
-        dark = value > 0.45 * largest
-        for colour, here in (("#ffffff", dark), ("#000000", ~dark)):
-            if numbers:
-                for row, column in np.argwhere(here & np.isfinite(value)):
-                    text = bits(float(value[row, column])) + (" •" if found[row, column] else "")
-                    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=colour)
-            else:
-                rows, columns = np.nonzero(here & found)
-                axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.8, color=colour, markeredgewidth=0)
+        mesh = _draw_squares(axes, value, largest)
+        dark = value > DARK * largest
+        if not numbers:
+            _draw_dots(axes, differs, dark, 1.8)
+        for colour, shade in (("#ffffff", dark), ("#000000", ~dark)):
+            for row, column in np.argwhere(shade & np.isfinite(value) & numbers):
+                text = bits(float(value[row, column])) + (" •" if differs[row, column] else "")
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=colour)
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
-        if numbers:
-            axes.set_xticks(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers])
-        else:
-            shown = [
-                int(at) for at in MaxNLocator(10, integer=True).tick_values(0, len(layers) - 1) if at < len(layers)
-            ]
-            axes.set_xticks(np.array(shown) + 0.5, [str(layers[at]) for at in shown])
-        axes.set_xlabel("Layer", labelpad=2)
-        _without_frame(axes)
+        style.map_of_layers_axis(axes, layers, None if numbers else 10, shift=0.5)
         _add_scale(figure, mesh, left)
     return figure
 
@@ -112,38 +100,33 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
         width = max(left + 0.1 + (side + between) * len(shown), left + LEGEND_WIDTH)
         height = top + side + bottom
         figure = style.new_figure(width, height)
-        for at, (layer, value) in enumerate(zip(shown, values, strict=True)):
-            axes = figure.add_axes(
-                ((left + at * (side + between)) / width, bottom / height, side / width, side / height)
-            )
-            known = np.where(np.eye(len(names), dtype=bool), np.nan, value)
-            mesh = axes.pcolormesh(known, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
-            axes.invert_yaxis()
-            found = divergence["jsd_q"].sel(layer=layer).values < SIGNIFICANT
-            for colour, here in (("#ffffff", value > 0.45 * largest), ("#000000", value <= 0.45 * largest)):
-                rows, columns = np.nonzero(here & found)
-                axes.plot(columns + 0.5, rows + 0.5, "o", markersize=1.6, color=colour, markeredgewidth=0)
+        for place, (layer, value) in enumerate(zip(shown, values, strict=True)):
+            corner = ((left + place * (side + between)) / width, bottom / height)
+            axes = figure.add_axes((*corner, side / width, side / height))
+            mesh = _draw_squares(axes, np.where(np.eye(len(names), dtype=bool), np.nan, value), largest)
+            differs = divergence["jsd_q"].sel(layer=layer).values < SIGNIFICANT
+            _draw_dots(axes, differs & np.isfinite(value), value > DARK * largest, 1.6)
             axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90)
-            axes.set_yticks(np.arange(len(names)) + 0.5, names if at == 0 else [])
+            axes.set_yticks(np.arange(len(names)) + 0.5, names if place == 0 else [])
             style.panel_title(axes, f"Layer {layer}")
-            _without_frame(axes)
         _add_scale(figure, mesh, left)
     return figure
 
 
-def _without_frame(axes: Axes) -> None:
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _draw_squares(axes: Axes, value: NDArray[np.float64], largest: float) -> QuadMesh:
+    mesh = axes.pcolormesh(value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
+    axes.invert_yaxis()
+    style.without_frame(axes)
+    return mesh
+
+
+def _draw_dots(axes: Axes, differs: NDArray[np.bool_], dark: NDArray[np.bool_], size: float) -> None:
+    for colour, shade in (("#ffffff", dark), ("#000000", ~dark)):
+        rows, columns = np.nonzero(shade & differs)
+        axes.plot(columns + 0.5, rows + 0.5, "o", markersize=size, color=colour, markeredgewidth=0)
 
 
 def _add_scale(figure: Figure, mesh: QuadMesh, left: float) -> None:
-    """The scale of colours with its words, at the bottom."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((left / width, 0.24 / height, 1.4 / width, 0.07 / height))
-    bar = figure.colorbar(mesh, cax=axes, orientation="horizontal")
-    bar.outline.set_linewidth(0)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(3))
-    axes.tick_params(length=2, pad=2)
     words = "bits; • not explained by sampling documents"
-    figure.text((left + 1.55) / width, 0.24 / height, words, fontsize=7, color=MUTED, va="bottom")
+    bar = style.add_scale(figure, mesh, words, left=left, bottom=0.24, length=1.4, gap=0.15)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(3))

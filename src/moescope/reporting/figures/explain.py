@@ -13,7 +13,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
@@ -44,7 +43,7 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         for axes, layer in zip(panels.flat, layers, strict=False):
             here = explained.sel(layer=layer)
             _draw_bars(axes, here.sel(source=sources), _marks(explained, sources))
-            axes.axvline(float(here["entropy"]), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.axvline(float(here["entropy"]), **style.UNIFORM)
             style.panel_title(axes, f"Layer {layer}")
             axes.set_xlim(0, most * 1.04)
         for axes in panels.flat[len(layers) :]:
@@ -52,28 +51,24 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         for axes in panels[-1]:
             axes.set_xlabel("Bits", labelpad=2)
         handles = [
-            Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 3))),
-            Patch(facecolor=MUTED, alpha=0.25, linewidth=0),
-            Line2D([], [], color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none"),
+            Line2D([], [], **style.UNIFORM, label="all bits of the choice"),
+            style.band_handle("bounds"),
+            Line2D(
+                [], [], color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none", label="permuted routing"
+            ),
         ]
-        style.legend_above(figure, handles, ["all bits of the choice", "bounds", "permuted routing"], columns=3)
+        style.legend_above(figure, handles, columns=3)
     return figure
 
 
 def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
-    """Share of the choice that each source explains, by layer, a line a source.
-
-    Args:
-        explained: Of `moescope.explain`.
-    """
+    """Share of the choice that each source of a `moescope.explain` explains, by layer, a line a source."""
     sources = _known(explained)
     layers = explained["layer"].values
     with style.style():
         marks = _marks(explained, sources)
         top = style.legend_rows(len(sources), 3) + 0.2
-        figure = style.new_figure(FULL_WIDTH * 0.62, top + 0.42 + 2.2)
-        axes = figure.subplots()
-        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        figure, (axes,) = style.panels_in_row(1, top=top, height=top + 0.42 + 2.2, width=style.NARROW)
         for source, mark in zip(sources, marks, strict=True):
             here = explained.sel(source=source)
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -81,15 +76,14 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
                     100 * (here[f"bits_{end}"] / here["bits"] * here["share"]).values for end in ("low", "high")
                 )
             share = 100 * here["share"].values
-            style.add_line(
-                axes, layers, share, np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high), mark, 0.15
-            )
+            low, high = np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high)
+            style.add_line(axes, layers, share, low, high, mark, 0.15)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("Layer", labelpad=2)
         axes.set_ylabel("Share of the choice explained (%)")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y")
-        style.legend_above(figure, style.line_handles(marks), sources, columns=3)
+        style.legend_above(figure, style.line_handles(marks), columns=3)
     return figure
 
 

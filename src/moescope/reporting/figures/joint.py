@@ -1,24 +1,27 @@
 """Co-activation and transitions as maps of the lift, experts in clustered order; and the information between layers.
 
 A map shows the binary logarithm of the lift on a diverging scale: orange, more often together than popularity makes
-them; blue, less often; white, as often. Few experts carry the lift as a number, bold if it surely is not 1; many are
-put in an order in which like stand beside like, so that groups show as blocks.
+them; blue, less often; white, as often. Few experts carry the lift as a number, bold if it is significantly not 1; many
+are put in an order in which like stand beside like, so that groups show as blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from moescope.measures.claims import first_middle_last
 from moescope.measures.groups import FEWEST_EXPECTED
 from moescope.reporting.colours import INK, MUTED, PAPER
 from moescope.reporting.figures import style
@@ -27,7 +30,7 @@ from moescope.reporting.tables import SIGNIFICANT
 
 MOST_WITH_NUMBERS = 10
 MOST_WITH_LABELS = 24
-MOST_ORDERED_OPTIMALLY = 300
+MOST_ORDERED_OPTIMALLY = 300  # the optimal order of leaves takes time with the square of them, or more
 MOST_MAPS = 3
 LIMIT = 2.0
 """Binary logarithm of the lift at which the scale ends: a quarter, four times as often."""
@@ -44,66 +47,56 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
         coactivation: Of `moescope.coactivation`.
         layers: Layers to show; None for the first, the middle and the last.
     """
-    shown = _shown(coactivation, layers)
+
+    def draw(axes: Axes, layer: int) -> ScalarMappable:
+        of_layer = coactivation.sel(layer=layer)
+        size = int(of_layer["num_ids"])
+        lift, q_value = _tested(of_layer, size, size)
+        order = order_of_pairs(lift)
+        style.panel_title(axes, f"Layer {layer}")
+        axes.set_xlabel("expert" if size <= MOST_WITH_NUMBERS else f"{size} experts, clustered", labelpad=3)
+        excess, null = 100 * float(of_layer["deviation"]), 100 * float(of_layer["deviation_null"])
+        _add_note(axes, f"{excess:.0f} % of pairs in excess" + ("" if isnan(null) else f" ({null:.0f} by chance)"))
+        return _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
+
     with style.style():
-        figure, panels, bar_axes, words = _frame(len(shown), "pairs of experts")
-        mesh = None
-        for axes, layer in zip(panels, shown, strict=True):
-            at = coactivation.sel(layer=layer)
-            size = int(at["num_ids"])
-            lift, q_value = _known(at, size, size)
-            order = order_of_pairs(lift)
-            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
-            excess, null = 100 * float(at["deviation"]), 100 * float(at["deviation_null"])
-            style.panel_title(axes, f"Layer {layer}")
-            note = f"{excess:.0f} % of pairs in excess" + ("" if isnan(null) else f" ({null:.0f} by chance)")
-            axes.set_xlabel(_experts(size), labelpad=3)
-            axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
-        _scale(figure, bar_axes, mesh, words)
-    return figure
+        return _draw_maps(_shown(coactivation, layers), draw, "pairs of experts")
 
 
 def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
     """Maps of the lift of each transition, at most three, and below the information between all layers.
 
-    Where there are many experts, those without a transition that enough tokens tell of are left out.
+    Where there are many experts, those without a transition that enough tokens test are left out.
 
     Args:
         transitions: Of `moescope.transitions`.
         layers: The later layer of each map; None for the first, the middle and the last there are.
     """
-    shown = _shown(transitions, layers)
+
+    def draw(axes: Axes, layer: int) -> ScalarMappable:
+        of_layer = transitions.sel(layer=layer)
+        lift, q_value = _tested(of_layer, int(of_layer["num_before"]), int(of_layer["num_ids"]))
+        tested, before = np.isfinite(lift), int(of_layer["layer_before"])
+        orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
+        for axis, number in enumerate((before, layer)):
+            used, size = int(tested.any(axis=1 - axis).sum()), lift.shape[axis]
+            names.append(f"expert at layer {number}" + (", clustered" if size > MOST_WITH_NUMBERS else ""))
+            if max(lift.shape) > MOST_WITH_NUMBERS and 0 < used < size:
+                orders[axis] = orders[axis][:used]  # the others come last
+                names[axis] = f"{used} of {size} experts, layer {number}"
+        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, *orders)
+        style.panel_title(axes, f"Layer {before} to {layer}")
+        axes.set_aspect("auto")
+        axes.set_xlabel(names[1], labelpad=3)
+        axes.set_ylabel(names[0], labelpad=3)
+        if not tested.all():
+            _add_note(axes, f"{tested.sum():,} of {tested.size:,} have enough tokens")
+        return mesh
+
     with style.style():
-        figure, panels, bar_axes, words = _frame(len(shown), "transitions", below=1.75)
-        mesh = None
-        for axes, layer in zip(panels, shown, strict=True):
-            at = transitions.sel(layer=layer)
-            lift, q_value = _known(at, int(at["num_before"]), int(at["num_ids"]))
-            told, before = np.isfinite(lift), int(at["layer_before"])
-            orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
-            for axis, number in enumerate((before, layer)):
-                used, size = int(told.any(axis=1 - axis).sum()), lift.shape[axis]
-                names.append(f"expert at layer {number}" + (", clustered" if size > MOST_WITH_NUMBERS else ""))
-                if max(lift.shape) > MOST_WITH_NUMBERS and 0 < used < size:
-                    orders[axis] = orders[axis][:used]  # the others come last
-                    names[axis] = f"{used} of {size} experts, layer {number}"
-            mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, orders[0], orders[1])
-            style.panel_title(axes, f"Layer {before} to {layer}")
-            axes.set_aspect("auto")
-            axes.set_xlabel(names[1], labelpad=3)
-            axes.set_ylabel(names[0], labelpad=3)
-            if not told.all():
-                note = f"{told.sum():,} of {told.size:,} have enough tokens"
-                axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
-        _scale(figure, bar_axes, mesh, words)
+        figure = _draw_maps(_shown(transitions, layers), draw, "transitions", below=1.75)
         _draw_information(figure, transitions)
     return figure
-
-
-def _known(at: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The lifts that enough tokens tell of, NaN elsewhere, and their corrected p-values."""
-    lift, p, q = (at[name].values[:rows, :columns] for name in ("lift", "lift_p", "lift_q"))
-    return np.where(np.isfinite(p), lift, np.nan), q
 
 
 def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -117,26 +110,25 @@ def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
     logs = _logs(lift)
     np.fill_diagonal(logs, np.nan)
     used = np.flatnonzero(np.isfinite(logs).any(axis=1))
-    if len(used) < 3:
-        return np.arange(len(lift))
     distance = LIMIT - np.nan_to_num(logs[np.ix_(used, used)])
     np.fill_diagonal(distance, 0)
-    return _leaves(squareform((distance + distance.T) / 2, checks=False), used, len(lift))
+    return _leaves((distance + distance.T) / 2, used, len(lift))
 
 
 def order_of_rows(lift: NDArray[np.float64]) -> NDArray[np.int64]:
     """Rows in an order in which those with like profiles of lift stand side by side; rows without any last."""
     logs = _logs(lift)
     used = np.flatnonzero(np.isfinite(logs).any(axis=1))
-    if len(used) < 3:
-        return np.arange(len(lift))
     profile = np.nan_to_num(logs[used])
-    distance = np.sqrt(np.maximum(((profile[:, None] - profile[None]) ** 2).sum(axis=-1), 0))
-    return _leaves(squareform(distance, checks=False), used, len(lift))
+    return _leaves(np.sqrt(((profile[:, None] - profile[None]) ** 2).sum(axis=-1)), used, len(lift))
 
 
 def _leaves(distance: NDArray[np.float64], used: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    tree = hierarchy.linkage(distance, "average", optimal_ordering=len(used) <= MOST_ORDERED_OPTIMALLY)
+    """All of `size`, those in use clustered by their distances; fewer than three have no order but their own."""
+    if len(used) < 3:
+        return np.arange(size)
+    condensed = squareform(distance, checks=False)
+    tree = hierarchy.linkage(condensed, "average", optimal_ordering=len(used) <= MOST_ORDERED_OPTIMALLY)
     order = used[hierarchy.leaves_list(tree)]
     return np.concatenate([order, np.setdiff1d(np.arange(size), order)])
 
@@ -148,17 +140,51 @@ def _logs(lift: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs
 
 
+def _tested(of_layer: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lifts of which enough tokens are expected for a test, NaN elsewhere, and their corrected p-values."""
+    lift, p, q = (of_layer[name].values[:rows, :columns] for name in ("lift", "lift_p", "lift_q"))
+    return np.where(np.isfinite(p), lift, np.nan), q
+
+
+def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> Sequence[int]:
+    known = data["layer"].values.tolist()
+    return first_middle_last(known) if layers is None else [layer for layer in layers if layer in known][:MOST_MAPS]
+
+
+def _draw_maps(
+    layers: Sequence[int], draw: Callable[[Axes, int], ScalarMappable], things: str, below: float = 0.0
+) -> Figure:
+    """A map a layer, side by side, the scale under them, and `below` inches more."""
+    width = FULL_WIDTH if len(layers) > 1 else FULL_WIDTH * 0.62
+    left, gap = 0.42, 0.42
+    side = min((width - left - 0.1 - gap * (len(layers) - 1)) / len(layers), 3.4)
+    top, under = 0.28, 0.95 if not below else 0.82
+    height = top + side + under + below
+    figure = style.new_figure(width, height)
+    for place, layer in enumerate(layers):
+        corner = ((left + place * (side + gap)) / width, (under + below) / height)
+        mesh = draw(figure.add_axes((*corner, side / width, side / height)), layer)
+    words = f"times as often as popularity alone makes {things}; grey: under {FEWEST_EXPECTED} tokens expected"
+    bar = style.add_scale(figure, mesh, words, left=left, bottom=below + 0.2, length=1.5, gap=0.02 * width)
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
+    return figure
+
+
+def _add_note(axes: Axes, note: str) -> None:
+    axes.text(0, -0.175, note, transform=axes.transAxes, fontsize=7, color=MUTED, va="top")
+
+
 def _draw_map(
     axes: Axes,
     lift: NDArray[np.float64],
-    found: NDArray[np.bool_],
+    differs: NDArray[np.bool_],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
-) -> object:
+) -> ScalarMappable:
     few = max(lift.shape) <= MOST_WITH_NUMBERS
     if few:
         rows, columns = np.arange(lift.shape[0]), np.arange(lift.shape[1])
-    lift, found = lift[np.ix_(rows, columns)], found[np.ix_(rows, columns)]
+    lift, differs = lift[np.ix_(rows, columns)], differs[np.ix_(rows, columns)]
     logs = _logs(lift)
     look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}
     mesh = axes.pcolormesh(logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
@@ -166,23 +192,16 @@ def _draw_map(
     axes.set_aspect("equal")
     if few:
         for row, column in np.argwhere(np.isfinite(logs)):
-            value = float(lift[row, column])
+            dark, bold = abs(logs[row, column]) > 1.25, differs[row, column]
             axes.text(
-                column + 0.5,
-                row + 0.5,
-                _short(value),
-                ha="center",
-                va="center",
-                fontsize=5.6,
-                color="#ffffff" if abs(logs[row, column]) > 1.25 else "#000000" if found[row, column] else MUTED,
-                fontweight="bold" if found[row, column] else "normal",
-            )
+                column + 0.5, row + 0.5, _short(float(lift[row, column])), ha="center", va="center", fontsize=5.6,
+                color="#ffffff" if dark else "#000000" if bold else MUTED, fontweight="bold" if bold else "normal",
+            )  # fmt: skip
     for ids, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         labels = [str(expert) for expert in ids] if len(ids) <= MOST_WITH_LABELS else []
         axis.set_ticks(np.arange(len(labels)) + 0.5, labels)
-    axes.tick_params(length=0, pad=2, labelsize=6.5 if max(lift.shape) <= MOST_WITH_NUMBERS else 5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.tick_params(pad=2, labelsize=6.5 if max(lift.shape) <= MOST_WITH_NUMBERS else 5)
+    style.without_frame(axes)
     return mesh
 
 
@@ -191,23 +210,20 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.55 / width, 0.42 / height, (width - 0.75) / width, 1.1 / height))
     layers = transitions["layer"].values.astype(float)
+    value, null = (transitions[name].values for name in ("information", "information_null"))
     style.add_intervals(axes, transitions, "information")
-    axes.plot(
-        layers, transitions["information"].values, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed"
-    )
-    axes.plot(
-        layers,
-        transitions["information_null"].values,
-        color=MUTED,
-        linestyle=(0, (4, 2)),
-        linewidth=1.0,
-        marker="o",
-        markersize=2.2,
-        label="sampling alone",
-    )
+    axes.plot(layers, value, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed")
+    look: dict[str, Any] = {
+        "color": MUTED,
+        "linestyle": style.DASHED,
+        "linewidth": 1.0,
+        "marker": "o",
+        "markersize": 2.2,
+    }
+    axes.plot(layers, null, **look, label="sampling alone")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
-    if len(layers) <= 16:
+    if len(layers) <= style.MOST_LAYERS_WITH_MARKERS:
         axes.set_xticks(layers, [str(int(layer)) for layer in layers])
     axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
     axes.set_ylabel("bits", labelpad=3)
@@ -215,43 +231,6 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     axes.grid(axis="y")
     style.panel_title(axes, "Information that a layer's choice holds of the next one's")
     axes.legend(loc="upper right", ncols=2, borderaxespad=0, bbox_to_anchor=(1, 1.2))
-
-
-def _frame(maps: int, things: str, below: float = 0.0) -> tuple[Figure, list[Axes], Axes, str]:
-    """A figure with room for the maps, the scale under them, and `below` inches more."""
-    width = FULL_WIDTH if maps > 1 else FULL_WIDTH * 0.62
-    left, gap = 0.42, 0.42
-    side = min((width - left - 0.1 - gap * (maps - 1)) / maps, 3.4)
-    top, under = 0.28, 0.95 if not below else 0.82
-    height = top + side + under + below
-    figure = style.new_figure(width, height)
-    panels = [
-        figure.add_axes(((left + at * (side + gap)) / width, (under + below) / height, side / width, side / height))
-        for at in range(maps)
-    ]
-    bar = figure.add_axes((left / width, (below + 0.2) / height, 1.5 / width, 0.07 / height))
-    return figure, panels, bar, f"times as often as popularity alone makes {things}"
-
-
-def _scale(figure: Figure, bar_axes: Axes, mesh: object, words: str) -> None:
-    bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", ticks=[-2, -1, 0, 1, 2])  # type: ignore[arg-type]
-    bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"])
-    bar.outline.set_linewidth(0)
-    bar_axes.tick_params(length=2, pad=2)
-    box = bar_axes.get_position()
-    words += f"; grey: under {FEWEST_EXPECTED} tokens expected"
-    figure.text(box.x1 + 0.02, box.y0, words, fontsize=7, color=MUTED, va="bottom")
-
-
-def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> list[int]:
-    known = data["layer"].values.tolist()
-    if layers is not None:
-        return [layer for layer in layers if layer in known][:MOST_MAPS]
-    return list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
-
-
-def _experts(number: int) -> str:
-    return "expert" if number <= MOST_WITH_NUMBERS else f"{number} experts, clustered"
 
 
 def _short(value: float) -> str:

@@ -13,8 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from moescope.measures import schema
 from moescope.reporting.colours import INK
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
-from moescope.reporting.wording import capital, describe_kind, known_kinds
+from moescope.reporting.wording import known_kinds
 
 NULL_NAMES = {
     "uniform": "uniform routing",
@@ -30,11 +29,7 @@ DOTTED = (0, (2, 2))
 
 
 def draw_excess(locality: xr.Dataset) -> Figure:
-    """Points by which neighbours repeat more often than each null predicts, by layer, all domains together.
-
-    Args:
-        locality: Of `moescope.locality`.
-    """
+    """Points by which neighbours repeat more often than each null of a `moescope.locality`, all domains together."""
     data = schema.total(locality).sel(pairs="all")
     marks = dict(zip(NULL_NAMES, style.domain_marks(list(NULL_NAMES.values())), strict=True))
     marks = {null: mark for null, mark in marks.items() if data["excess"].sel(null=null).notnull().any()}
@@ -46,12 +41,11 @@ def draw_excess(locality: xr.Dataset) -> Figure:
                 here = data.sel(null=null, kind=kind)
                 value, low, high = (100 * here[f"excess{end}"].values for end in ("", "_low", "_high"))
                 style.add_line(axes, layers, value, low, high, mark)
-            axes.axhline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.axhline(0, **style.UNIFORM)
             axes.set_xlabel("Layer", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         panels[0].set_ylabel("Repeats above the null (points)")
-        handles = style.line_handles(list(marks.values()))
-        style.legend_above(figure, handles, [mark.name for mark in marks.values()], columns=COLUMNS)
+        style.legend_above(figure, style.line_handles(list(marks.values())), columns=COLUMNS)
     return figure
 
 
@@ -78,21 +72,16 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("Tokens apart", labelpad=2)
         panels[0].set_ylabel("Repeats (%)")
-        handles = [*style.line_handles(marks), Line2D([], [], color=INK, linewidth=0.9, linestyle=DOTTED)]
-        labels = [*(mark.name for mark in marks), "document in any order"]
-        style.legend_above(figure, handles, labels, columns=COLUMNS)
+        any_order = Line2D([], [], color=INK, linewidth=0.9, linestyle=DOTTED, label="document in any order")
+        style.legend_above(figure, [*style.line_handles(marks), any_order], columns=COLUMNS)
     return figure
 
 
 def _panels(data: xr.Dataset, entries: int) -> tuple[Figure, list[Axes]]:
     """A panel a kind of repeat, under a legend of so many entries."""
-    kinds = known_kinds(data)
     top = style.legend_rows(entries, COLUMNS) + 0.3
-    figure = style.new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, top + 0.42 + 2.2)
-    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-    style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
-    figure.subplots_adjust(wspace=0.16)
-    for axes, kind in zip(panels, kinds, strict=True):
-        style.panel_title(axes, capital(describe_kind(kind, data)))
+    top_k = int(data["top_k"].values.max())
+    figure, panels = style.panels_of_kinds(known_kinds(data), top_k, top=top, height=top + 0.42 + 2.2)
+    for axes in panels:
         axes.grid(axis="y")
-    return figure, list(panels)
+    return figure, panels

@@ -11,19 +11,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from moescope.reporting.colours import MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS, Mark
 
 
 def draw_repeats(repeats: xr.Dataset) -> Figure:
-    """Figure 10 of all layers there are.
-
-    Args:
-        repeats: Of `moescope.repeats`.
-    """
+    """Figure 10 of all layers of a `moescope.repeats`."""
     marks = style.domain_marks(repeats["domain"].values.tolist())
     top_k = int(repeats["top_k"].values.max())
     kinds = [kind for kind in ("first", "any") if kind in repeats["kind"].values]
@@ -31,18 +25,17 @@ def draw_repeats(repeats: xr.Dataset) -> Figure:
     with style.style():
         handles = [
             *style.line_handles(marks),
-            Line2D([], [], **style.UNIFORM),
-            Patch(facecolor=MUTED, alpha=0.25, linewidth=0),
+            Line2D([], [], **style.UNIFORM, label="uniform routing"),
+            style.band_handle("popularity of the experts alone"),
         ]
-        labels = [*(mark.name for mark in marks), "uniform routing", "popularity of the experts alone"]
         columns = 5 if len(marks) <= 8 else 4
-        top = style.legend_rows(len(labels), columns) + 0.3
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2, alike=False)
+        top = style.legend_rows(len(handles), columns) + 0.3
+        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, repeats.sel(kind=kind), marks)
             axes.set_xlabel("Layer", labelpad=2)
         panels[0].set_ylabel("Repeated consecutive assignments (%)")
-        style.legend_above(figure, handles, labels, columns=columns)
+        style.legend_above(figure, handles, columns=columns)
     return figure
 
 
@@ -54,14 +47,9 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
     style.add_band(axes, layers, 100 * data["rate_null"].values, "popularity of the experts alone")
     axes.plot(*style.widened(layers, 100 * data["rate_uniform"].values), **style.UNIFORM, label="uniform")
     for number, mark in enumerate(marks):
-        at = data.isel(domain=number)
-        low, high, rate = (100 * at[name].values for name in ("rate_low", "rate_high", "rate"))
-        if few:
-            shift = apart * ((number + 0.5) / len(marks) - 0.5)
-            style.add_verticals(axes, layers + shift, low, high, edgecolor=mark.colour, linewidth=0.9, alpha=0.8)
-        else:
-            shift = 0.0
-            axes.fill_between(layers, low, high, color=mark.colour, alpha=0.13, linewidth=0)
+        low, high, rate = (100 * data[name].values[number] for name in ("rate_low", "rate_high", "rate"))
+        shift = apart * ((number + 0.5) / len(marks) - 0.5) if few else 0.0
+        style.add_spread(axes, layers + shift, low, high, mark.colour, 0.13, alpha=0.8)
         size = 3.4 if few else 3.0
         style.add_domain(axes, layers + shift, rate, mark, number, linewidth=1.2, markersize=size)
     style.layer_axis(axes, layers)

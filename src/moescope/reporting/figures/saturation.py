@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED
@@ -24,17 +26,14 @@ BY_DEPTH = LinearSegmentedColormap.from_list("by_depth", ["#e8b04a", "#c8663c", 
 
 
 def draw_saturation(saturation: xr.Dataset) -> Figure:
-    """The curves of all layers there are, all domains together.
-
-    Args:
-        saturation: Of `moescope.saturation`.
-    """
+    """The curves of all layers of a `moescope.saturation`, all domains together."""
     data = total(saturation)
     kinds = [kind for kind in ("set", "first") if np.isfinite(data["agreement"].sel(kind=kind)).any()]
     top_k = int(data["top_k"].values.max())
     kinds = kinds[:1] if top_k == 1 else kinds
     with style.style():
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=0.3, height=2.95, right=0.62, alike=True)
+        figure, panels = style.panels_of_kinds(kinds, top_k, top=0.3, height=2.95, sharey=True)
+        figure.subplots_adjust(right=1 - 0.62 / figure.get_size_inches()[0])  # for the names of layers
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, data.sel(kind=kind), named=axes is panels[-1])
             axes.set_xlabel(f"Step; compared with {saturation.attrs['reference_step']:g}", labelpad=2)
@@ -50,53 +49,44 @@ def _draw_lines(axes: Axes, data: xr.Dataset, *, named: bool) -> None:
     value, low, high, null = (
         100 * data[f"agreement{end}"].transpose("layer", "step").values for end in ("", "_low", "_high", "_null")
     )
-    axes.fill_between(
-        steps, null.min(axis=0), null.max(axis=0), color=MUTED, alpha=0.25, linewidth=0, label="popularity"
-    )
+    lowest, highest = null.min(axis=0), null.max(axis=0)
+    axes.fill_between(steps, lowest, highest, color=MUTED, alpha=0.25, linewidth=0, label="popularity")
     axes.annotate(
-        "popularity alone", (steps[-1], float(null.max(axis=0)[-1])), xytext=(0, 2), textcoords="offset points",
+        "popularity alone", (steps[-1], float(highest[-1])), xytext=(0, 2), textcoords="offset points",
         ha="right", fontsize=7, color=MUTED,
     )  # fmt: skip
-    colours = [BY_DEPTH(at / max(1, len(layers) - 1)) for at in range(len(layers))]
+    colours = [BY_DEPTH(place / max(1, len(layers) - 1)) for place in range(len(layers))]
     few = len(layers) <= MOST_LAYERS_BY_NAME
-    for at, colour in enumerate(colours):
-        axes.plot(
-            steps,
-            value[at],
-            color=colour,
-            linewidth=1.3 if few else 0.8,
-            marker="o",
-            markersize=2.6 if few else 1.6,
-            markeredgewidth=0,
-            label=f"layer {layers[at]}",
-        )
+    look: dict[str, Any] = {"marker": "o", "markeredgewidth": 0}
+    look |= {"linewidth": 1.3, "markersize": 2.6} if few else {"linewidth": 0.8, "markersize": 1.6}
+    for place, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+        axes.plot(steps, value[place], color=colour, label=f"layer {layer}", **look)
         if few:
-            style.add_verticals(axes, steps, low[at], high[at], edgecolor=colour, linewidth=0.9, alpha=0.8)
-    wide = len(steps) > 1 and steps[0] > 0 and steps[-1] / steps[0] >= WIDE
-    if wide:
+            style.add_verticals(axes, steps, low[place], high[place], edgecolor=colour, linewidth=0.9, alpha=0.8)
+    logarithmic = len(steps) > 1 and steps[0] > 0 and steps[-1] / steps[0] >= WIDE
+    if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(steps.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(steps, [f"{step:g}" for step in steps])
-    elif len(steps) <= 12:
+    if logarithmic or len(steps) <= 12:
         axes.set_xticks(steps, [f"{step:g}" for step in steps])
     axes.grid(axis="y")
     if few and named:
-        for at, (y, colour) in enumerate(zip(_apart(value[:, -1], 6.0), colours, strict=True)):
+        for layer, y, colour in zip(layers, _apart(value[:, -1], 6.0), colours, strict=True):
             axes.annotate(
-                f"layer {layers[at]}", (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                f"layer {layer}", (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
                 textcoords="offset points", va="center", fontsize=7, color=colour, annotation_clip=False,
             )  # fmt: skip
 
 
 def _apart(values: np.ndarray, least: float) -> np.ndarray:
     """The values moved as little as needed so that any two are at least so far apart, within 0 .. 100."""
-    order = np.argsort(np.nan_to_num(values, nan=0.0), kind="stable")
-    placed = np.nan_to_num(values, nan=0.0)[order].astype(float)
-    for at in range(1, len(placed)):
-        placed[at] = max(placed[at], placed[at - 1] + least)
-    placed -= max(0.0, (placed - np.sort(np.nan_to_num(values, nan=0.0))).mean())
+    known = np.nan_to_num(values, nan=0.0).astype(float)
+    order = np.argsort(known, kind="stable")
+    placed = known[order]
+    for place in range(1, len(placed)):
+        placed[place] = max(placed[place], placed[place - 1] + least)
+    placed -= max(0.0, (placed - known[order]).mean())
     placed -= max(0.0, placed[-1] - 100.0)
     result = np.empty_like(placed)
     result[order] = placed

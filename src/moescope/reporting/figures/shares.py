@@ -57,7 +57,7 @@ def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "all") 
             _label_uniform(axes, float(data["share_null"].sel(layer=layer)))
         panels[len(layers) // 2].set_ylabel("Selection proportion")
         panels[-1].set_xlabel("Expert ID", labelpad=2)
-        style.legend_above(figure, style.bar_handles(marks), [mark.name for mark in marks], columns=columns)
+        style.legend_above(figure, style.bar_handles(marks), columns=columns)
     return figure
 
 
@@ -70,13 +70,10 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
     choices = [names[0]] if top_k == 1 else [names[0], names[1], names[top_k]]
     with style.style():
         if not as_bars(data):
-            titles = {choice: capital(describe_choice(choice, top_k)) for choice in choices}
+            titles = {choice: describe_choice(choice, top_k).lower() for choice in choices}
+            places = [(layer, choice) for layer in layers for choice in choices]
             return _draw_maps(
-                [
-                    (f"Layer {layer}: {titles[choice].lower()}", data.sel(layer=layer, choice=choice))
-                    for layer in layers
-                    for choice in choices
-                ]
+                [(f"Layer {layer}: {titles[choice]}", data.sel(layer=layer, choice=choice)) for layer, choice in places]
             )
         marks = style.domain_marks(data["domain"].values.tolist())
         columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
@@ -94,7 +91,7 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
             style.panel_title(axes, f"Layer {layer}")
         for axes in panels[-1]:
             axes.set_xlabel("Expert ID", labelpad=2)
-        style.legend_above(figure, style.bar_handles(marks), [mark.name for mark in marks], columns=columns)
+        style.legend_above(figure, style.bar_handles(marks), columns=columns)
     return figure
 
 
@@ -130,16 +127,8 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float
 
 
 def _label_uniform(axes: Axes, uniform: float) -> None:
-    axes.annotate(
-        "uniform",
-        (1, uniform),
-        (3, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        fontsize=7,
-        color=MUTED,
-    )
+    look: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": MUTED}
+    axes.annotate("uniform", (1, uniform), (3, 0), xycoords=("axes fraction", "data"), **look)
 
 
 def _highest(data: xr.Dataset) -> float:
@@ -167,21 +156,10 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
         axes.set_yticks(np.arange(len(domains)) + 0.5, names)
         style.panel_title(axes, f"{title} ({int(at['num_experts'])} experts)")
     all_axes[-1].set_xlabel("Experts, the most used of each panel first", labelpad=3)
-    width, full = figure.get_size_inches()
-    bar_axes = figure.add_axes((left / width, 0.24 / full, 2.2 / width, 0.07 / full))
-    bar = figure.colorbar(mesh, cax=bar_axes, orientation="horizontal", extend="max")
+    words = "share over uniform; black: exactly none"
+    bar = style.add_scale(figure, mesh, words, left=left, bottom=0.24, length=2.2, gap=0.2, extend="max")
     steps = [0.5, 1, *(value for value in (2, 4, 8, 16, 32) if value <= largest)]
     bar.set_ticks([1e-9, *steps], labels=["→ 0", *(f"{value:g}×" for value in steps)])
-    bar.outline.set_linewidth(0)
-    bar_axes.tick_params(length=2, pad=2)
-    figure.text(
-        (left + 2.4) / width,
-        0.24 / full,
-        "share over uniform; black: exactly none",
-        fontsize=7,
-        color=MUTED,
-        va="bottom",
-    )
     return figure
 
 
@@ -197,7 +175,5 @@ def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any
     mesh = axes.pcolormesh(shown, cmap=BELOW_AND_ABOVE, norm=norm, edgecolors="none", linewidth=0)
     axes.invert_yaxis()
     axes.set_xticks([])
-    axes.tick_params(axis="y", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    style.without_frame(axes)
     return mesh

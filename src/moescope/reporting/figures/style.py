@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import xarray as xr
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
@@ -30,8 +32,14 @@ from moescope.reporting.wording import capital, describe_choice
 FULL_WIDTH = 6.75
 """Width of a page of text, inches."""
 
+NARROW = 0.62 * FULL_WIDTH
+"""Width of a figure of one panel."""
+
 UNIFORM: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
 """Look of the line of uniform routing."""
+
+DASHED = (0, (4, 2))
+"""Line of a null."""
 
 MOST_LAYERS_WITH_MARKERS = 16
 """Layers up to which each has its marker, and its tick."""
@@ -70,12 +78,10 @@ def domain_marks(domains: Sequence[str]) -> list[Mark]:
             shorten(domain, LONGEST_NAME),
             colour,
             marker,
-            _LINES[at // distinct % len(_LINES)],
-            _HATCHES[at // distinct % len(_HATCHES)],
+            _LINES[number // distinct % len(_LINES)],
+            _HATCHES[number // distinct % len(_HATCHES)],
         )
-        for at, (domain, colour, marker) in enumerate(
-            zip(domains, colours, islice(cycle(_MARKERS), len(domains)), strict=True)
-        )
+        for number, (domain, colour, marker) in enumerate(zip(domains, colours, cycle(_MARKERS), strict=False))
     ]
 
 
@@ -109,19 +115,15 @@ def place(figure: Figure, *, left: float, right: float, top: float, bottom: floa
     )
 
 
-def legend_above(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], *, columns: int) -> None:
-    """A legend over the full width, at the top edge of the figure."""
-    height = figure.get_size_inches()[1]
+def legend_above(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str] | None = None, *, columns: int
+) -> None:
+    """A legend over the full width, at the top edge of the figure; without `labels` the handles have theirs."""
     if not handles:
         return
-    figure.legend(
-        handles=list(handles),
-        labels=list(labels),
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1 - 0.04 / height),
-        ncols=columns,
-        borderaxespad=0,
-    )
+    named = list(labels) if labels is not None else [str(handle.get_label()) for handle in handles]
+    anchor = (0.5, 1 - 0.04 / figure.get_size_inches()[1])
+    figure.legend(list(handles), named, loc="upper center", bbox_to_anchor=anchor, ncols=columns, borderaxespad=0)
 
 
 def legend_rows(num_entries: int, columns: int) -> float:
@@ -131,15 +133,22 @@ def legend_rows(num_entries: int, columns: int) -> float:
 
 def bar_handles(marks: Sequence[Mark]) -> list[Patch]:
     """Legend entries of bars."""
-    return [Patch(facecolor=mark.colour, hatch=mark.hatch, edgecolor=PAPER, linewidth=0) for mark in marks]
+    look: dict[str, Any] = {"edgecolor": PAPER, "linewidth": 0}
+    return [Patch(facecolor=mark.colour, hatch=mark.hatch, label=mark.name, **look) for mark in marks]
 
 
 def line_handles(marks: Sequence[Mark]) -> list[Line2D]:
     """Legend entries of lines."""
+    look: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.2}
     return [
-        Line2D([], [], color=mark.colour, linestyle=mark.line, marker=mark.marker, markersize=3.2, linewidth=1.2)
+        Line2D([], [], color=mark.colour, linestyle=mark.line, marker=mark.marker, label=mark.name, **look)
         for mark in marks
     ]
+
+
+def band_handle(label: str) -> Patch:
+    """Legend entry of a grey band."""
+    return Patch(facecolor=MUTED, alpha=0.25, linewidth=0, label=label)
 
 
 def add_rectangles(axes: Axes, corners: NDArray[np.float64], **look: Any) -> PathPatch:
@@ -176,17 +185,8 @@ def add_line(
 ) -> None:
     """Draw a line with its markers over the band of its intervals."""
     axes.fill_between(x, low, high, color=mark.colour, alpha=alpha, linewidth=0)
-    axes.plot(
-        x,
-        value,
-        color=mark.colour,
-        linestyle=mark.line,
-        linewidth=1.2,
-        marker=mark.marker,
-        markersize=3.2,
-        markeredgewidth=0,
-        label=mark.name,
-    )
+    look: dict[str, Any] = {"color": mark.colour, "linestyle": mark.line, "marker": mark.marker, "label": mark.name}
+    axes.plot(x, value, **look, linewidth=1.2, markersize=3.2, markeredgewidth=0)
 
 
 def add_intervals(axes: Axes, data: xr.Dataset, name: str, colour: str = INK, scale: float = 1, **look: Any) -> None:
@@ -194,6 +194,17 @@ def add_intervals(axes: Axes, data: xr.Dataset, name: str, colour: str = INK, sc
     low, high = (scale * data[f"{name}_{end}"].values for end in ("low", "high"))
     layers = data["layer"].values.astype(float)
     add_verticals(axes, layers, low, high, edgecolor=colour, **{"linewidth": 0.9, "alpha": 0.8} | look)
+
+
+def add_spread(
+    axes: Axes, x: NDArray[Any], low: NDArray[np.float64], high: NDArray[np.float64], colour: str, shade: float,
+    *, few: int = MOST_LAYERS_WITH_MARKERS, **look: Any,
+) -> None:  # fmt: skip
+    """Draw intervals as vertical lines up to `few` of them; beyond, as a band of an opacity, `shade`."""
+    if len(x) <= few:
+        add_verticals(axes, x.astype(float), low, high, edgecolor=colour, **{"linewidth": 0.9} | look)
+    else:
+        axes.fill_between(x, low, high, color=colour, alpha=shade, linewidth=0)
 
 
 def add_marked(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, **look: Any) -> None:
@@ -213,24 +224,27 @@ def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8],
     return patch
 
 
-def panels_of_kinds(
-    kinds: Sequence[str], top_k: int, *, top: float, height: float, left: float = 0.5, right: float = 0.1, alike: bool
+def panels_in_row(
+    number: int, *, top: float, height: float, width: float = FULL_WIDTH, left: float = 0.5, **layout: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel a kind side by side, under their titles.
+    """A figure with panels side by side, over a line for the names of their axes.
 
     Args:
-        kinds: "first", first choices; or another, all choices of a token.
-        top_k: Choices of a token.
-        top: Margins, in inches.
-        height: Of the figure.
-        left: See `top`.
-        right: See `top`.
-        alike: Whether the panels share the vertical axis.
+        number: Of panels.
+        top: Margin, as is `left`, in inches.
+        height: Of the figure, as is `width`, in inches.
+        layout: Arguments of `Figure.subplots`.
     """
-    figure = new_figure(FULL_WIDTH if len(kinds) == 2 else FULL_WIDTH * 0.62, height)
-    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=alike)[0].tolist()
-    place(figure, left=left, right=right, top=top, bottom=0.42, between=0, rows=1)
+    figure = new_figure(width, height)
+    panels = figure.subplots(1, number, squeeze=False, **layout)[0].tolist()
+    place(figure, left=left, right=0.1, top=top, bottom=0.42, between=0, rows=1)
     figure.subplots_adjust(wspace=0.16)
+    return figure, panels
+
+
+def panels_of_kinds(kinds: Sequence[str], top_k: int, **sizes: Any) -> tuple[Figure, list[Axes]]:
+    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; sizes as of `panels_in_row`."""
+    figure, panels = panels_in_row(len(kinds), width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
     for axes, kind in zip(panels, kinds, strict=True):
         panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
     return figure, panels
@@ -238,17 +252,9 @@ def panels_of_kinds(
 
 def add_domain(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], mark: Mark, number: int, **look: Any) -> None:
     """Draw the line of a domain by layer, with all its markers, or with every fourth where layers are many."""
-    axes.plot(
-        x,
-        y,
-        color=mark.colour,
-        linestyle=mark.line,
-        marker=mark.marker,
-        markevery=1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (number % 4, 4),
-        markeredgewidth=0,
-        label=mark.name,
-        **look,
-    )
+    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (number % 4, 4)
+    look |= {"color": mark.colour, "linestyle": mark.line, "label": mark.name}
+    axes.plot(x, y, marker=mark.marker, markevery=every, markeredgewidth=0, **look)
 
 
 def widened(layers: NDArray[Any], *values: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
@@ -279,6 +285,34 @@ def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
         axes.set_xticks(layers)
     axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
     axes.grid(axis="y")
+
+
+def map_of_layers_axis(axes: Axes, layers: NDArray[np.integer[Any]], most: int | None, shift: float) -> None:
+    """Layers along x of a map, a column each, its tick `shift` from where it starts: `most` ticks, or all for None."""
+    columns = range(len(layers)) if most is None else MaxNLocator(most, integer=True).tick_values(0, len(layers) - 1)
+    shown = [int(column) for column in columns if column < len(layers)]
+    axes.set_xticks(np.array(shown) + shift, [str(layers[column]) for column in shown])
+    axes.set_xlabel("Layer", labelpad=2)
+
+
+def without_frame(axes: Axes) -> None:
+    """No ticks and no spines, as around a map."""
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def add_scale(
+    figure: Figure, mesh: ScalarMappable, words: str, left: float, bottom: float, length: float, gap: float, **look: Any
+) -> Colorbar:
+    """A scale of colours at the bottom with words beside it; places and sizes in inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, bottom / height, length / width, 0.07 / height))
+    bar = figure.colorbar(mesh, cax=axes, orientation="horizontal", **look)
+    bar.outline.set_linewidth(0)
+    axes.tick_params(length=2, pad=2)
+    figure.text((left + length + gap) / width, bottom / height, words, fontsize=7, color=MUTED, va="bottom")
+    return bar
 
 
 def panel_title(axes: Axes, title: str) -> None:

@@ -6,6 +6,8 @@ most popular expert. Below, each layer's experts from the most to the least spec
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -17,20 +19,17 @@ from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, PAPER, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.divergence import FROM_NOTHING
+from moescope.reporting.figures.divergence import DARK, FROM_NOTHING
 from moescope.reporting.figures.style import FULL_WIDTH
 
 TITLES = {"input": "By the token", "next": "By the next token"}
+DOTTED = (0, (1, 1.5))
 MOST_NUMBERED = 16
 """Layers and experts up to which the map gives each expert's number, and lines have markers."""
 
 
 def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
-    """All layers there are.
-
-    Args:
-        vocabulary: Of `moescope.vocabulary`.
-    """
+    """All layers of a `moescope.vocabulary`."""
     num_ids = vocabulary.sizes["expert"]
     colours = dict(zip(TITLES, (domain_colours(4)[0], domain_colours(4)[3]), strict=True))
     map_height = min(max(0.16 * num_ids, 0.6), 1.9)
@@ -61,22 +60,16 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
         limit = max(axes.get_ylim()[1] for axes in panels[0])
         for axes in panels[0]:
             axes.set_ylim(0, min(limit, 100))
-        width = FULL_WIDTH
-        bar_axes = figure.add_axes((0.5 / width, 0.27 / height, 1.4 / width, 0.07 / height))
-        scale = ScalarMappable(Normalize(0, largest), FROM_NOTHING)
-        bar = figure.colorbar(scale, cax=bar_axes, orientation="horizontal")
-        bar.outline.set_linewidth(0)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(4))
-        bar_axes.tick_params(length=2, pad=2)
         words = "% of an id's tokens, mean over the ids of an expert; grey: no id"
-        figure.text(2.05 / width, 0.27 / height, words, fontsize=7, color=MUTED, va="bottom")
+        scale = ScalarMappable(Normalize(0, largest), FROM_NOTHING)
+        bar = style.add_scale(figure, scale, words, left=0.5, bottom=0.27, length=1.4, gap=0.15)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(4))
         handles = [
-            Line2D([], [], color=INK, linewidth=1.4, marker="o", markersize=3.2),
-            Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (4, 2))),
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=(0, (1, 1.5))),
+            Line2D([], [], color=INK, linewidth=1.4, marker="o", markersize=3.2, label="all ids"),
+            Line2D([], [], color=INK, linewidth=1.0, linestyle=style.DASHED, label="choices that do not see the token"),
+            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DOTTED, label="most popular expert"),
         ]
-        labels = ["all ids", "choices that do not see the token", "most popular expert"]
-        style.legend_above(figure, handles, labels, columns=3)
+        style.legend_above(figure, handles, columns=3)
     return figure
 
 
@@ -87,16 +80,11 @@ def _draw_lines(axes: Axes, data: xr.Dataset, colour: str) -> None:
         100 * data[name].values
         for name in (*(f"specialization{end}" for end in ("", "_low", "_high", "_null")), "popularity")
     )
-    if few:
-        style.add_verticals(axes, place.astype(float), low, high, edgecolor=colour, linewidth=1.0)
-    else:
-        axes.fill_between(place, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(place, popular, color=MUTED, linewidth=1.0, linestyle=(0, (1, 1.5)), label="popularity")
-    axes.plot(place, null, color=colour, linewidth=1.0, linestyle=(0, (4, 2)), label="null")
-    axes.plot(
-        place, value, color=colour, linewidth=1.4, marker="o" if few else None, markersize=3.2,
-        markeredgewidth=0, label="specialization",
-    )  # fmt: skip
+    style.add_spread(axes, place, low, high, colour, 0.2, few=MOST_NUMBERED, linewidth=1.0)
+    axes.plot(place, popular, color=MUTED, linewidth=1.0, linestyle=DOTTED, label="popularity")
+    axes.plot(place, null, color=colour, linewidth=1.0, linestyle=style.DASHED, label="null")
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "markeredgewidth": 0}
+    axes.plot(place, value, marker="o" if few else None, **look, label="specialization")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.tick_params(labelbottom=False)
@@ -115,18 +103,8 @@ def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
     if few:
         for (row, column), expert in np.ndenumerate(order):
             if np.isfinite(ordered[row, column]):
-                dark = ordered[row, column] > 0.45 * largest
-                axes.text(
-                    column, row, str(expert), ha="center", va="center", fontsize=6,
-                    color="#ffffff" if dark else "#000000",
-                )  # fmt: skip
-        axes.set_xticks(np.arange(len(layers)), [str(layer) for layer in layers])
-    else:
-        ticks = MaxNLocator(8, integer=True).tick_values(0, len(layers) - 1)
-        shown = [int(at) for at in ticks if 0 <= at < len(layers)]
-        axes.set_xticks(shown, [str(layers[at]) for at in shown])
+                colour = "#ffffff" if ordered[row, column] > DARK * largest else "#000000"
+                axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color=colour)
+    style.map_of_layers_axis(axes, layers, None if few else 8, shift=0)
     axes.set_yticks([])
-    axes.tick_params(length=0)
-    axes.set_xlabel("Layer", labelpad=2)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    style.without_frame(axes)

@@ -10,11 +10,7 @@ from moescope.reporting.tables import SIGNIFICANT
 
 
 def draw_word_classes(syntax: xr.Dataset) -> Figure:
-    """The map of all layers there are; classes without a token are left out.
-
-    Args:
-        syntax: Of `moescope.syntax`.
-    """
+    """The map of all layers of a `moescope.syntax`; classes without a token are left out."""
     data = syntax.transpose("word_class", "layer").sel(word_class=syntax["tokens"].values > 0)
     differs = data["jsd_q"].values < SIGNIFICANT
     return draw_map(data["word_class"].values.tolist(), data["layer"].values, data["jsd"].values, differs)

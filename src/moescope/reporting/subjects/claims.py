@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from math import isnan
 
-import click
 import pandas as pd
 
 from moescope.measures.claims import Claim, Effect, answered, claims
 from moescope.reporting.numbers import MISSING, bits, percent
-from moescope.reporting.options import parse_words, trace_argument
+from moescope.reporting.options import trace_argument, word_option
 from moescope.reporting.subject import Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import visible
@@ -31,14 +30,7 @@ def blocks(found: list[Claim], results: Results) -> Iterator[Table]:
 
 
 @trace_argument
-@click.option(
-    "--word",
-    "words",
-    multiple=True,
-    callback=parse_words,
-    metavar="WORD",
-    help="Word to ask for instead of the paper's; repeatable.",
-)
+@word_option("Word to ask for instead of the paper's; repeatable.")
 def command(trace: Trace, words: tuple[str, ...]) -> Iterator[Table]:
     """Show which claims of section 5 hold for this model, and by how much.
 

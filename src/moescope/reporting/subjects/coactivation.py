@@ -138,9 +138,4 @@ def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
     return tidy(pairs.where(pairs["expert"] < pairs["other"]), "layer", "expert", "other")
 
 
-subject = Subject(
-    measure=lambda counted, _: coactivation(counted),
-    blocks=blocks,
-    section=SECTION,
-    command=command,
-)
+subject = Subject(measure=lambda counted, _: coactivation(counted), blocks=blocks, section=SECTION, command=command)

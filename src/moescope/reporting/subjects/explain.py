@@ -22,7 +22,6 @@ from moescope.reporting.options import (
     permutations_option,
     shown_layers_option,
     trace_argument,
-    warn_of_few_permutations,
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
@@ -130,7 +129,6 @@ def command(
     """
     trace.need_tokens()
     shown = shown_layers(trace, layers)
-    warn_of_few_permutations(permutations)
     with layer_progress("explaining") as progress:
         wanted = shown if figures is None else None
         result = explain(trace, wanted, choice=choice, permutations=permutations, progress=progress)
@@ -219,10 +217,4 @@ def _bits(value: float) -> str:
     return bits(0.0 if value < 0 else value, DIGITS)
 
 
-subject = Subject(
-    measure=measure,
-    blocks=blocks,
-    section=SECTION,
-    sentence=explain_sentence,
-    command=command,
-)
+subject = Subject(measure=measure, blocks=blocks, section=SECTION, sentence=explain_sentence, command=command)

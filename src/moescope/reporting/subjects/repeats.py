@@ -131,9 +131,4 @@ def _repeated(repeats: xr.Dataset) -> str:
     return first if top_k == 1 else f"{first} (left) or {shared} (right)"
 
 
-subject = Subject(
-    measure=lambda counted, _: repeats(counted),
-    blocks=blocks,
-    section=SECTION,
-    command=command,
-)
+subject = Subject(measure=lambda counted, _: repeats(counted), blocks=blocks, section=SECTION, command=command)

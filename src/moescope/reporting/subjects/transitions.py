@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import click
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -20,7 +19,7 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
 from moescope.reporting.numbers import MISSING, count, percent
-from moescope.reporting.options import figures_option, layers_option, trace_argument
+from moescope.reporting.options import choice_option_for, figures_option, layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.tallying import Counted
@@ -80,13 +79,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
 
 @trace_argument
 @layers_option
-@click.option(
-    "--choice",
-    type=click.Choice(["first", "all"]),
-    default="first",
-    show_default=True,
-    help="First choices, or all pairs of an assignment at one layer and one at the next.",
-)
+@choice_option_for("First choices, or all pairs of an assignment at one layer and one at the next.")
 @figures_option
 def command(
     trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "all"], figures: Path | None
@@ -230,9 +223,4 @@ def _moves_frame(transitions: xr.Dataset, layers: Iterable[int] | None) -> pd.Da
     return tidy(moves if layers is None else moves.sel(layer=list(layers)), "layer", "expert", "next")
 
 
-subject = Subject(
-    measure=measure,
-    blocks=blocks,
-    section=SECTION,
-    command=command,
-)
+subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)

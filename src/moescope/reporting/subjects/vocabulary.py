@@ -28,7 +28,6 @@ from moescope.reporting.options import (
     permutations_option,
     shown_layers_option,
     trace_argument,
-    warn_of_few_permutations,
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
@@ -155,7 +154,6 @@ def command(
             f"there is no expert {experts[-1]}; the largest is {most - 1}.", param_hint="'--expert'"
         )
     listed = top if top is not None else 10 if experts else BRIEF_TOP
-    warn_of_few_permutations(permutations)
     with layer_progress("looking at tokens") as progress:
         result = vocabulary(
             trace,

@@ -12,7 +12,7 @@ from moescope.reporting.cells import BY_DOCUMENT, cell
 from moescope.reporting.chapters import TEXT
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.options import parse_words, shown_layers_option, trace_argument
+from moescope.reporting.options import shown_layers_option, trace_argument, word_option
 from moescope.reporting.subject import PageTable, Results, Subject
 from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible
@@ -33,14 +33,7 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageTable]:
 
 
 @trace_argument
-@click.option(
-    "--word",
-    "words",
-    multiple=True,
-    callback=parse_words,
-    metavar="WORD",
-    help="A word, found whole and with its case; repeatable.",
-)
+@word_option("A word, found whole and with its case; repeatable.")
 @click.option("--indentation", is_flag=True, help="Include the spaces and tabs at the start of lines.")
 @shown_layers_option
 def command(trace: Trace, words: tuple[str, ...], indentation: bool, layers: tuple[int, ...] | None) -> Iterator[Table]:
