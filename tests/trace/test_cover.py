@@ -193,7 +193,7 @@ def test_layers_that_have_no_token_in_common_are_refused_by_name(tmp_path: Path)
     assert moescope.shares(trace, layers=[3]).sizes["layer"] == 1
 
 
-def test_a_counted_text_of_the_case_of_rows_that_were_not_logged(tmp_path: Path) -> None:
+def test_a_layer_that_was_logged_for_half_of_the_tokens_shows_what_was_logged(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = []
     for d in range(6):
