@@ -17,7 +17,7 @@ from synthetic import VOCABULARY, make_part
 
 import moescope
 from moescope.cli import main
-from moescope.errors import NotRecorded
+from moescope.errors import NotExportable, NotRecorded
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, open_trace
 from moescope.trace.columns import DROPPED, NOT_RECORDED
 from moescope.trace.cover import cover, covered
@@ -180,6 +180,19 @@ def test_cover_is_the_recorded_part_of_the_tokens_and_is_shown(tmp_path: Path) -
     assert "layer 3: 74 % of the tokens recorded" in result.stdout
     result = CliRunner().invoke(main, ["shares", str(trace.path), "--layers", "0"])
     assert "recorded" not in result.stdout
+
+
+def test_what_was_not_recorded_is_not_exported(tmp_path: Path) -> None:
+    mask = np.zeros((2, sum(LENGTHS)), bool)
+    mask[1, 10:50] = True
+    trace = both(tmp_path, 3, [mask])[0]
+    lines = moescope.export(trace, tmp_path / "a.jsonl", format="jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 155 - 40
+    assert not any("-2" in line for line in lines)
+    with pytest.raises(NotExportable, match="layer 3 lacks a token in document 0"):
+        moescope.export(trace, tmp_path / "b.npz", format="vllm", layers=[3])
+    placed = moescope.placement(trace, layers=[3], devices=2)
+    assert moescope.export_placement(placed, tmp_path / "p.json", trace=trace).stat().st_size > 0
 
 
 def test_layers_that_have_no_token_in_common_are_refused_by_name(tmp_path: Path) -> None:

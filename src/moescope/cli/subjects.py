@@ -70,7 +70,7 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
         traces = [value for values in given for value in values if isinstance(value, Trace)]
         for trace in traces:
             _remind(trace)
-        notes = tuple(note for trace in traces for note in cover_notes(trace, arguments.get("layers")))
+        notes = dict.fromkeys(note for trace in traces for note in cover_notes(trace, arguments.get("layers")))
         printed = 0
         for shown in show(**arguments):
             if isinstance(shown, Drawing):

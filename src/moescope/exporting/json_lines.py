@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.trace import Layer, Part, Trace
+from moescope.trace.columns import NOT_RECORDED
 
 ROWS_AT_A_TIME = 1024  # tokens whose lines are in memory at once: with 60 layers, some 10 MB of text
 
 
 def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
-    """Write the layers of a trace to a file, token by token, a token's layers ascending."""
+    """Write the layers of a trace to a file, token by token, those ascending in which the token was recorded."""
     weights = trace.header.weights
     with path.open("w", encoding="ascii", newline="\n") as file:
         for part in trace.iter_parts([layer.layer for layer in layers], weights=weights):
@@ -51,13 +52,13 @@ def _lines(part: Part, positions: NDArray[np.int64], layers: tuple[Layer, ...]) 
     columns: list[list[str]] = []
     for layer in layers:
         head = f'"layer": {layer.layer}, "num_experts": {layer.num_experts}, "experts": '
-        ends = [f"{head}{ids}" for ids in part.expert_ids[layer.layer].tolist()]
+        ends = [f"{head}{ids}" if NOT_RECORDED not in ids else "" for ids in part.expert_ids[layer.layer].tolist()]
         if part.gate_weights:
             texts = _numbers(part.gate_weights[layer.layer])
-            ends = [f'{end}, "gating_probs": [{text}]' for end, text in zip(ends, texts, strict=True)]
+            ends = [end and f'{end}, "gating_probs": [{text}]' for end, text in zip(ends, texts, strict=True)]
         columns.append(ends)
     for token, layers_of_token in zip(tokens, zip(*columns, strict=True), strict=True):
-        for end in layers_of_token:
+        for end in filter(None, layers_of_token):
             yield f"{token}{end}}}\n"
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from moescope.errors import NotExportable
 from moescope.exporting.output import MARKER
 from moescope.trace import Layer, Part, Trace
+from moescope.trace.columns import NOT_RECORDED
 
 FORMAT = "moescope-vllm-arrays"
 SEQUENCES = "sequences.jsonl"
@@ -123,10 +124,10 @@ def _array(
     for layer in layers:
         ids = rows.expert_ids[layer.layer]
         if ids.min() < 0:
+            lacks = "lacks a token" if ids.min() == NOT_RECORDED else "dropped an assignment"
             raise NotExportable(
                 trace.path,
-                f"layer {layer.layer} dropped an assignment in document {rows.document[0]}; vLLM's layout has no value "
-                "for that",
+                f"layer {layer.layer} {lacks} in document {rows.document[0]}; vLLM's layout has no value for that",
                 "the format jsonl can represent it; --layers selects other layers",
             )
         array[:, layer.layer] = ids
