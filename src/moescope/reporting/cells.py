@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import isnan, nan
 
 import xarray as xr
 
 from moescope.measures.schema import DIFFERENCE, EXPERT_ID, FRACTION
 from moescope.reporting.numbers import MISSING, bits, count, number, percent, points, spread
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row
+from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, grid
 from moescope.reporting.visible import visible
 
 BY_DOCUMENT = "± the larger side of a 95 % interval, by document."
 CLUSTERED = "± the larger side of a 95 % interval, clustered by document."
 
+FDR = f"false discovery rate {percent(SIGNIFICANT, 0)} %"
+"""Of what a star, a dot or bold print marks."""
+
 _DIGITS = {FRACTION: 1, DIFFERENCE: 1, "bits": 4}
 
 
-def values(at: xr.Dataset, *names: str) -> list[float]:
+def values(place: xr.Dataset, *names: str) -> list[float]:
     """Variables of one place of a result, as numbers."""
-    return [float(at[name]) for name in names]
+    return [float(place[name]) for name in names]
 
 
 def mark(q_value: xr.DataArray | float) -> str:
@@ -37,6 +41,16 @@ def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
     """
     beside = (place[f"{name}_{end}"].item() if f"{name}_{end}" in place else nan for end in ("low", "high", "q"))
     return _in_unit(place[name].attrs.get("units", "1"), digits, place[name].item(), *beside)
+
+
+def rows_of(data: xr.Dataset, dim: str, names: Sequence[str]) -> tuple[Row, ...]:
+    """A row a label of the one dim left, and in it a cell a variable."""
+    return grid(data[dim].values.tolist(), names, lambda label, name: cell(data.sel({dim: label}), name))
+
+
+def by_layer(data: xr.Dataset, rows: Callable[[xr.Dataset], tuple[Row, ...]]) -> tuple[Section, ...]:
+    """A section a layer, with the rows that are made of it."""
+    return tuple(Section(f"layer {layer}", rows(data.sel(layer=layer))) for layer in data["layer"].values.tolist())
 
 
 def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:
@@ -69,7 +83,7 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
     return Cell(text, beside, mark(q))
 
 
-def bits_range_cell(at: xr.Dataset, name: str) -> Cell:
+def bits_range_cell(place: xr.Dataset, name: str) -> Cell:
     """The interval of an amount of information."""
-    low, high = values(at, f"{name}_low", f"{name}_high")
+    low, high = values(place, f"{name}_low", f"{name}_high")
     return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")

@@ -19,6 +19,7 @@ from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS
+from moescope.reporting.subjects.balance import batch_sizes
 
 _MARKERS = "oD^vPX"
 
@@ -26,7 +27,7 @@ _MARKERS = "oD^vPX"
 def draw_balance(balance: xr.Dataset) -> Figure:
     """Imbalance of all layers of a `moescope.balance`; beside it the gate weights, or the entropy without them."""
     whole = total(balance)
-    sizes = _sizes(balance)
+    sizes = batch_sizes(balance)
     colours = domain_colours(len(sizes) + 1)
     with style.style():
         handles = [
@@ -101,13 +102,6 @@ def _draw_entropy(axes: Axes, whole: xr.Dataset) -> None:
     axes.set_ylim(top=1)
     axes.set_ylabel("H / log E of the loads")
     style.panel_title(axes, "Evenness")
-
-
-def _sizes(balance: xr.Dataset) -> list[int]:
-    """Sizes of batches of which the trace holds one."""
-    if "batch_imbalance" not in balance:
-        return []
-    return [size for size in balance["batch"].values.tolist() if int(balance["batches"].sel(batch=size))]
 
 
 def _batch(size: int) -> str:

@@ -53,11 +53,12 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
         size = int(of_layer["num_ids"])
         lift, q_value = _tested(of_layer, size, size)
         order = order_of_pairs(lift)
+        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
         style.panel_title(axes, f"Layer {layer}")
         axes.set_xlabel("expert" if size <= MOST_WITH_NUMBERS else f"{size} experts, clustered", labelpad=3)
         excess, null = 100 * float(of_layer["deviation"]), 100 * float(of_layer["deviation_null"])
         _add_note(axes, f"{excess:.0f} % of pairs in excess" + ("" if isnan(null) else f" ({null:.0f} by chance)"))
-        return _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
+        return mesh
 
     with style.style():
         return _draw_maps(_shown(coactivation, layers), draw, "pairs of experts")

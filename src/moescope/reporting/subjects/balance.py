@@ -37,9 +37,9 @@ _FOLDED = {
 }
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Imbalance by layer, and the tables."""
-    batches = "batch_imbalance" in found and bool(found["batches"].values.any())
+    batches = bool(batch_sizes(result))
     coloured = (
         " Coloured: batches of consecutive sequences (mean; band from 5 to 95 % of the batches); dashed: as many "
         "tokens drawn at random from the whole trace."
@@ -48,13 +48,13 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
     )
     beside = (
         "Right: the largest gate weight of a token and its lead over the second (bands: 5 to 95 % of the tokens)."
-        if "weight" in found
+        if "weight" in result
         else "Right: the entropy of the loads over that of equal ones."
     )
     yield PageFigure(
         name="balance",
         file="balance",
-        draw=lambda: drawn.balance.draw_balance(found),
+        draw=lambda: drawn.balance.draw_balance(result),
         label="Balance",
         title="The busiest expert over the mean load",
         caption=(
@@ -71,9 +71,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It is of experts, not devices: how long a device waits depends on which experts lie together on it, and "
             "on capacity. It does not say that the busiest expert is the same in each batch."
         ),
-        frame=balance_frame(found),
+        frame=balance_frame(result),
     )
-    yield from folded(balance_tables(found, results.layers), _FOLDED)
+    yield from folded(balance_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -92,9 +92,9 @@ def command(trace: Trace, layers: tuple[int, ...] | None, figures: Path | None) 
       moescope balance pile.moe --layers 0,15,31
     """
     shown = shown_layers(trace, layers)
-    found = balance(trace, shown if figures is None else None)
-    yield from balance_tables(found, shown)
-    yield Drawing(file="balance", draw=lambda: drawn.balance.draw_balance(found))
+    result = balance(trace, shown if figures is None else None)
+    yield from balance_tables(result, shown)
+    yield Drawing(file="balance", draw=lambda: drawn.balance.draw_balance(result))
 
 
 def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table]:
@@ -105,8 +105,8 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
     data = balance.sel(layer=list(layers))
     whole = total(data)
 
-    def loads(of: xr.Dataset) -> tuple[Row, ...]:
-        return grid(layers, _COLUMNS, lambda layer, name: _load_cell(of.sel(layer=layer), name))
+    def loads(one: xr.Dataset) -> tuple[Row, ...]:
+        return grid(layers, _COLUMNS, lambda layer, name: _load_cell(one.sel(layer=layer), name))
 
     def of_balance(layer: int, name: str) -> Cell:
         null = f"{name}_null"
@@ -133,10 +133,8 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
         ),
         frame=balance_frame(data),
     )
-    if "batch_imbalance" in data:
-        sizes = [size for size in data["batch"].values.tolist() if data["batches"].sel(batch=size)]
-        if sizes:
-            yield _batches_table(data, layers, sizes)
+    if sizes := batch_sizes(data):
+        yield _batches_table(data, layers, sizes)
     if "weight" in data:
         weights = grid(
             layers, _WEIGHTS, lambda layer, name: cell(whole.sel(layer=layer, statistic=name), "weight", digits=3)
@@ -197,6 +195,13 @@ def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]
         ),
         frame=tidy(data, "layer", "batch"),
     )
+
+
+def batch_sizes(balance: xr.Dataset) -> list[int]:
+    """Sizes of batches, in sequences, of which the trace holds one."""
+    if "batch_imbalance" not in balance:
+        return []
+    return [size for size in balance["batch"].values.tolist() if balance["batches"].sel(batch=size)]
 
 
 def balance_frame(balance: xr.Dataset) -> pd.DataFrame:

@@ -17,30 +17,30 @@ from moescope.tallying import Counted
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """The shares, where choices are known apart."""
-    found: xr.Dataset = results.found["shares"]
-    return found if found.sizes["choice"] > 1 else None
+    result: xr.Dataset = results.found["shares"]
+    return result if result.sizes["choice"] > 1 else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure]:
     """Figure 9."""
-    top_k = int(found["top_k"].max())
-    choices = list(dict.fromkeys(["all", "first", found["choice"].values[top_k].item()]))
+    top_k = int(result["top_k"].max())
+    choices = list(dict.fromkeys(["all", "first", result["choice"].values[top_k].item()]))
     yield PageFigure(
         name="choices",
         file="figure9-choices",
-        draw=lambda: figures.shares.draw_choices(found, results.layers),
+        draw=lambda: figures.shares.draw_choices(result, results.layers),
         label="Figure 9",
         title="The same by choice",
         caption=(
             f"{capital(describe_any(top_k))}, and the choices with the largest and the smallest gate weight apart. "
-            f"{about_uniform(found)}"
+            f"{about_uniform(result)}"
         ),
         how=(
             "If the first choice carries the topic and the last fills up, the first row differs by domain and the "
             "last does not. If all rows look alike, the choices are exchangeable in this respect."
         ),
         cannot="It does not show which choices go together, nor how much weight each has in the output.",
-        frame=tidy(found.sel(choice=choices, layer=list(results.layers)), *DIMS),
+        frame=tidy(result.sel(choice=choices, layer=list(results.layers)), *DIMS),
     )
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 
 from moescope.measures.coactivation import coactivation
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, cell
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell
 from moescope.reporting.chapters import STRUCTURE
 from moescope.reporting.frames import only, tidy
 from moescope.reporting.layers import among, shown_layers
@@ -32,20 +32,20 @@ SECTION = PageSection(
 )
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """A map a layer, and the pairs that stand out."""
-    layers = among(results.layers, found["layer"].values.tolist())
-    shown = found.sel(layer=list(layers))
+    layers = among(results.layers, result["layer"].values.tolist())
+    shown = result.sel(layer=list(layers))
     most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
     yield PageFigure(
         name="coactivation",
         file="coactivation",
-        draw=lambda: drawn.joint.draw_coactivation(found, layers),
+        draw=lambda: drawn.joint.draw_coactivation(result, layers),
         label="Co-activation",
         title="Experts that share a token",
         caption=(
             "How many times as often two experts are chosen for the same token as popularity alone makes them"
-            f"{about_map(int(found['num_ids'].max()), most_with_numbers)}. Under each map: the part of the pairs that "
+            f"{about_map(int(result['num_ids'].max()), most_with_numbers)}. Under each map: the part of the pairs that "
             "would have to be others for all to be 1, and what sampling alone would give. Intervals are in the CSV."
         ),
         how=(
@@ -75,9 +75,9 @@ def command(trace: Trace, layers: tuple[int, ...] | None, figures: Path | None) 
       moescope coactivation pile.moe --layers 0,15,31
     """
     shown = shown_layers(trace, layers)
-    found = coactivation(trace, shown)
-    yield coactivation_table(found, shown)
-    yield Drawing(file="coactivation", draw=lambda: drawn.joint.draw_coactivation(found))
+    result = coactivation(trace, shown)
+    yield coactivation_table(result, shown)
+    yield Drawing(file="coactivation", draw=lambda: drawn.joint.draw_coactivation(result))
 
 
 def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -113,8 +113,8 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
         (*_COLUMNS.values(), "first given second"),
         tuple(sections),
         notes=(
-            f"Of the pairs that differ, the {MOST_LISTED} most and the {MOST_LISTED} least often together (false "
-            f"discovery rate {percent(SIGNIFICANT, 0)} % over pairs and layers).",
+            f"Of the pairs that differ, the {MOST_LISTED} most and the {MOST_LISTED} least often together ({FDR} over "
+            "pairs and layers).",
             "popularity alone: sets of the same size in which nothing but the popularity of each expert counts.",
             BY_DOCUMENT,
         ),
@@ -133,8 +133,7 @@ _COLUMNS = {
 def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:
     """A row a (layer, pair of experts); `conditional` is N_ij / N_i, `conditional_reversed` N_ij / N_j."""
     pairs = only(coactivation, "layer", "expert", "other")
-    reversed_pairs = pairs["conditional"].values.swapaxes(1, 2)
-    pairs["conditional_reversed"] = pairs["conditional"].copy(data=reversed_pairs)
+    pairs["conditional_reversed"] = pairs["conditional"].copy(data=pairs["conditional"].values.swapaxes(1, 2))
     return tidy(pairs.where(pairs["expert"] < pairs["other"]), "layer", "expert", "other")
 
 

@@ -13,7 +13,7 @@ from moescope.measures.claims import first_middle_last
 from moescope.measures.compare import Comparison, compare
 from moescope.measures.schema import by_domain, total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import cell, mark, values
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark, values
 from moescope.reporting.frames import tidy
 from moescope.reporting.numbers import percent, plain, signed
 from moescope.reporting.options import figures_option, layers_option
@@ -96,10 +96,10 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     digits = 2 if float(data["agreement"].min()) > NEARLY_THE_SAME else 1
 
     def row(label: str, domain: str, layer: int) -> Row:
-        here = data.sel(domain=domain, layer=layer)
+        of_domain = data.sel(domain=domain, layer=layer)
         cells = []
         for kind in kinds:
-            of_kind = here.sel(kind=kind)
+            of_kind = of_domain.sel(kind=kind)
             cells += [cell(of_kind, "agreement", digits), cell(of_kind, "agreement_null")]
             cells += [Cell(kappa_text(float(of_kind["kappa"]), digits + 1))]
         if weights is not None:
@@ -107,7 +107,7 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             same, differs = values(of_weights, "margin_same", "margin_differs")
             cells += [cell(of_weights, "kept", digits), Cell(plain(same)), Cell(plain(differs, 3))]
         changed = int((changes["change_q"].sel(domain=domain, layer=layer) < SIGNIFICANT).sum())
-        return Row(label, (*cells, Cell(f"{changed} of {int(here['num_ids'])}")))
+        return Row(label, (*cells, Cell(f"{changed} of {int(of_domain['num_ids'])}")))
 
     label = str(total(data)["domain"].values)
     sections = [
@@ -137,11 +137,10 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
             ("experts", 1),
         ),
         notes=(
-            "measured: chosen in both traces, of the choices of a token; ± the larger side of a 95 % interval, "
-            "by document. "
-            "popularity: the same if B were dealt to the tokens at random. kappa: from 0, popularity alone, to 1.",
-            f"shares changed: experts whose share of the assignments differs between A and B (paired by document, "
-            f"false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            f"measured: chosen in both traces, of the choices of a token; {BY_DOCUMENT} popularity: the same if B were "
+            "dealt to the tokens at random. kappa: from 0, popularity alone, to 1.",
+            "shares changed: experts whose share of the assignments differs between A and B (paired by document, "
+            f"{FDR}).",
             *(() if weights is None else (_ABOUT_WEIGHTS,)),
             *comparison.remarks,
         ),
@@ -172,8 +171,7 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         ("A", "B", "B - A"),
         tuple(sections),
         notes=(
-            f"± the larger side of a 95 % interval, paired by document; * not 0 (false discovery rate "
-            f"{percent(SIGNIFICANT, 0)} % over layers and experts).",
+            f"± the larger side of a 95 % interval, paired by document; * not 0 ({FDR} over layers and experts).",
             *comparison.remarks,
         ),
         frame=tidy(data, "domain", "layer", "expert"),
@@ -189,9 +187,8 @@ def tokens_table(comparison: Comparison) -> Table:
     for place in range(shown.sizes["token_id"]):
         token = shown.isel(token_id=place)
         label = f"{int(token['token_id'])} {shorten(str(token['text'].item()), 24)}"
-        sizes = (cell(token, "seen"), cell(token, "documents"))
         at_most = Cell(percent(float(token["agreement_high"])))
-        rows.append(Row(label, (*sizes, cell(token, "agreement"), at_most)))
+        rows.append(Row(label, (*(cell(token, name) for name in ("seen", "documents", "agreement")), at_most)))
     frame = tidy(data, "token_id")
     return Table(
         "tokens",
@@ -200,9 +197,8 @@ def tokens_table(comparison: Comparison) -> Table:
         ("seen", "documents", "agreement", "at most"),
         (Section("", tuple(rows)),),
         notes=(
-            "agreement: chosen in both, of the choices in all layers compared; ± the larger side of a 95 % "
-            "interval, by document. "
-            "Ordered by its upper end, of ids seen at least 10 times in two documents or more.",
+            f"agreement: chosen in both, of the choices in all layers compared; {BY_DOCUMENT} Ordered by its upper "
+            "end, of ids seen at least 10 times in two documents or more.",
             *comparison.remarks,
         ),
         frame=frame.assign(text=frame["text"].map(visible)),
@@ -231,8 +227,8 @@ def distances_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         tuple(sections),
         groups=(("divergence", 2), ("evenness", 2)),
         notes=(
-            "divergence: Jensen-Shannon, bits; * more than sampling documents alone explains (false discovery rate "
-            f"{percent(SIGNIFICANT, 0)} %). evenness: entropy of the shares over that of equal shares.",
+            f"divergence: Jensen-Shannon, bits; * more than sampling documents alone explains ({FDR}). evenness: "
+            "entropy of the shares over that of equal shares.",
             *comparison.remarks,
         ),
         frame=tidy(distances, "domain", "layer"),

@@ -15,14 +15,14 @@ from moescope.measures import schema
 from moescope.measures.consistency import consistency
 from moescope.measures.schema import FRACTION
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, cell
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell
 from moescope.reporting.chapters import LOCALITY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import count, percent
+from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table
+from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -97,10 +97,10 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
     together = _together(data)
     sections = []
     for length in data["length"].values.tolist():
-        here = data.sel(length=length)
-        rows = [_row(f"layer {layer}", here.sel(layer=layer)) for layer in layers]
+        of_length = data.sel(length=length)
+        rows = [_row(f"layer {layer}", of_length.sel(layer=layer)) for layer in layers]
         rows.append(_row("all layers", together.sel(length=length)))
-        documents = count(int(here["documents"]), "document")
+        documents = count(int(of_length["documents"]), "document")
         sections.append(Section(f"segments of {length} tokens ({documents})", tuple(rows)))
     where = "all domains" if domain is None else visible(domain)
     return Table(
@@ -112,7 +112,7 @@ def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: st
         notes=(
             "SRP: how well the best fixed set of experts serves a whole segment (F1). random order: the same if the "
             "tokens of each document were shuffled. uniform: if tokens drew their experts at random.",
-            f"beyond: SRP less random order; * not 0 (false discovery rate {percent(SIGNIFICANT, 0)} %). size ratio: "
+            f"beyond: SRP less random order; * not 0 ({FDR}). size ratio: "
             f"experts in the fixed set over experts a token chooses. {BY_DOCUMENT}",
         ),
         frame=consistency_frame(consistency),

@@ -11,14 +11,14 @@ import xarray as xr
 
 from moescope.measures.divergence import divergence
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import bits_range_cell, grid_of, values
+from moescope.reporting.cells import FDR, bits_range_cell, grid_of, values
 from moescope.reporting.chapters import TOPICS
-from moescope.reporting.frames import tidy
+from moescope.reporting.frames import only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import bits, percent
+from moescope.reporting.numbers import bits
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.tallying import tally
 from moescope.trace import Trace
@@ -27,14 +27,14 @@ FEWEST_DOMAINS_IN_PAIRS = 3
 """With two domains, each is "the others" to the other, and the pair says nothing new."""
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """A map of domains and layers; one domain diverges from nothing."""
-    if found.sizes["domain"] == 1:
+    if result.sizes["domain"] == 1:
         return
     yield PageFigure(
         name="divergence",
         file="divergence",
-        draw=lambda: drawn.divergence.draw_divergence(found),
+        draw=lambda: drawn.divergence.draw_divergence(result),
         label="Divergence",
         title="How far each domain is from the others, layer by layer",
         caption=(
@@ -50,10 +50,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "With many documents even a trifle gets its dot: read the dot for whether, the bits for how much. Nor "
             "does it say which experts make the difference, or whether topic, style or script is behind it."
         ),
-        frame=divergence_frame(found),
+        frame=divergence_frame(result),
     )
     yield PageTable(
-        divergence_table(found, results.layers),
+        divergence_table(result, results.layers),
         folded="The same as a table, with intervals and what sampling alone would give",
     )
 
@@ -72,13 +72,13 @@ def command(trace: Trace, layers: tuple[int, ...] | None, figures: Path | None) 
       moescope divergence pile.moe --layers 0,15,31
     """
     shown = shown_layers(trace, layers)
-    found = divergence(tally(trace, shown if figures is None else None))
-    yield divergence_table(found, shown)
-    if found.sizes["domain"] > 1:
-        yield domain_pairs_table(found, shown)
-    yield Drawing(file="divergence", draw=lambda: drawn.divergence.draw_divergence(found))
-    if found.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
-        yield Drawing(file="domain_pairs", draw=lambda: drawn.divergence.draw_domain_pairs(found, shown))
+    result = divergence(tally(trace, shown if figures is None else None))
+    yield divergence_table(result, shown)
+    if result.sizes["domain"] > 1:
+        yield domain_pairs_table(result, shown)
+    yield Drawing(file="divergence", draw=lambda: drawn.divergence.draw_divergence(result))
+    if result.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS:
+        yield Drawing(file="domain_pairs", draw=lambda: drawn.divergence.draw_domain_pairs(result, shown))
 
 
 def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -102,7 +102,7 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
             Section("95 % interval of the true divergence", grid(data["domain"].values.tolist(), layers, interval)),
         ),
         notes=(
-            f"* differs from the other domains (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            f"* differs from the other domains ({FDR}).",
             *_largest_pairs(data),
         ),
         frame=divergence_frame(data),
@@ -115,16 +115,16 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     domains = data["domain"].values.tolist()
     sections = []
     for layer in layers:
-        at = data.sel(layer=layer)
+        of_layer = data.sel(layer=layer)
         rows = [
             row._replace(cells=(*row.cells[:place], Cell(""), *row.cells[place + 1 :]))
-            for place, row in enumerate(grid_of(at[["jsd", "jsd_q"]], "domain", "other", "jsd"))
+            for place, row in enumerate(grid_of(of_layer[["jsd", "jsd_q"]], "domain", "other", "jsd"))
         ]
-        information, null = (bits(value) for value in values(at, "information", "information_null"))
+        information, null = (bits(value) for value in values(of_layer, "information", "information_null"))
         title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
-        if str(at["leader"].values) and len(domains) > 2:
-            how = "surely furthest" if bool(at["leader_significant"]) else "furthest, not surely,"
-            title += f"; {how} from the others: {visible(str(at['leader'].values))}"
+        if (leader := str(of_layer["leader"].values)) and len(domains) > 2:
+            how = "surely furthest" if of_layer["leader_significant"] else "furthest, not surely,"
+            title += f"; {how} from the others: {visible(leader)}"
         sections.append(Section(title, tuple(rows)))
     return Table(
         "domain_pairs",
@@ -132,39 +132,39 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         "domain",
         tuple(map(visible, domains)),
         tuple(sections),
-        notes=(f"* differ (false discovery rate {percent(SIGNIFICANT, 0)} % over layers and pairs).",),
+        notes=(f"* differ ({FDR} over layers and pairs).",),
         frame=pairs_frame(data),
     )
 
 
 def divergence_frame(divergence: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, layer) against the other domains, then a row a pair of domains and layer."""
-    names = [name for name, of in divergence.data_vars.items() if set(of.dims) == {"domain", "layer"}]
-    rest = divergence[names].rename({name: str(name).replace("jsd_rest", "jsd") for name in names})
-    frame = tidy(rest, "domain", "layer")
+    rest = only(divergence, "domain", "layer")
+    frame = tidy(rest.rename({name: str(name).replace("jsd_rest", "jsd") for name in rest}), "domain", "layer")
     frame.insert(1, "other", "(the others)")
     return pd.concat([frame, pairs_frame(divergence)], ignore_index=True)
 
 
 def pairs_frame(divergence: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, other domain, layer), each pair once."""
-    pairs = divergence[[name for name, of in divergence.data_vars.items() if "other" in of.dims]]
-    frame = tidy(pairs.drop_vars("documents"), "domain", "other", "layer")
-    order = {domain: place for place, domain in enumerate(divergence["domain"].values.tolist())}
-    return frame[frame["domain"].map(order) < frame["other"].map(order)].reset_index(drop=True)
+    place = np.arange(divergence.sizes["domain"])
+    once = xr.DataArray(place[:, None] < place, dims=("domain", "other"))
+    pairs = only(divergence, "domain", "other", "layer").drop_vars("documents")
+    return tidy(pairs.where(once), "domain", "other", "layer")
 
 
 def _largest_pairs(data: xr.Dataset) -> list[str]:
     """For each layer the two domains that are furthest apart."""
-    found = []
+    furthest = []
     domains = data["domain"].values.tolist()
     for layer in data["layer"].values.tolist():
         pairs = data["jsd"].sel(layer=layer).values
         if len(domains) < 2 or not np.isfinite(pairs).any():
             continue
         a, b = np.unravel_index(int(np.nanargmax(pairs)), pairs.shape)
-        found.append(f"layer {layer}: {visible(domains[a])} and {visible(domains[b])}, {bits(float(pairs[a, b]))} bits")
-    return [f"Furthest apart: {'; '.join(found)}."] if found else []
+        names = f"{visible(domains[a])} and {visible(domains[b])}"
+        furthest.append(f"layer {layer}: {names}, {bits(float(pairs[a, b]))} bits")
+    return [f"Furthest apart: {'; '.join(furthest)}."] if furthest else []
 
 
 subject = Subject(measure=lambda counted, _: divergence(counted), blocks=blocks, section=TOPICS, command=command)

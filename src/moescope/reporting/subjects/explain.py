@@ -11,7 +11,7 @@ import xarray as xr
 
 from moescope.measures.explain import explain
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark
 from moescope.reporting.chapters import EXPLANATION
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
@@ -25,7 +25,7 @@ from moescope.reporting.options import (
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.wording import choice_of, listed
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -142,9 +142,9 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
     data = explained.sel(layer=list(layers))
     sections = []
     for layer in layers:
-        here = data.sel(layer=layer)
-        rows = tuple(Row(source, _cells(here.sel(source=source))) for source in _known(here))
-        sections.append(Section(f"layer {layer}: {_bits(here['entropy'].item())} bits in all", rows))
+        of_layer = data.sel(layer=layer)
+        rows = tuple(Row(source, _cells(of_layer.sel(source=source))) for source in _known(of_layer))
+        sections.append(Section(f"layer {layer}: {_bits(of_layer['entropy'].item())} bits in all", rows))
     return Table(
         "explain",
         f"Bits of the choice that each source explains, {choice_of(data)}",
@@ -153,8 +153,7 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
         tuple(sections),
         groups=(("", 2), ("bounds", 2), ("null", 2)),
         notes=(
-            f"± the larger side of a 95 % interval, by document. * more than by chance (false discovery rate "
-            f"{percent(SIGNIFICANT, 0)} %). Sources overlap: their bits do not add up.",
+            f"{BY_DOCUMENT} * more than by chance ({FDR}). Sources overlap: their bits do not add up.",
             *(explain_sentence(explained, layer) for layer in layers),
         ),
         frame=explain_frame(data),
@@ -171,13 +170,13 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
 
     Of what tells little, the upper end of the interval is said where that is not little.
     """
-    here = explained.sel(layer=layer)
-    entropy = float(here["entropy"])
+    of_layer = explained.sel(layer=layer)
+    entropy = float(of_layer["entropy"])
     if isnan(entropy):
         return f"Layer {layer}: nothing was chosen."
     if entropy == 0:
         return f"Layer {layer}: every token makes the same choice; there is nothing to explain."
-    by_source = {source: here.sel(source=source) for source in _known(here)}
+    by_source = {source: of_layer.sel(source=source) for source in _known(of_layer)}
     if not by_source:
         return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
     share = {source: float(one["share"]) for source, one in by_source.items()}

@@ -14,7 +14,7 @@ import xarray as xr
 from moescope.measures import schema
 from moescope.measures.locality import LONGEST_RUN, locality
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
+from moescope.reporting.cells import CLUSTERED, FDR, cell, grid_of, values
 from moescope.reporting.chapters import LOCALITY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
@@ -22,7 +22,7 @@ from moescope.reporting.numbers import percent, points
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
+from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_kind, known_kinds
 from moescope.trace import Trace
@@ -147,7 +147,7 @@ def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         notes=(
             "popularity: two tokens of the domain. any order: two tokens of the document. same words: tokens with the "
             "same ids in other documents.",
-            f"{CLUSTERED} * not zero (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            f"{CLUSTERED} * not zero ({FDR}).",
             *(sentence for layer in layers if (sentence := locality_sentence(locality, layer))),
         ),
         frame=locality_frame(data),
@@ -156,10 +156,9 @@ def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
 
 def _cells(near: xr.Dataset) -> tuple[Cell, ...]:
     """The rate and its excess over each null, by layer."""
-    by_layer = [near.sel(layer=layer) for layer in near["layer"].values.tolist()]
     return tuple(
-        cell(here if null is None else here.sel(null=null), "rate" if null is None else "excess")
-        for here in by_layer
+        cell(of_layer, "rate") if null is None else cell(of_layer.sel(null=null), "excess")
+        for of_layer in (near.sel(layer=layer) for layer in near["layer"].values)
         for null in (None, *SHOWN_NULLS)
     )
 
@@ -172,17 +171,15 @@ def _total_last(locality: xr.Dataset) -> xr.Dataset:
 def locality_sentence(locality: xr.Dataset, layer: int) -> str:
     """How much of the repeats of a layer its words explain, in plain words; empty if the trace has no token ids."""
     kind = known_kinds(locality)[0]
-    here = schema.total(locality).sel(layer=layer, pairs="all", kind=kind)
-    excess, low, high = values(here.sel(null="words"), "excess", "excess_low", "excess_high")
+    near = schema.total(locality).sel(layer=layer, pairs="all", kind=kind)
+    excess, low, high = values(near.sel(null="words"), "excess", "excess_low", "excess_high")
     if isnan(excess):
         return ""
     what = "the same first choice" if kind == "first" else "an expert in common"
     less = "less" if excess < 0 else "more"
     interval = "" if isnan(low) else f" ({points(low)} to {points(high)})"
-    rate, uniform, words = (
-        percent(value)
-        for value in (here["rate"].item(), *(here["rate_null"].sel(null=null).item() for null in ("uniform", "words")))
-    )
+    nulls = near["rate_null"].sel(null=["uniform", "words"]).values.tolist()
+    rate, uniform, words = map(percent, (near["rate"].item(), *nulls))
     return (
         f"Layer {layer}: {rate} % of neighbours have {what}; uniform routing gives {uniform} %, the "
         f"same words elsewhere {words} %: {percent(abs(excess))} points "
@@ -195,9 +192,9 @@ def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     data = locality.sel(layer=list(layers))
     sections = []
     for kind in known_kinds(schema.total(data)):
-        here, name = schema.total(data).sel(kind=kind), describe_kind(kind, data)
-        sections.append(Section(name, grid_of(here, "lag", "layer", "lag_rate")))
-        sections.append(Section(f"{name}, points above any order", grid_of(here, "lag", "layer", "lag_excess")))
+        of_kind, name = schema.total(data).sel(kind=kind), describe_kind(kind, data)
+        sections.append(Section(name, grid_of(of_kind, "lag", "layer", "lag_rate")))
+        sections.append(Section(f"{name}, points above any order", grid_of(of_kind, "lag", "layer", "lag_excess")))
     return Table(
         "lags",
         "Repeats by distance, %",
@@ -218,9 +215,7 @@ def runs_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
         binned = data[["runs", "runs_null"]].sel(run=slice(start, end)).sum("run", skipna=False)
         columns = [binned[name].sel(layer=layer) for layer in layers for name in ("runs", "runs_null")]
         rows.append(Row(label, tuple(Cell(percent(column.item())) for column in columns)))
-    mean = []
-    for layer in layers:
-        mean += [cell(data.sel(layer=layer), "run_mean"), Cell("")]
+    mean = [beside for layer in layers for beside in (cell(data.sel(layer=layer), "run_mean"), Cell(""))]
     return Table(
         "runs",
         "Runs of one first choice by length, % of runs",
@@ -235,8 +230,8 @@ def runs_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
 
 def locality_frame(locality: xr.Dataset) -> pd.DataFrame:
     """A row a (domain, pairs, null, layer, kind)."""
-    neighbours = locality[[name for name in map(str, locality) if name.split("_")[0] in ("rate", "excess", "pairs")]]
-    return tidy(neighbours, "domain", "pairs", "null", "layer", "kind")
+    named = [name for name in map(str, locality) if name.split("_")[0] in ("rate", "excess", "pairs")]
+    return tidy(locality[named], "domain", "pairs", "null", "layer", "kind")
 
 
 def lags_frame(locality: xr.Dataset) -> pd.DataFrame:

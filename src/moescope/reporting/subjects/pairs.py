@@ -23,16 +23,16 @@ SECTION = PageSection(
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """The divergence, where there are enough domains."""
-    found: xr.Dataset = results.found["divergence"]
-    return found if found.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS else None
+    result: xr.Dataset = results.found["divergence"]
+    return result if result.sizes["domain"] >= FEWEST_DOMAINS_IN_PAIRS else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """A map a layer."""
     yield PageFigure(
         name="pairs",
         file="domain-pairs",
-        draw=lambda: figures.divergence.draw_domain_pairs(found, results.layers),
+        draw=lambda: figures.divergence.draw_domain_pairs(result, results.layers),
         label="Pairs of domains",
         title="Divergence of any two domains",
         caption=(
@@ -47,10 +47,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It cannot tell topic from vocabulary or format: two domains in one notation look alike whatever they are "
             "about. With many documents even a trifle has its dot."
         ),
-        frame=pairs_frame(found.sel(layer=list(results.layers))),
+        frame=pairs_frame(result.sel(layer=list(results.layers))),
     )
     yield PageTable(
-        domain_pairs_table(found, results.layers), folded="The same as a table, with the domain that stands out"
+        domain_pairs_table(result, results.layers), folded="The same as a table, with the domain that stands out"
     )
 
 

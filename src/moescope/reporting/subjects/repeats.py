@@ -34,16 +34,16 @@ SECTION = PageSection(
 )
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Figure 10, and Table 5."""
     yield PageFigure(
         name="repeats",
         file="figure10-repeats",
-        draw=lambda: figures.repeats.draw_repeats(found),
+        draw=lambda: figures.repeats.draw_repeats(result),
         label="Figure 10",
         title="Repeated consecutive assignments by layer",
         caption=(
-            f"Per cent of consecutive tokens {_repeated(found)}. Dashed: uniform routing. Grey: "
+            f"Per cent of consecutive tokens {_repeated(result)}. Dashed: uniform routing. Grey: "
             "what the popularity of the experts alone predicts, from the lowest to the highest domain. Intervals "
             "95 %, clustered by document."
         ),
@@ -56,9 +56,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It does not tell why: neighbouring tokens are alike, and like tokens go to like experts. Nor what a "
             "cache gains, for that depends on longer memory than one token."
         ),
-        frame=tidy(found, *DIMS),
+        frame=tidy(result, *DIMS),
     )
-    yield PageTable(repeats_table(found, results.layers), heading="Table 5. Repeated consecutive assignments")
+    yield PageTable(repeats_table(result, results.layers), heading="Table 5. Repeated consecutive assignments")
 
 
 @trace_argument

@@ -71,9 +71,9 @@ def command(
         raise click.BadParameter(
             f"{count(len(steps), 'step')} for {count(len(traces), 'trace')}.", param_hint="'--steps'"
         )
-    found = saturation(traces, steps, layers)
-    yield saturation_table(found, "first" if first else "set")
-    yield Drawing(file="saturation", draw=lambda: drawn.saturation.draw_saturation(found))
+    result = saturation(traces, steps, layers)
+    yield saturation_table(result, "first" if first else "set")
+    yield Drawing(file="saturation", draw=lambda: drawn.saturation.draw_saturation(result))
 
 
 def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:

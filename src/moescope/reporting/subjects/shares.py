@@ -27,19 +27,19 @@ DIMS = ("domain", "layer", "choice", "expert")
 """A row of the frame."""
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
     """Figure 7; the table is too long for the page."""
     layers = list(results.layers)
-    bars = figures.shares.as_bars(found)
+    bars = figures.shares.as_bars(result)
     yield PageFigure(
         name="shares",
         file="figure7-shares",
-        draw=lambda: figures.shares.draw_shares(found, results.layers),
+        draw=lambda: figures.shares.draw_shares(result, results.layers),
         label="Figure 7",
         title="Share of a domain's assignments that each expert receives",
         caption=(
-            f"{capital(describe_any(int(found['top_k'].max())))}; the shares of a domain and layer sum to 1. "
-            f"{about_uniform(found)} "
+            f"{capital(describe_any(int(result['top_k'].max())))}; the shares of a domain and layer sum to 1. "
+            f"{about_uniform(result)} "
             + ("Thin lines: 95 % intervals, clustered by document." if bars else "Intervals are in the CSV.")
         ),
         how=(
@@ -55,14 +55,14 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | Table]:
             "Equal shares do not mean equal tokens: an expert may get the verbs of one domain and the numbers of "
             "another. Experts of different layers have nothing in common but their number."
         ),
-        frame=tidy(found.sel(choice=["all"], layer=layers), *DIMS),
+        frame=tidy(result.sel(choice=["all"], layer=layers), *DIMS),
     )
-    yield shares_table(found, layers)
+    yield shares_table(result, layers)
 
 
-def about_uniform(found: xr.Dataset) -> str:
+def about_uniform(result: xr.Dataset) -> str:
     """How the figures of shares mark a uniform one."""
-    if figures.shares.as_bars(found):
+    if figures.shares.as_bars(result):
         return "Dashed: uniform, 1 over the number of experts."
     return (
         "White: uniform, 1 over the number of experts; black: exactly none. Experts in the order of their mean share."

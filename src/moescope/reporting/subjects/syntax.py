@@ -9,14 +9,13 @@ import xarray as xr
 
 from moescope.measures.syntax import syntax
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, bits_range_cell, cell, grid_of
+from moescope.reporting.cells import BY_DOCUMENT, FDR, bits_range_cell, by_layer, grid_of, rows_of
 from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import percent
 from moescope.reporting.options import choice_option, figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Row, Section, Table, grid
+from moescope.reporting.tables import Section, Table, grid
 from moescope.reporting.wording import choice_of
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -100,7 +99,7 @@ def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
             Section("95 % interval of the true divergence", ranges),
             Section("against all other tokens, whatever their documents", grid_of(apart, *columns, "jsd_all")),
         ),
-        notes=(f"* differs (false discovery rate {percent(SIGNIFICANT, 0)} % over classes and layers).",),
+        notes=(f"* differs ({FDR} over classes and layers).",),
         frame=tidy(data, "word_class", "layer"),
     )
 
@@ -108,19 +107,13 @@ def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
 def word_class_experts_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
     """The expert that stands out in each word class: a section a layer, a row a class."""
     data = syntax.sel(layer=list(layers))
-    classes = data["word_class"].values.tolist()
     columns = ("tokens", "documents", "top_expert", "top_share", "top_share_null")
-    sections = []
-    for layer in layers:
-        by_class = {name: data.sel(layer=layer, word_class=name) for name in classes}
-        rows = tuple(Row(name, tuple(cell(here, column) for column in columns)) for name, here in by_class.items())
-        sections.append(Section(f"layer {layer}", rows))
     return Table(
         "word_class_experts",
         f"The expert that stands out in each word class, {choice_of(syntax)}, %",
         "class",
         ("tokens", "documents", "expert", "of the class", "of the others"),
-        tuple(sections),
+        by_layer(data, lambda of_layer: rows_of(of_layer, "word_class", columns)),
         notes=(
             "The expert whose share of the class exceeds that of the other tokens of the same documents by most. "
             f"{BY_DOCUMENT}",

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from moescope.measures.claims import first_middle_last
 from moescope.measures.groups import FEWEST_EXPECTED
 from moescope.measures.transitions import transitions
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import cell
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell
 from moescope.reporting.chapters import STRUCTURE
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import among, shown_layers
@@ -45,21 +46,21 @@ def measure(counted: Counted, results: Results) -> xr.Dataset:
     return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Maps of some layers, the information of all, and the tables."""
-    layers = among(results.layers, found["layer"].values.tolist())
-    first = str(found["choice"].values) == "first"
+    layers = among(results.layers, result["layer"].values.tolist())
+    first = str(result["choice"].values) == "first"
     goes = "a token's first choice goes" if first else "the assignments of a token go"
     most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
     yield PageFigure(
         name="transitions",
         file="transitions",
-        draw=lambda: drawn.joint.draw_transitions(found, layers),
+        draw=lambda: drawn.joint.draw_transitions(result, layers),
         label="Transitions",
         title="From layer to layer",
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
-            f"{about_map(int(found['num_ids'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
+            f"{about_map(int(result['num_ids'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
             "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
             "give. Grey: "
             "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
@@ -72,9 +73,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "It does not tell whether the choice at one layer matters to the next, or whether the identity of the "
             "token fixes both."
         ),
-        frame=transitions_frame(found, layers),
+        frame=transitions_frame(result, layers),
     )
-    yield from folded(transitions_tables(found, layers), _FOLDED)
+    yield from folded(transitions_tables(result, layers), _FOLDED)
 
 
 @trace_argument
@@ -96,9 +97,9 @@ def command(
     """
     if not trace.header.counts_only:
         shown_layers(trace, layers)  # refuses a trace without a document
-    found = transitions(trace, layers, choice=choice)
-    yield from transitions_tables(found)
-    yield Drawing(file="transitions", draw=lambda: drawn.joint.draw_transitions(found))
+    result = transitions(trace, layers, choice=choice)
+    yield from transitions_tables(result)
+    yield Drawing(file="transitions", draw=lambda: drawn.joint.draw_transitions(result))
 
 
 def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Iterator[Table]:
@@ -112,7 +113,7 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
             middle and the last, and all in the frames.
     """
     known = transitions["layer"].values.tolist()
-    shown = layers if layers is not None else list(dict.fromkeys([known[0], known[(len(known) - 1) // 2], known[-1]]))
+    shown = layers if layers is not None else first_middle_last(known)
     name_of = {layer: f"{int(transitions['layer_before'].sel(layer=layer))} to {layer}" for layer in known}
     what = "first choices" if str(transitions["choice"].values) == "first" else "all assignments"
     information = []
@@ -132,10 +133,7 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
         "layers",
         ("bias removed", "% of the entropy", "as counted", "Miller-Madow", "sampling alone", "transitions differ"),
         (Section("", tuple(information)),),
-        notes=(
-            "sampling alone: what would be counted if the layers were independent. ± the larger side of a "
-            "95 % interval, by document.",
-        ),
+        notes=(f"sampling alone: what would be counted if the layers were independent. {BY_DOCUMENT}",),
         frame=transitions_frame(transitions, layers),
     )
     sections = []
@@ -156,7 +154,7 @@ def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = N
         tuple(sections),
         notes=(
             f"Of the transitions that differ, the {MOST_LISTED} most and the {MOST_LISTED} least frequent for the "
-            f"popularity of the experts (false discovery rate {percent(SIGNIFICANT, 0)} %).",
+            f"popularity of the experts ({FDR}).",
             *_untested(transitions.sel(layer=list(shown))),
         ),
         frame=_moves_frame(transitions, layers),

@@ -16,7 +16,7 @@ import xarray as xr
 
 from moescope.measures.vocabulary import vocabulary
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark
 from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
@@ -31,7 +31,7 @@ from moescope.reporting.options import (
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
 from moescope.tallying import Counted
@@ -197,8 +197,7 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
             f"{int(vocabulary.attrs['min_count'])} tokens. {capital(sizes)}.",
             "rotated: the choices of each document rotated, so that they do not see the token; held out: the expert "
             "most frequent in other documents; popularity: the most popular expert's share of all tokens.",
-            f"{BY_DOCUMENT} * the choices see it (false discovery rate {percent(SIGNIFICANT, 0)} %)."
-            f"{_sampled(vocabulary)}",
+            f"{BY_DOCUMENT} * the choices see it ({FDR}).{_sampled(vocabulary)}",
         ),
         frame=vocabulary_frame(data, pieces),
     )

@@ -8,14 +8,13 @@ import click
 import xarray as xr
 
 from moescope.measures.words import words as words_of
-from moescope.reporting.cells import BY_DOCUMENT, cell
+from moescope.reporting.cells import BY_DOCUMENT, by_layer, rows_of
 from moescope.reporting.chapters import TEXT
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import shown_layers_option, trace_argument, word_option
 from moescope.reporting.subject import PageTable, Results, Subject
-from moescope.reporting.tables import Row, Section, Table
-from moescope.reporting.visible import visible
+from moescope.reporting.tables import Table
 from moescope.tallying import WORDS, Counted
 from moescope.trace import Trace
 
@@ -27,13 +26,13 @@ def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     return words_of(counted, list(results.words), indentation=True)
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageTable]:
     """The table counts what the coloured text above it shows."""
-    yield PageTable(words_table(found, results.layers))
+    yield PageTable(words_table(result, results.layers))
 
 
 @trace_argument
-@word_option("A word, found whole and with its case; repeatable.")
+@word_option("A word, result whole and with its case; repeatable.")
 @click.option("--indentation", is_flag=True, help="Include the spaces and tabs at the start of lines.")
 @shown_layers_option
 def command(trace: Trace, words: tuple[str, ...], indentation: bool, layers: tuple[int, ...] | None) -> Iterator[Table]:
@@ -57,20 +56,12 @@ def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
     data = words.sel(layer=list(layers))
     names = ["occurrences", "top_expert"]
     names += [f"{name}{end}" for name in ("top_share", "same", "together") for end in ("", "_null")]
-
-    def row(word: str, layer: int) -> Row:
-        place = data.sel(word=word, layer=layer)
-        return Row(visible(word), tuple(cell(place, name) for name in names))
-
-    sections = [
-        Section(f"layer {layer}", tuple(row(word, layer) for word in data["word"].values.tolist())) for layer in layers
-    ]
     return Table(
         "words",
         "First-choice expert of words, %",
         "word",
         ("occurrences", "expert", "of the word", "of all tokens", "measured", "any tokens", "measured", "token ids"),
-        tuple(sections),
+        by_layer(data, lambda of_layer: rows_of(of_layer, "word", names)),
         groups=(("", 1), ("most frequent expert", 3), ("two documents agree", 2), ("within a word", 2)),
         notes=(
             "two documents agree: two tokens of the word from different documents have the same first choice, against "
