@@ -1,6 +1,6 @@
-"""What the routing of a trace is worth: decisions played through on it, token by token.
+"""What the routing of a trace is worth: serving decisions simulated on it, token by token.
 
-Rule of the room: it may import the trace, the tallying, the errors and, for intervals, `measures.statistics` and
+Rule of the package: it may import the trace, the tallying, the errors and, for intervals, `measures.statistics` and
 `measures.groups`; a module a subject; nothing is drawn or printed. Beside every gain stands what a trace without the
 locality would give, and the optimum where there is one. Only the modules of kernels loop over tokens.
 """

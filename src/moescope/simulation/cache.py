@@ -56,7 +56,7 @@ def cache(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """Play a trace through caches of experts.
+    """Simulate caches of experts on a trace.
 
     Memory is that of a part, and 8 bytes an expert for every four million assignments of the trace.
 
@@ -65,14 +65,14 @@ def cache(
         layers: Layers, or None for all.
         policies: Of `POLICIES`.
         sizes: Experts a layer that the cache holds, from the largest top-k to the most experts a layer has; None for
-            all of these, where S3-FIFO is played through for a few.
+            all of these, where S3-FIFO is simulated for a few.
         budget: ``layer``: a cache a layer. ``global``: one cache of `sizes` times the number of layers.
         batch: Sequences decoded at a time, each one token a step.
         prefill: Tokens of a chunk of prefill, served together; None to decode.
         cold_sequences: Empty the caches before each sequence; otherwise they go on through the whole trace.
-        null: Also play the trace with the tokens of each document in random order; without, its variables are NaN.
+        null: Also serve the tokens of each document in random order; without, the variables of that null are NaN.
         seed: Of that order.
-        threads: Layers played at a time; None for the number of processors.
+        threads: Layers simulated at a time; None for the number of processors.
         progress: Called with the number of parts done and of all.
     Returns:
         The first "domain" is all of them together (`total` says so); `size` is in experts a layer.
@@ -117,71 +117,66 @@ def cache(
             progress(done, passes)
 
     plan = Plan.of(trace, settings, seeds, ready)
+    library = plan.library if "matching" in settings.policies else None
     servers = [
-        Server(
-            chosen,
-            batch=batch,
-            prefill=prefill,
-            cold=cold_sequences,
-            groups=groups,
-            seed=each,
-            library=plan.library if "matching" in settings.policies else None,
-        )
-        for each in seeds
+        Server(chosen, batch=batch, prefill=prefill, cold=cold_sequences, groups=groups, seed=order, library=library)
+        for order in seeds
     ]
-    sets = [list(chosen)] if budget == "global" else [[layer] for layer in chosen]
-    caches = [[Caches(settings, of, num_domains * groups, plan.library) for of in sets] for _ in seeds]
+    caches = [
+        [Caches(settings, layers, num_domains * groups, plan.library) for layers in settings.sharing] for _ in seeds
+    ]
     chunks = [0] * len(seeds)
     tokens_D = np.zeros(num_domains, np.int64)
     with ThreadPoolExecutor(threads) as pool:
 
-        def play(at: int, steps: Steps) -> None:
-            if at == 0:
+        def serve(run: int, steps: Steps) -> None:
+            if run == 0:
                 tokens_D[:] += np.bincount(steps.cell_T // groups, minlength=num_domains)
-            after_N = plan.after(at, chunks[at])
-            chunks[at] += 1
-            list(pool.map(lambda place: caches[at][place].serve(steps, place, after_N), range(len(sets))))
+            after_N = plan.after(run, chunks[run])
+            chunks[run] += 1
+            list(pool.map(lambda shared: shared.serve(steps, after_N), caches[run]))
 
-        for index in range(len(trace.parts)):
-            part = trace.with_trace_domains(trace.parts[index].read(chosen, tokens=False))
-            for at, server in enumerate(servers):
+        for part_file in trace.parts:
+            part = trace.with_trace_domains(part_file.read(chosen, tokens=False))
+            for run, server in enumerate(servers):
                 for steps in server.steps(part):
-                    play(at, steps)
+                    serve(run, steps)
             ready()
-        for at, server in enumerate(servers):
+        for run, server in enumerate(servers):
             for steps in server.rest():
-                play(at, steps)
+                serve(run, steps)
     unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
-    played = [_Played.of(settings, each, num_domains, groups).without(unfitted) for each in caches]
-    return _labelled(trace, settings, played, tokens_D, seed)
+    counted = [_Counted.of(settings, of_run, num_domains, groups).without(unfitted) for of_run in caches]
+    return _labelled(trace, settings, counted, tokens_D, seed)
 
 
 @dataclass(frozen=True)
-class _Played:
+class _Counted:
     """What was counted. P policies, D domains, G groups of documents, L layers, Z sizes."""
 
     hits: dict[str, Numbers]
     requests_DGL: Numbers
 
     @classmethod
-    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _Played:
+    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _Counted:
         shape = (num_domains, groups, len(settings.layers))
         hits = {
-            name: np.concatenate([each.hits(name) for each in caches], axis=1).reshape(*shape, len(settings.sizes))
+            name: np.concatenate([shared.hits(name) for shared in caches], axis=1).reshape(*shape, len(settings.sizes))
             for name in settings.policies
         }
-        requests = np.concatenate([each.requests() for each in caches], axis=1)
+        requests = np.concatenate([shared.requests() for shared in caches], axis=1)
         return cls(hits, requests.reshape(shape).astype(float))
 
-    def without(self, policies: set[str]) -> _Played:
+    def without(self, policies: set[str]) -> _Counted:
         """The same with the hits of some policies unknown."""
-        return _Played({p: of * (np.nan if p in policies else 1) for p, of in self.hits.items()}, self.requests_DGL)
+        hits = {name: of_policy * (np.nan if name in policies else 1) for name, of_policy in self.hits.items()}
+        return _Counted(hits, self.requests_DGL)
 
 
 def _labelled(
-    trace: Trace, settings: Settings, played: Sequence[_Played], tokens_D: NDArray[np.int64], seed: int
+    trace: Trace, settings: Settings, counted: Sequence[_Counted], tokens_D: NDArray[np.int64], seed: int
 ) -> xr.Dataset:
-    observed, shuffled = played[0], played[1] if len(played) > 1 else None
+    observed, shuffled = counted[0], counted[1] if len(counted) > 1 else None
     dims = ("policy", "domain", "layer", "size")
     shape = (len(settings.policies), len(trace.domains) + 1, len(settings.layers), len(settings.sizes))
     by_layer = {name: np.full(shape, np.nan) for name in _BY_LAYER}
@@ -265,15 +260,15 @@ def _of_domain(values: Numbers, d: int) -> Numbers:
 
 def _proportion(hits_G: Numbers, requests_G: Numbers) -> tuple[Numbers, Numbers, Numbers]:
     """Hits over requests with an interval over groups of documents, which are the first axis."""
-    ratio, error, used = _ratio(hits_G, requests_G)
-    low, high = statistics.proportion_interval(ratio, error, used)
-    return ratio, np.where(np.isnan(ratio), np.nan, low), np.where(np.isnan(ratio), np.nan, high)
+    ratio, residual_G = _ratio(hits_G, requests_G)
+    return ratio, *statistics.proportion_interval(ratio, *_error(residual_G, requests_G))
 
 
 def _quotient(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers, Numbers]:
     """Σy / Σn, of any sign, with an interval; NaN where Σn is not positive, the interval also where nothing varies."""
-    ratio, error, used = _ratio(y_G, n_G)
-    half = statistics.student_t(used) * np.where(error > 1e-12, error, np.nan)
+    ratio, residual_G = _ratio(y_G, n_G)
+    error, used = _error(residual_G, n_G)
+    half = statistics.student_t(used) * np.where(error > 1e-12, error, np.nan)  # below is rounding
     return ratio, ratio - half, ratio + half
 
 
@@ -281,24 +276,22 @@ def _difference(
     hits_G: Numbers, requests_G: Numbers, null_G: Numbers, null_requests_G: Numbers
 ) -> tuple[Numbers, Numbers, Numbers]:
     """The difference of two ratios of the same groups, paired, with an interval."""
-    ratio = statistics.ratio(hits_G.sum(axis=0), requests_G.sum(axis=0))
-    null = statistics.ratio(null_G.sum(axis=0), null_requests_G.sum(axis=0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        residual_G = (hits_G - ratio * requests_G) / requests_G.sum(axis=0)
-        residual_G = residual_G - (null_G - null * null_requests_G) / null_requests_G.sum(axis=0)
-    used = np.count_nonzero(requests_G, axis=0)
-    half = statistics.student_t(used) * _error(residual_G, used)
+    ratio, residual_G = _ratio(hits_G, requests_G)
+    null, null_residual_G = _ratio(null_G, null_requests_G)
+    error, used = _error(residual_G - null_residual_G, requests_G)
+    half = statistics.student_t(used) * error
     return ratio - null, ratio - null - half, ratio - null + half
 
 
-def _ratio(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers, NDArray[Any]]:
+def _ratio(y_G: Numbers, n_G: Numbers) -> tuple[Numbers, Numbers]:
+    """Σy / Σn over groups, and the residual of each group, over Σn."""
     ratio = statistics.ratio(y_G.sum(axis=0), n_G.sum(axis=0))
-    used = np.broadcast_to(np.count_nonzero(n_G, axis=0), ratio.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
-        residual_G = (y_G - ratio * n_G) / n_G.sum(axis=0)
-    return ratio, _error(residual_G, used), used
+        return ratio, (y_G - ratio * n_G) / n_G.sum(axis=0)
 
 
-def _error(residual_G: Numbers, used: NDArray[Any]) -> Numbers:
+def _error(residual_G: Numbers, n_G: Numbers) -> tuple[Numbers, NDArray[Any]]:
+    """Standard error from the residuals of groups, and the number of groups that hold something."""
+    used = np.broadcast_to(np.count_nonzero(n_G, axis=0), residual_G.shape[1:])
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.sqrt(np.where(used > 1, used / (used - 1), np.nan) * (residual_G**2).sum(axis=0))
+        return np.sqrt(np.where(used > 1, used / (used - 1), np.nan) * (residual_G**2).sum(axis=0)), used

@@ -28,35 +28,41 @@ LFU, AGED, TABLE, NEXT = 0, 1, 2, 3
 """What ranks the experts: the number of uses; that, halved now and then; given tables; the next use."""
 
 
+class Requests(NamedTuple):
+    """The request groups of steps.
+
+    Attributes:
+        object_R: Objects requested.
+        cell_R: Cell of each request, ``cell_T * L + layer``.
+        starts_G: First request of each group (step, layer), with the number of requests at the end.
+        fresh_G: Whether the cache is emptied before each group.
+    """
+
+    object_R: Ids
+    cell_R: Sums
+    starts_G: Sums
+    fresh_G: NDArray[np.bool_]
+
+
 @numba.njit(cache=True, nogil=True)
-def request_groups(
-    ids_LKT: Ids,
-    offset_L: Sums,
-    starts_S: Sums,
-    cell_T: Sums,
-    stamp_N: Sums,
-    object_R: Ids,
-    cell_R: Ids,
-    starts_G: Sums,
-) -> int:
-    """Write the request groups of steps: for each step and layer the distinct experts, each where it is first named.
+def request_groups(ids_LKT: Ids, offset_L: Sums, starts_S: Sums, fresh_S: NDArray[np.bool_], cell_T: Sums) -> Requests:
+    """The request groups of steps: for each step and layer the distinct experts, each where it is first named.
 
     Args:
         ids_LKT: Chosen experts of tokens in the order they are served; below 0 is none.
-        offset_L: Object that is expert 0 of each layer.
+        offset_L: Object that is expert 0 of each layer, with the number of objects at the end.
         starts_S: First token of each step, with the number of tokens at the end.
+        fresh_S: Whether the cache is emptied before each step.
         cell_T: Cell that each token's requests are counted in, before the layer is added.
-        stamp_N: Scratch, any values below 0 for what was not seen.
-        object_R: Written: the objects.
-        cell_R: Written: their cells, ``cell_T * L + layer``.
-        starts_G: Written: first request of each group (step, layer), with the number of requests at the end.
-    Returns:
-        Number of requests.
     """
     num_layers, num_choices = ids_LKT.shape[0], ids_LKT.shape[1]
-    stamp_N[:] = -1
+    object_R, cell_R = np.empty(ids_LKT.size, np.int32), np.empty(ids_LKT.size, np.int64)
+    starts_G = np.empty(fresh_S.size * num_layers + 1, np.int64)
+    fresh_G = np.zeros(fresh_S.size * num_layers, np.bool_)
+    fresh_G[::num_layers] = fresh_S
+    last_N = np.full(offset_L[-1], -1, np.int64)  # the last group that named each object
     r = g = 0
-    for s in range(starts_S.size - 1):
+    for s in range(fresh_S.size):
         for layer in range(num_layers):
             starts_G[g] = r
             for t in range(starts_S[s], starts_S[s + 1]):
@@ -65,19 +71,20 @@ def request_groups(
                     if e < 0:
                         continue
                     e += offset_L[layer]
-                    if stamp_N[e] != g:
-                        stamp_N[e] = g
+                    if last_N[e] != g:
+                        last_N[e] = g
                         object_R[r] = e
                         cell_R[r] = cell_T[t] * num_layers + layer
                         r += 1
             g += 1
     starts_G[g] = r
-    return r
+    return Requests(object_R[:r], cell_R[:r], starts_G, fresh_G)
 
 
 @numba.njit(cache=True, nogil=True)
-def first_uses(object_R: Ids, starts_G: Sums, base: int, first_N: Sums) -> None:
+def first_uses(requests: Requests, base: int, first_N: Sums) -> None:
     """Lower `first_N` to the group, counted from `base`, that first uses each object."""
+    object_R, _, starts_G, _ = requests
     for g in range(starts_G.size - 1):
         for r in range(starts_G[g], starts_G[g + 1]):
             if first_N[object_R[r]] > base + g:
@@ -85,65 +92,18 @@ def first_uses(object_R: Ids, starts_G: Sums, base: int, first_N: Sums) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def next_uses(object_R: Ids, starts_G: Sums, base: int, after_N: Sums, next_R: Sums) -> None:
-    """Write the group that next uses the object of each request; `after_N` holds what follows these groups, and is
-    changed to the first uses from their start on.
+def next_uses(requests: Requests, base: int, after_N: Sums) -> Sums:
+    """The group that next uses the object of each request; `after_N` holds what follows these groups, and is changed
+    to the first uses from their start on.
     """
+    object_R, _, starts_G, _ = requests
+    next_R = np.empty(object_R.size, np.int64)
     for g in range(starts_G.size - 2, -1, -1):
         for r in range(starts_G[g], starts_G[g + 1]):
             next_R[r] = after_N[object_R[r]]
         for r in range(starts_G[g], starts_G[g + 1]):
             after_N[object_R[r]] = base + g
-
-
-@numba.njit(cache=True, nogil=True)
-def lru_distances(
-    object_R: Ids,
-    cell_R: Ids,
-    starts_G: Sums,
-    fresh_G: NDArray[np.bool_],
-    width: int,
-    now: int,
-    last_N: Sums,
-    counts_CB: Sums,
-) -> int:
-    """Count requests by the size at which an LRU cache would just hold them.
-
-    The distance of an object is the number of objects used after it; comparing all times of last use takes one sweep
-    that the processor does several at a time, and needs no list to be kept in order.
-
-    Args:
-        object_R: Objects requested.
-        cell_R: Cell of each request.
-        starts_G: First request of each group, with the number of requests at the end.
-        fresh_G: Whether the cache is emptied before each group.
-        width: Objects a bin.
-        now: Requests so far, from 1.
-        last_N: When each object was last used, 0 for never. Changed.
-        counts_CB: Added to: bin b for a cache of (b + 1) * width objects, the last for objects that were never there.
-    Returns:
-        Requests so far, after these.
-    """
-    num_objects, never = last_N.size, counts_CB.shape[1] - 1
-    for g in range(starts_G.size - 1):
-        if fresh_G[g]:
-            last_N[:] = 0
-        start, end = starts_G[g], starts_G[g + 1]
-        for r in range(start, end):
-            time = last_N[object_R[r]]
-            if time == 0:
-                counts_CB[cell_R[r], never] += 1
-            else:
-                distance = 0
-                for n in range(num_objects):
-                    distance += last_N[n] > time
-                if width > 1:
-                    distance //= width
-                counts_CB[cell_R[r], distance] += 1
-        for r in range(start, end):
-            last_N[object_R[r]] = now + end - 1 - r  # the first choice is the last to go
-        now += end - start
-    return now
+    return next_R
 
 
 class LruStack(NamedTuple):
@@ -151,11 +111,11 @@ class LruStack(NamedTuple):
 
     Attributes:
         state: Time, objects on the stack, steps since the last halving, table in use (-1: none).
-        last_N: When each object was last used.
+        last_N: When each object was last used; for `lru_distances` from 1, 0 for never.
         value_N: By what objects are ranked.
         order_N: The stack.
         place_N: Place of each object on it, -1 for none.
-        counts_CB: Added to, as in `lru_distances`.
+        counts_CB: Added to: bin b for a cache of (b + 1) * L objects, the last for objects that were never there.
     """
 
     state: Sums
@@ -174,6 +134,43 @@ class LruStack(NamedTuple):
         return cls(state, last_N, value_N, order_N, place_N, np.zeros((rows, num_bins), np.int64))
 
 
+@numba.njit(cache=True, nogil=True)
+def lru_distances(requests: Requests, layers: int, stack: LruStack) -> None:
+    """Count requests by the size at which an LRU cache would just hold them.
+
+    The distance of an object is the number of objects used after it; comparing all times of last use takes one sweep
+    that the processor does several at a time, and needs no list to be kept in order.
+
+    Args:
+        requests: What is requested.
+        layers: Layers that share the cache: groups a step, and objects a bin.
+        stack: Changed: the time, the times of last use, and the counts.
+    """
+    object_R, cell_R, starts_G, fresh_G = requests
+    last_N, counts_CB = stack.last_N, stack.counts_CB
+    num_objects, never = last_N.size, counts_CB.shape[1] - 1
+    now = max(1, stack.state[0])
+    for g in range(starts_G.size - 1):
+        if fresh_G[g]:
+            last_N[:] = 0
+        start, end = starts_G[g], starts_G[g + 1]
+        for r in range(start, end):
+            time = last_N[object_R[r]]
+            if time == 0:
+                counts_CB[cell_R[r], never] += 1
+            else:
+                distance = 0
+                for n in range(num_objects):
+                    distance += last_N[n] > time
+                if layers > 1:
+                    distance //= layers
+                counts_CB[cell_R[r], distance] += 1
+        for r in range(start, end):
+            last_N[object_R[r]] = now + end - 1 - r  # the first choice is the last to go
+        now += end - start
+    stack.state[0] = now
+
+
 class Tables(NamedTuple):
     """What `TABLE` ranks by.
 
@@ -190,17 +187,7 @@ class Tables(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def stack_distances(
-    kind: int,
-    object_R: Ids,
-    cell_R: Ids,
-    starts_G: Sums,
-    fresh_G: NDArray[np.bool_],
-    layers: int,
-    next_R: Sums,
-    tables: Tables,
-    ageing: int,
-    width: int,
-    stack: LruStack,
+    kind: int, requests: Requests, layers: int, next_R: Sums, tables: Tables, ageing: int, stack: LruStack
 ) -> None:
     """Count requests by the size at which a cache that ranks its experts by `kind` would just hold them.
 
@@ -210,17 +197,14 @@ def stack_distances(
 
     Args:
         kind: LFU, AGED, TABLE or NEXT.
-        object_R: Objects requested.
-        cell_R: Cell of each request.
-        starts_G: First request of each group, with the number of requests at the end.
-        fresh_G: Whether the cache is emptied before each group.
-        layers: Groups a step.
+        requests: What is requested.
+        layers: Layers that share the cache: groups a step, and objects a bin.
         next_R: For NEXT: group of the next use.
         tables: For TABLE.
         ageing: For AGED: steps after which all counts are halved, rounded down.
-        width: Objects a bin.
         stack: Changed.
     """
+    object_R, cell_R, starts_G, fresh_G = requests
     state, last_N, value_N, order_N, place_N, counts_CB = stack
     table_VN, row_T, tokens_S = tables
     num_objects, never = last_N.size, counts_CB.shape[1] - 1
@@ -255,7 +239,7 @@ def stack_distances(
                 unseen += 1
                 counts_CB[cell_R[r], never] += 1
             else:
-                counts_CB[cell_R[r], place // width] += 1
+                counts_CB[cell_R[r], place // layers] += 1
         for r in range(start, end):
             e = object_R[r]
             last_N[e] = now + end - 1 - r
@@ -313,47 +297,54 @@ def _before(a: int, b: int, value_N: Sums, last_N: Sums) -> bool:
     return value_N[a] > value_N[b] or (value_N[a] == value_N[b] and last_N[a] > last_N[b])
 
 
+class FifoQueues(NamedTuple):
+    """An S3-FIFO cache of one size; all but the capacity changed.
+
+    Attributes:
+        capacity: Objects the cache holds. The small queue's share is a tenth of it, rounded down, but at least 1.
+        state: Lengths of the small, the main and the ghost queue.
+        where_N: 0 nowhere, 1 small, 2 main, 3 ghost.
+        uses_N: Hits since the object came, up to 3.
+        small_N: The queue, its tail first.
+        main_N: The same.
+        ghost_N: The same.
+        hits_C: Added to.
+    """
+
+    capacity: int
+    state: Sums
+    where_N: Sums
+    uses_N: Sums
+    small_N: Sums
+    main_N: Sums
+    ghost_N: Sums
+    hits_C: Sums
+
+    @classmethod
+    def empty(cls, capacity: int, num_objects: int, rows: int) -> FifoQueues:
+        """A cache that holds nothing."""
+        where_N, uses_N = np.zeros((2, num_objects), np.int64)
+        state, hits_C = np.zeros(3, np.int64), np.zeros(rows, np.int64)
+        small_N, main_N, ghost_N = np.zeros((3, capacity + 1), np.int64)
+        return cls(capacity, state, where_N, uses_N, small_N, main_N, ghost_N, hits_C)
+
+
 @numba.njit(cache=True, nogil=True)
-def s3_fifo_hits(
-    capacity: int,
-    object_R: Ids,
-    cell_R: Ids,
-    starts_G: Sums,
-    fresh_G: NDArray[np.bool_],
-    state: Sums,
-    where_N: Sums,
-    uses_N: Sums,
-    small_N: Sums,
-    main_N: Sums,
-    ghost_N: Sums,
-    hits_C: Sums,
-) -> None:
+def s3_fifo_hits(requests: Requests, queues: FifoQueues) -> None:
     """Count the hits of an S3-FIFO cache of one size.
 
     A new expert enters the small queue, or the main one if it is a ghost. Before that the small queue gives way if it
     holds its share or more, else the main one. An expert that leaves the small queue goes on to the main one, its uses
     forgotten, if it was hit more than once since it came, else it is evicted and a ghost; one that leaves the main
-    queue is put back at its head with one use fewer as long as it has one. Uses count up to 3. An expert being served
-    is put back as it is.
+    queue is put back at its head with one use fewer as long as it has one. An expert being served is put back as it is.
     Ghosts are the last evicted from the small queue, as many as the main queue's share.
 
-    Args:
-        capacity: Objects the cache holds. The small queue's share is a tenth of it, rounded down, but at least 1.
-        object_R: Objects requested.
-        cell_R: Cell of each request.
-        starts_G: First request of each group, with the number of requests at the end.
-        fresh_G: Whether the cache is emptied before each group.
-        state: Lengths of the small, the main and the ghost queue. Changed.
-        where_N: 0 nowhere, 1 small, 2 main, 3 ghost. Changed.
-        uses_N: Changed.
-        small_N: The queue, its tail first. Changed.
-        main_N: Changed.
-        ghost_N: Changed.
-        hits_C: Added to.
     Source:
         Yang et al. 2023, FIFO queues are all you need for cache eviction, algorithm 1; what is served stays, and the
         least small queue, are ours.
     """
+    object_R, cell_R, starts_G, fresh_G = requests
+    capacity, state, where_N, uses_N, small_N, main_N, ghost_N, hits_C = queues
     share = max(1, capacity // 10)
     most_ghosts = max(1, capacity - share)
     num_small, num_main, num_ghosts = state[0], state[1], state[2]
@@ -383,10 +374,8 @@ def s3_fifo_hits(
             while num_small + num_main == capacity:
                 others_small, others_main = num_small - served_small, num_main - served_main
                 if others_main == 0 or (others_small > 0 and num_small >= share):
-                    x = small_N[0]
+                    x = _take(small_N, 0, num_small)
                     num_small -= 1
-                    for i in range(num_small):
-                        small_N[i] = small_N[i + 1]
                     if served_N[x]:
                         small_N[num_small] = x
                         num_small += 1
@@ -396,34 +385,27 @@ def s3_fifo_hits(
                         num_main += 1
                     else:
                         if num_ghosts == most_ghosts:
-                            where_N[ghost_N[0]] = 0
+                            where_N[_take(ghost_N, 0, num_ghosts)] = 0
                             num_ghosts -= 1
-                            for i in range(num_ghosts):
-                                ghost_N[i] = ghost_N[i + 1]
                         ghost_N[num_ghosts] = x
                         num_ghosts += 1
                         where_N[x] = 3
                 else:
-                    x = main_N[0]
+                    x = _take(main_N, 0, num_main)
                     num_main -= 1
-                    for i in range(num_main):
-                        main_N[i] = main_N[i + 1]
-                    if served_N[x]:
-                        main_N[num_main] = x
-                        num_main += 1
-                    elif uses_N[x] > 0:
-                        uses_N[x] -= 1
+                    if served_N[x] or uses_N[x] > 0:
+                        if not served_N[x]:
+                            uses_N[x] -= 1
                         main_N[num_main] = x
                         num_main += 1
                     else:
                         where_N[x] = 0
             if where_N[e] == 3:
-                at = 0
-                while ghost_N[at] != e:
-                    at += 1
+                place = 0
+                while ghost_N[place] != e:
+                    place += 1
+                _take(ghost_N, place, num_ghosts)
                 num_ghosts -= 1
-                for i in range(at, num_ghosts):
-                    ghost_N[i] = ghost_N[i + 1]
                 main_N[num_main] = e
                 num_main += 1
                 where_N[e] = 2
@@ -441,10 +423,31 @@ def s3_fifo_hits(
 
 
 @numba.njit(cache=True, nogil=True)
-def match_sequences(
-    ids_LKT: Ids, offset_L: Sums, starts_Q: Sums, fold_Q: Sums, library_FNM: Sums, found_F: Sums, row_T: Sums
-) -> None:
-    """Write for each token which of the matrices of other documents is the most like its sequence so far.
+def _take(queue_N: Sums, place: int, length: int) -> int:
+    """Take an object out of a queue of so many; those after it move up."""
+    taken = queue_N[place]
+    for i in range(place, length - 1):
+        queue_N[i] = queue_N[i + 1]
+    return taken
+
+
+class Library(NamedTuple):
+    """Activation matrices of some documents of each fold, F folds of M documents over N objects.
+
+    Attributes:
+        unit_FNM: Loads scaled to unit length, in units of 2**-20.
+        found_F: Documents there are.
+        value_VN: Tables of values: for each fold M documents' loads and then those of the whole fold.
+    """
+
+    unit_FNM: Sums
+    found_F: Sums
+    value_VN: Sums
+
+
+@numba.njit(cache=True, nogil=True)
+def match_sequences(ids_LKT: Ids, offset_L: Sums, starts_Q: Sums, fold_Q: Sums, library: Library) -> Sums:
+    """For each token which of the matrices of other documents is the most like its sequence so far.
 
     Likeness is the cosine of the loads by layer and expert, of the tokens before this one against a document's.
 
@@ -452,11 +455,13 @@ def match_sequences(
         ids_LKT: Chosen experts; below 0 is none.
         offset_L: Object that is expert 0 of each layer.
         starts_Q: First token of each sequence, with the number of tokens at the end.
-        fold_Q: Part of the corpus whose documents each sequence is matched with.
-        library_FNM: Loads of M documents of each part, scaled to unit length.
-        found_F: Documents there are of each part.
-        row_T: Written: ``fold * (M + 1) + document``; M for none, before there is anything to match.
+        fold_Q: Fold of the corpus whose documents each sequence is matched with.
+        library: Those documents.
+    Returns:
+        ``fold * (M + 1) + document`` of each token; M for none, before there is anything to match.
     """
+    library_FNM, found_F = library.unit_FNM, library.found_F
+    row_T = np.empty(ids_LKT.shape[2], np.int64)
     num_layers, num_choices = ids_LKT.shape[0], ids_LKT.shape[1]
     most = library_FNM.shape[2]
     likeness_M = np.zeros(most, np.int64)
@@ -478,3 +483,4 @@ def match_sequences(
                     if e >= 0:
                         likeness_M += library_FNM[fold, e + offset_L[layer]]
                         seen = True
+    return row_T

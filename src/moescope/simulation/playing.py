@@ -1,4 +1,4 @@
-"""Caches of experts as they are played: the settings, what must be known before, and the caches themselves.
+"""Caches of experts as they are simulated: the settings, what must be known before, and the caches themselves.
 
 `Plan` is what a first pass over a trace finds; `Caches` serve steps and count hits, for every policy and size at once.
 Suffixes as in `cache_kernels`.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.measures.statistics import Numbers
 from moescope.simulation import cache_kernels as kernels
-from moescope.simulation.serving import Library, Server, Steps, document_folds, object_offsets
+from moescope.simulation.serving import Server, Steps, document_folds, object_offsets
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import Layer, Part, Trace
 
@@ -33,7 +34,7 @@ LIBRARY_TOKENS = 32
 """Tokens that such a document has at least."""
 
 S3_SIZES = 8
-"""Sizes, evenly spread, for which S3-FIFO is played through unless sizes are given: it needs a pass a size."""
+"""Sizes, evenly spread, for which S3-FIFO is simulated unless sizes are given: it needs a pass a size."""
 
 _KINDS = {
     "lfu": kernels.LFU,
@@ -46,13 +47,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is played, and how.
+    """What is simulated, and how.
 
     Attributes:
         layers: Layers of the trace.
         policies: Of `POLICIES`.
         sizes: Experts a layer that the caches hold, ascending.
-        s3_sizes: Those for which S3-FIFO is played.
+        s3_sizes: Those for which S3-FIFO is simulated.
         budget: ``layer`` or ``global``.
         batch: Sequences decoded at a time.
         prefill: Tokens of a chunk of prefill, or None.
@@ -77,6 +78,12 @@ class Settings:
     def foresees(self) -> bool:
         """Whether a policy needs the uses to come."""
         return "belady" in self.policies
+
+    @property
+    def sharing(self) -> list[slice]:
+        """The layers that share a cache, as slices of `layers`."""
+        num_layers = len(self.layers)
+        return [slice(0, num_layers)] if self.budget == "global" else [slice(n, n + 1) for n in range(num_layers)]
 
     @classmethod
     def checked(
@@ -142,7 +149,6 @@ class Plan:
         self.loads_FN = np.zeros((2, self.offset_L[-1]), np.int64)
         self.chosen: list[list[tuple[int, int, NDArray[np.int64]]]] = [[], []]
         self.first: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
-        self.library = self._library()
 
     @classmethod
     def of(cls, trace: Trace, settings: Settings, seeds: Sequence[int | None], ready: Callable[[], None]) -> Plan:
@@ -150,44 +156,34 @@ class Plan:
         plan = cls(settings, seeds)
         if not settings.fitted and not settings.foresees:
             return plan
-        servers = [Server(settings.layers, batch=settings.batch, prefill=settings.prefill, seed=each) for each in seeds]
-        for index in range(len(trace.parts)):
-            part = trace.parts[index].read(settings.layers, tokens=False)
+        servers = [Server(settings.layers, batch=settings.batch, prefill=settings.prefill, seed=seed) for seed in seeds]
+        for part_file in trace.parts:
+            part = part_file.read(settings.layers, tokens=False)
             if settings.fitted:
                 plan._fit(part)
             if settings.foresees:
-                for at, server in enumerate(servers):
-                    plan.first[at] += [plan._first(steps) for steps in server.steps(part)]
+                for first, server in zip(plan.first, servers, strict=True):
+                    first += [plan._first(steps) for steps in server.steps(part)]
             ready()
         if settings.foresees:
-            for at, server in enumerate(servers):
-                plan.first[at] += [plan._first(steps) for steps in server.rest()]
-                for chunk in range(len(plan.first[at]) - 2, -1, -1):  # now from each chunk's start to the end
-                    np.minimum(plan.first[at][chunk], plan.first[at][chunk + 1], out=plan.first[at][chunk])
-        plan.library = plan._library()
+            for first, server in zip(plan.first, servers, strict=True):
+                first += [plan._first(steps) for steps in server.rest()]
+                for chunk in range(len(first) - 2, -1, -1):  # now from each chunk's start to the end
+                    np.minimum(first[chunk], first[chunk + 1], out=first[chunk])
         return plan
 
-    def after(self, at: int, chunk: int) -> NDArray[np.int64]:
-        """Group that uses each object first after a chunk."""
-        firsts = self.first[at]
-        if chunk + 1 < len(firsts):
-            return firsts[chunk + 1]
-        return np.full(self.offset_L[-1], kernels.NEVER, np.int64)
+    def after(self, run: int, chunk: int) -> NDArray[np.int64]:
+        """Group that uses each object first after a chunk, with the seed of this number."""
+        first = self.first[run]
+        return first[chunk + 1] if chunk + 1 < len(first) else np.full(self.offset_L[-1], kernels.NEVER, np.int64)
 
     def _first(self, steps: Steps) -> NDArray[np.int64]:
         first_N = np.full(self.offset_L[-1], kernels.NEVER, np.int64)
-        together = self.settings.budget == "global"
-        for places in (
-            [range(len(self.settings.layers))] if together else [[at] for at in range(len(self.offset_L) - 1)]
-        ):
-            within = slice(places[0], places[-1] + 1)
-            requests = Requests.of(steps, within, self.offset_L[within] - self.offset_L[places[0]], self._size(within))
-            objects = slice(self.offset_L[places[0]], self.offset_L[places[-1] + 1])
-            kernels.first_uses(requests.object_R, requests.starts_G, steps.base * len(places), first_N[objects])
+        for layers in self.settings.sharing:
+            offset_L = self.offset_L[layers.start : layers.stop + 1]
+            requests = steps.requests(layers, offset_L - offset_L[0])
+            kernels.first_uses(requests, steps.base * (len(offset_L) - 1), first_N[offset_L[0] : offset_L[-1]])
         return first_N
-
-    def _size(self, within: slice) -> int:
-        return int(self.offset_L[within.stop] - self.offset_L[within.start])
 
     def _fit(self, part: Part) -> None:
         starts = part.document_starts()
@@ -202,7 +198,7 @@ class Plan:
                 if len(self.chosen[fold]) == LIBRARY and key > self.chosen[fold][-1][:2]:
                     break
                 self.chosen[fold].append((*key, self._loads(part, slice(starts[g], starts[g + 1]))))
-                self.chosen[fold].sort(key=lambda each: each[:2])
+                self.chosen[fold].sort(key=lambda document: document[:2])
                 del self.chosen[fold][LIBRARY:]
             self.loads_FN[fold] += self._loads(part, fold_T == fold)
 
@@ -214,18 +210,20 @@ class Plan:
             loads.append(np.bincount(ids, minlength=layer.num_experts))
         return np.concatenate(loads)
 
-    def _library(self) -> Library:
+    @cached_property
+    def library(self) -> kernels.Library:
+        """The documents that `matching` compares a sequence with, and the values that fitted policies rank by."""
         num_objects = int(self.offset_L[-1])
         unit_FNM = np.zeros((2, num_objects, LIBRARY), np.int64)
         value_VN = np.zeros((2 * (LIBRARY + 1), num_objects), np.int64)
         layer_N = np.repeat(np.arange(len(self.settings.layers)), np.diff(self.offset_L))
-        for fold, found in enumerate(self.chosen):
-            for m, (_, _, loads_N) in enumerate(found):
+        for fold, documents in enumerate(self.chosen):
+            for m, (_, _, loads_N) in enumerate(documents):
                 length = max(1.0, np.sqrt((loads_N.astype(float) ** 2).sum()))  # all may have been dropped
                 unit_FNM[fold, :, m] = np.rint(loads_N / length * 2**20)
                 value_VN[fold * (LIBRARY + 1) + m] = _in_fixed_point(loads_N, layer_N)
             value_VN[fold * (LIBRARY + 1) + LIBRARY] = _in_fixed_point(self.loads_FN[fold], layer_N)
-        return Library(unit_FNM, np.array([len(found) for found in self.chosen]), value_VN)
+        return kernels.Library(unit_FNM, np.array([len(documents) for documents in self.chosen]), value_VN)
 
 
 def _in_fixed_point(loads_N: NDArray[np.int64], layer_N: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -233,128 +231,60 @@ def _in_fixed_point(loads_N: NDArray[np.int64], layer_N: NDArray[np.int64]) -> N
     return np.rint(2**40 * loads_N / np.maximum(np.bincount(layer_N, loads_N), 1)[layer_N]).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Requests:
-    """The request groups of steps; suffixes as in `cache_kernels`."""
-
-    object_R: NDArray[np.int32]
-    cell_R: NDArray[np.int64]
-    starts_G: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, steps: Steps, within: slice, offset_L: NDArray[np.int64], num_objects: int) -> Requests:
-        """The requests of a slice of the layers, which have the objects from `offset_L` on."""
-        ids_LKT = steps.ids_LKT[within]
-        object_R, cell_R = np.empty(ids_LKT.size, np.int32), np.empty(ids_LKT.size, np.int64)
-        starts_G = np.empty((len(steps.starts_S) - 1) * len(ids_LKT) + 1, np.int64)
-        stamp_N = np.empty(num_objects, np.int64)
-        number = kernels.request_groups(
-            ids_LKT, offset_L, steps.starts_S, steps.cell_T, stamp_N, object_R, cell_R, starts_G
-        )
-        return cls(object_R[:number], cell_R[:number], starts_G)
-
-
 class Caches:
-    """The caches of all policies and sizes that serve one layer, or all with one budget, and what they counted.
+    """The caches of all policies and sizes that serve the layers which share them, and what they counted.
 
     The bin of a cache of c experts a layer is c - 1; the last bin is of requests that no cache held.
     """
 
-    def __init__(self, settings: Settings, layers: Sequence[Layer], num_cells: int, library: Library) -> None:
-        offset_L = object_offsets(layers)
-        self.settings, self.layers, self.num_objects = settings, layers, int(offset_L[-1])
-        self.offset_L = offset_L[:-1]
-        self.width = len(layers)
-        num_bins = -(-self.num_objects // self.width) + 1
-        self.rows = num_cells * len(layers)
+    def __init__(self, settings: Settings, layers: slice, num_cells: int, library: kernels.Library) -> None:
+        self.settings, self.layers = settings, layers
+        self.num_layers = layers.stop - layers.start
+        offset_L = object_offsets(settings.layers)[layers.start : layers.stop + 1]
+        self.objects = slice(offset_L[0], offset_L[-1])
+        self.offset_L = offset_L - offset_L[0]
+        num_objects, rows = int(self.offset_L[-1]), num_cells * self.num_layers
+        num_bins = -(-num_objects // self.num_layers) + 1
         self.stacks = {
-            name: kernels.LruStack.empty(self.num_objects, self.rows, num_bins)
-            for name in settings.policies
-            if name != "s3-fifo"
+            name: kernels.LruStack.empty(num_objects, rows, num_bins) for name in settings.policies if name != "s3-fifo"
         }
-        self.queues = (
-            [
-                _Queues(min(size * self.width, self.num_objects), self.num_objects, self.rows)
-                for size in settings.s3_sizes
-            ]
-            if "s3-fifo" in settings.policies
-            else []
-        )
-        whole = object_offsets(settings.layers)
-        first = whole[list(settings.layers).index(layers[0])]
-        self.objects = slice(first, first + self.num_objects)
+        self.queues = {
+            size: kernels.FifoQueues.empty(min(size * self.num_layers, num_objects), num_objects, rows)
+            for size in (settings.s3_sizes if "s3-fifo" in settings.policies else ())
+        }
         self.value_VN = np.ascontiguousarray(library.value_VN[:, self.objects])
-        self.requests_C = np.zeros(self.rows, np.int64)
+        self.requests_C = np.zeros(rows, np.int64)
 
-    def serve(self, steps: Steps, place: int, after_N: NDArray[np.int64]) -> None:
-        """Serve some steps; `place` is that of the first layer among all."""
-        requests = Requests.of(steps, slice(place, place + len(self.layers)), self.offset_L, self.num_objects)
-        of = (requests.object_R, requests.cell_R, requests.starts_G)
-        fresh_G = np.zeros(len(requests.starts_G) - 1, np.bool_)
-        fresh_G[:: len(self.layers)] = steps.fresh_S
-        if not self.stacks:
-            self.requests_C += np.bincount(requests.cell_R, minlength=self.rows)
+    def serve(self, steps: Steps, after_N: NDArray[np.int64]) -> None:
+        """Serve some steps; `after_N` is the group that first uses each object after them."""
+        requests = steps.requests(self.layers, self.offset_L)
+        self.requests_C += np.bincount(requests.cell_R, minlength=len(self.requests_C))
         for name, stack in self.stacks.items():
             if name == "lru":
-                stack.state[0] = kernels.lru_distances(
-                    *of, fresh_G, self.width, max(1, stack.state[0]), stack.last_N, stack.counts_CB
-                )
+                kernels.lru_distances(requests, self.num_layers, stack)
                 continue
             next_R = row_T = np.zeros(0, np.int64)
             if name == "belady":
-                next_R = np.empty(len(requests.object_R), np.int64)
-                base = steps.base * len(self.layers)
-                kernels.next_uses(requests.object_R, requests.starts_G, base, after_N[self.objects].copy(), next_R)
+                next_R = kernels.next_uses(requests, steps.base * self.num_layers, after_N[self.objects].copy())
             if name in ("hot", "matching"):
                 row_T = steps.row_T if name == "matching" else (2 - steps.fold_T) * (LIBRARY + 1) - 1
-            kernels.stack_distances(
-                _KINDS[name],
-                *of,
-                fresh_G,
-                len(self.layers),
-                next_R,
-                kernels.Tables(self.value_VN, row_T, steps.starts_S),
-                AGEING,
-                self.width,
-                stack,
-            )
-        for queues in self.queues:
-            kernels.s3_fifo_hits(
-                queues.capacity,
-                *of,
-                fresh_G,
-                queues.state,
-                queues.where_N,
-                queues.uses_N,
-                queues.small_N,
-                queues.main_N,
-                queues.ghost_N,
-                queues.hits_C,
-            )
+            tables = kernels.Tables(self.value_VN, row_T, steps.starts_S)
+            kernels.stack_distances(_KINDS[name], requests, self.num_layers, next_R, tables, AGEING, stack)
+        for queues in self.queues.values():
+            kernels.s3_fifo_hits(requests, queues)
 
     def requests(self) -> NDArray[np.int64]:
-        """Requests by cell and layer; every stack has counted all of them."""
-        stack = next(iter(self.stacks.values()), None)
-        of_rows = self.requests_C if stack is None else stack.counts_CB.sum(axis=1)
-        return of_rows.reshape(-1, len(self.layers))
+        """Requests by cell and layer."""
+        return self.requests_C.reshape(-1, self.num_layers)
 
     def hits(self, name: str) -> Numbers:
-        """Hits by cell, layer and size, shape (cell, layer, size); NaN for sizes that were not played."""
-        sizes, num_layers = self.settings.sizes, len(self.layers)
+        """Hits by cell, layer and size, shape (cell, layer, size); NaN for sizes that were not simulated."""
+        sizes = self.settings.sizes
         if name == "s3-fifo":
-            found = np.full((self.rows, len(sizes)), np.nan)
-            for queues, size in zip(self.queues, self.settings.s3_sizes, strict=True):
-                found[:, sizes.index(size)] = queues.hits_C
+            hits_CZ = np.full((len(self.requests_C), len(sizes)), np.nan)
+            for size, queues in self.queues.items():
+                hits_CZ[:, sizes.index(size)] = queues.hits_C
         else:
             below_CB = np.cumsum(self.stacks[name].counts_CB[:, :-1], axis=1)
-            found = below_CB[:, np.minimum(np.array(sizes), below_CB.shape[1]) - 1].astype(float)
-        return found.reshape(-1, num_layers, len(sizes))
-
-
-class _Queues:
-    def __init__(self, capacity: int, num_objects: int, rows: int) -> None:
-        self.capacity = capacity
-        self.state = np.zeros(3, np.int64)
-        self.where_N, self.uses_N = np.zeros(num_objects, np.int64), np.zeros(num_objects, np.int64)
-        self.small_N, self.main_N, self.ghost_N = (np.zeros(capacity + 1, np.int64) for _ in range(3))
-        self.hits_C = np.zeros(rows, np.int64)
+            hits_CZ = below_CB[:, np.minimum(np.array(sizes), below_CB.shape[1]) - 1].astype(float)
+        return hits_CZ.reshape(-1, self.num_layers, len(sizes))

@@ -46,20 +46,9 @@ class Steps:
     row_T: NDArray[np.int64]
     base: int
 
-
-@dataclass(frozen=True)
-class Library:
-    """Activation matrices of some documents of each fold, F folds of M documents over N objects.
-
-    Attributes:
-        unit_FNM: Loads scaled to unit length, in units of 2**-20.
-        found_F: Documents there are.
-        value_VN: Tables of values: for each fold M documents' loads and then those of the whole fold.
-    """
-
-    unit_FNM: NDArray[np.int64]
-    found_F: NDArray[np.int64]
-    value_VN: NDArray[np.int64]
+    def requests(self, layers: slice, offset_L: NDArray[np.int64]) -> kernels.Requests:
+        """The request groups of some of the layers; `offset_L` as of `cache_kernels.request_groups`."""
+        return kernels.request_groups(self.ids_LKT[layers], offset_L, self.starts_S, self.fresh_S, self.cell_T)
 
 
 class Server:
@@ -84,7 +73,7 @@ class Server:
         cold: bool = False,
         groups: int = 1,
         seed: int | None = None,
-        library: Library | None = None,
+        library: kernels.Library | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.batch, self.prefill, self.cold = batch, prefill, cold
@@ -104,28 +93,18 @@ class Server:
         cell_T, fold_T = np.repeat(cell_G, lengths), np.repeat(document_folds(document), lengths)
         starts_Q = part.sequence_starts()
         for first, last in _blocks(starts_Q, max(1, BLOCK_ASSIGNMENTS // (len(self.layers) * self.top_k))):
-            starts = starts_Q[first : last + 1]
-            here = slice(int(starts[0]), int(starts[-1]))
-            rows = order_T[here]  # of the same document as the tokens that stood here
-            ids_LKT = self._ids(part, rows)
-            fold = fold_T[here]
-            starts = starts - starts[0]
-            row = fold
+            starts = starts_Q[first : last + 1] - starts_Q[first]
+            block = slice(int(starts_Q[first]), int(starts_Q[last]))
+            ids_LKT = self._ids(part, order_T[block])  # of the same documents as the tokens that stood there
+            fold = row = fold_T[block]
             if self.library is not None:
-                row = np.empty(len(rows), np.int64)
-                kernels.match_sequences(
-                    ids_LKT,
-                    self.offset_L,
-                    starts,
-                    1 - fold[starts[:-1]],
-                    self.library.unit_FNM,
-                    self.library.found_F,
-                    row,
-                )
+                other_Q = 1 - fold[starts[:-1]]
+                row = kernels.match_sequences(ids_LKT, self.offset_L, starts, other_Q, self.library)
+            tokens = {"ids": ids_LKT, "cell": cell_T[block], "fold": fold, "row": row}
             if self.batch == 1:
-                yield self._one_by_one(ids_LKT, starts, cell_T[here], fold, row)
+                yield self._one_by_one(tokens, starts)
             else:
-                yield from self._interleaved(ids_LKT, starts, cell_T[here], fold, row)
+                yield from self._interleaved(tokens, starts)
 
     def rest(self) -> Iterator[Steps]:
         """The steps of the sequences still being served, once there are no more parts."""
@@ -135,23 +114,16 @@ class Server:
     def _ids(self, part: Part, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         ids_LKT = np.full((len(self.layers), self.top_k, len(rows)), -1, np.int32)
         whole = self.seed is None
-        for at, layer in enumerate(self.layers):
+        for of_layer_KT, layer in zip(ids_LKT, self.layers, strict=True):
             ids_KT = part.expert_ids[layer.layer].T
-            taken = ids_KT[:, rows[0] : rows[-1] + 1] if whole else ids_KT[:, rows]
-            ids_LKT[at, : layer.top_k] = taken
+            of_layer_KT[: layer.top_k] = ids_KT[:, rows[0] : rows[-1] + 1] if whole else ids_KT[:, rows]
             if layer.num_null_experts:
-                ids_LKT[at][ids_LKT[at] >= layer.num_experts] = -1
+                of_layer_KT[of_layer_KT >= layer.num_experts] = -1
         return ids_LKT
 
-    def _one_by_one(
-        self,
-        ids_LKT: NDArray[np.int32],
-        starts_Q: NDArray[np.int64],
-        cell_T: NDArray[np.int64],
-        fold_T: NDArray[np.int64],
-        row_T: NDArray[np.int64],
-    ) -> Steps:
-        num_tokens = len(cell_T)
+    def _one_by_one(self, tokens: dict[str, NDArray[Any]], starts_Q: NDArray[np.int64]) -> Steps:
+        """The steps of a token each, or of a chunk of prefill."""
+        num_tokens = int(starts_Q[-1])
         starts_S = np.arange(num_tokens + 1)
         if self.prefill is not None:
             place_T = np.arange(num_tokens) - np.repeat(starts_Q[:-1], np.diff(starts_Q))
@@ -159,18 +131,10 @@ class Server:
         fresh_S = np.zeros(len(starts_S) - 1, np.bool_)
         if self.cold:
             fresh_S[np.searchsorted(starts_S, starts_Q[:-1])] = True
-        base = self._served
-        self._served += len(fresh_S)
-        return Steps(ids_LKT, starts_S, fresh_S, cell_T, fold_T, row_T, base)
+        return self._numbered(tokens, starts_S, fresh_S)
 
-    def _interleaved(
-        self,
-        ids_LKT: NDArray[np.int32],
-        starts_Q: NDArray[np.int64],
-        cell_T: NDArray[np.int64],
-        fold_T: NDArray[np.int64],
-        row_T: NDArray[np.int64],
-    ) -> Iterator[Steps]:
+    def _interleaved(self, tokens: dict[str, NDArray[Any]], starts_Q: NDArray[np.int64]) -> Iterator[Steps]:
+        """The steps that these sequences complete, of a token of each that runs."""
         lengths_Q = np.diff(starts_Q)
         begun, slots = [], []
         for length in lengths_Q.tolist():
@@ -178,15 +142,8 @@ class Server:
             begun.append(start)
             slots.append(slot)
             heapq.heappush(self._free, (start + length, slot))
-        place_T = np.arange(len(cell_T)) - np.repeat(starts_Q[:-1], lengths_Q)
-        new: dict[str, NDArray[Any]] = {
-            "ids": ids_LKT,
-            "step": np.repeat(begun, lengths_Q) + place_T,
-            "slot": np.repeat(slots, lengths_Q),
-            "cell": cell_T,
-            "fold": fold_T,
-            "row": row_T,
-        }
+        place_T = np.arange(starts_Q[-1]) - np.repeat(starts_Q[:-1], lengths_Q)
+        new = tokens | {"step": np.repeat(begun, lengths_Q) + place_T, "slot": np.repeat(slots, lengths_Q)}
         old = self._waiting
         self._waiting = {k: np.concatenate([old[k], v], axis=-1) for k, v in new.items()} if old else new
         complete = self._waiting["step"] < self._free[0][0]  # no later sequence can start before a slot is free
@@ -194,16 +151,21 @@ class Server:
             yield self._emit(complete)
 
     def _emit(self, complete: NDArray[np.bool_]) -> Steps:
-        of = {name: values[..., complete] for name, values in self._waiting.items()}
+        tokens = {name: values[..., complete] for name, values in self._waiting.items()}
         self._waiting = {name: values[..., ~complete] for name, values in self._waiting.items()}
-        order = np.lexsort((of["slot"], of["step"]))
-        of = {name: values[..., order] for name, values in of.items()}
-        starts_S = np.append(np.flatnonzero(np.diff(of["step"], prepend=-1)), len(order))
+        order = np.lexsort((tokens["slot"], tokens["step"]))
+        tokens = {name: values[..., order] for name, values in tokens.items()}
+        starts_S = np.append(np.flatnonzero(np.diff(tokens["step"], prepend=-1)), len(order))
+        return self._numbered(tokens, starts_S, np.zeros(len(starts_S) - 1, np.bool_))
+
+    def _numbered(
+        self, tokens: dict[str, NDArray[Any]], starts_S: NDArray[np.int64], fresh_S: NDArray[np.bool_]
+    ) -> Steps:
+        """Steps, with the number of those before them."""
         base = self._served
-        self._served += len(starts_S) - 1
-        fresh_S = np.zeros(len(starts_S) - 1, np.bool_)
-        ids_LKT = np.ascontiguousarray(of["ids"])
-        return Steps(ids_LKT, starts_S, fresh_S, of["cell"], of["fold"], of["row"], base)
+        self._served += len(fresh_S)
+        ids_LKT = np.ascontiguousarray(tokens["ids"])
+        return Steps(ids_LKT, starts_S, fresh_S, tokens["cell"], tokens["fold"], tokens["row"], base)
 
 
 def object_offsets(layers: Sequence[Layer]) -> NDArray[np.int64]:
