@@ -8,7 +8,6 @@ all layers c times the number of layers in all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from moescope.simulation.serving import Server, Steps
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
+from moescope.tallying.one_pass import threads_for
 from moescope.trace import Trace
 
 _ELISEEV = "LRU a layer: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.1"
@@ -100,9 +100,7 @@ def cache(
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)
-    threads = threads if threads is not None else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    threads = threads_for(len(settings.sharing), threads)
     num_domains = len(trace.domains)
     widest = max(layer.num_experts for layer in chosen)
     groups = affordable_groups(num_domains * len(chosen) * (widest + 1) * len(settings.policies) * 4)
@@ -146,19 +144,19 @@ def cache(
             for steps in server.rest():
                 serve(run, steps)
     unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
-    counted = [_Counted.of(settings, of_run, num_domains, groups).without(unfitted) for of_run in caches]
+    counted = [_CacheCounts.of(settings, of_run, num_domains, groups).without(unfitted) for of_run in caches]
     return _labelled(trace, settings, counted, tokens_D, seed)
 
 
 @dataclass(frozen=True)
-class _Counted:
+class _CacheCounts:
     """What was counted. P policies, D domains, G groups of documents, L layers, Z sizes."""
 
     hits: dict[str, Numbers]
     requests_DGL: Numbers
 
     @classmethod
-    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _Counted:
+    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _CacheCounts:
         shape = (num_domains, groups, len(settings.layers))
         hits = {
             name: np.concatenate([shared.hits(name) for shared in caches], axis=1).reshape(*shape, len(settings.sizes))
@@ -167,14 +165,14 @@ class _Counted:
         requests = np.concatenate([shared.requests() for shared in caches], axis=1)
         return cls(hits, requests.reshape(shape).astype(float))
 
-    def without(self, policies: set[str]) -> _Counted:
+    def without(self, policies: set[str]) -> _CacheCounts:
         """The same with the hits of some policies unknown."""
         hits = {name: of_policy * (np.nan if name in policies else 1) for name, of_policy in self.hits.items()}
-        return _Counted(hits, self.requests_DGL)
+        return _CacheCounts(hits, self.requests_DGL)
 
 
 def _labelled(
-    trace: Trace, settings: Settings, counted: Sequence[_Counted], tokens_D: NDArray[np.int64], seed: int
+    trace: Trace, settings: Settings, counted: Sequence[_CacheCounts], tokens_D: NDArray[np.int64], seed: int
 ) -> xr.Dataset:
     observed, shuffled = counted[0], counted[1] if len(counted) > 1 else None
     dims = ("policy", "domain", "layer", "size")

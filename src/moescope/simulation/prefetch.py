@@ -8,12 +8,9 @@ recording selected some.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -26,7 +23,7 @@ from moescope.measures.statistics import Numbers
 from moescope.simulation import prefetch_kernels as kernels
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
-from moescope.tallying.one_pass import layer_groups
+from moescope.tallying.one_pass import layer_groups, sums_by_thread, threads_for
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Layer, Part, Trace
 
@@ -119,12 +116,8 @@ def prefetch(
     trace = playable(trace, layers)
     trace.need_tokens()
     plan = _plan(trace, trace.select_layers(layers), distances, predictors, phase)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(trace.parts)))
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    learnt = _learn(trace, plan, threads)
-    hits = _count(trace, plan, learnt, threads)
-    return _result(plan, hits)
+    threads = threads_for(len(trace.parts), threads)
+    return _result(plan, _count(trace, plan, _learn(trace, plan, threads), threads))
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,8 @@ class _Plan:
 
     def sources(self, kind: str, place: int) -> list[int]:
         """Distances of the predictors of a kind that reach a layer."""
-        return [each.distance for each in self.predictors if each.kind == kind and 0 < each.distance <= place]
+        distances = [predictor.distance for predictor in self.predictors if predictor.kind == kind]
+        return [distance for distance in distances if 0 < distance <= place]
 
     def known(self, predictor: Predictor, place: int) -> int:
         """Experts that a predictor puts in order at a layer; 0 if it does not reach it."""
@@ -228,8 +222,8 @@ def _plan(
     if phase is not None and not trace.header.phases:
         raise NotRecorded(trace.path, "does not say which tokens were generated", "leave out the phase")
     if distances is None:
-        distances = recorded or tuple(each for each in DISTANCES if each < len(all_layers))
-    if not all(isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 1 for each in distances):
+        distances = recorded or tuple(distance for distance in DISTANCES if distance < len(all_layers))
+    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) and a >= 1 for a in distances):
         raise ValueError(f"distances are whole numbers from 1, not {tuple(distances)}")
     if distances and max(distances) >= len(all_layers):
         raise NoSuchLayer(
@@ -245,23 +239,22 @@ def _plan(
             raise NotRecorded(
                 trace.path, f"predictions over {lacking[0]} layers were not recorded; those over {have} are", _HOW_TO
             )
-    asked = KINDS if kinds is None else tuple(each for each in KINDS if each in kinds)
-    found: list[Predictor] = []
-    for kind in asked:
+    predictors: list[Predictor] = []
+    for kind in KINDS:
+        if kinds is not None and kind not in {*kinds, "popularity"}:
+            continue
         if kind in ("lookahead", "transitions"):
-            usable = sorted(set(distances) & set(recorded)) if kind == "lookahead" else sorted(set(distances))
-            found += [Predictor(kind, int(distance)) for distance in usable]
+            usable = set(distances) & set(recorded) if kind == "lookahead" else set(distances)
+            predictors += [Predictor(kind, int(distance)) for distance in sorted(usable)]
         elif kind != "domain" or kinds is not None or _domains_differ(trace):
-            found.append(Predictor(kind))
-    if Predictor("popularity") not in found:
-        found.append(Predictor("popularity"))
+            predictors.append(Predictor(kind))
     place_of = {layer.layer: place for place, layer in enumerate(all_layers)}
     places = tuple(place_of[layer.layer] for layer in chosen)
     cells = sum(
-        all_layers[place].num_experts * all_layers[place - each.distance].num_experts
+        all_layers[place].num_experts * all_layers[place - distance].num_experts
         for place in places
-        for each in found
-        if each.kind == "transitions" and each.distance <= place
+        for kind, distance in [(predictor.kind, predictor.distance) for predictor in predictors]
+        if kind == "transitions" and distance <= place
     )
     num_folds = NUM_FOLDS
     while num_folds > 2 and 4 * cells * num_folds > TABLE_BYTES:
@@ -269,7 +262,7 @@ def _plan(
     return _Plan(
         all_layers,
         places,
-        tuple(found),
+        tuple(predictors),
         _Units.of(trace, num_folds),
         None if phase is None else PHASES.index(phase),
         trace.domains,
@@ -337,30 +330,8 @@ def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterat
                 }
                 yield _LayerRows(place, held, predicted, *frame)
                 del needed[place]
-            for old in [each for each in held if not any(each in later for later in needed.values())]:
-                del held[old]
-
-
-S = TypeVar("S")
-
-
-def _over_parts(trace: Trace, threads: int, make: Callable[[], S], add: Callable[[S, int], None]) -> list[S]:
-    """Sums of all parts, one a thread."""
-    local, made = threading.local(), [make()]
-
-    def run(index: int) -> None:
-        if not hasattr(local, "sums"):
-            local.sums = make()
-            made.append(local.sums)
-        add(local.sums, index)
-
-    if threads == 1:
-        for index in range(len(trace.parts)):
-            add(made[0], index)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, range(len(trace.parts))))
-    return made
+            for passed in held.keys() - set().union(*needed.values()):
+                del held[passed]
 
 
 @dataclass
@@ -380,20 +351,18 @@ class _Learnt:
 
 def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
     num_folds, layers = plan.units.num_folds, plan.all_layers
-    by_domain = any(each.kind == "domain" for each in plan.predictors)
+    by_domain = any(predictor.kind == "domain" for predictor in plan.predictors)
     num_domains = max(1, len(plan.domains)) if by_domain else 1
-    pairs = [(place, distance) for place in plan.places for distance in plan.sources("transitions", place)]
 
     def make() -> tuple[dict[int, NDArray[np.int64]], dict[tuple[int, int], NDArray[np.uint32]]]:
-        popularity = {
-            place: np.zeros((num_folds * num_domains, layers[place].num_experts), np.int64) for place in plan.places
-        }
-        return popularity, {
-            (place, distance): np.zeros(
-                (num_folds, layers[place - distance].num_experts, layers[place].num_experts), np.uint32
-            )
-            for place, distance in pairs
-        }
+        popularity, transitions = {}, {}
+        for place in plan.places:
+            num_experts = layers[place].num_experts
+            popularity[place] = np.zeros((num_folds * num_domains, num_experts), np.int64)
+            for distance in plan.sources("transitions", place):
+                shape = num_folds, layers[place - distance].num_experts, num_experts
+                transitions[place, distance] = np.zeros(shape, np.uint32)
+        return popularity, transitions
 
     def add(sums: tuple[dict[int, NDArray[np.int64]], dict[tuple[int, int], NDArray[np.uint32]]], index: int) -> None:
         popularity, transitions = sums
@@ -402,12 +371,10 @@ def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
             row = fold * num_domains + (rows.domain if by_domain else 0)
             kernels.count_popularity(ids, rows.counted, rows.starts, row, popularity[rows.place])
             for distance in plan.sources("transitions", rows.place):
-                kernels.count_transitions(
-                    rows.ids[rows.place - distance], ids, rows.counted, rows.starts, fold,
-                    transitions[rows.place, distance],
-                )  # fmt: skip
+                source, pairs = rows.ids[rows.place - distance], transitions[rows.place, distance]
+                kernels.count_transitions(source, ids, rows.counted, rows.starts, fold, pairs)
 
-    (popularity, transitions), *others = _over_parts(trace, threads, make, add)
+    (popularity, transitions), *others = sums_by_thread(range(len(trace.parts)), threads, make, add)
     for more_popularity, more_transitions in others:
         for place in popularity:
             popularity[place] += more_popularity[place]
@@ -416,7 +383,7 @@ def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
     learnt = _Learnt({}, {}, {})
     for place, count in popularity.items():
         count_FDE = count.reshape(num_folds, num_domains, -1)
-        others_FDE = count_FDE.sum(axis=0) - count_FDE if num_folds > 1 else np.zeros_like(count_FDE)
+        others_FDE = count_FDE.sum(axis=0) - count_FDE
         others_FE = others_FDE.sum(axis=1)
         learnt.rank[place] = rank_FE = _ranks(others_FE, np.zeros_like(others_FE))
         if by_domain:
@@ -439,14 +406,12 @@ def _ranks(count: NDArray[np.int64], among_equals: NDArray[np.int64]) -> NDArray
 
 def _table(count_FSE: NDArray[np.uint32], share_FE: Numbers) -> NDArray[np.float32]:
     """P(e | i) in the other folds, smoothed as if with E more pairs of each source expert, spread by popularity."""
-    num_folds, _, num_experts = count_FSE.shape
+    num_experts = count_FSE.shape[2]
     total_SE = count_FSE.sum(axis=0, dtype=np.int64)
     table_FSE = np.empty(count_FSE.shape, np.float32)
-    for fold in range(num_folds):
-        others_SE = total_SE - count_FSE[fold] if num_folds > 1 else np.zeros_like(total_SE)
-        table_FSE[fold] = (others_SE + num_experts * share_FE[fold]) / (
-            others_SE.sum(axis=1, keepdims=True) + num_experts
-        )
+    for table_SE, count_SE, share_E in zip(table_FSE, count_FSE, share_FE, strict=True):  # a fold: memory
+        others_SE = total_SE - count_SE
+        table_SE[:] = (others_SE + num_experts * share_E) / (others_SE.sum(axis=1, keepdims=True) + num_experts)
     return table_FSE
 
 
@@ -461,8 +426,7 @@ class _Hits:
 def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
     num_groups, num_folds = plan.units.num_groups, plan.units.num_folds
     num_domains = max(1, len(plan.domains))
-    at_of = {place: at for at, place in enumerate(plan.places)}
-    foretold = any(each.kind == "lookahead" for each in plan.predictors)
+    foretold = any(predictor.kind == "lookahead" for predictor in plan.predictors)
 
     def make() -> _Hits:
         shape = (num_groups, len(plan.predictors), len(plan.places), plan.num_ids)
@@ -470,12 +434,12 @@ def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
 
     def add(sums: _Hits, index: int) -> None:
         for rows in _rows(trace, plan, index, predictions=foretold):
-            at, place, ids = at_of[rows.place], rows.place, rows.ids[rows.place]
+            place, ids, number = rows.place, rows.ids[rows.place], plan.places.index(rows.place)
             layer, fold, rank = plan.all_layers[place], rows.group % num_folds, learnt.rank[place]
-            needed_G = sums.needed_GL[:, at]
+            needed_G = sums.needed_GL[:, number]
             units = (rows.counted, rows.starts, rows.group)
             for p, predictor in enumerate(plan.predictors):
-                hits_GN, distance = sums.hits_GPLN[:, p, at], predictor.distance
+                hits_GN, distance = sums.hits_GPLN[:, p, number], predictor.distance
                 if predictor.kind == "popularity":
                     kernels.place_by_rank(ids, *units, fold, rank, hits_GN, needed_G)
                 elif predictor.kind == "domain":
@@ -490,39 +454,40 @@ def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
                 elif predictor.kind == "lookahead" and distance in rows.predicted:
                     kernels.place_by_prediction(rows.predicted[distance], ids, *units, layer.num_experts, hits_GN)
 
-    total, *others = _over_parts(trace, threads, make, add)
-    for each in others:
-        total.hits_GPLN += each.hits_GPLN
-        total.needed_GL += each.needed_GL
+    total, *others = sums_by_thread(range(len(trace.parts)), threads, make, add)
+    for more in others:
+        total.hits_GPLN += more.hits_GPLN
+        total.needed_GL += more.needed_GL
     return total
 
 
 def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
     layers = [plan.all_layers[place] for place in plan.places]
-    null = plan.predictors.index(Predictor("popularity"))
+    predictors = plan.predictors
+    null = predictors.index(Predictor("popularity"))
     loaded_N = np.arange(1, plan.num_ids + 1)
-    known_PL = np.array([[plan.known(each, place) for place in plan.places] for each in plan.predictors])
     needed_L = counted.needed_GL.sum(axis=0)
-    complete_PL = np.array([[plan.complete(each, place) for place in plan.places] for each in plan.predictors])
-    reach = max((each.distance for each in plan.predictors), default=0)
-    pooled = [at for at, place in enumerate(plan.places) if place >= reach]
+    known_PL = np.array([[plan.known(predictor, place) for place in plan.places] for predictor in predictors])
+    complete_PL = np.array([[plan.complete(predictor, place) for place in plan.places] for predictor in predictors])
+    reach = max(predictor.distance for predictor in predictors)
+    pooled = [number for number, place in enumerate(plan.places) if place >= reach]
     names = ("recall", "recall_low", "recall_high", "gain", "gain_low", "gain_high")
-    table = np.full((len(names), len(plan.predictors), len(layers), plan.num_ids), np.nan)
-    model = np.full((len(names), len(plan.predictors), plan.num_ids), np.nan)
-    for p in range(len(plan.predictors)):
-        for at in range(len(layers)):
-            n = known_PL[p, at]
-            hits_GPN = counted.hits_GPLN[:, :, at, :n].cumsum(axis=2)
-            table[:, p, at, :n] = _judge(hits_GPN[:, p], hits_GPN[:, null], counted.needed_GL[:, at])
-            if complete_PL[p, at] and needed_L[at]:
-                table[:3, p, at, n - 1] = 1  # all are loaded: certain, whatever the documents
+    table = np.full((len(names), len(predictors), len(layers), plan.num_ids), np.nan)
+    model = np.full((len(names), len(predictors), plan.num_ids), np.nan)
+    for p in range(len(predictors)):
+        for number in range(len(layers)):
+            n = known_PL[p, number]
+            hits_GPN = counted.hits_GPLN[:, :, number, :n].cumsum(axis=2)
+            table[:, p, number, :n] = _judge(hits_GPN[:, p], hits_GPN[:, null], counted.needed_GL[:, number])
+            if complete_PL[p, number] and needed_L[number]:
+                table[:3, p, number, n - 1] = 1  # all are loaded: certain, whatever the documents
         if pooled and known_PL[p, pooled].min() > 0:
             short = ~complete_PL[p, pooled]
             n = int(known_PL[p, pooled][short].min()) if short.any() else plan.num_ids
             hits_GPN = counted.hits_GPLN[:, :, pooled, :n].cumsum(axis=3).sum(axis=2)
             model[:, p, :n] = _judge(hits_GPN[:, p], hits_GPN[:, null], counted.needed_GL[:, pooled].sum(axis=1))
             if not short.any() and needed_L[pooled].any():
-                model[:3, p, max(layers[at].num_experts for at in pooled) - 1 :] = 1
+                model[:3, p, max(layers[number].num_experts for number in pooled) - 1 :] = 1
     num_experts_L = np.array([layer.num_experts for layer in layers])
     uniform_LN = np.minimum(loaded_N / num_experts_L[:, None], 1.0)
     dims = ("predictor", "layer", "loaded")
@@ -544,9 +509,9 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
     return xr.Dataset(
         variables,
         {
-            "predictor": [each.label for each in plan.predictors],
-            "kind": ("predictor", [each.kind for each in plan.predictors]),
-            "distance": ("predictor", [each.distance for each in plan.predictors]),
+            "predictor": [predictor.label for predictor in predictors],
+            "kind": ("predictor", [predictor.kind for predictor in predictors]),
+            "distance": ("predictor", [predictor.distance for predictor in predictors]),
             **layer_coordinates(layers),
             "loaded": loaded_N,
             "documents": ((), len(plan.units.numbers), {"units": "documents"}),
@@ -555,7 +520,7 @@ def _result(plan: _Plan, counted: _Hits) -> xr.Dataset:
             "unit": unit,
             "folds": plan.units.num_folds,
             "lookahead_recorded": int(any(layer.lookahead for layer in plan.all_layers)),
-            "pooled_layers": [layers[at].layer for at in pooled],
+            "pooled_layers": [layers[number].layer for number in pooled],
             "phase": "" if plan.phase is None else PHASES[plan.phase],
         },
     )

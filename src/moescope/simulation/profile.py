@@ -67,7 +67,7 @@ NOTE = -1
 
 @dataclass
 class Profile:
-    """What one pass over a trace tells about loads; a counter. L layers, X domains, G cells, E experts.
+    """What one pass over a trace counts of loads; a counter. L layers, X domains, G cells, E experts.
 
     Memory, at most: 8 bytes x L x X x G x E, 8 bytes x L x E² if pairs are counted, and the samples, 2 bytes x tokens
     sampled x choices of all layers; a copy a thread.
@@ -78,7 +78,6 @@ class Profile:
         kind: How the sampled batches are formed.
         loads_LXGE: Assignments.
         documents_XG: Documents.
-        tokens_XG: Tokens.
         pairs: For each layer the tokens with two experts, shape (fold, expert, expert); empty if not counted.
         tokens: Sampled tokens of each fold with their choices; `NOTE` is 3 x cell + 1 + phase, the phase being -1 if
             not known.
@@ -91,7 +90,6 @@ class Profile:
     cells: Cells
     loads_LXGE: NDArray[np.int64]
     documents_XG: NDArray[np.int64]
-    tokens_XG: NDArray[np.int64]
     pairs: dict[int, NDArray[np.uint32]]
     tokens: HashSample
     batches: HashSample
@@ -109,7 +107,6 @@ class Profile:
             cells,
             np.zeros((len(layers), *by_cell, experts), np.int64),
             np.zeros(by_cell, np.int64),
-            np.zeros(by_cell, np.int64),
             {a.layer: np.zeros((NUM_FOLDS, a.num_experts, a.num_experts), np.uint32) for a in layers if pairs},
             HashSample.empty(NUM_FOLDS, SAMPLED_TOKENS, {NOTE: 1, **{a.layer: a.top_k for a in layers}}),
             HashSample.empty(NUM_FOLDS, SAMPLED_BATCHES, {a.layer: a.num_experts for a in layers}),
@@ -121,11 +118,11 @@ class Profile:
         fold_T = (cell_T % NUM_FOLDS).astype(np.int8)
         if group[0] == self.layers[0]:
             self._begin(part, cell_T)
-        at = {layer.layer: n for n, layer in enumerate(self.layers)}
+        number_of = {layer.layer: number for number, layer in enumerate(self.layers)}
         x_T = part.domain.astype(np.int64) * NUM_CELLS + cell_T
         for layer in group:
             ids_KT = np.ascontiguousarray(part.expert_ids[layer.layer].T, np.int32)
-            loads_XE = self.loads_LXGE[at[layer.layer]].reshape(-1, self.loads_LXGE.shape[3])
+            loads_XE = self.loads_LXGE[number_of[layer.layer]].reshape(-1, self.loads_LXGE.shape[3])
             kernels.count_loads(ids_KT, x_T, loads_XE[:, : layer.num_experts])
             if self.pairs:
                 kernels.count_pairs(ids_KT, fold_T, self.pairs[layer.layer])
@@ -144,10 +141,8 @@ class Profile:
 
     def _begin(self, part: Part, cell_T: NDArray[np.int64]) -> None:
         """Choose the tokens and batches of a part that may be kept."""
-        starts = part.document_starts()
-        documents = starts[:-1]
+        documents = part.document_starts()[:-1]
         np.add.at(self.documents_XG, (part.domain[documents], cell_T[documents]), 1)
-        np.add.at(self.tokens_XG, (part.domain[documents], cell_T[documents]), np.diff(starts))
         hash_T = part_hashes(part)
         phase_T = np.full(part.num_tokens, -1, np.int64) if part.phase is None else part.phase.astype(np.int64)
         note_T1 = (3 * cell_T + 1 + phase_T)[:, None]
@@ -169,7 +164,6 @@ class Profile:
         """Add the counts of other documents, in place."""
         self.loads_LXGE += other.loads_LXGE
         self.documents_XG += other.documents_XG
-        self.tokens_XG += other.tokens_XG
         for layer, pairs in self.pairs.items():
             pairs += other.pairs[layer]
         self.tokens.merge(other.tokens)
@@ -177,15 +171,15 @@ class Profile:
 
     def fits(self, folds: Sequence[int], domain: int | None = None) -> dict[int, Fit]:
         """For each layer what to fit a placement on: some folds, of one domain or of all."""
-        found = {}
-        for at, layer in enumerate(self.layers):
-            loads_XGE = self.loads_LXGE[at, :, :, : layer.num_experts]
+        fits = {}
+        for loads_XGE, layer in zip(self.loads_LXGE, self.layers, strict=True):
+            loads_XGE = loads_XGE[:, :, : layer.num_experts]
             loads_GE = loads_XGE.sum(axis=0) if domain is None else loads_XGE[domain]
             loads_E = sum(loads_GE[fold::NUM_FOLDS].sum(axis=0) for fold in folds)
             pairs_EE = sum(self.pairs[layer.layer][fold].astype(np.int64) for fold in folds) if self.pairs else None
             kept = [self.batches.kept(fold, layer.layer) for fold in folds]
-            found[layer.layer] = Fit(loads_E, pairs_EE, np.concatenate(kept))
-        return found
+            fits[layer.layer] = Fit(loads_E, pairs_EE, np.concatenate(kept))
+        return fits
 
 
 def profile(

@@ -36,6 +36,8 @@ class Filled(Protocol):
 
 
 C = TypeVar("C", bound=Filled)
+S = TypeVar("S")
+W = TypeVar("W")
 
 
 def one_pass(
@@ -67,37 +69,57 @@ def one_pass(
         ValueError: `threads` is not positive.
     """
     blocks = _blocks([part.num_tokens for part in trace.parts], together)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(blocks)))
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    threads = threads_for(len(blocks), threads)
     trace.need_tokens(weights=weights)
-    local = threading.local()
-    made: list[list[C]] = []
 
-    def count(block: range) -> None:
-        if not hasattr(local, "counters"):
-            local.counters = list(make())
-            made.append(local.counters)
+    def count(counters: list[C], block: range) -> None:
         before: Part | None = None
         for group in layer_groups(layers):
             part = Part.joined(
                 [trace.with_trace_domains(trace.parts[n].read(group, tokens=tokens, weights=weights)) for n in block]
             )
-            for counter in local.counters:
+            for counter in counters:
                 counter.add(part if before is None else _with_layer_before(part, before), group)
             before = part
 
-    if threads == 1:
-        for block in blocks:
-            count(block)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(count, blocks))
+    made = sums_by_thread(blocks, threads, lambda: list(make()), count)
     total = list(make())
     for mine in total:
         for counters in made:
             mine.merge(counters.pop(0))  # and free it: the largest counters are in memory twice only one by one
     return total
+
+
+def threads_for(num_pieces: int, threads: int | None) -> int:
+    """Threads that work on so many pieces at a time; None for the number of processors.
+
+    Raises:
+        ValueError: `threads` is not positive.
+    """
+    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, num_pieces))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    return threads
+
+
+def sums_by_thread(work: Sequence[W], threads: int, make: Callable[[], S], add: Callable[[S, W], None]) -> list[S]:
+    """What each thread added to sums of its own, which `make` gives empty; of no work, one of them."""
+    local = threading.local()
+    made: list[S] = []
+
+    def run(piece: W) -> None:
+        if not hasattr(local, "sums"):
+            local.sums = make()
+            made.append(local.sums)
+        add(local.sums, piece)
+
+    if threads == 1:
+        for piece in work:
+            run(piece)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, work))
+    return made or [make()]
 
 
 def _blocks(sizes: Sequence[int], together: int) -> list[range]:
