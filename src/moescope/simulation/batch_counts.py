@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,7 @@ class Setting:
 
     def capacity(self, layer: Layer, kind: BatchKind, factor: float) -> int:
         """Assignments of a batch that an expert takes: ⌈factor · tokens · top-k / experts⌉, exactly."""
-        exact = Fraction(factor) * kind.tokens * layer.top_k / layer.num_experts
-        return -(-exact.numerator // exact.denominator)
+        return ceil(Fraction(factor) * kind.tokens * layer.top_k / layer.num_experts)
 
     def drops(self, layer: Layer, kind: BatchKind) -> NDArray[np.int64]:
         """Factors that drop an assignment before which i went to the same expert, shape (i,), i to a batch's tokens."""
@@ -170,19 +170,19 @@ def as_ids(ids_KT: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
 
 
 def count_layer(
-    setting: Setting, counts: BatchCounts, s: int, at: int, fold: int, ids_KT: NDArray[np.int32], rows: Rows
+    setting: Setting, counts: BatchCounts, s: int, number: int, fold: int, ids_KT: NDArray[np.int32], rows: Rows
 ) -> None:
-    """Count a layer of the batches of a fold, of the kind `s`."""
-    layer, kind, cluster = setting.layers[at], setting.kinds[s], setting.cluster
+    """Count a layer of the batches of a fold: the kind and the layer of these numbers."""
+    layer, kind, cluster = setting.layers[number], setting.kinds[s], setting.cluster
     device_PEC, replicas_PE = setting.tables(layer, fold)
     kernels.count_batches(
         ids_KT, rows.order, kind.tokens, layer.num_experts,
         kernels.TokenCells(rows.cell, rows.domain, rows.position),
         device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
         kernels.LayerSums(
-            counts.histogram_SLPB[s, at], counts.largest_SLPG[s, at], counts.made_SLG[s, at],
-            counts.reached_SLPG2[s, at], counts.tokens_SLG[s, at], counts.dropped_SLXGJ[s, at],
-            counts.dropped_SLQGJ[s, at], counts.loads[s][at], rows.largest, rows.made,
+            counts.histogram_SLPB[s, number], counts.largest_SLPG[s, number], counts.made_SLG[s, number],
+            counts.reached_SLPG2[s, number], counts.tokens_SLG[s, number], counts.dropped_SLXGJ[s, number],
+            counts.dropped_SLQGJ[s, number], counts.loads[s][number], rows.largest, rows.made,
         ),
     )  # fmt: skip
 
@@ -210,11 +210,10 @@ class BatchCounter:
         """Count some layers of a part."""
         if group[0] == self.setting.layers[0]:
             self._begin(part)
-        place = {layer.layer: at for at, layer in enumerate(self.setting.layers)}
         for layer in group:
             ids_KT = as_ids(part.expert_ids[layer.layer].T)
             for (s, fold), rows in self._rows.items():
-                count_layer(self.setting, self.counts, s, place[layer.layer], fold, ids_KT, rows)
+                count_layer(self.setting, self.counts, s, self.setting.layers.index(layer), fold, ids_KT, rows)
         if group[-1] == self.setting.layers[-1]:
             for (s, _), rows in self._rows.items():
                 finish(self.setting, self.counts, s, rows)
@@ -284,8 +283,8 @@ def _count_null(
 ) -> None:
     zeros = np.zeros(len(cell), np.int64)
     rows = make_rows(setting, setting.kinds[s], order, cell, zeros, zeros)
-    for at, layer in enumerate(setting.layers):
-        count_layer(setting, counts, s, at, fold, as_ids(ids(layer)), rows)
+    for number, layer in enumerate(setting.layers):
+        count_layer(setting, counts, s, number, fold, as_ids(ids(layer)), rows)
     finish(setting, counts, s, rows)
 
 

@@ -8,7 +8,8 @@ state, once to each device that holds one of its experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -151,7 +152,7 @@ def parallel(
         together=tokens_together(trace, kinds),
     )
     rng = np.random.default_rng(seed)
-    null_setting = Setting(chosen, trace.domains, kinds, cluster, tuple(of[: len(names)] for of in judged), FACTORS)
+    null_setting = replace(setting, placements=tuple(of_fold[: len(names)] for of_fold in judged))
     # What no batch fills has a null only while that is cheap to draw.
     wanted = (counter.counts.batches_S > 0) | (np.array([kind.tokens for kind in kinds]) <= NULL_TOKENS)
     shuffled, uniform = count_shuffled(null_setting, counted, rng, wanted), count_uniform(null_setting, seed, wanted)
@@ -205,9 +206,10 @@ def _hidden_bytes(trace: Trace, hidden_size: int | None, bytes_per_value: int | 
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     size = hidden_size if hidden_size is not None else trace.header.model.get("hidden_size")
-    each = bytes_per_value if bytes_per_value is not None else _BYTES.get(str(trace.header.model.get("dtype")))
-    known = isinstance(size, int) and not isinstance(size, bool) and size > 0 and each is not None
-    return size * each if known and isinstance(size, int) and each is not None else None
+    width = bytes_per_value if bytes_per_value is not None else _BYTES.get(str(trace.header.model.get("dtype")))
+    if width is None or not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        return None
+    return size * width
 
 
 def _placed(names: Sequence[str], cluster: Cluster, counted: Profile, seed: int) -> tuple[tuple[Placement, ...], ...]:
@@ -230,9 +232,8 @@ def _loads(
     """What batches wait for, by layer and over all layers."""
     devices, asked = setting.cluster.devices, len(names)
     by_layer, over_all = ("placement", "batch", "layer"), ("placement", "batch")
-    own = [
-        asked + [name for name in names if name in FITTED].index(n) if n in FITTED else at for at, n in enumerate(names)
-    ]
+    fitted = [name for name in names if name in FITTED]
+    own = [asked + fitted.index(name) if name in fitted else p for p, name in enumerate(names)]
 
     def by_layers(of: BatchCounts) -> Numbers:
         largest_PSL = np.moveaxis(of.largest_SLPG.sum(axis=3), 2, 0)
@@ -243,58 +244,47 @@ def _loads(
         return devices * statistics.ratio(largest_PS, of.made_SLG.sum(axis=(1, 2)))
 
     value, all_value = by_layers(counts), all_layers(counts)
-    low, high = np.full(value[:asked].shape, np.nan), np.full(value[:asked].shape, np.nan)
-    all_low, all_high = np.full(all_value[:asked].shape, np.nan), np.full(all_value[:asked].shape, np.nan)
-    less = np.full((3, asked, asked, len(setting.kinds)), np.nan)
+    ends = np.full((2, asked, *value.shape[1:]), np.nan)
+    all_ends = np.full((2, asked, len(setting.kinds)), np.nan)
+    difference = np.full((3, asked, asked, len(setting.kinds)), np.nan)
     for s in range(len(setting.kinds)):
-        for at in range(len(setting.layers)):
-            ends = _interval(counts.largest_SLPG[s, at, :asked], counts.made_SLG[s, at], devices)
-            low[:, s, at], high[:, s, at] = ends
+        for layer in range(len(setting.layers)):
+            ends[:, :, s, layer] = _interval(counts.largest_SLPG[s, layer, :asked], counts.made_SLG[s, layer], devices)
         largest_PG, made_G = counts.largest_SLPG[s, :, :asked].sum(axis=0), counts.made_SLG[s].sum(axis=0)
-        all_low[:, s], all_high[:, s] = _interval(largest_PG, made_G, devices)
+        all_ends[:, :, s] = _interval(largest_PG, made_G, devices)
         for against in range(asked):
-            less_PG = largest_PG - largest_PG[against]
-            less[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
-            less[1:, :, against, s] = _interval(less_PG, made_G, devices, -np.inf)
-    with_quantile = (*by_layer, "quantile")
-    tables: dict[tuple[str, ...], dict[str, NDArray[Any]]] = {
-        by_layer: {
-            "over_subscription": value[:asked],
-            "over_subscription_low": low,
-            "over_subscription_high": high,
-            "over_subscription_own": value[own],
-            "over_subscription_null": by_layers(shuffled),
-            "over_subscription_uniform": by_layers(uniform),
-        },
-        with_quantile: {
-            "over_subscription_quantile": _quantiles(counts.histogram_SLPB[:, :, :asked]),
-            "over_subscription_null_quantile": _quantiles(shuffled.histogram_SLPB),
-        },
-        over_all: {
-            "slowest": all_value[:asked],
-            "slowest_low": all_low,
-            "slowest_high": all_high,
-            "slowest_own": all_value[own],
-            "slowest_null": all_layers(shuffled),
-            "slowest_uniform": all_layers(uniform),
-        },
-        (*over_all, "quantile"): {"slowest_quantile": _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0]},
-        ("placement", "against", "batch"): {
-            "slowest_difference": less[0],
-            "slowest_difference_low": less[1],
-            "slowest_difference_high": less[2],
-        },
-        ("batch",): {"batches": counts.batches_S},
+            difference[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
+            difference[1:, :, against, s] = _interval(largest_PG - largest_PG[against], made_G, devices, -np.inf)
+    loads = {
+        "over_subscription": value[:asked],
+        "over_subscription_low": ends[0],
+        "over_subscription_high": ends[1],
+        "over_subscription_own": value[own],
+        "over_subscription_null": by_layers(shuffled),
+        "over_subscription_uniform": by_layers(uniform),
     }
-    return _all_labelled(tables, _OF_LOADS)
-
-
-def _all_labelled(
-    tables: Mapping[tuple[str, ...], Mapping[str, NDArray[Any]]], definitions: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """Variables of several dims."""
-    by_dims = [labelled(named, dims, definitions) for dims, named in tables.items()]
-    return {name: variable for variables in by_dims for name, variable in variables.items()}
+    quantiles = {
+        "over_subscription_quantile": _quantiles(counts.histogram_SLPB[:, :, :asked]),
+        "over_subscription_null_quantile": _quantiles(shuffled.histogram_SLPB),
+    }
+    slowest = {
+        "slowest": all_value[:asked],
+        "slowest_low": all_ends[0],
+        "slowest_high": all_ends[1],
+        "slowest_own": all_value[own],
+        "slowest_null": all_layers(shuffled),
+        "slowest_uniform": all_layers(uniform),
+    }
+    slowest_quantile = {"slowest_quantile": _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0]}
+    differences = {f"slowest_difference{end}": difference[n] for n, end in enumerate(("", "_low", "_high"))}
+    return (
+        labelled(loads, by_layer, _OF_LOADS)
+        | labelled(quantiles, (*by_layer, "quantile"), _OF_LOADS)
+        | labelled(slowest, over_all, _OF_LOADS)
+        | labelled(slowest_quantile, (*over_all, "quantile"), _OF_LOADS)
+        | labelled(differences, ("placement", "against", "batch"), _OF_LOADS)
+        | labelled({"batches": counts.batches_S}, ("batch",), _OF_LOADS)
+    )
 
 
 _BESIDE = {
@@ -339,16 +329,16 @@ def _reached(
     cluster = setting.cluster
     variables: dict[str, Any] = {}
     mean = []
-    for at, name in enumerate(("devices", "nodes")):
+    for n, name in enumerate(("devices", "nodes")):
 
-        def means(of: BatchCounts, at: int = at) -> Numbers:
-            reached_PSL = np.moveaxis(of.reached_SLPG2[..., at].sum(axis=3), 2, 0)
+        def means(of: BatchCounts, n: int = n) -> Numbers:
+            reached_PSL = np.moveaxis(of.reached_SLPG2[..., n].sum(axis=3), 2, 0)
             return statistics.ratio(reached_PSL, of.tokens_SLG.sum(axis=2))
 
         value = means(counts)[:asked]
-        low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
+        low, high = np.full((2, *value.shape), np.nan)
         for s, layer in np.ndindex(counts.tokens_SLG.shape[:2]):
-            reached_PG = counts.reached_SLPG2[s, layer, :asked, :, at]
+            reached_PG = counts.reached_SLPG2[s, layer, :asked, :, n]
             low[:, s, layer], high[:, s, layer] = _interval(reached_PG, counts.tokens_SLG[s, layer], 1.0, 0.0)
         what = f"distinct {name} of the experts of a token, mean"
         variables |= estimate(f"{name}_reached", dims, what, name, value=value, low=low, high=high)
@@ -373,16 +363,16 @@ def _drops(
     """Dropped assignments by capacity factor."""
     num_kinds, num_layers, num_domains = counts.dropped_SLXGJ.shape[:3]
     shape = num_kinds, num_domains + 1, num_layers, len(setting.factors)
-    value, low, high = (np.full(shape, np.nan) for _ in range(3))
-    for s, x, at in np.ndindex(shape[:3]):
-        of_XGJ = counts.dropped_SLXGJ[s, at]
-        of_GJ = of_XGJ.sum(axis=0) if x == 0 else of_XGJ[x - 1]
+    value, low, high = np.full((3, *shape), np.nan)
+    documents = add_total(documents_X)
+    for s, x, layer in np.ndindex(shape[:3]):
+        of_GJ = add_total(counts.dropped_SLXGJ[s, layer])[x]
         made_G = of_GJ.sum(axis=1)
         p, error = groups.ratio_errors(_at_least(of_GJ), made_G)
-        value[s, x, at] = p
-        low[s, x, at], high[s, x, at] = statistics.proportion_interval(p, error, int((made_G > 0).sum()))
-        _, rare = statistics.proportion_interval(0.0, 0.0, add_total(documents_X)[x])
-        high[s, x, at] = np.where(p == 0, rare, high[s, x, at])  # no document has any: they count, not the cells
+        value[s, x, layer] = p
+        low[s, x, layer], high_F = statistics.proportion_interval(p, error, int((made_G > 0).sum()))
+        _, rare = statistics.proportion_interval(0.0, 0.0, documents[x])
+        high[s, x, layer] = np.where(p == 0, rare, high_F)  # no document has any: they count, not the cells
     position_SLQJ = counts.dropped_SLQGJ.sum(axis=3)
     by_position = statistics.ratio(_at_least(position_SLQJ), position_SLQJ.sum(axis=3, keepdims=True))
 
@@ -390,17 +380,19 @@ def _drops(
         of_SLJ = of.dropped_SLXGJ.sum(axis=(2, 3))
         return statistics.ratio(_at_least(of_SLJ), of_SLJ.sum(axis=2, keepdims=True))
 
-    by_layer = ("batch", "layer", "capacity_factor")
-    tables: dict[tuple[str, ...], dict[str, NDArray[Any]]] = {
-        ("batch", "domain", "layer", "capacity_factor"): {"dropped": value, "dropped_low": low, "dropped_high": high},
-        ("batch", "position", "layer", "capacity_factor"): {"dropped_by_position": np.moveaxis(by_position, 2, 1)},
-        by_layer: {"dropped_null": without_order(shuffled), "dropped_uniform": without_order(uniform)},
-        by_layer[:2]: {
-            "sufficient_factor": _sufficient(setting, counts),
-            "sufficient_factor_null": _sufficient(setting, shuffled),
-        },
+    sufficient = {
+        "sufficient_factor": _sufficient(setting, counts),
+        "sufficient_factor_null": _sufficient(setting, shuffled),
     }
-    return _all_labelled(tables, _OF_DROPS)
+    nulls = {"dropped_null": without_order(shuffled), "dropped_uniform": without_order(uniform)}
+    dropped = {"dropped": value, "dropped_low": low, "dropped_high": high}
+    dims = ("batch", "layer", "capacity_factor")
+    return (
+        labelled(dropped, ("batch", "domain", *dims[1:]), _OF_DROPS)
+        | labelled({"dropped_by_position": np.moveaxis(by_position, 2, 1)}, ("batch", "position", *dims[1:]), _OF_DROPS)
+        | labelled(nulls, dims, _OF_DROPS)
+        | labelled(sufficient, dims[:2], _OF_DROPS)
+    )
 
 
 _OF_DROPS: dict[str, tuple[str, ...]] = {
@@ -424,16 +416,16 @@ def _at_least(dropped_J: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _sufficient(setting: Setting, counts: BatchCounts) -> Numbers:
     """The smallest capacity that drops less than 0.1 %, as a factor, shape (kind, layer)."""
-    found = np.full((len(setting.kinds), len(setting.layers)), np.nan)
-    for s, at in np.ndindex(found.shape):
-        kind, layer, loads_I = setting.kinds[s], setting.layers[at], counts.loads[s][at]
+    factor = np.full((len(setting.kinds), len(setting.layers)), np.nan)
+    for s, number in np.ndindex(factor.shape):
+        kind, layer, loads_I = setting.kinds[s], setting.layers[number], counts.loads[s][number]
         more = np.cumsum(loads_I[::-1])[::-1]  # experts of batches with a load of at least i
         dropped = np.append(np.cumsum(more[::-1])[::-1][1:], 0)  # at capacity i: Σ over loads > i of load - i
         made = (loads_I * np.arange(len(loads_I))).sum()
         if made:
             capacity = int(np.argmax(dropped < FEW_DROPS * made))
-            found[s, at] = capacity * layer.num_experts / (kind.tokens * layer.top_k)
-    return found
+            factor[s, number] = capacity * layer.num_experts / (kind.tokens * layer.top_k)
+    return factor
 
 
 def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[str, Any]:
@@ -442,7 +434,7 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
         return {}
     scopes: list[int | None] = [None, *range(len(counted.domains))]
     shape = len(names), len(scopes), len(scopes)
-    y, n = np.zeros((*shape, NUM_CELLS), np.int64), np.zeros((*shape, NUM_CELLS), np.int64)
+    y, n = np.zeros((2, *shape, NUM_CELLS), np.int64)
     for i, fitted_on in enumerate(scopes):
         for fold in range(NUM_FOLDS):
             fits = counted.fits([1 - fold], fitted_on)
@@ -450,20 +442,18 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
                 continue
             for p, name in enumerate(names):
                 placed = place(name, cluster, counted.layers, fits)
-                for at, layer in enumerate(counted.layers):
-                    share_ED = _device_shares(placed, layer.layer)
-                    loads_XGE = counted.loads_LXGE[at, :, fold::NUM_FOLDS, : layer.num_experts]
-                    loads_XGD = add_total(loads_XGE) @ share_ED
+                for all_XGE, layer in zip(counted.loads_LXGE, counted.layers, strict=True):
+                    loads_XGE = all_XGE[:, fold::NUM_FOLDS, : layer.num_experts]
+                    loads_XGD = add_total(loads_XGE) @ _device_shares(placed, layer.layer)
                     busiest_X = loads_XGD.sum(axis=1).argmax(axis=1)
                     for j, busiest in enumerate(busiest_X):
                         y[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j, :, busiest] * _PARTS).astype(np.int64)
                         n[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j].sum(axis=1) * _PARTS).astype(np.int64)
-    value, low, high = (np.full(shape, np.nan) for _ in range(3))
+    value, low, high = np.full((3, *shape), np.nan)
     for cell in np.ndindex(shape):
         if n[cell].any():
             value[cell] = cluster.devices * y[cell].sum() / n[cell].sum()
-            ends = _interval(y[cell][None], n[cell], cluster.devices)
-            low[cell], high[cell] = ends[0][0], ends[1][0]
+            (low[cell],), (high[cell],) = _interval(y[cell][None], n[cell], cluster.devices)
     dims = ("foreign_placement", "fitted_on", "domain")
     what = "Σ over layers of the largest load of a device over Σ of the mean, all assignments of the domain together"
     return {
