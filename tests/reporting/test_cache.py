@@ -162,7 +162,7 @@ def test_with_many_experts_the_figure_stays_readable(wide) -> None:
     drawn = {str(line.get_label()): line for line in left.lines}
     queues = drawn[POLICY_NAMES["s3-fifo"]]
     assert len(queues.get_xdata()) == 8
-    assert queues.get_linestyle() == "None"  # a line between sizes that were not played would claim too much
+    assert queues.get_linestyle() == "None"  # a line between sizes that were not simulated would claim too much
     places = {line.get_markevery() for name, line in drawn.items() if name in set(POLICY_NAMES.values())}
     assert len(places) > 4  # markers of different lines do not cover each other
     ticks = [t for t in left.get_xticks() if left.get_xlim()[0] <= t <= left.get_xlim()[1]]
@@ -184,7 +184,7 @@ def test_policies_that_could_not_be_fitted_are_not_shown(tmp_path) -> None:
         POLICY_NAMES[policy] for policy in POLICIES if policy not in ("hot", "matching")
     ]
     assert table.notes[1] == (
-        "hot elsewhere, matched document: not played, for one half of the corpus has no document to fit them on."
+        "hot elsewhere, matched document: not simulated, for one half of the corpus has no document to fit them on."
     )
     legend = figures.cache.draw_cache(played).legends[0]
     assert POLICY_NAMES["hot"] not in [text.get_text() for text in legend.get_texts()]

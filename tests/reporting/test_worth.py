@@ -104,7 +104,7 @@ def test_neither_the_optimum_nor_a_cache_of_all_experts_is_advised() -> None:
 
 def test_a_single_size_has_no_knee_to_be_seen() -> None:
     text = advice(cache_of({"lru": [0.3, 0.65, 0.8, 1.0]}).sel(size=[2]))
-    assert text == "2 of 4 experts a layer was the only size played; whether another serves better is not known."
+    assert text == "2 of 4 experts a layer was the only size simulated; whether another serves better is not known."
 
 
 # ---------------------------------------------------------------------------------------------------- prefetch

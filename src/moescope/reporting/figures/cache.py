@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH
 from moescope.reporting.subjects.cache import POLICY_NAMES, played_policies, quarter
 
 MOST_SIZES_WITH_MARKERS = 16
@@ -30,7 +29,6 @@ _LOOK = {
     "hot": (4, "v"),
     "matching": (6, "P"),
 }
-_ANY_ORDER = (0, (4, 2))
 _UNIFORM_LOOK: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 1.6))}
 
 
@@ -47,17 +45,16 @@ def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
         handles = [_handle(policy) for policy in policies]
         if cache["model_hit_ratio_null"].notnull().any():
             handles.append(
-                Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_ANY_ORDER, label="tokens in any order")
+                Line2D([], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED, label="tokens in any order")
             )
         handles.append(Line2D([], [], label="uniform routing, c/E", **_UNIFORM_LOOK))
         top = style.legend_rows(len(handles), 5) + 0.3
-        figure = style.new_figure(FULL_WIDTH, top + 0.42 + 2.5)
-        left, right = figure.subplots(1, 2, squeeze=False, width_ratios=[1.35, 1], sharey=True)[0]
-        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        height = top + 0.42 + 2.5
+        figure, (left, right) = style.panels_in_row(2, top=top, height=height, width_ratios=[1.35, 1], sharey=True)
         figure.subplots_adjust(wspace=0.08)
         _draw_sizes(left, cache, size)
         _draw_layers(right, cache, size)
-        style.legend_above(figure, handles, [str(handle.get_label()) for handle in handles], columns=5)
+        style.legend_above(figure, handles, columns=5)
     return figure
 
 
@@ -89,7 +86,7 @@ def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
             of_policy,
             "size",
             "model_hit_ratio",
-            linestyle="-" if known.sum() * 2 > len(sizes) else "",  # between sizes that were not played is no line
+            linestyle="-" if known.sum() * 2 > len(sizes) else "",  # between sizes that were not simulated is no line
             marker=_LOOK[policy][1] if marked else "",
         )
     if not few:
@@ -111,7 +108,7 @@ def _draw_policy(axes: Axes, data: xr.Dataset, dim: str, name: str, **look: Any)
     known = np.isfinite(values)
     if policy in ("lru", "belady"):
         null = 100 * data[f"{name}_null"].values
-        axes.plot(data[dim].values, null, color=_colour(policy), linewidth=1.0, linestyle=_ANY_ORDER, label="null")
+        axes.plot(data[dim].values, null, color=_colour(policy), linewidth=1.0, linestyle=style.DASHED, label="null")
     axes.plot(
         data[dim].values[known],
         100 * values[known],

@@ -21,7 +21,7 @@ from moescope.reporting.figures.style import FULL_WIDTH
 
 MOST_KINDS = 3
 _MARKERS = "oD^"
-_DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.4))
+_DOTTED = (0, (1, 1.4))
 
 
 def draw_parallel(parallel: xr.Dataset) -> Figure:
@@ -35,11 +35,11 @@ def draw_parallel(parallel: xr.Dataset) -> Figure:
     colours = domain_colours(len(kinds) + 1)[1:]
     with style.style():
         handles = [
-            Line2D([], [], color=colours[at], marker=_MARKERS[at], markersize=3.4, linewidth=1.4)
-            for at in range(len(kinds))
+            Line2D([], [], color=colour, marker=marker, markersize=3.4, linewidth=1.4)
+            for _, colour, marker in zip(kinds, colours, _MARKERS, strict=False)
         ]
         handles += [
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_DASHED),
+            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED),
             Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_DOTTED),
         ]
         labels = [*kinds, "the same tokens in any order", "uniform routing"]
@@ -82,7 +82,7 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
     layers = data["layer"].values
     band = data["over_subscription_quantile"].values
     axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
-    for end, line in (("null", _DASHED), ("uniform", _DOTTED)):
+    for end, line in (("null", style.DASHED), ("uniform", _DOTTED)):
         axes.plot(
             layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
         )
@@ -97,18 +97,13 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
     """The mean over layers, on a logarithmic axis, where zero is not drawn."""
     factors = parallel["capacity_factor"].values
     for at, kind in enumerate(kinds):
-        data = parallel.sel(batch=kind)
-        for name, colour, line in (
-            ("dropped_uniform", colours[at], _DOTTED),
-            ("dropped_null", colours[at], _DASHED),
-            ("dropped", colours[at], "-"),
-        ):
-            values = total(data)[name]
-            mean = 100 * values.mean("layer").values
+        data = total(parallel).sel(batch=kind)
+        for name, line in (("dropped_uniform", _DOTTED), ("dropped_null", style.DASHED), ("dropped", "-")):
+            mean = 100 * data[name].mean("layer").values
             axes.plot(
                 factors,
                 np.where(mean > 0, mean, np.nan),
-                color=colour,
+                color=colours[at],
                 linestyle=line,
                 linewidth=1.4 if line == "-" else 1.0,
                 marker=_MARKERS[at] if line == "-" else "",

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from moescope.reporting.colours import INK, domain_colours
 from moescope.reporting.figures import style
-from moescope.reporting.figures.style import FULL_WIDTH, MOST_LAYERS_WITH_MARKERS
+from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS
 from moescope.reporting.subjects.prefetch import as_many_as_chosen, predictor_names
 
 MOST_EXPERTS_LINEAR = 16
@@ -51,23 +51,14 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
         looks.append((INK if kind == "popularity" else domain_colours(10)[colour], marker, line))
     columns = 4 if len(names) > 5 else 3
     with style.style():
+        sizes: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.3}
         handles = [
-            Line2D(
-                [],
-                [],
-                color=colour,
-                linestyle=line,
-                marker=marker if line == "-" else "",
-                markersize=3.2,
-                linewidth=1.3,
-            )
+            Line2D([], [], color=colour, linestyle=line, marker=marker if line == "-" else "", **sizes)
             for colour, marker, line in looks  # a marker would hide the dashes of so short a line
         ]
         handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2))))
         top = style.legend_rows(len(handles), columns) + 0.34
-        figure = style.new_figure(FULL_WIDTH, top + 0.42 + 2.3)
-        left, right = figure.subplots(1, 2, sharey=True)
-        style.place(figure, left=0.5, right=0.1, top=top, bottom=0.42, between=0, rows=1)
+        figure, (left, right) = style.panels_in_row(2, top=top, height=top + 0.42 + 2.3, sharey=True)
         figure.subplots_adjust(wspace=0.1)
         _draw_by_loaded(left, prefetch, looks)
         _draw_by_layer(right, prefetch, looks)

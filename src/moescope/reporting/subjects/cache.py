@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
@@ -68,7 +69,7 @@ POLICY_NAMES = {
 """Policies as tables and figures call them."""
 
 _FITTED = ("hot", "matching")
-_UNFITTED = "{}: not played, for one half of the corpus has no document to fit them on."
+_UNFITTED = "{}: not simulated, for one half of the corpus has no document to fit them on."
 _ENDS = (POLICY_NAMES["lru"], POLICY_NAMES["belady"])
 
 MOST_SIZES = 6
@@ -83,12 +84,12 @@ def play(results: Results) -> Job | None:
     return Job(partial(cache, policies=policies))
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Hit ratios by size and by layer, and the tables."""
     yield PageFigure(
         name="cache",
         file="cache",
-        draw=lambda: drawn.cache.draw_cache(found),
+        draw=lambda: drawn.cache.draw_cache(result),
         label="Caches",
         title="What a cache of experts would hit",
         caption=(
@@ -101,12 +102,12 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "order of the tokens; from LRU to the optimum, the most that a better policy could add."
         ),
         cannot=(
-            "Seconds (“moescope cache --expert-bytes … --bandwidth …” tells tokens a second), what prefetching adds, "
+            "Seconds (“moescope cache --expert-bytes … --bandwidth …” gives tokens a second), what prefetching adds, "
             "or what other text would hit. The optimum knows the future."
         ),
-        frame=cache_frame(found),
+        frame=cache_frame(result),
     )
-    yield from folded(cache_tables(found), _FOLDED)
+    yield from folded(cache_tables(result), _FOLDED)
 
 
 def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | Non
     "--policies",
     callback=_parse_policies,
     metavar="LIST",
-    help=f"Policies to play, of {', '.join(POLICY_NAMES)}.  [default: all]",
+    help=f"Policies to simulate, of {', '.join(POLICY_NAMES)}.  [default: all]",
 )
 @click.option(
     "--sizes",
@@ -157,22 +158,17 @@ def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | Non
 def command(
     trace: Trace,
     layers: tuple[int, ...] | None,
-    policies: tuple[str, ...],
-    sizes: tuple[int, ...] | None,
-    budget: Literal["layer", "global"],
-    batch: int,
-    prefill: int | None,
-    cold_sequences: bool,
     expert_bytes: float | None,
     bandwidth: float | None,
     latency: float,
     compute: float,
     overlap: float,
     figures: Path | None,
+    **settings: Any,  # the arguments of `moescope.cache` that have these names
 ) -> Iterator[Table | Drawing]:
     """Show what caches of experts would hit.
 
-    Plays the trace through caches of every size: by policy beside the optimum (Belady), the tokens of each document in
+    Simulates caches of every size on the trace: by policy beside the optimum (Belady), the tokens of each document in
     random order, and uniform routing; then by layer and by domain. With --expert-bytes and --bandwidth also the tokens
     a second that loading the misses leaves. CSV and JSON hold all hit ratios in one table.
 
@@ -183,33 +179,23 @@ def command(
     if (expert_bytes is None) != (bandwidth is None):
         raise click.UsageError("--expert-bytes and --bandwidth belong together: give both, or neither.")
     shown_layers(trace, layers)  # says so if there is nothing in it
-    with layer_progress("playing") as progress:
+    with layer_progress("simulating") as progress:
         try:
-            played = cache(
-                trace,
-                layers,
-                policies=policies,
-                sizes=sizes,
-                budget=budget,
-                batch=batch,
-                prefill=prefill,
-                cold_sequences=cold_sequences,
-                progress=progress,
-            )
+            result = cache(trace, layers, progress=progress, **settings)
         except ValueError as error:  # of the options together, or of an option and the trace
             raise click.UsageError(f"{error}.") from None
     speed = None
     if expert_bytes is not None and bandwidth is not None:
         speed = offloading(
-            played,
+            result,
             bytes_per_expert=expert_bytes,
             bandwidth=1e9 * bandwidth,
             latency=1e-6 * latency,
             compute=1e-3 * compute,
             overlap=overlap,
         )
-    yield from cache_tables(played, speed)
-    yield Drawing(file="cache", draw=lambda: drawn.cache.draw_cache(played))
+    yield from cache_tables(result, speed)
+    yield Drawing(file="cache", draw=lambda: drawn.cache.draw_cache(result))
 
 
 def cache_tables(cache: xr.Dataset, speed: xr.Dataset | None = None) -> Iterator[Table]:
@@ -228,7 +214,7 @@ def cache_tables(cache: xr.Dataset, speed: xr.Dataset | None = None) -> Iterator
 
 
 def shown_sizes(cache: xr.Dataset) -> list[int]:
-    """A few sizes, evenly spread, for which every policy was played through, and not the one that holds all experts."""
+    """A few sizes, evenly spread, for which every policy was simulated, and not the one that holds all experts."""
     known = total(cache)["model_hit_ratio"].sel(policy=played_policies(cache)).notnull()
     sizes = cache["size"].values[known.all("policy").values]
     if len(sizes) > 2 and sizes[-1] >= int(cache["num_experts"].max()):
@@ -238,7 +224,7 @@ def shown_sizes(cache: xr.Dataset) -> list[int]:
 
 
 def played_policies(cache: xr.Dataset) -> list[str]:
-    """Policies that were played; those that are fitted need two documents at least."""
+    """Policies that were simulated; those that are fitted need two documents at least."""
     known = total(cache)["model_hit_ratio"].notnull().any("size").values
     return [policy for policy, played in zip(cache["policy"].values.tolist(), known, strict=True) if played]
 
@@ -292,11 +278,7 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
     ]
 
     sections = [Section("", grid_of(data, "policy", "size", "model_hit_ratio"))]
-    if data["model_hit_ratio_null"].notnull().any():
-        shuffled = grid_of(data, "policy", "size", "model_hit_ratio_null")
-        sections.append(Section("tokens of each document in any order", shuffled))
-    uniform = grid([_UNIFORM], sizes, lambda _, size: cell(data.sel(size=size), "model_hit_ratio_uniform"))
-    sections.append(Section("uniform independent routing", uniform))
+    sections += _baselines(data, sizes, "model_hit_ratio")
     between = data.sel(policy=[name for name in data["policy"].values.tolist() if name not in _ENDS])
     if data["closed"].notnull().any() and between.sizes["policy"]:
         sections.append(
@@ -321,26 +303,23 @@ def _policies_table(cache: xr.Dataset, sizes: Sequence[int]) -> Table:
 def _by(cache: xr.Dataset, dim: str, sizes: Sequence[int]) -> Table:
     """LRU, LRU in any order and the optimum, a row a layer or a domain."""
     data, name = (total(cache), "hit_ratio") if dim == "layer" else (cache, "model_hit_ratio")
-    columns: list[tuple[dict[str, Any], str]] = []
-    headings: list[str] = []
-    groups: list[tuple[str, int]] = []
-    for size in sizes:
-        for policy in [policy for policy in ("lru", "belady") if policy in cache["policy"].values]:
-            columns.append(({"size": size, "policy": policy}, name))
-            headings.append(POLICY_NAMES[policy])
-            if policy == "lru" and cache["model_hit_ratio_null"].notnull().any():
-                columns.append(({"size": size, "policy": policy}, f"{name}_null"))
-                headings.append("any order")
-        groups.append((f"{size} experts", len(columns) // (len(groups) + 1)))
-    keys = data[dim].values.tolist()
-    rows = grid(keys, columns, lambda key, column: cell(data.sel({dim: key, **column[0]}), column[1]))
+    columns = [("lru", name, POLICY_NAMES["lru"])]
+    if cache["model_hit_ratio_null"].notnull().any():
+        columns.append(("lru", f"{name}_null", "any order"))
+    columns.append(("belady", name, POLICY_NAMES["belady"]))
+    columns = [column for column in columns if column[0] in cache["policy"].values]
+
+    def of_column(key: str | int, column: tuple[int, tuple[str, str, str]]) -> Cell:
+        size, (policy, variable, _) = column
+        return cell(data.sel({dim: key, "size": size, "policy": policy}), variable)
+
     return Table(
         f"cache_{dim}s",
         f"Hit ratio by {dim}, {served(cache)}, %",
         dim,
-        tuple(headings),
-        (Section("", rows),),
-        groups=tuple(groups),
+        tuple(heading for _, _, heading in columns) * len(sizes),
+        (Section("", grid(data[dim].values.tolist(), list(product(sizes, columns)), of_column)),),
+        groups=tuple((f"{size} experts", len(columns)) for size in sizes),
         notes=("any order: LRU with the tokens of each document in random order.",),
         frame=cache_frame(cache),
     )
@@ -357,11 +336,7 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
         return Cell(number(ends[0]), plus_minus(*ends), "*" if place["link_bound"].item() else "")
 
     sections = [Section("", grid(data["policy"].values.tolist(), sizes, with_bound))]
-    if data["tokens_per_second_null"].notnull().any():
-        shuffled = grid_of(data, "policy", "size", "tokens_per_second_null")
-        sections.append(Section("tokens of each document in any order", shuffled))
-    uniform = grid([_UNIFORM], sizes, lambda _, size: cell(data.sel(size=size), "tokens_per_second_uniform"))
-    sections.append(Section("uniform independent routing", uniform))
+    sections += _baselines(data, sizes, "tokens_per_second")
     memory = grid(["any"], sizes, lambda _, size: Cell(number(float(data["cache_bytes"].sel(size=size)) / 1e9)))
     sections.append(Section("memory of the caches, GB", memory))
     of = speed.attrs
@@ -383,12 +358,17 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
     )
 
 
+def _baselines(data: xr.Dataset, sizes: Sequence[int], name: str) -> Iterator[Section]:
+    """The same value with tokens in random order, where that is known, and under uniform routing."""
+    if data[f"{name}_null"].notnull().any():
+        yield Section("tokens of each document in any order", grid_of(data, "policy", "size", f"{name}_null"))
+    uniform = grid(["any without foresight"], sizes, lambda _, size: cell(data.sel(size=size), f"{name}_uniform"))
+    yield Section("uniform independent routing", uniform)
+
+
 def _named(data: xr.Dataset) -> xr.Dataset:
     """The same with policies called as tables call them."""
     return data.assign_coords(policy=[POLICY_NAMES[policy] for policy in data["policy"].values.tolist()])
-
-
-_UNIFORM = "any without foresight"
 
 
 def _experts(cache: xr.Dataset) -> str:
@@ -423,45 +403,45 @@ def advise(cache: xr.Dataset) -> Recommendation:
     experts = cache["num_experts"].max().item()
     whole = whole.sel(size=whole["size"] < experts)
     if not whole.sizes["size"] or not whole["requests"].any():
-        return Recommendation("Nothing to advise.", "No cache short of all experts was played.")
+        return Recommendation("Nothing to advise.", "No cache short of all experts was simulated.")
     uniform_Z = whole["model_hit_ratio_uniform"].values
     above_PZ = (whole["model_hit_ratio"] - uniform_Z).transpose("policy", "size")
     better = whole["closed_low"].transpose("policy", "size") > 0
     allowed = (better | (whole["policy"] == "lru")) & (whole["policy"] != "belady")
     above_PZ = above_PZ.where(allowed)
     if not above_PZ.notnull().any():
-        return Recommendation("Nothing to advise.", "LRU, which others are measured against, was not played.")
+        return Recommendation("Nothing to advise.", "LRU, which others are measured against, was not simulated.")
     p, z = np.unravel_index(int(np.nanargmax(above_PZ.values)), above_PZ.shape)
-    at = whole.isel(policy=p, size=z)
-    policy, size = str(at["policy"].item()), int(at["size"].item())
+    best = whole.isel(policy=p, size=z)
+    policy, size = str(best["policy"].item()), int(best["size"].item())
     curve = whole.isel(policy=p)
     low_Z, high_Z = (curve[f"model_hit_ratio_{end}"].values - uniform_Z for end in ("low", "high"))
     played_Z = curve["model_hit_ratio"].notnull().values
     alike_Z = played_Z & (high_Z >= low_Z[z])
-    value, low, high = values(at, "model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high")
+    value, low, high = values(best, "model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high")
     kept = f"{size} of {_experts(cache)} experts a layer"
     kept += ", in one cache," if cache.attrs["budget"] == "global" else ""
     evidence = [
         f"{capital(served(cache))}, {kept} hit {percent(value)}{spread(value, low, high)} % under "
         f"{POLICY_NAMES[policy]}; uniform routing gives {percent(float(uniform_Z[z]))} %"
-        + _if_known(", the tokens of each document in any order {} %", at["model_hit_ratio_null"].item())
+        + _if_known(", the tokens of each document in any order {} %", best["model_hit_ratio_null"].item())
         + _if_known("; no policy could hit more than {} %", _of(whole, "belady", size))
         + "."
     ]
     if policy != "lru":
-        closed, closed_low, closed_high = values(at, "closed", "closed_low", "closed_high")
+        closed, closed_low, closed_high = values(best, "closed", "closed_low", "closed_high")
         evidence.append(
             f"LRU hits {percent(_of(whole, 'lru', size))} %: {POLICY_NAMES[policy]} goes {percent(closed)}"
             f"{spread(closed, closed_low, closed_high)} % of the way from there to the optimum."
         )
     if isnan(low):
-        evidence.append("There are too few documents to say how sure this is.")
+        evidence.append("There are too few documents for an interval.")
     if low_Z[z] <= 0:
         advice = (
             "No knee: no cache is shown to hit more than its share of the experts, so each one added helps as much."
         )
     elif np.count_nonzero(played_Z) == 1:
-        advice = f"{capital(kept)} was the only size played; whether another serves better is not known."
+        advice = f"{capital(kept)} was the only size simulated; whether another serves better is not known."
     elif alike_Z[played_Z].all():
         advice = "No knee: every expert added helps about as much. As many as there is memory for."
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -14,7 +15,7 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
@@ -71,11 +72,8 @@ def play(results: Results) -> Job | None:
     devices = shared_by(trace.layers)
     if trace.header.counts_only or devices is None:
         return None
-    if trace.num_documents > 1:
-        return Job(partial(parallel, devices=devices))
-    return Job(
-        partial(parallel, devices=devices, placements=("linear", "random"))
-    )  # the others are fitted on documents
+    names = tuple(ALGORITHMS) if trace.num_documents > 1 else ("linear", "random")  # others are fitted on documents
+    return Job(partial(parallel, devices=devices, placements=names))
 
 
 def shared_by(layers: Iterable[Layer]) -> int | None:
@@ -85,14 +83,14 @@ def shared_by(layers: Iterable[Layer]) -> int | None:
     return fitting[0] if fitting else None
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Devices, drops and reach in one figure, and the tables."""
     yield PageFigure(
         name="parallel",
         file="parallel",
-        draw=lambda: drawn.parallel.draw_parallel(found),
+        draw=lambda: drawn.parallel.draw_parallel(result),
         label="Devices",
-        title=f"What this routing costs on {int(found.attrs['devices'])} devices",
+        title=f"What this routing costs on {int(result.attrs['devices'])} devices",
         caption=(
             "Above: largest load of a device over the mean, by layer, experts placed in their order, for batches of "
             "prefill and decode (band: 5 to 95 % of the batches). Dashed: the same tokens in any order; dotted: "
@@ -104,9 +102,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
             "locality, which placement by load cannot remove; replicas and more mixed batches help."
         ),
         cannot="Time, what a server mixes, and what a dropped token would do in later layers.",
-        frame=parallel_frame(found),
+        frame=parallel_frame(result),
     )
-    yield from folded(parallel_tables(found, results.layers), _FOLDED)
+    yield from folded(parallel_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -140,18 +138,10 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
 @figures_option
 def command(
     trace: Trace,
-    devices: int,
-    nodes: int,
-    prefill: tuple[int, ...],
-    decode: tuple[int, ...],
     placements: str | None,
-    redundant_experts: int | None,
-    expert_groups: int,
-    hidden_size: int | None,
-    bytes_per_value: int | None,
-    seed: int,
     layers: tuple[int, ...] | None,
     figures: Path | None,
+    **settings: Any,  # the arguments of `moescope.parallel` that have these names
 ) -> Iterator[Table | Drawing]:
     """Show what the routing costs on devices that share the experts.
 
@@ -171,23 +161,11 @@ def command(
     shown = shown_layers(trace, layers)
     names = tuple(ALGORITHMS) if placements is None else tuple(name.strip() for name in placements.split(","))
     try:
-        found = parallel(
-            trace,
-            devices=devices,
-            nodes=nodes,
-            prefill=prefill,
-            decode=decode,
-            placements=names,
-            redundant_experts=redundant_experts,
-            expert_groups=expert_groups,
-            hidden_size=hidden_size,
-            bytes_per_value=bytes_per_value,
-            seed=seed,
-        )
+        result = parallel(trace, placements=names, **settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    yield from parallel_tables(found, shown)
-    yield Drawing(file="parallel", draw=lambda: drawn.parallel.draw_parallel(found))
+    yield from parallel_tables(result, shown)
+    yield Drawing(file="parallel", draw=lambda: drawn.parallel.draw_parallel(result))
 
 
 def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> Iterator[Table]:
@@ -248,14 +226,11 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     sections = []
     for batch in parallel["batch"].values.tolist():
         data = total(parallel).sel(batch=batch)
-        rows = []
-        for factor in SHOWN_FACTORS:
-            places = [data.sel(layer=layer, capacity_factor=factor) for layer in layers]
-            cells = [cell(place, name, 2) for place in places for name in ("dropped", "dropped_null")]
-            rows.append(Row(f"{factor:g}", tuple(cells)))
-        names = ("sufficient_factor", "sufficient_factor_null")
-        needed = [cell(data.sel(layer=layer), name) for layer in layers for name in names]
-        rows.append(Row("for < 0.1 %", tuple(needed)))
+        rows = [
+            Row(f"{factor:g}", _with_null(data.sel(capacity_factor=factor), "dropped", layers, 2))
+            for factor in SHOWN_FACTORS
+        ]
+        rows.append(Row("for < 0.1 %", _with_null(data, "sufficient_factor", layers)))
         sections.append(Section(batch, tuple(rows)))
     return Table(
         "drops",
@@ -270,6 +245,12 @@ def drops_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
         ),
         frame=_frame(parallel, *_DROPPED),
     )
+
+
+def _with_null(data: xr.Dataset, name: str, layers: Sequence[int], digits: int | None = None) -> tuple[Cell, ...]:
+    """Of each layer a value, and then what it would be without locality."""
+    of_layers = [data.sel(layer=layer) for layer in layers]
+    return tuple(cell(of_layer, name + end, digits) for of_layer in of_layers for end in ("", "_null"))
 
 
 def drop_places_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
@@ -341,12 +322,9 @@ def _reach_rows(data: xr.Dataset, name: str, layers: Sequence[int]) -> tuple[Row
 def foreign_table(parallel: xr.Dataset) -> Table:
     """What a foreign profile costs: a section a placement, a row a domain fitted on, a column a domain judged on."""
     domains = parallel["domain"].values.tolist()
-
-    values = parallel[["foreign"]]
-    placements = parallel["foreign_placement"].values.tolist()
     sections = [
-        Section(name, grid_of(values.sel(foreign_placement=name), "fitted_on", "domain", "foreign"))
-        for name in placements
+        Section(name, grid_of(parallel.sel(foreign_placement=name), "fitted_on", "domain", "foreign"))
+        for name in parallel["foreign_placement"].values.tolist()
     ]
     return Table(
         "foreign",
@@ -391,9 +369,8 @@ def _batches(batches: int) -> str:
 
 
 def _cluster(parallel: xr.Dataset) -> str:
-    devices, nodes = int(parallel.attrs["devices"]), int(parallel.attrs["nodes"])
-    on = f" on {nodes} nodes" if nodes > 1 else ""
-    return f"{devices} {'device' if devices == 1 else 'devices'}{on}"
+    nodes = int(parallel.attrs["nodes"])
+    return count(int(parallel.attrs["devices"]), "device") + (f" on {nodes} nodes" if nodes > 1 else "")
 
 
 def advise(parallel: xr.Dataset) -> Recommendation:
@@ -407,24 +384,23 @@ def advise(parallel: xr.Dataset) -> Recommendation:
     kept, evidence = {}, []
     compared = False
     for batch in parallel["batch"].values.tolist():
-        at = parallel.sel(batch=batch)
-        known = [name for name in names if not isnan(at["slowest"].sel(placement=name).item())]
+        data = parallel.sel(batch=batch)
+        known = [name for name in names if not isnan(data["slowest"].sel(placement=name).item())]
         if not known:
             evidence.append(f"{capital(batch)}: nothing is known, for no batch is full or nothing could be fitted.")
             continue
         compared = compared or len(known) > 1
         held = free = known[0]
         for name in known[1:]:
-            if at["slowest_difference_high"].sel(placement=name, against=held).item() < 0:
+            if data["slowest_difference_high"].sel(placement=name, against=held).item() < 0:
                 held = name
             free = free if name == "eplb-replicated" else held
         kept[batch] = held
-        evidence.append(_of_batches(at, batch, held, free, known))
+        evidence.append(_of_batches(data, batch, held, free, known))
     if not compared:
         evidence.append("There is no other to compare with: fitted placements take two documents at least.")
         return Recommendation("Nothing to advise.", " ".join(evidence))
-    devices = int(parallel.attrs["devices"])
-    on = f"on {devices} {'device' if devices == 1 else 'devices'}"
+    on = f"on {count(int(parallel.attrs['devices']), 'device')}"
     if len(set(kept.values())) == 1:
         advice = f"{capital(_advised(next(iter(kept.values()))))}, {on}."
     else:
@@ -444,32 +420,31 @@ def _advised(held: str) -> str:
     return held
 
 
-def _of_batches(at: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
+def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
     """What the layers wait for under the placement held, and what it and replicas take off."""
-    slowest = at["slowest"]
-    text = f"{capital(batch)}: under {held} the slowest device has {_factor(at, held)} times the mean load"
+    slowest = data["slowest"]
+    text = f"{capital(batch)}: under {held} the slowest device has {_factor(data, held)} times the mean load"
     first = known[0]
     if held != first:
-        text += f", {_less(at, held, first)} than {first} ({number(slowest.sel(placement=first).item())})"
+        text += f", {_less(data, held, first)} than {first} ({number(slowest.sel(placement=first).item())})"
     elif len(known) > 1:
         rest = min(known[1:], key=lambda name: slowest.sel(placement=name).item())
-        text += f", under {rest}, the next best, {_less(at, rest, first)}"
+        text += f", under {rest}, the next best, {_less(data, rest, first)}"
     if "eplb-replicated" in known and free != first:
-        text += f"; replicas make that {_less(at, 'eplb-replicated', free)} than {free}"
-    null = at["slowest_null"].sel(placement=held).item()
+        text += f"; replicas make that {_less(data, 'eplb-replicated', free)} than {free}"
+    null = data["slowest_null"].sel(placement=held).item()
     return text + ("" if isnan(null) else f"; without locality it would have {number(null)}") + "."
 
 
-def _factor(at: xr.Dataset, name: str) -> str:
-    value, low, high = (at[f"slowest{end}"].sel(placement=name).item() for end in ("", "_low", "_high"))
+def _factor(data: xr.Dataset, name: str) -> str:
+    value, low, high = values(data.sel(placement=name), "slowest", "slowest_low", "slowest_high")
     return f"{number(value)}{plus_minus(value, low, high)}"
 
 
-def _less(at: xr.Dataset, name: str, against: str) -> str:
+def _less(data: xr.Dataset, name: str, against: str) -> str:
     """The paired difference of two placements, such as "0.19±0.01 less"."""
-    value, low, high = (
-        at[f"slowest_difference{end}"].sel(placement=name, against=against).item() for end in ("", "_low", "_high")
-    )
+    pair, variable = data.sel(placement=name, against=against), "slowest_difference"
+    value, low, high = values(pair, variable, f"{variable}_low", f"{variable}_high")
     return f"{number(abs(value))}{plus_minus(value, low, high)} {'more' if value > 0 else 'less'}"
 
 

@@ -17,7 +17,7 @@ from moescope.reporting.cells import cell, grid_of
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import percent, spread
+from moescope.reporting.numbers import count, percent, spread
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
 from moescope.reporting.subject import (
     Drawing,
@@ -66,13 +66,13 @@ _ADVISED = {
 }
 
 
-def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
+def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Recall by experts loaded and by layer, and the tables."""
-    ahead = "lookahead" in found["kind"].values
+    ahead = "lookahead" in result["kind"].values
     yield PageFigure(
         name="prefetch",
         file="prefetch",
-        draw=lambda: drawn.prefetch.draw_prefetch(found),
+        draw=lambda: drawn.prefetch.draw_prefetch(result),
         label="Prefetch",
         title="What could be loaded ahead",
         caption=(
@@ -86,9 +86,9 @@ def blocks(found: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTab
         ),
         cannot="Whether a load finishes in time, nor what a cache already holds."
         + ("" if ahead else " The routers of later layers were not asked: “moescope record --lookahead 1,2” does."),
-        frame=prefetch_frame(found),
+        frame=prefetch_frame(result),
     )
-    yield from folded(prefetch_tables(found, results.layers), _FOLDED)
+    yield from folded(prefetch_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -143,15 +143,15 @@ def command(
             f"a layer has {most} experts: expected numbers from 1 to {most}, found {loaded[-1] if loaded[0] else 0}.",
             param_hint="--loaded",
         )
-    found = prefetch(trace, distances=distances, predictors=predictors or None, phase=phase)
-    yield from prefetch_tables(found, shown, loaded)
-    yield Drawing(file="prefetch", draw=lambda: drawn.prefetch.draw_prefetch(found))
+    result = prefetch(trace, distances=distances, predictors=predictors or None, phase=phase)
+    yield from prefetch_tables(result, shown, loaded)
+    yield Drawing(file="prefetch", draw=lambda: drawn.prefetch.draw_prefetch(result))
 
 
 def predictor_names(prefetch: xr.Dataset) -> list[str]:
     """What the predictors of a result are called."""
     pairs = zip(prefetch["kind"].values.tolist(), prefetch["distance"].values.tolist(), strict=True)
-    return [NAMES[kind].format("1 layer" if distance == 1 else f"{distance} layers") for kind, distance in pairs]
+    return [NAMES[kind].format(count(distance, "layer")) for kind, distance in pairs]
 
 
 def default_loaded(prefetch: xr.Dataset) -> tuple[int, ...]:
@@ -257,16 +257,16 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
     With as many experts loaded as a token chooses. It is the best of several, so a gain near 0 is to be doubted.
     """
     loaded = default_loaded(prefetch)
-    at = prefetch.sel(loaded=loaded[0])
-    gain_P = at["model_gain"].where(prefetch["kind"] != "popularity").values
+    as_needed = prefetch.sel(loaded=loaded[0])
+    gain_P = as_needed["model_gain"].where(prefetch["kind"] != "popularity").values
     if np.isnan(gain_P).all():
         return Recommendation(
             "Nothing to advise.", "No predictor beside popularity reaches the layers, or no expert was needed."
         )
     p = int(np.nanargmax(gain_P))
-    one = at.isel(predictor=p)
-    recall, gain = ([one[f"model_{name}{end}"].item() for end in ("", "_low", "_high")] for name in ("recall", "gain"))
-    popularity = at["model_recall"].isel(predictor=prefetch["kind"].values.tolist().index("popularity")).item()
+    best = as_needed.isel(predictor=p)
+    recall, gain = ([best[f"model_{name}{end}"].item() for end in ("", "_low", "_high")] for name in ("recall", "gain"))
+    popularity = as_needed["model_recall"].isel(predictor=prefetch["kind"].values.tolist().index("popularity")).item()
     sign = "−" if gain[0] < 0 else ""
     number_of = np.count_nonzero(~np.isnan(gain_P))
     evidence = [
@@ -281,8 +281,8 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
     if prefetch.attrs["unit"] != "document":
         evidence.append("One document, in stretches: nothing is said of others.")
     if gain[1] > 0:
-        by = _ADVISED.get(str(one["kind"].item()), predictor_names(prefetch)[p])
-        advice = f"Yes, by {by.format(_ahead(int(one['distance'])))}."
+        by = _ADVISED.get(str(best["kind"].item()), predictor_names(prefetch)[p])
+        advice = f"Yes, by {by.format(count(int(best['distance']), 'layer'))}."
     elif isnan(gain[1]):
         advice = "Not known: there are too few documents for an interval."
     else:
@@ -293,10 +293,6 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         evidence.append("What the routers of later layers would have said was not recorded (`--lookahead`).")
     evidence.append("Whether a load ends in time is a matter of the link.")
     return Recommendation(advice, " ".join(evidence))
-
-
-def _ahead(distance: int) -> str:
-    return "1 layer" if distance == 1 else f"{distance} layers"
 
 
 subject = Subject(
