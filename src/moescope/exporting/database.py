@@ -114,16 +114,16 @@ def schema(trace: Trace | str | Path) -> list[ViewColumn]:
     opened = as_trace(trace)
     header = opened.header
     vocabulary = [ViewColumn("vocabulary", *row) for row in _VOCABULARY_COLUMNS]
-    found = columns(header)
+    stored = columns(header)
     listed = [
         ViewColumn(_main_view(header), _span([c.name for c in alike]), _types(alike), meaning)
-        for meaning, group in groupby(found, key=lambda column: column.meaning)
+        for meaning, group in groupby(stored, key=lambda column: column.meaning)
         for alike in [list(group)]
     ]
     if header.counts_only:
         return listed + vocabulary
-    chosen = [column for column in found if column.name in opened.layers[0].expert_columns()]
-    choices = [ViewColumn("choices", c.name, _types([c]), c.meaning) for c in found[: len(token_columns(header))]]
+    chosen = [column for column in stored if column.name in opened.layers[0].expert_columns()]
+    choices = [ViewColumn("choices", c.name, _types([c]), c.meaning) for c in stored[: len(token_columns(header))]]
     choices += [
         ViewColumn("choices", "layer", "UINTEGER", "index in the whole model"),
         ViewColumn("choices", "rank", "UINTEGER", "0 is the choice with the largest gate weight"),

@@ -55,7 +55,7 @@ def export_placement(
     if format != "eplb" and out.suffix == ".npz":
         raise ValueError(f"{format} is JSON, and {out.name} would hold arrays; choose a name in .json, or eplb")
     chosen = trace.select_layers([layer.layer for layer in placement.layers])
-    if any(here.num_experts != placed.num_experts for here, placed in zip(chosen, placement.layers, strict=True)):
+    if [layer.num_experts for layer in chosen] != [layer.num_experts for layer in placement.layers]:
         raise ValueError("the placement has layers with different experts than the trace")
     shapes = {(layer.num_experts, len(placement.experts[layer.layer])) for layer in chosen}
     if len(shapes) > 1:

@@ -101,8 +101,11 @@ def _write_arrays(
         for start, end in pairwise(starts):
             rows = part.rows(slice(start, end))
             name = f"{rows.document[0]}_{rows.sequence[0]}"
+            array = np.zeros((rows.num_tokens, *shape), dtype)
+            for layer in layers:
+                array[:, layer.layer] = _ids(trace, rows, layer)
             with create(f"{name}.npy") as file:
-                np.lib.format.write_array(file, _array(trace, rows, layers, shape, dtype), allow_pickle=False)
+                np.lib.format.write_array(file, array, allow_pickle=False)
             line = {
                 "array": name,
                 "domain": part.domain_names[rows.domain[0]],
@@ -113,25 +116,17 @@ def _write_arrays(
             sequences.write(json.dumps(line).encode() + b"\n")
 
 
-def _array(
-    trace: Trace,
-    rows: Part,
-    layers: tuple[Layer, ...],
-    shape: tuple[int, int],
-    dtype: type[np.unsignedinteger[Any]],
-) -> np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]:
-    array = np.zeros((rows.num_tokens, *shape), dtype)
-    for layer in layers:
-        ids = rows.expert_ids[layer.layer]
-        if ids.min() < 0:
-            lacks = "lacks a token" if ids.min() == NOT_RECORDED else "dropped an assignment"
-            raise NotExportable(
-                trace.path,
-                f"layer {layer.layer} {lacks} in document {rows.document[0]}; vLLM's layout has no value for that",
-                "the format jsonl can represent it; --layers selects other layers",
-            )
-        array[:, layer.layer] = ids
-    return array
+def _ids(trace: Trace, rows: Part, layer: Layer) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
+    """The ids of a layer; of each token all of them, because the layout has no value for what is missing."""
+    ids = rows.expert_ids[layer.layer]
+    if ids.min() < 0:
+        lacks = "lacks a token" if ids.min() == NOT_RECORDED else "dropped an assignment"
+        raise NotExportable(
+            trace.path,
+            f"layer {layer.layer} {lacks} in document {rows.document[0]}; vLLM's layout has no value for that",
+            "the format jsonl can represent it; --layers selects other layers",
+        )
+    return ids
 
 
 def _top_k(trace: Trace, layers: tuple[Layer, ...]) -> int:

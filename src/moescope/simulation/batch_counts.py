@@ -137,31 +137,22 @@ class Rows:
 
     Attributes:
         order: Of the fold's rows, shape (row in order,).
-        cell: Of every row, shape (token,); then its domain and the bin of its position.
+        cells: Where every row is counted.
         largest: Largest load of each batch, summed over layers, shape (placement, batch).
         made: Assignments of each batch, summed over layers, shape (batch,).
     """
 
     order: NDArray[np.int64]
-    cell: NDArray[np.integer[Any]]
-    domain: NDArray[np.integer[Any]]
-    position: NDArray[np.integer[Any]]
+    cells: kernels.TokenCells
     largest: NDArray[np.int64]
     made: NDArray[np.int64]
 
 
-def make_rows(
-    setting: Setting,
-    kind: BatchKind,
-    order: NDArray[np.int64],
-    cell: NDArray[np.integer[Any]],
-    domain: NDArray[np.integer[Any]],
-    position: NDArray[np.integer[Any]],
-) -> Rows:
+def make_rows(setting: Setting, kind: BatchKind, order: NDArray[np.int64], cells: kernels.TokenCells) -> Rows:
     """Rows, with empty sums over layers."""
     batches = len(order) // kind.tokens
     largest = np.zeros((len(setting.placements[0]), batches), np.int64)
-    return Rows(order, cell, domain, position, largest, np.zeros(batches, np.int64))
+    return Rows(order, cells, largest, np.zeros(batches, np.int64))
 
 
 def as_ids(ids_KT: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
@@ -176,8 +167,7 @@ def count_layer(
     layer, kind, cluster = setting.layers[number], setting.kinds[s], setting.cluster
     device_PEC, replicas_PE = setting.tables(layer, fold)
     kernels.count_batches(
-        ids_KT, rows.order, kind.tokens, layer.num_experts,
-        kernels.TokenCells(rows.cell, rows.domain, rows.position),
+        ids_KT, rows.order, kind.tokens, layer.num_experts, rows.cells,
         device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
         kernels.LayerSums(
             counts.histogram_SLPB[s, number], counts.largest_SLPG[s, number], counts.made_SLG[s, number],
@@ -220,13 +210,12 @@ class BatchCounter:
 
     def _begin(self, part: Part) -> None:
         cell_T = self.cells.of_rows(part)
-        position_T = position_bins(part.position)
+        cells = kernels.TokenCells(cell_T, part.domain.astype(np.int64), position_bins(part.position))
         starts = part.sequence_starts()
-        domain_T = part.domain.astype(np.int64)
         for s, kind in enumerate(self.setting.kinds):
             for fold in range(NUM_FOLDS):
                 order = batch_rows(kind, starts, cell_T % NUM_FOLDS == fold, part.phase)
-                self._rows[s, fold] = make_rows(self.setting, kind, order, cell_T, domain_T, position_T)
+                self._rows[s, fold] = make_rows(self.setting, kind, order, cells)
 
     def merge(self, other: BatchCounter) -> None:
         """Add the counts of other documents, in place."""
@@ -282,7 +271,7 @@ def _count_null(
     ids: Callable[[Layer], NDArray[np.integer[Any]]],
 ) -> None:
     zeros = np.zeros(len(cell), np.int64)
-    rows = make_rows(setting, setting.kinds[s], order, cell, zeros, zeros)
+    rows = make_rows(setting, setting.kinds[s], order, kernels.TokenCells(cell, zeros, zeros))
     for number, layer in enumerate(setting.layers):
         count_layer(setting, counts, s, number, fold, as_ids(ids(layer)), rows)
     finish(setting, counts, s, rows)

@@ -79,7 +79,7 @@ def batch_rows(
 
 @numba.njit(cache=True, nogil=True)
 def decode_order(starts: Rows, running: int) -> NDArray[np.int64]:
-    """Tokens step by step: of each running sequence the next token; a sequence that ends makes room for the next one.
+    """Tokens step by step: of each running sequence the next token; the next sequence takes the place of one that ends.
 
     It ends when a sequence has ended and none is left to take its place.
 
@@ -96,16 +96,16 @@ def decode_order(starts: Rows, running: int) -> NDArray[np.int64]:
     order = np.empty(starts[-1], np.int64)
     if len(starts) - 1 < running:
         return order[:0]
-    at, waiting, taken = starts[:running].copy(), running, 0
+    next_S, waiting, taken = starts[:running].copy(), running, 0
     end = starts[1 : running + 1].copy()
     while True:
         for s in range(running):
-            order[taken + s] = at[s]
-            at[s] += 1
+            order[taken + s] = next_S[s]
+            next_S[s] += 1
         taken += running
         for s in range(running):
-            if at[s] == end[s]:
+            if next_S[s] == end[s]:
                 if waiting == len(starts) - 1:
                     return order[:taken]
-                at[s], end[s] = starts[waiting], starts[waiting + 1]
+                next_S[s], end[s] = starts[waiting], starts[waiting + 1]
                 waiting += 1

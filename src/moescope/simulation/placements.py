@@ -28,7 +28,6 @@ ALGORITHMS = {
 FITTED = ("eplb", "eplb-replicated", "affinity")
 """Those that are fitted on loads."""
 
-
 SLACK = 0.03
 """By what part of the mean load affinity may exceed it on a device, over all it is fitted on."""
 
@@ -144,8 +143,8 @@ class Placement:
 
     def num_replicas(self, layer: int) -> NDArray[np.int64]:
         """Replicas of each expert of a layer, shape (expert,): EPLB's logcnt."""
-        (one,) = (of for of in self.layers if of.layer == layer)
-        return np.bincount(self.experts[layer], minlength=one.num_experts)
+        (num_experts,) = (placed.num_experts for placed in self.layers if placed.layer == layer)
+        return np.bincount(self.experts[layer], minlength=num_experts)
 
     def slots(self, layer: int, width: int | None = None) -> NDArray[np.int64]:
         """Slots of the replicas of each expert, shape (expert, replica), -1 where it has fewer: EPLB's log2phy.
@@ -200,9 +199,7 @@ def _together(experts_S: NDArray[np.int64], cluster: Cluster, fit: Fit) -> NDArr
     device_E[experts_S] = np.arange(len(experts_S)) // per_device
     node_D = np.arange(cluster.devices) // (cluster.devices // cluster.nodes)
     near_DD = (node_D[:, None] == node_D).astype(float) * (cluster.nodes > 1) + np.eye(cluster.devices)
-    some = fit.batches is not None and len(fit.batches) > 0
-    batches = fit.batches if some else fit.loads[None]
-    assert batches is not None
+    batches = fit.batches if fit.batches is not None and len(fit.batches) else fit.loads[None]
     loads, of_batches = fit.loads.astype(float), np.ascontiguousarray(batches, float)
     bring_together(fit.pairs.astype(float), loads, of_batches, device_E, near_DD, SLACK)
     return np.argsort(device_E, kind="stable")

@@ -105,11 +105,11 @@ class _Shared:
                 self._changed.notify_all()
         with self._changed:
             self._changed.wait_for(lambda: key not in self._held or self._held[key] is not None)
-            found = self._held.get(key)
+            held = self._held.get(key)
             if seen >= self._wanted[number]:
                 self._taken.setdefault(key, set()).add(number)
                 self._release()
-        return found if found is not None else self.trace.parts[index].read(self.trace.layers)
+        return held if held is not None else self.trace.parts[index].read(self.trace.layers)
 
     def _is_behind(self, number: int) -> bool:
         """Whether something that is held waits for this job."""
