@@ -284,20 +284,16 @@ class _LayerRows:
         place: Of the layer, among those of the trace.
         ids: Chosen experts of the layer and of those that predict it, by place, each of shape (choice, token).
         predicted: Recorded predictions by distance, each of shape (predicted, token).
-        starts: First rows of the units, with the number of rows at the end.
-        group: Of the units.
+        units: Documents or stretches of the part.
         domain: Of the units.
-        counted: Tokens to predict.
         first: Tokens that begin a sequence.
     """
 
     place: int
     ids: dict[int, Ids]
     predicted: dict[int, Ids]
-    starts: NDArray[np.int64]
-    group: NDArray[np.int64]
+    units: kernels.Units
     domain: NDArray[np.int64]
-    counted: NDArray[np.bool_]
     first: NDArray[np.bool_]
 
 
@@ -315,10 +311,13 @@ def _rows(trace: Trace, plan: _Plan, index: int, *, predictions: bool) -> Iterat
             trace.parts[index].read(group, tokens=plan.phase is not None and frame is None, predictions=predictions)
         )
         if frame is None:
-            counted = np.ones(part.num_tokens, np.bool_) if plan.phase is None else part.phase == plan.phase
+            counted = np.ones(part.num_tokens, np.bool_)
+            if plan.phase is not None:
+                counted[:] = part.phase == plan.phase
             begins = np.zeros(part.num_tokens, np.bool_)
             begins[part.sequence_starts()[:-1]] = True
-            frame = (*plan.units.of_part(part), counted, begins)
+            starts, group_U, domain = plan.units.of_part(part)
+            frame = kernels.Units(counted, starts, group_U, group_U % plan.units.num_folds), domain, begins
         for layer in group:
             place = by_layer[layer.layer]
             held[place] = np.ascontiguousarray(part.expert_ids[layer.layer].T, np.int32)
@@ -367,12 +366,12 @@ def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
     def add(sums: tuple[dict[int, NDArray[np.int64]], dict[tuple[int, int], NDArray[np.uint32]]], index: int) -> None:
         popularity, transitions = sums
         for rows in _rows(trace, plan, index, predictions=False):
-            fold, ids = rows.group % num_folds, rows.ids[rows.place]
-            row = fold * num_domains + (rows.domain if by_domain else 0)
-            kernels.count_popularity(ids, rows.counted, rows.starts, row, popularity[rows.place])
+            ids, units = rows.ids[rows.place], rows.units
+            row = units.fold_U * num_domains + (rows.domain if by_domain else 0)
+            kernels.count_popularity(ids, units, row, popularity[rows.place])
             for distance in plan.sources("transitions", rows.place):
                 source, pairs = rows.ids[rows.place - distance], transitions[rows.place, distance]
-                kernels.count_transitions(source, ids, rows.counted, rows.starts, fold, pairs)
+                kernels.count_transitions(source, ids, units, pairs)
 
     (popularity, transitions), *others = sums_by_thread(range(len(trace.parts)), threads, make, add)
     for more_popularity, more_transitions in others:
@@ -424,8 +423,7 @@ class _Hits:
 
 
 def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
-    num_groups, num_folds = plan.units.num_groups, plan.units.num_folds
-    num_domains = max(1, len(plan.domains))
+    num_groups, num_domains = plan.units.num_groups, max(1, len(plan.domains))
     foretold = any(predictor.kind == "lookahead" for predictor in plan.predictors)
 
     def make() -> _Hits:
@@ -435,24 +433,22 @@ def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
     def add(sums: _Hits, index: int) -> None:
         for rows in _rows(trace, plan, index, predictions=foretold):
             place, ids, number = rows.place, rows.ids[rows.place], plan.places.index(rows.place)
-            layer, fold, rank = plan.all_layers[place], rows.group % num_folds, learnt.rank[place]
+            layer, units, rank = plan.all_layers[place], rows.units, learnt.rank[place]
             needed_G = sums.needed_GL[:, number]
-            units = (rows.counted, rows.starts, rows.group)
             for p, predictor in enumerate(plan.predictors):
                 hits_GN, distance = sums.hits_GPLN[:, p, number], predictor.distance
                 if predictor.kind == "popularity":
-                    kernels.place_by_rank(ids, *units, fold, rank, hits_GN, needed_G)
+                    kernels.place_by_rank(ids, units, units.fold_U, rank, hits_GN, needed_G)
                 elif predictor.kind == "domain":
-                    row = fold * num_domains + rows.domain
-                    kernels.place_by_rank(ids, *units, row, learnt.domain_rank[place], hits_GN, np.zeros_like(needed_G))
+                    row = units.fold_U * num_domains + rows.domain
+                    kernels.place_by_rank(ids, units, row, learnt.domain_rank[place], hits_GN, np.zeros_like(needed_G))
                 elif predictor.kind == "previous":
-                    kernels.place_by_previous(ids, rows.first, *units, fold, rank, layer.ranked, hits_GN)
+                    kernels.place_by_previous(ids, rows.first, units, rank, layer.ranked, hits_GN)
                 elif predictor.kind == "transitions" and distance <= place:
-                    kernels.place_by_transitions(
-                        rows.ids[place - distance], ids, *units, fold, learnt.table[place, distance], rank, hits_GN
-                    )
+                    source, table = rows.ids[place - distance], learnt.table[place, distance]
+                    kernels.place_by_transitions(source, ids, units, table, rank, hits_GN)
                 elif predictor.kind == "lookahead" and distance in rows.predicted:
-                    kernels.place_by_prediction(rows.predicted[distance], ids, *units, layer.num_experts, hits_GN)
+                    kernels.place_by_prediction(rows.predicted[distance], ids, units, layer.num_experts, hits_GN)
 
     total, *others = sums_by_thread(range(len(trace.parts)), threads, make, add)
     for more in others:

@@ -8,6 +8,8 @@ expert: nothing is loaded for it, and it predicts nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,26 @@ Sums = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
+class Units(NamedTuple):
+    """The units of a part.
+
+    Attributes:
+        counted_T: Tokens to learn from and to predict.
+        starts_U: First row of each unit, with the number of rows at the end.
+        group_U: Group of each unit.
+        fold_U: Fold of each unit.
+    """
+
+    counted_T: Mask
+    starts_U: Sums
+    group_U: Sums
+    fold_U: Sums
+
+
 @numba.njit(cache=True, nogil=True)
-def count_popularity(ids_KT: Ids, counted_T: Mask, starts_U: Sums, row_U: Sums, count_RE: Sums) -> None:
+def count_popularity(ids_KT: Ids, units: Units, row_U: Sums, count_RE: Sums) -> None:
     """Add the assignments that each expert received to the row of each unit."""
+    counted_T, starts_U, _, _ = units
     for u in range(row_U.size):
         for k in range(ids_KT.shape[0]):
             for t in range(starts_U[u], starts_U[u + 1]):
@@ -29,10 +48,9 @@ def count_popularity(ids_KT: Ids, counted_T: Mask, starts_U: Sums, row_U: Sums, 
 
 
 @numba.njit(cache=True, nogil=True)
-def count_transitions(
-    source_KT: Ids, ids_KT: Ids, counted_T: Mask, starts_U: Sums, fold_U: Sums, count_FSE: NDArray[np.uint32]
-) -> None:
+def count_transitions(source_KT: Ids, ids_KT: Ids, units: Units, count_FSE: NDArray[np.uint32]) -> None:
     """Add, to the fold of each unit, the pairs of an expert at the source layer and one at this layer."""
+    counted_T, starts_U, _, fold_U = units
     for u in range(fold_U.size):
         for t in range(starts_U[u], starts_U[u + 1]):
             if not counted_T[t]:
@@ -48,28 +66,18 @@ def count_transitions(
 
 
 @numba.njit(cache=True, nogil=True)
-def place_by_rank(
-    ids_KT: Ids,
-    counted_T: Mask,
-    starts_U: Sums,
-    group_U: Sums,
-    row_U: Sums,
-    rank_RE: Sums,
-    hits_GN: Sums,
-    needed_G: Sums,
-) -> None:
+def place_by_rank(ids_KT: Ids, units: Units, row_U: Sums, rank_RE: Sums, hits_GN: Sums, needed_G: Sums) -> None:
     """Place the needed experts in one order a unit.
 
     Args:
         ids_KT: The needed experts.
-        counted_T: Tokens to predict.
-        starts_U: First row of each unit, with the number of rows at the end.
-        group_U: Group of each unit.
+        units: The units of the part.
         row_U: Row of `rank_RE` that the unit uses.
         rank_RE: Place of each expert in the order of the row.
         hits_GN: Added to: needed experts by place.
         needed_G: Added to: needed experts.
     """
+    counted_T, starts_U, group_U, _ = units
     for u in range(group_U.size):
         for k in range(ids_KT.shape[0]):
             for t in range(starts_U[u], starts_U[u + 1]):
@@ -80,23 +88,14 @@ def place_by_rank(
 
 
 @numba.njit(cache=True, nogil=True)
-def place_by_previous(
-    ids_KT: Ids,
-    first_T: Mask,
-    counted_T: Mask,
-    starts_U: Sums,
-    group_U: Sums,
-    fold_U: Sums,
-    rank_FE: Sums,
-    ranked: bool,
-    hits_GN: Sums,
-) -> None:
+def place_by_previous(ids_KT: Ids, first_T: Mask, units: Units, rank_FE: Sums, ranked: bool, hits_GN: Sums) -> None:
     """Place the needed experts in the order: those of the token before, then the others by popularity.
 
     Args:
         first_T: Tokens that none comes before in their sequence; they have popularity alone.
         ranked: Whether the choices of a token come in an order; else they are taken by popularity, too.
     """
+    counted_T, starts_U, group_U, fold_U = units
     num_choices, num_experts = ids_KT.shape[0], rank_FE.shape[1]
     before_K = np.empty(num_choices, np.int64)
     for u in range(group_U.size):
@@ -113,12 +112,12 @@ def place_by_previous(
                         known = known or before_K[j] == p
                     if known:
                         continue
-                    at = num_before
+                    place = num_before
                     if not ranked:
-                        while at > 0 and rank_E[before_K[at - 1]] > rank_E[p]:
-                            before_K[at] = before_K[at - 1]
-                            at -= 1
-                    before_K[at] = p
+                        while place > 0 and rank_E[before_K[place - 1]] > rank_E[p]:
+                            before_K[place] = before_K[place - 1]
+                            place -= 1
+                    before_K[place] = p
                     num_before += 1
             for k in range(num_choices):
                 e = np.int64(ids_KT[k, t])
@@ -136,17 +135,10 @@ def place_by_previous(
 
 @numba.njit(cache=True, nogil=True)
 def place_by_transitions(
-    source_KT: Ids,
-    ids_KT: Ids,
-    counted_T: Mask,
-    starts_U: Sums,
-    group_U: Sums,
-    fold_U: Sums,
-    table_FSE: NDArray[np.float32],
-    rank_FE: Sums,
-    hits_GN: Sums,
+    source_KT: Ids, ids_KT: Ids, units: Units, table_FSE: NDArray[np.float32], rank_FE: Sums, hits_GN: Sums
 ) -> None:
     """Place the needed experts by the sum of the source experts' rows of a table, the popular first among equals."""
+    counted_T, starts_U, group_U, fold_U = units
     num_experts = rank_FE.shape[1]
     score_E = np.empty(num_experts, np.float32)
     for u in range(group_U.size):
@@ -171,10 +163,9 @@ def place_by_transitions(
 
 
 @numba.njit(cache=True, nogil=True)
-def place_by_prediction(
-    predicted_MT: Ids, ids_KT: Ids, counted_T: Mask, starts_U: Sums, group_U: Sums, num_experts: int, hits_GN: Sums
-) -> None:
+def place_by_prediction(predicted_MT: Ids, ids_KT: Ids, units: Units, num_experts: int, hits_GN: Sums) -> None:
     """Place the needed experts in the recorded lists, null experts left out; those not listed have no place."""
+    counted_T, starts_U, group_U, _ = units
     for u in range(group_U.size):
         for t in range(starts_U[u], starts_U[u + 1]):
             if not counted_T[t]:

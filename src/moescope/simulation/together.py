@@ -16,7 +16,7 @@ from typing import Any
 from moescope.trace import Layer, Part, PartFile, Trace
 
 WINDOW = 4
-"""Parts held, all their layers: two that are being played, and as many that a job is ahead."""
+"""Parts held, all their layers: two that are being simulated, and as many that a job is ahead."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Shared:
                 self._held[key] = None
         if mine:
             try:
-                # What a first pass learns, the later ones play, so predictions are looked at from the second on.
+                # A first pass learns and the later ones simulate, so predictions are looked at from the second on.
                 part = self.trace.parts[index].read(
                     self.trace.layers, tokens=self.trace.header.phases, predictions=key[0] > 0
                 )
