@@ -322,8 +322,9 @@ def _reach_rows(data: xr.Dataset, name: str, layers: Sequence[int]) -> tuple[Row
 def foreign_table(parallel: xr.Dataset) -> Table:
     """What a foreign profile costs: a section a placement, a row a domain fitted on, a column a domain judged on."""
     domains = parallel["domain"].values.tolist()
+    alone = parallel[["foreign"]]  # without its interval: the table is wide enough
     sections = [
-        Section(name, grid_of(parallel.sel(foreign_placement=name), "fitted_on", "domain", "foreign"))
+        Section(name, grid_of(alone.sel(foreign_placement=name), "fitted_on", "domain", "foreign"))
         for name in parallel["foreign_placement"].values.tolist()
     ]
     return Table(
