@@ -90,6 +90,7 @@ def test_a_row_of_the_table_holds_what_the_result_does(result: xr.Dataset) -> No
     last = drops.sections[2].rows[-1].cells[0].value
     assert last == f"{float(result['sufficient_factor'].sel(batch='decode 2', layer=2)):.2f}"
     assert [len(row.cells) for row in foreign.sections[0].rows] == [4, 4, 4, 4]
+    assert not any(cell.spread for section in foreign.sections for row in section.rows for cell in row.cells)
     assert [section.title for section in places.sections[:2]] == [
         "prefill 20, by domain", "prefill 20, by place of the token in the sequence"
     ]  # fmt: skip
