@@ -168,9 +168,8 @@ class BalanceCounter(Counter[BalanceCounts]):
             counts.sample.begin(part_hashes(part), np.zeros(part.num_tokens, np.int64))
         first = self.first_sequence[int(part.document[0])]
         sizes_S = np.array(counts.batch_sizes, np.int64)
-        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         for layer in group:
-            place = place_of[layer.layer]
+            place = counts.layers.index(layer)
             ids_KT = part.expert_ids[layer.layer].T
             counts.sample.take(layer.layer, part.expert_ids[layer.layer].__getitem__)
             by_group = counts.loads_LDGE[place].reshape(-1, counts.loads_LDGE.shape[3])[:, : layer.num_ids]

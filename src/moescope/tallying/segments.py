@@ -200,9 +200,8 @@ class SegmentCounter(Counter[Segments]):
         longest = int(np.diff(starts_G).max())
         if longest >= len(self._log_factorial):
             self._log_factorial = special.gammaln(np.arange(longest + 1) + 1.0)
-        place_of = {layer.layer: place for place, layer in enumerate(self.layers)}
         for layer in group:
-            place = place_of[layer.layer]
+            place = self.layers.index(layer)
             ids_KT = part.expert_ids[layer.layer].T
             for m, length in enumerate(self.lengths_M.tolist()):
                 sums_RV = self.at_least_LRV[place][:, self.offset_M[m] : self.offset_M[m] + length + 1]

@@ -260,10 +260,9 @@ class ClassCounter(Counter[ClassCounts]):
                 counts.documents_C[c] += int(np.count_nonzero(np.maximum.reduceat(of_class, starts_D[:-1])))
             counts.tokens_C[-1] += part.num_tokens
             counts.documents_C[-1] += len(group_D)
-        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         ranks = 1 if counts.choice == "first" else None
         for layer in group:
-            place, size = place_of[layer.layer], layer.num_ids
+            place, size = counts.layers.index(layer), layer.num_ids
             kernels.count_classes(
                 part.expert_ids[layer.layer].T[:ranks],
                 self.kind,
