@@ -7,7 +7,7 @@ batch is left out if it is not full. One pass; nothing grows with tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.tallying import balance_kernels as kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Result, sampled, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Layer, Part, Trace
@@ -78,7 +78,7 @@ class BalanceCounts(Result):
     facts = ("batch_sizes", "has_weights")
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums, and the sample. A batch never holds sequences of two counts, so batches add up, too."""
         check_batches(facts["batch_sizes"])
         sizes = {

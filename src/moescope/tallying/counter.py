@@ -21,6 +21,10 @@ from moescope.trace import Header, Layer, Part, Trace
 
 R = TypeVar("R", bound="Result")
 
+Facts = Mapping[str, Any]
+"""What a result says beside its arrays, by name."""
+
+Arrays = Mapping[str, NDArray[Any]]
 
 CHOICES = (None, "first", "all")
 
@@ -86,14 +90,14 @@ class Counter(ABC, Generic[R]):
     reads_weights: ClassVar[bool] = False
 
     @classmethod
-    @abstractmethod
     def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
-        """Refuse a trace from which this cannot be counted.
+        """Refuse a trace from which this cannot be counted; unless a counter says otherwise, one without tokens.
 
         Raises:
             NotRecorded: The trace, or these layers of it, do not hold what is counted.
             ValueError: An option is none that could be.
         """
+        trace.need_tokens()
 
     @classmethod
     @abstractmethod
@@ -181,7 +185,7 @@ class Result(ABC):
 
     @classmethod
     @abstractmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """Its arrays by name; that of a layer in the table ``x`` is named ``x/LAYER``.
 
         Raises:
@@ -194,13 +198,7 @@ class Result(ABC):
         return Header(self.layers)  # type: ignore[attr-defined]
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The result that has these arrays, in the order in which they are declared."""
         values: dict[str, Any] = {"layers": tuple(layers), "domains": tuple(domains), **facts}
         for name, array in arrays.items():

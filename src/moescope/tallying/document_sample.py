@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, Stored, united
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Places, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.columns import id_dtype
@@ -163,7 +163,7 @@ class DocumentSample(Result):
         return tuple(name for name in ("token_id", "phase") if getattr(self, name) is not None)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The columns."""
         ranks, by_token = facts["ranks"], ("token",)
         if not all(1 <= number <= layer.top_k for layer, number in zip(layers, ranks, strict=True)):
@@ -199,12 +199,8 @@ class DocumentSample(Result):
         """The sample of a file."""
         sample = super().restored(stored)
         document, starts, position = sample.document, sample.starts, sample.position
-        if (
-            len(starts) != len(document) + 1
-            or starts[0] != 0
-            or starts[-1] != len(position)
-            or (np.diff(starts) < 1).any()
-        ):
+        ends = len(starts) == len(document) + 1 and (starts[0], starts[-1]) == (0, len(position))
+        if not ends or (np.diff(starts) < 1).any():
             raise ValueError("starts do not cut the tokens into documents")
         if len(np.unique(document)) != len(document) or sample.parts.sum() != len(document):
             raise ValueError("a document comes twice, or the parts do not hold as many")
@@ -214,13 +210,7 @@ class DocumentSample(Result):
         return sample
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The sample that has these columns."""
         frame = _frame(arrays["starts"], arrays["position"], arrays.get("token_id"), arrays.get("phase"))
         return super().of_arrays(layers, domains, {**facts, **frame, "domain_names": tuple(domains)}, arrays)
@@ -383,11 +373,6 @@ class DocumentCounter(Counter[DocumentSample]):
     document: int = -1
     rows: slice = field(default_factory=lambda: slice(0, 0))
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
-
-    @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
-        """Refuse a trace of counts."""
-        trace.need_tokens()
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from moescope.tallying import segment_kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Places, Result, summed
 from moescope.trace import Layer, Part, Trace
 
 LENGTHS = (4, 16, 64, 256)
@@ -60,7 +60,7 @@ class Segments(Result):
     facts = ("lengths",)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The counts; those by number of activations are a table a length."""
         check_lengths(facts["lengths"])
         sizes = {"domain": len(domains), "group": None, "length": len(facts["lengths"])}

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Result, sampled, summed
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Header, Layer, Part, Trace
 
@@ -78,7 +78,7 @@ class Tally(Result):
         return Header(layers, token_ids=not self.counts_only, counts_only=self.counts_only)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums, and the sample of tokens of the layers that need one."""
         counts_only = facts["counts_only"]
         choices, kinds = _labels(layers, facts["ranked"], counts_only)
@@ -99,13 +99,7 @@ class Tally(Result):
         return {str(name): variable.values for name, variable in self.data.data_vars.items()} | super().arrays()
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The tally of these sums and this sample."""
         data = _dataset(arrays, domains, layers, *_labels(layers, facts["ranked"], facts["counts_only"]))
         return super().of_arrays(layers, domains, {**facts, "data": data}, arrays)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, need_choice, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Result, need_choice, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -191,7 +191,7 @@ class ClassCounts(Result):
     facts = ("choice",)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums; `expected_LXCE` is rounded, and a class has one more place for all tokens where it says so."""
         if facts["choice"] not in ("first", "all"):
             raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'all'")
