@@ -74,8 +74,8 @@ class Comparison:
             gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
             (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
             as above, and where A has no gate weights.
-        tokens: Dims (token_id), those seen at least 10 times in at least two documents, the surely lowest agreement
-            first: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`, and the
+        tokens: Dims (token_id), those seen at least 10 times in at least two documents, lowest upper end of the
+            interval first: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`, and the
             coordinates `text` and `documents`. None as above, and where token ids are not known.
         distances: Dims (domain, layer), of the domains in both: `jsd` between the shares of A and B in bits, with
             `jsd_null`, what sampling documents alone would give if they were equal, `jsd_low`, `jsd_high` of the true
@@ -268,7 +268,7 @@ def shared_weight(counted: PairTally) -> xr.Dataset:
 
 
 def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
-    """Token ids, the surely lowest agreement first: see `Comparison.tokens`.
+    """Token ids, those significantly lowest in agreement first: see `Comparison.tokens`.
 
     They are ordered by the upper end of the interval: ordered by the agreement itself, the first would be whichever
     rare id chance was hardest on.

@@ -1,4 +1,4 @@
-"""Vocabulary specialization: how surely a token id, or the id that follows, goes to one expert, and to which.
+"""Vocabulary specialization: how often a token id, or the id that follows, goes to one expert, and to which.
 
 The unit is the token. An id that occurs often enough is as specialized as the share of its tokens that chose its most
 frequent expert; a layer is as specialized as its ids on average, each id counting once. The maximum over experts is

@@ -33,7 +33,7 @@ def words(
     layers: Iterable[int] | None = None,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """Which expert a word goes to, and how surely.
+    """Which expert a word goes to, and how often.
 
     Args:
         trace: The trace or its folder; or what was counted of it (`moescope.count`).

@@ -117,7 +117,7 @@ def tally_pair(
             pairs += found.values()
         return sums, pairs, tokens
 
-    shares = [work[at::threads] for at in range(threads)] if threads > 1 else [work]
+    shares = [work[thread::threads] for thread in range(threads)]
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             counted = list(pool.map(count, shares))
@@ -173,41 +173,22 @@ class _PairSums:
     """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`."""
 
     layers: tuple[Layer, ...]
-    documents_D: NDArray[np.int64]
-    tokens_D: NDArray[np.int64]
-    tokens_squared_D: NDArray[np.int64]
+    by_domain_3D: NDArray[np.int64]
     agree_LD6: NDArray[np.int64]
-    first_a_LDE: NDArray[np.int64]
-    first_b_LDE: NDArray[np.int64]
-    loads_a_LDE: NDArray[np.int64]
-    loads_b_LDE: NDArray[np.int64]
-    change_squared_LDE: NDArray[np.int64]
-    change_by_tokens_LDE: NDArray[np.int64]
+    by_expert_L6DE: NDArray[np.int64]
     weighed_LD9: NDArray[np.float64]
     by_token: _TokenSums
 
     @classmethod
     def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _PairSums:
-        num_ids = max(layer.num_ids for layer in layers)
-
-        def zeros(*shape: int) -> NDArray[np.int64]:
-            return np.zeros(shape, np.int64)
-
-        by_expert = (len(layers), num_domains, num_ids)
+        num_layers, num_ids = len(layers), max(layer.num_ids for layer in layers)
         return cls(
-            layers=tuple(layers),
-            documents_D=zeros(num_domains),
-            tokens_D=zeros(num_domains),
-            tokens_squared_D=zeros(num_domains),
-            agree_LD6=zeros(len(layers), num_domains, 6),
-            first_a_LDE=zeros(*by_expert),
-            first_b_LDE=zeros(*by_expert),
-            loads_a_LDE=zeros(*by_expert),
-            loads_b_LDE=zeros(*by_expert),
-            change_squared_LDE=zeros(*by_expert),
-            change_by_tokens_LDE=zeros(*by_expert),
-            weighed_LD9=np.zeros((*by_expert[:2], len(_WEIGHED))),
-            by_token=_TokenSums(),
+            tuple(layers),
+            np.zeros((len(_BY_DOMAIN), num_domains), np.int64),
+            np.zeros((num_layers, num_domains, len(_AGREE)), np.int64),
+            np.zeros((num_layers, len(_BY_EXPERT), num_domains, num_ids), np.int64),
+            np.zeros((num_layers, num_domains, len(_WEIGHED))),
+            _TokenSums(),
         )
 
     def add(
@@ -223,21 +204,17 @@ class _PairSums:
         starts_G = np.append(np.flatnonzero(np.diff(document, prepend=-1)), len(document)).astype(np.int64)
         tokens_G = np.diff(starts_G)
         domain_G = part_a.domain[pair.rows_a][starts_G[:-1]].astype(np.int64)
-        num_domains = len(self.documents_D)
         if group[0] == self.layers[0]:
-            self.documents_D[:] += np.bincount(domain_G, minlength=num_domains)
-            np.add.at(self.tokens_D, domain_G, tokens_G)
-            np.add.at(self.tokens_squared_D, domain_G, tokens_G**2)
+            for sums_D, added_G in zip(self.by_domain_3D, (tokens_G**0, tokens_G, tokens_G**2), strict=True):
+                np.add.at(sums_D, domain_G, added_G)
         shared_T = np.empty(len(document), np.uint8)
-        place = {layer.layer: at for at, layer in enumerate(self.layers)}
         for layer in group:
-            at = place[layer.layer]
+            place = self.layers.index(layer)
             a_KT = matching.selected(part_a.expert_ids[layer.layer], pair.rows_a)
             b_KT = matching.selected(part_b.expert_ids[layer.layer], pair.rows_b)
             pair_kernels.count_shared(a_KT, b_KT, shared_T)
             shared_of_token += shared_T
             shared_G = np.add.reduceat(shared_T, starts_G[:-1], dtype=np.int64)
-            used = slice(0, layer.num_ids)
             if layer.ranked:
                 agree_T = (a_KT[0] == b_KT[0]) & (a_KT[0] >= 0)
                 first_G = np.add.reduceat(agree_T, starts_G[:-1], dtype=np.int64)
@@ -246,22 +223,12 @@ class _PairSums:
             moments_G6 = np.stack(
                 [shared_G, shared_G**2, shared_G * tokens_G, first_G, first_G**2, first_G * tokens_G], axis=1
             )
-            np.add.at(self.agree_LD6[at], domain_G, moments_G6)
+            np.add.at(self.agree_LD6[place], domain_G, moments_G6)
             if part_a.gate_weights:
                 weights_KT = matching.selected(part_a.gate_weights[layer.layer], pair.rows_a)
-                np.add.at(self.weighed_LD9[at], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
-            pair_kernels.count_changes(
-                a_KT,
-                b_KT,
-                starts_G,
-                domain_G,
-                self.first_a_LDE[at][:, used],
-                self.first_b_LDE[at][:, used],
-                self.loads_a_LDE[at][:, used],
-                self.loads_b_LDE[at][:, used],
-                self.change_squared_LDE[at][:, used],
-                self.change_by_tokens_LDE[at][:, used],
-            )
+                np.add.at(self.weighed_LD9[place], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
+            sums_6DE = self.by_expert_L6DE[place][:, :, : layer.num_ids]
+            pair_kernels.count_changes(a_KT, b_KT, starts_G, domain_G, sums_6DE)
 
     def add_tokens(self, part_a: Part, pair: PairOfParts, shared_of_token: NDArray[np.int64]) -> None:
         """Count by token id, once all layers of a pair of parts are counted."""
@@ -277,28 +244,27 @@ class _PairSums:
     def labelled(
         self, domains: Sequence[str], found: Matching, *, with_tokens: bool, with_weights: bool = False
     ) -> PairTally:
-        used = np.flatnonzero(self.tokens_D)
-        by_layer, by_expert = ("domain", "layer"), ("domain", "layer", "expert")
-
-        def swap(sums_LD: NDArray[np.number[Any]]) -> NDArray[np.number[Any]]:
-            return np.ascontiguousarray(sums_LD.swapaxes(0, 1)[used])
-
+        by_domain = dict(zip(_BY_DOMAIN, self.by_domain_3D, strict=True))
+        used = np.flatnonzero(by_domain["tokens"])
+        dims = ("domain", "layer", "expert")
         sums = dict(zip(_AGREE, np.moveaxis(self.agree_LD6, 2, 0), strict=True))
         if with_weights:
             sums |= zip(_WEIGHED, np.moveaxis(self.weighed_LD9, 2, 0), strict=True)
-        names = ("first_a", "first_b", "loads_a", "loads_b", "change_squared", "change_by_tokens")
+        sums |= zip(_BY_EXPERT, self.by_expert_L6DE.swapaxes(0, 1), strict=True)
         data = xr.Dataset(
             {
-                "documents": ("domain", self.documents_D[used], {"units": "documents"}),
-                "tokens": ("domain", self.tokens_D[used], {"units": "tokens"}),
-                "tokens_squared": ("domain", self.tokens_squared_D[used]),
-                **{name: (by_layer, swap(values)) for name, values in sums.items()},
-                **{name: (by_expert, swap(getattr(self, f"{name}_LDE"))) for name in names},
+                "documents": ("domain", by_domain["documents"][used], {"units": "documents"}),
+                "tokens": ("domain", by_domain["tokens"][used], {"units": "tokens"}),
+                "tokens_squared": ("domain", by_domain["tokens_squared"][used]),
+                **{
+                    name: (dims[: sums_LD.ndim], np.ascontiguousarray(sums_LD.swapaxes(0, 1)[used]))
+                    for name, sums_LD in sums.items()
+                },
             },
             {
-                "domain": [domains[at] for at in used.tolist()],
+                "domain": [domains[code] for code in used.tolist()],
                 "layer": [layer.layer for layer in self.layers],
-                "expert": np.arange(self.loads_a_LDE.shape[2]),
+                "expert": np.arange(self.by_expert_L6DE.shape[3]),
                 **{
                     name: ("layer", [getattr(layer, name) for layer in self.layers])
                     for name in ("num_experts", "num_ids", "top_k", "ranked")
@@ -335,16 +301,11 @@ def _weigh(
 
 
 _WEIGHED = (
-    "kept",
-    "kept_squared",
-    "kept_by_weighed",
-    "weighed",
-    "weighed_squared",
-    "margin_same",
-    "num_same",
-    "margin_differs",
-    "num_differs",
+    *("kept", "kept_squared", "kept_by_weighed", "weighed", "weighed_squared"),
+    *("margin_same", "num_same", "margin_differs", "num_differs"),
 )
+_BY_DOMAIN = ("documents", "tokens", "tokens_squared")
+_BY_EXPERT = ("first_a", "first_b", "loads_a", "loads_b", "change_squared", "change_by_tokens")
 _AGREE = ("shared", "shared_squared", "shared_by_tokens", "first", "first_squared", "first_by_tokens")
 _BY_TOKEN = ("seen", "documents", "shared", "shared_squared", "shared_by_seen", "seen_squared")
 
@@ -375,6 +336,6 @@ class _TokenSums:
 
     def labelled(self) -> xr.Dataset:
         return xr.Dataset(
-            {name: ("token_id", self.sums[:, at]) for at, name in enumerate(_BY_TOKEN)},
+            {name: ("token_id", sums) for name, sums in zip(_BY_TOKEN, self.sums.T, strict=True)},
             {"token_id": self.token_ids},
         )
