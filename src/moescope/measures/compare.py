@@ -74,9 +74,9 @@ class Comparison:
             gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
             (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
             as above, and where A has no gate weights.
-        tokens: Dims (token_id), those seen at least 10 times in at least two documents, lowest upper end of the
-            interval first: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`, and the
-            coordinates `text` and `documents`. None as above, and where token ids are not known.
+        tokens: Dims (token_id), those seen at least 10 times in at least two documents, by the upper end
+            of the interval: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`,
+            and the coordinates `text` and `documents`. None as above, and where token ids are not known.
         distances: Dims (domain, layer), of the domains in both: `jsd` between the shares of A and B in bits, with
             `jsd_null`, what sampling documents alone would give if they were equal, `jsd_low`, `jsd_high` of the true
             divergence, `jsd_p` and `jsd_q`; NaN where expert ids cannot mean the same. `evenness_a`, `evenness_b`:

@@ -62,7 +62,7 @@ def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: 
     """Standard errors that shares would have if they were as large as expected, for testing whether they are.
 
     The variance of a count grows with the count: one that is low by chance has an error too small as well, and would be
-    found significantly below its expectation too often (a test at 5 % rejects in 6 to 9 % of 1,024 independent transitions of
+    found below its expectation too often (a test at 5 % rejects in 6 to 9 % of 1,024 independent transitions of
     32 experts, and of those it rejects at 0.1 % all lie below). So the error is taken to the size that the expectation
     makes it. Where more was seen than expected, by half of that (on the scale of logarithms), as tokens that come in
     bursts raise both. A count of 0 has the error of so many tokens as alike within documents as the others.

@@ -72,14 +72,7 @@ def count_neighbours(
 
 @numba.njit(cache=True, nogil=True)
 def count_stand_ins(
-    first_T: Rows,
-    mask_TW: Masks,
-    left_RT: Rows,
-    right_RT: Rows,
-    document_T: Rows,
-    value_T: Rows,
-    starts_Q: Sums,
-    repeat_GIS: Sums,
+    first_T: Rows, mask_TW: Masks, left_RT: Rows, right_RT: Rows, document_T: Rows, value_T: Rows, repeat_GIS: Sums
 ) -> None:
     """Add, for each document, the draws in which the stand-ins of a pair of neighbours repeat.
 
