@@ -156,8 +156,7 @@ def answered(
         locality: Of `moescope.locality`; None if the trace does not tell what token follows what.
         explained: Of `moescope.explain`; None leaves out the bits that the domain explains.
     Returns:
-        The claims in the order of the paper, and after those on consecutive tokens one of ours: whether they repeat
-        more than their words would anyway.
+        The claims, as `claims` gives them.
     Source:
         Correction: Benjamini and Hochberg 1995, over the effects of all claims. The tests of each: see
         docs/reference/measures/claims.md.
@@ -332,8 +331,8 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
     statement = f"{what} goes to the same expert wherever it stands."
     title = f"{what} has an expert"
     if not np.isfinite(row["same_low"]).any():
-        found = f"{_count(row['occurrences'], 'occurrence')} in {_count(row['documents'], 'document')}"
-        return _undecided(title, statement, f"{found}; at least three documents are needed.")
+        number = f"{_count(row['occurrences'], 'occurrence')} in {_count(row['documents'], 'document')}"
+        return _undecided(title, statement, f"{number}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
     likely = above & (row["same_low"].values > SAME_EXPERT)
     layer = _top_layer(row["same"] - row["same_null"])
@@ -473,8 +472,8 @@ def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
 def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
     """How much larger an excess is at a later layer. Layers taken as independent, which widens the interval."""
     of_first, of_later = (
-        _standard_error(at["excess"].item(), at["excess_low"].item(), at["excess_high"].item(), documents)
-        for at in (first, later)
+        _standard_error(row["excess"].item(), row["excess_low"].item(), row["excess_high"].item(), documents)
+        for row in (first, later)
     )
     value = later["excess"].item() - first["excess"].item()
     error = float(np.hypot(of_first, of_later))
@@ -617,7 +616,8 @@ def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
 
 def _excess(whole: xr.Dataset, layer: int, null: str) -> Effect:
     names = ("rate", "rate_null", "excess_low", "excess_high", "excess_p")
-    rate, expected, low, high, p_value = (whole[name].sel(layer=layer, null=null).item() for name in names)
+    row = whole.sel(layer=layer, null=null)
+    rate, expected, low, high, p_value = (row[name].item() for name in names)
     return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], p_value)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moescope.measures.statistics import CONFIDENCE, Numbers
+from moescope.measures.statistics import CONFIDENCE, Numbers, ratio
 
 Truths = NDArray[np.bool_]
 
@@ -37,13 +37,11 @@ def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbe
     used = n_G > 0
     y, n = y_GE[used].astype(float), n_G[used].astype(float)
     groups, total = len(n), n.sum()
-    if not groups:
-        return np.full(y_GE.shape[1], np.nan), np.full(y_GE.shape[1], np.nan)
-    ratio = y.sum(axis=0) / total
+    share_E = ratio(y.sum(axis=0), total)
     if groups < 2:
-        return ratio, np.full(y_GE.shape[1], np.nan)
-    residual = y - ratio * n[:, None]
-    return ratio, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
+        return share_E, np.full(y_GE.shape[1], np.nan)
+    residual = y - share_E * n[:, None]
+    return share_E, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
 
 
 def sum_error(residual_G: Numbers) -> Numbers:

@@ -152,7 +152,18 @@ class BalanceCounter(Counter[BalanceCounts]):
     @classmethod
     def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> BalanceCounts:
         """The loads of a trace of counts."""
-        return _of_counts(trace, layers)
+        total = BalanceCounts.empty(layers, trace.domains, batch_sizes=(), has_weights=False)
+        place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
+        code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
+        for counts in trace.iter_counts():
+            starts = counts.document_starts()[:-1]
+            codes: NDArray[Any] = np.array([code_of[name] for name in counts.domain_names])
+            np.add.at(total.documents_DG, (codes[counts.domain[starts]], document_groups(counts.document[starts])), 1)
+            asked = np.isin(counts.layer, list(place_of))
+            place = np.array([place_of[layer] for layer in counts.layer[asked].tolist()], np.int64)
+            cell = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
+            np.add.at(total.loads_LDGE, (place, *cell), counts.count[asked])
+        return total
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -228,18 +239,3 @@ class _OpenBatches:
                 return total
             self.held[key] = before + sequences, total
             return None
-
-
-def _of_counts(trace: Trace, layers: Sequence[Layer]) -> BalanceCounts:
-    total = BalanceCounts.empty(layers, trace.domains, batch_sizes=(), has_weights=False)
-    place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
-    code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
-    for counts in trace.iter_counts():
-        starts = counts.document_starts()[:-1]
-        codes: NDArray[Any] = np.array([code_of[name] for name in counts.domain_names])
-        np.add.at(total.documents_DG, (codes[counts.domain[starts]], document_groups(counts.document[starts])), 1)
-        asked = np.isin(counts.layer, list(place_of))
-        place = np.array([place_of[layer] for layer in counts.layer[asked].tolist()], np.int64)
-        cell = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
-        np.add.at(total.loads_LDGE, (place, *cell), counts.count[asked])
-    return total

@@ -68,7 +68,7 @@ class DocumentSample(Result):
 
     @property
     def header(self) -> Header:
-        """What it tells of the trace."""
+        """What it says of the trace."""
         return Header(self.layers, token_ids=self.token_id is not None, phases=self.phase is not None)
 
     @property
@@ -120,9 +120,6 @@ class DocumentSample(Result):
         starts = np.concatenate([[0], np.cumsum(length_G)]).astype(np.int64)
         facts = {**self.known_facts(), **facts}
         return self.of_arrays(self.layers, self.domain_names, facts, {**columns, "starts": starts, "parts": parts})
-
-    def _columns(self) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
-        return self.position, self.token_id, self.phase
 
     def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
         """The documents of both, or those with the smallest hashes, as a sample of both traces together would have."""
@@ -212,8 +209,9 @@ class DocumentSample(Result):
     @classmethod
     def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The sample that has these columns."""
-        frame = _frame(arrays["starts"], arrays["position"], arrays.get("token_id"), arrays.get("phase"))
-        return super().of_arrays(layers, domains, {**facts, **frame, "domain_names": tuple(domains)}, arrays)
+        sequence_starts = consecutive_starts(arrays["starts"], arrays["position"])
+        columns = {"domain_names": tuple(domains), "sequence_starts": sequence_starts, "token_id": None}
+        return super().of_arrays(layers, domains, {**facts, **columns}, arrays)
 
     def as_trace(self, path: Path, header: Header) -> Trace:
         """The documents as a trace whose parts are in memory, divided as those of the trace were.
@@ -238,23 +236,6 @@ class DocumentSample(Result):
         held = replace(header, layers=layers, weights=False)
         bounds = [0, *np.cumsum(self.parts).tolist()]
         return Trace(path, held, tuple(_HeldPart(self, path, held, slice(*pair)) for pair in pairwise(bounds)), None)
-
-
-def _frame(
-    starts: NDArray[np.int64],
-    position: NDArray[Any] | None,
-    token_id: NDArray[Any] | None,
-    phase: NDArray[Any] | None,
-) -> dict[str, Any]:
-    """The columns of a sample that belong to no layer, with where sequences start."""
-    assert position is not None
-    return {
-        "starts": starts,
-        "sequence_starts": consecutive_starts(starts, position),
-        "position": position,
-        "token_id": token_id,
-        "phase": phase,
-    }
 
 
 class _HeldPart(PartFile):
@@ -360,7 +341,8 @@ class SampleMemory:
     @property
     def filled(self) -> DocumentSample:
         """The sample, once the pass is over."""
-        return replace(self.sample, **_frame(self.sample.starts, *self.sample._columns()))
+        sequence_starts = consecutive_starts(self.sample.starts, self.sample.position)
+        return replace(self.sample, sequence_starts=sequence_starts)
 
 
 @dataclass

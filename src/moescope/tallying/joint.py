@@ -112,7 +112,7 @@ class Transitions(Result):
     def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The table of each layer but the first, and the sample of paths."""
         if facts["choice"] not in ("first", "all"):
-            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'any'")
+            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'all'")
         steps = list(pairwise(layers))
         num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
         axes = "documents", "before", "expert"

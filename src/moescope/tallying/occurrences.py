@@ -198,7 +198,7 @@ class WordCounter(Counter[WordOccurrences]):
     Attributes:
         patterns: By word.
         layers: Layers counted.
-        pieces: The bytes of each token id.
+        piece: The bytes of a token id.
         found: For each part, by its first document, the occurrences of each word.
     """
 

@@ -67,9 +67,7 @@ def one_pass(
         ValueError: `threads` is not positive.
     """
     blocks = _blocks([part.num_tokens for part in trace.parts], together)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(blocks)))
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    threads = min(threads_to_use(threads), max(1, len(blocks)))
     trace.need_tokens(weights=weights)
     local = threading.local()
     made: list[list[C]] = []
@@ -87,17 +85,25 @@ def one_pass(
                 counter.add(part if before is None else _with_layer_before(part, before), group)
             before = part
 
-    if threads == 1:
-        for block in blocks:
-            count(block)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(count, blocks))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(count, blocks))
     total = list(make())
     for mine in total:
         for counters in made:
             mine.merge(counters.pop(0))  # and free it: the largest counters are in memory twice only one by one
     return total
+
+
+def threads_to_use(threads: int | None) -> int:
+    """So many threads; None for the number of processors.
+
+    Raises:
+        ValueError: They are none.
+    """
+    threads = threads if threads is not None else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    return threads
 
 
 def _blocks(sizes: Sequence[int], together: int) -> list[range]:

@@ -6,7 +6,6 @@ of either trace is counted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.tallying import matching, pair_kernels
 from moescope.tallying.matching import Matching, PairOfParts
-from moescope.tallying.one_pass import layer_groups
+from moescope.tallying.one_pass import layer_groups, threads_to_use
 from moescope.trace import Layer, Part, Trace
 
 
@@ -81,10 +80,8 @@ def tally_pair(
     if not chosen:
         raise ValueError("the traces have no layer with the same experts and the same top-k in common")
     by_token_id = a.header.token_ids and b.header.token_ids
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
     work = matching.pairs_of_parts(a, b)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(work)))
+    threads = min(threads_to_use(threads), max(1, len(work)))
     groups = layer_groups(chosen)
     swapped = len(a.parts) > len(b.parts)
 
@@ -93,43 +90,35 @@ def tally_pair(
         pairs: list[PairOfParts] = []
         tokens = 0
         for outer, inners in share:
-            found: dict[int, PairOfParts] = {}
-            per_token: dict[int, NDArray[np.int64]] = {}
-            for group in groups:
-                kept = None
-                if inners:
-                    of_outer = weights and not swapped
-                    kept = _read(b if swapped else a, outer, group, tokens=by_token_id, weights=of_outer)
+            matched: dict[int, tuple[PairOfParts, NDArray[np.int64]]] = {}  # with the experts that each token shares
+            for group in groups if inners else []:
+                kept = _read(b if swapped else a, outer, group, tokens=by_token_id, weights=weights and not swapped)
                 for inner in inners:
-                    of_inner = weights and swapped
-                    other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=of_inner)
-                    assert kept is not None
+                    other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=weights and swapped)
                     part_a, part_b = (other, kept) if swapped else (kept, other)
-                    if inner not in found:
+                    if inner not in matched:
                         places = (inner, outer) if swapped else (outer, inner)
-                        found[inner] = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
-                        tokens += _num_rows(found[inner], part_a)
-                        per_token[inner] = np.zeros(_num_rows(found[inner], part_a), np.int64)
-                    if len(per_token[inner]):
-                        sums.add(part_a, part_b, found[inner], group, per_token[inner])
+                        pair = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
+                        matched[inner] = pair, np.zeros(_num_rows(pair, part_a), np.int64)
+                    pair, shared_T = matched[inner]
+                    if len(shared_T):
+                        sums.add(part_a, part_b, pair, group, shared_T)
                         if by_token_id and group[-1] == chosen[-1]:
-                            sums.add_tokens(part_a, found[inner], per_token[inner])
-            pairs += found.values()
+                            sums.add_tokens(part_a, pair, shared_T)
+            pairs += [pair for pair, _ in matched.values()]
+            tokens += sum(len(shared_T) for _, shared_T in matched.values())
         return sums, pairs, tokens
 
     shares = [work[thread::threads] for thread in range(threads)]
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            counted = list(pool.map(count, shares))
-    else:
-        counted = [count(work)]
+    with ThreadPoolExecutor(threads) as pool:
+        counted = list(pool.map(count, shares))
     total = counted[0][0]
     for sums, _, _ in counted[1:]:
         total.merge(sums)
     pairs = [pair for _, some, _ in counted for pair in some]
     tokens = sum(number for _, _, number in counted)
-    found = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
-    return total.labelled(a.domains, found, with_tokens=by_token_id, with_weights=weights)
+    in_common = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
+    return total.labelled(a.domains, in_common, with_tokens=by_token_id, with_weights=weights)
 
 
 def common_layers(a: Trace, b: Trace, layers: Iterable[int] | None = None) -> tuple[Layer, ...]:
@@ -242,7 +231,7 @@ class _PairSums:
         self.by_token.merge(other.by_token)
 
     def labelled(
-        self, domains: Sequence[str], found: Matching, *, with_tokens: bool, with_weights: bool = False
+        self, domains: Sequence[str], in_common: Matching, *, with_tokens: bool, with_weights: bool = False
     ) -> PairTally:
         by_domain = dict(zip(_BY_DOMAIN, self.by_domain_3D, strict=True))
         used = np.flatnonzero(by_domain["tokens"])
@@ -271,7 +260,7 @@ class _PairSums:
                 },
             },
         )
-        return PairTally(data, self.by_token.labelled() if with_tokens else None, found)
+        return PairTally(data, self.by_token.labelled() if with_tokens else None, in_common)
 
 
 def _weigh(

@@ -211,17 +211,9 @@ class SegmentCounter(Counter[Segments]):
                 else:
                     segment_kernels.count_activations(ids_KT, layer.num_experts, starts_Q, row_Q, length, sums_RV)
             exactly_RV = np.zeros(self.exactly_LRV.shape[1:])
-            segment_kernels.expect_activations(
-                ids_KT,
-                layer.num_experts,
-                starts_G,
-                row_G,
-                segments_GM,
-                self.lengths_M,
-                self.offset_M,
-                self._log_factorial,
-                exactly_RV,
-            )
+            documents = starts_G, row_G, segments_GM
+            lengths = self.lengths_M, self.offset_M, self._log_factorial
+            segment_kernels.expect_activations(ids_KT, layer.num_experts, *documents, *lengths, exactly_RV)
             self.exactly_LRV[place] += np.rint(exactly_RV * FIXED).astype(np.int64)
 
     def merge(self, other: Self) -> None:

@@ -69,7 +69,7 @@ class Tally(Result):
 
     @property
     def header(self) -> Header:
-        """What it tells of the trace."""
+        """What it says of the trace."""
         columns = (self.data[name].values.tolist() for name in ("layer", "num_experts", "num_ids", "top_k"))
         layers = tuple(
             Layer(number, num_experts, top_k, num_null_experts=num_ids - num_experts, ranked=self.ranked)

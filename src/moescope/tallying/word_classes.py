@@ -40,7 +40,7 @@ ENGLISH = frozenset({"and", "as", "for", "from", "if", "in", "is", "not", "or", 
 
 KEYWORDS = tuple(sorted(set(keyword.kwlist) - ENGLISH))
 
-_BIT = {name: np.uint16(1 << at) for at, name in enumerate(CLASSES)}
+_BIT = {name: np.uint16(1 << bit) for bit, name in enumerate(CLASSES)}
 _NUMBERS = np.array([int.from_bytes(word.encode()) for word in KEYWORDS], np.uint64)
 _BY_PLACE = ("indentation", "keyword", "command")
 _LINE_BREAK = 10
@@ -77,8 +77,7 @@ class Pieces:
         """The pieces of a vocabulary and, last, an unknown one, which is of no class."""
         ids = sorted(vocabulary.pieces)
         pieces = [*(vocabulary.pieces[token_id] for token_id in ids), b"<|0|>"]
-        found = [_describe(piece) for piece in pieces]
-        columns = [np.array(column) for column in zip(*found, strict=True)]
+        columns = [np.array(column) for column in zip(*map(_describe, pieces), strict=True)]
         return cls(
             np.array(ids, np.int64),
             np.frombuffer(b"".join(pieces), np.uint8),
@@ -94,8 +93,8 @@ class Pieces:
             return np.zeros(len(ids), np.int32)
         if self.ids[-1] == len(self.ids) - 1:  # as most vocabularies: all ids from 0
             return np.minimum(ids, len(self.ids)).astype(np.int32)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, at, len(self.ids)).astype(np.int32)
+        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[place] == ids, place, len(self.ids)).astype(np.int32)
 
 
 def _describe(piece: bytes) -> tuple[int, bool, bool, bool, bool, bool]:
