@@ -491,7 +491,7 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
         return _undecided(name, statement, _FEW_DOMAINS)
     rates = rates.isel(domain=enough)
     ends = ("rate", "rate_low", "rate_high")
-    of_rates = _differences(rates, ends, "domain that repeats most less the one that repeats least")
+    of_rates = _differences(rates, ends, "largest difference between domains")
     different = statistics.false_discovery_rate(of_rates.p_values) < SIGNIFICANT
     row = rates.sel(layer=of_rates.layer)
     order = row["rate"].values.argsort()

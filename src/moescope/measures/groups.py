@@ -133,9 +133,8 @@ def jackknife(measure: Callable[[Numbers], Numbers], y_GE: NDArray[np.int64]) ->
     Source:
         Busing, Meijer and van der Leeden 1999, Delete-m jackknife for unequal m, Statistics and Computing 9.
     """
-    n_G = y_GE.sum(axis=1).astype(float)
-    y = y_GE[n_G > 0].astype(float)
-    n_G = n_G[n_G > 0]
+    y = y_GE[y_GE.any(axis=1)].astype(float)
+    n_G = y.sum(axis=1)
     total = y.sum(axis=0)
     whole = measure(total[None])[0]
     if len(y) < 2:
@@ -188,9 +187,8 @@ def draws_around(centre_E: Numbers, y_GE: NDArray[np.int64], num_draws: int, rng
     Source:
         Chernozhukov, Chetverikov and Kato 2013, Annals of Statistics 41 (multiplier bootstrap of maxima).
     """
-    n_G = y_GE.sum(axis=1).astype(float)
-    y = y_GE[n_G > 0].astype(float)
-    n_G = n_G[n_G > 0]
+    y = y_GE[y_GE.any(axis=1)].astype(float)
+    n_G = y.sum(axis=1)
     total = n_G.sum()
     residual = (y - y.sum(axis=0) / total * n_G[:, None]) / total * np.sqrt(len(y) / max(len(y) - 1, 1))
     multipliers = rng.standard_normal((num_draws, len(y)))

@@ -83,9 +83,10 @@ class CoactivationCounter(Counter[Coactivation]):
             if layer.layer not in pairs:
                 continue
             ids_KT = part.expert_ids[layer.layer].T
-            few = layer.top_k == 2 and layer.num_ids <= 16 and ids_KT.dtype.kind == "u"
-            count = kernels.count_set_pairs_of_two if few else kernels.count_set_pairs
-            count(ids_KT, starts_D, group_D, pairs[layer.layer])
+            if layer.top_k == 2 and layer.num_ids <= 16 and ids_KT.dtype.kind == "u":
+                kernels.count_moves_of_few(ids_KT[:1], ids_KT[1:], starts_D, group_D, pairs[layer.layer])
+            else:
+                kernels.count_set_pairs(ids_KT, starts_D, group_D, pairs[layer.layer])
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,6 @@ def count_set_pairs(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table
 
 
 @numba.njit(cache=True, nogil=True)
-def count_set_pairs_of_two(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table) -> None:
-    """`count_set_pairs` for two choices, none dropped."""
-    first_T, second_T = ids_KT[0], ids_KT[1]
-    for d in range(group_D.size):
-        count_two(
-            first_T[starts_D[d] : starts_D[d + 1]], second_T[starts_D[d] : starts_D[d + 1]], pairs_GEE[group_D[d]]
-        )
-
-
-@numba.njit(cache=True, nogil=True)
 def count_moves(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: Sums, moves_GEF: Table) -> None:
     """Count the pairs of an assignment of a token at one layer and one at the next; pass one choice for the first."""
     num_before, num_after = moves_GEF.shape[1:]
