@@ -34,8 +34,7 @@ from moescope.trace import Layer
 NEARLY_IDLE = 0.1
 """Part of the uniform share below which an expert is nearly idle; one with no assignment at all is idle."""
 
-NULL_DRAWS = 512
-DRAWS_OF_A_DOMAIN = 128
+NULL_DRAWS, DRAWS_OF_A_DOMAIN = 512, 128  # the error of their mean is 4 % and 9 % of their spread
 QUANTILES = (0.05, 0.5, 0.95)
 
 LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"

@@ -17,7 +17,7 @@ from moescope.measures.statistics import Numbers
 TOLERANCE = 1e-11
 """Relative error of the inclusion probabilities at which the fit ends."""
 
-MOST_ROUNDS = 20_000
+MOST_ROUNDS = 20_000  # so that a fit ends where rounding keeps it from the tolerance
 
 
 def pair_probabilities(inclusion: Numbers, top_k: int) -> Numbers:

@@ -1,4 +1,4 @@
-"""Transitions: what the expert of a token at one layer tells of its expert at the next, and how many paths tokens take.
+"""Transitions: what a token's expert at one layer says about its expert at the next, and how many paths tokens take.
 
 The unit is the token and its first choices, or all pairs of an assignment at one layer and one at the next. "The next"
 is the next layer measured. Information is in bits.
@@ -28,7 +28,7 @@ from moescope.tallying.joint_kernels import draw_paths
 THIN = 5
 """Independent tokens a cell below which no first-order correction of mutual information holds."""
 
-NULL_DRAWS = 16
+NULL_DRAWS = 16  # the error of their mean is a quarter of their spread
 
 ROUTINGS = ("trace", "markov chain", "independent layers")
 STEPS_DRAWN = 2**24

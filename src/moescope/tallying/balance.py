@@ -29,7 +29,7 @@ WEIGHT_STATISTICS = ("first", "margin", "entropy")
 SAMPLED_TOKENS = 4096
 """Tokens kept with all their choices, from which batches without order are drawn."""
 
-_TOKEN_BINS = 32 * 40
+_TOKEN_BINS = 32 * 40  # 32 for a factor of e, up to e^40 tokens, which no batch has
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Counted:
 
     @cached_property
     def trace(self) -> Trace:
-        """The documents held, as a trace in memory, for what is played token by token.
+        """The documents held, as a trace in memory, for what is simulated token by token.
 
         Raises:
             NotRecorded: Not all of the documents are held.

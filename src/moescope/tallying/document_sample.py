@@ -225,7 +225,7 @@ class DocumentSample(Result):
         if self.fraction < 1:
             raise NotRecorded(
                 path,
-                f"the counts hold {self.fraction:.0%} of the documents; what is played token by token needs all",
+                f"the counts hold {self.fraction:.0%} of the documents; what is simulated token by token needs all",
                 "give the trace itself, or count it with a larger max_bytes",
             )
         if any(len(self.expert_ids[layer.layer]) < layer.top_k for layer in self.layers):

@@ -233,15 +233,6 @@ class SegmentCounter(Counter[Segments]):
             counted = self.at_least_LRV[:, :, columns].copy()
             tails = np.cumsum(self.exactly_LRV[:, :, columns][:, :, ::-1], axis=2)[:, :, ::-1].copy()
             counted[:, :, 0], tails[:, :, 0] = all_pairs_LR, all_pairs_LR * FIXED
-            at_least[length] = counted
-            expected[length] = tails
-        return Segments(
-            self.groups.domains,
-            self.layers,
-            tuple(self.lengths_M.tolist()),
-            self.groups.domain,
-            self.documents_DM,
-            self.segments_RM,
-            at_least,
-            expected,
-        )
+            at_least[length], expected[length] = counted, tails
+        sums = self.documents_DM, self.segments_RM, at_least, expected
+        return Segments(self.groups.domains, self.layers, tuple(at_least), self.groups.domain, *sums)
