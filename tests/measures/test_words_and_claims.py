@@ -277,7 +277,7 @@ def test_a_word_that_agrees_a_little_more_than_others_has_no_expert(tmp_path: Pa
     claim = next(claim for claim in found if "self" in claim.name)
     assert all(effect.found for effect in claim.effects)
     assert claim.answer == "mixed"
-    assert "in surely more than half of the cases at 0" in claim.evidence
+    assert "in significantly more than half of the cases at 0" in claim.evidence
 
 
 def test_the_effect_that_leads_is_the_one_the_answer_hangs_on(tmp_path: Path) -> None:

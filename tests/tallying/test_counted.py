@@ -182,7 +182,7 @@ def test_what_a_count_lacks_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(NotRecorded, match="'w7' was not counted; those counted: w3, w41"):
         moescope.words(counted_words(trace), ["w7"])
     few = counted_words(trace, max_bytes=24 * 78)
-    with pytest.raises(NotRecorded, match="% of the documents; what is played token by token needs all"):
+    with pytest.raises(NotRecorded, match="% of the documents; what is simulated token by token needs all"):
         moescope.cache(few)
     with pytest.raises(NotRecorded, match="transitions of first choices"):
         moescope.transitions(few, choice="all")

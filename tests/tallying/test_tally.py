@@ -163,12 +163,10 @@ def test_an_expert_nobody_picked_keeps_its_column(tmp_path: Path) -> None:
 def test_no_pair_crosses_a_sequence_or_a_document() -> None:
     ids = np.zeros((2, 10), np.uint8)  # the same pair of experts everywhere: every pair of tokens repeats
     starts = np.array([0, 4, 7, 10])
-    repeat, squared, by_pairs = (np.zeros((1, 3), np.int64) for _ in range(3))
-    kernels.count_repeats_of_two(
-        ids, starts, np.array([0, 0, 1]), np.zeros(2, np.int64), np.array([5, 2]), repeat, squared, by_pairs
-    )
-    np.testing.assert_array_equal(repeat, [[7, 7, 7]])
-    np.testing.assert_array_equal(squared, [[29, 29, 29]])
+    sums = kernels.RepeatSums(*(np.zeros((1, 3), np.int64) for _ in range(3)))
+    kernels.count_repeats_of_two(ids, starts, np.array([0, 0, 1]), np.zeros(2, np.int64), np.array([5, 2]), sums)
+    np.testing.assert_array_equal(sums.repeats_DM, [[7, 7, 7]])
+    np.testing.assert_array_equal(sums.repeats_squared_DM, [[29, 29, 29]])
 
 
 def test_the_token_sample_does_not_depend_on_how_the_trace_is_cut_into_parts(tmp_path: Path) -> None:

@@ -34,8 +34,7 @@ from moescope.trace import Layer
 NEARLY_IDLE = 0.1
 """Part of the uniform share below which an expert is nearly idle; one with no assignment at all is idle."""
 
-NULL_DRAWS = 512
-DRAWS_OF_A_DOMAIN = 128
+NULL_DRAWS, DRAWS_OF_A_DOMAIN = 512, 128  # the error of their mean is 4 % and 9 % of their spread
 QUANTILES = (0.05, 0.5, 0.95)
 
 LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"
@@ -261,12 +260,12 @@ def _null_batches(counts: BalanceCounts, s: int, rng: np.random.Generator) -> Nu
     tokens_R = np.rint(of_bin[rng.choice(len(bins), NULL_DRAWS, p=bins / bins.sum())]).astype(np.int64)
     drawn_RT = rng.multinomial(tokens_R, np.full(hashed, 1 / hashed)).astype(np.float32)
     results = []
-    for at, layer in enumerate(counts.layers):
+    for place, layer in enumerate(counts.layers):
         ids = counts.tokens(layer.layer)
         chosen_TE = np.zeros((hashed, layer.num_experts), np.float32)
         rows, choices = np.nonzero((ids >= 0) & (ids < layer.num_experts))
         chosen_TE[rows, ids[rows, choices]] = 1
-        load_E = counts.loads_LDGE[at, :, :, : layer.num_experts].sum(axis=(0, 1))
+        load_E = counts.loads_LDGE[place, :, :, : layer.num_experts].sum(axis=(0, 1))
         shift_E = load_E / max(int(counts.tokens_DG.sum()), 1) - chosen_TE.mean(axis=0)
         loads_RE = np.maximum(drawn_RT @ chosen_TE + tokens_R[:, None] * shift_E, 0)
         total = loads_RE.sum(axis=1)

@@ -44,7 +44,7 @@ layers 0, 15 and 31 as counted by OLMoE's authors), OLMoE's far above (0.17 to 0
 
 SAME_EXPERT = 0.5
 """Chance that two tokens of a word agree from which the word has an expert: more often than not, as they do where one
-expert gets some 70 % of them. Among 128 experts, 3 % may be surely more than any two tokens show."""
+expert gets some 70 % of them. Among 128 experts, 3 % may be significantly more than any two tokens show."""
 
 FEW_POINTS = 2.0
 """Points of per cent below which an excess of repeats, or a difference of them, is next to nothing: the paper calls the
@@ -84,7 +84,7 @@ class Effect:
 
     @property
     def found(self) -> bool:
-        """Whether it is surely above nothing."""
+        """Whether it is significantly above zero."""
         return self.value > 0 and self.q_value is not None and self.q_value < SIGNIFICANT
 
 
@@ -156,8 +156,7 @@ def answered(
         locality: Of `moescope.locality`; None if the trace does not tell what token follows what.
         explained: Of `moescope.explain`; None leaves out the bits that the domain explains.
     Returns:
-        The claims in the order of the paper, and after those on consecutive tokens one of ours: whether they repeat
-        more than their words would anyway.
+        The claims, as `claims` gives them.
     Source:
         Correction: Benjamini and Hochberg 1995, over the effects of all claims. The tests of each: see
         docs/reference/measures/claims.md.
@@ -167,16 +166,16 @@ def answered(
         _mathematics(divergence),
         _first_and_last(divergence),
         *([] if words is None else [_word(words, name) for name in words["word"].values.tolist()]),
-        *(_about_neighbours(name, statement, locality, judge) for name, statement, judge in _LOCALITY),
+        *(_about_neighbours(name, statement, locality, judge) for name, (statement, judge) in _LOCALITY.items()),
     ]
     p_values = [np.nan if effect.p_value is None else effect.p_value for draft in drafts for effect in draft.effects]
     q_values = iter(statistics.false_discovery_rate(p_values).tolist())
-    found = []
+    answers = []
     for draft in drafts:
         effects = tuple(replace(effect, q_value=_known(next(q_values))) for effect in draft.effects)
         answer = draft.decide(effects)
-        found.append(Claim(draft.name, draft.statement, answer, draft.evidence, effects, _lead(draft, answer)))
-    return found
+        answers.append(Claim(draft.name, draft.statement, answer, draft.evidence, effects, _lead(draft, answer)))
+    return answers
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class _Draft:
     name: str
     statement: str
     evidence: str
-    effects: tuple[Effect, ...]
+    effects: Sequence[Effect]
     decide: Callable[[Sequence[Effect]], Answer]
     deciding: tuple[int, ...] | None = None
     needs: Literal["all", "most"] = "all"
@@ -207,6 +206,11 @@ def _lead(draft: _Draft, answer: Answer) -> int | None:
     return ascending[-1]
 
 
+_FEW_DOCUMENTS = "Intervals need at least two documents a domain."
+_FEW_DOMAINS = "At least two domains of several documents are needed."
+_FEW_LAYERS = "Fewer than three layers were recorded."
+
+
 def _undecided(name: str, statement: str, why: str) -> _Draft:
     return _Draft(name, statement, why, (), lambda _: "not enough data")
 
@@ -217,18 +221,19 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
     value, q = divergence["jsd_rest"], divergence["jsd_rest_q"]
     known = np.isfinite(q.values)
     if not known.any():
-        return _undecided(name, statement, _too_few_documents())
+        return _undecided(name, statement, _FEW_DOCUMENTS)
     different = (q.values < SIGNIFICANT) & known
     large = (divergence["jsd_rest_low"].values > TOPIC_BITS) & known
     small = divergence["jsd_rest_high"].values < TOPIC_BITS
     top = _largest(value)
     evidence = (
         f"{int(different.sum())} of {int(known.sum())} domain-layer pairs differ from the other domains (false "
-        f"discovery rate {_percent(SIGNIFICANT, 0)}); {int(large.sum())} of them by surely more than {TOPIC_BITS} "
-        "bits, the size that shows in a figure."
+        f"discovery rate {_percent(SIGNIFICANT, 0)}); {int(large.sum())} of them by significantly more than "
+        f"{TOPIC_BITS} bits, the size that shows in a figure."
     )
-    bits = [] if explained is None else _bits_of_domain(explained)
-    if explained is not None and bits:
+    effects = [_divergence_effect(divergence, *top, float(np.nanmin(q.values)))]  # the least is that of Simes' test
+    if explained is not None and (bits := _bits_of_domain(explained)):
+        effects += bits
         share = explained["share"].sel(source="domain")
         layer = _top_layer(share)
         which = "the first choice" if explained.attrs["choice"] == "first" else "a choice"
@@ -244,8 +249,7 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
             return "yes"
         return "mixed" if large.any() else "not enough data"
 
-    p_value = float(np.nanmin(q.values))  # the least of adjusted p-values is that of Simes' test
-    return _Draft(name, statement, evidence, (_divergence_effect(divergence, *top, p_value), *bits), decide, (0,))
+    return _Draft(name, statement, evidence, effects, decide, (0,))
 
 
 def _bits_of_domain(explained: xr.Dataset) -> list[Effect]:
@@ -268,7 +272,7 @@ def _mathematics(divergence: xr.Dataset) -> _Draft:
         return _undecided(name, statement, f"The corpus has no domain {MATHEMATICS}.")
     q_value = divergence["jsd_rest_q"].sel(domain=MATHEMATICS).values
     if not np.isfinite(q_value).any():
-        return _undecided(name, statement, _too_few_documents())
+        return _undecided(name, statement, _FEW_DOCUMENTS)
     leader = value.fillna(-1).argmax("domain").values
     leads = value["domain"].values[leader] == MATHEMATICS
     different = q_value < SIGNIFICANT
@@ -294,31 +298,31 @@ def _first_and_last(divergence: xr.Dataset) -> _Draft:
     name = "First and last layer differ most"
     layers = divergence["layer"].values.tolist()
     if len(layers) < 3:
-        return _undecided(name, statement, "Fewer than three layers were recorded.")
+        return _undecided(name, statement, _FEW_LAYERS)
     names = ("jsd_rest", "jsd_rest_null", "jsd_rest_low", "jsd_rest_high")
     value, null, low, high = (divergence[name].transpose("layer", "domain").values for name in names)
     known = np.isfinite(value + null + low + high).all(axis=0)
     if not known.any():
-        return _undecided(name, statement, "At least two domains of several documents are needed.")
-    value, null, low, high = (of[:, known] for of in (value, null, low, high))
+        return _undecided(name, statement, _FEW_DOMAINS)
+    value, null, low, high = (table[:, known] for table in (value, null, low, high))
     above = (value - null).mean(axis=1)
     error = np.sqrt((_standard_error(value, low, high) ** 2).sum(axis=1)) / known.sum()
     inner = slice(1, -1)
     middle, middle_error = float(above[inner].mean()), float(np.sqrt((error[inner] ** 2).sum())) / (len(layers) - 2)
     effects = []
     for end, layer in ((0, layers[0]), (-1, layers[-1])):
-        found = float(above[end]) - middle
-        half, p_value = _normal(found, float(np.hypot(error[end], middle_error)))
+        beyond = float(above[end]) - middle
+        half, p_value = _normal(beyond, float(np.hypot(error[end], middle_error)))
         what = f"divergence of a domain, layer {layer} less the layers between"
-        bounds = found - half, found + half
-        effects.append(Effect(what, found, "bits", *bounds, "mean of the layers between", middle, p_value))
-    order = [layers[at] for at in np.argsort(-above, kind="stable")]
+        bounds = beyond - half, beyond + half
+        effects.append(Effect(what, beyond, "bits", *bounds, "mean of the layers between", middle, p_value))
+    order = [layers[place] for place in np.argsort(-above, kind="stable")]
     evidence = (
         "Mean divergence of a domain from the others beyond sampling, bits: "
         f"{above[0]:.4f} at layer {layers[0]}, {middle:.4f} between, {above[-1]:.4f} at layer {layers[-1]}; largest at "
         f"layers {order[0]} and {order[1]}."
     )
-    return _Draft(name, statement, evidence, tuple(effects), lambda effects: _all_found(effects, TOPIC_BITS))
+    return _Draft(name, statement, evidence, effects, lambda effects: _all_found(effects, TOPIC_BITS))
 
 
 def _word(words: xr.Dataset, name: str) -> _Draft:
@@ -327,32 +331,30 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
     statement = f"{what} goes to the same expert wherever it stands."
     title = f"{what} has an expert"
     if not np.isfinite(row["same_low"]).any():
-        found = f"{_count(row['occurrences'], 'occurrence')} in {_count(row['documents'], 'document')}"
-        return _undecided(title, statement, f"{found}; at least three documents are needed.")
+        number = f"{_count(row['occurrences'], 'occurrence')} in {_count(row['documents'], 'document')}"
+        return _undecided(title, statement, f"{number}; at least three documents are needed.")
     above = row["same_low"].values > row["same_null"].values
     likely = above & (row["same_low"].values > SAME_EXPERT)
     layer = _top_layer(row["same"] - row["same_null"])
-    at = row.sel(layer=layer)
+    top = row.sel(layer=layer)
     evidence = (
-        f"Two of its tokens from different documents have the same first choice surely more often than any two tokens "
-        f"at {int(above.sum())} of {len(above)} layers, and in surely more than half of the cases at "
+        f"Two of its tokens from different documents have the same first choice significantly more often than any two "
+        f"tokens at {int(above.sum())} of {len(above)} layers, and in significantly more than half of the cases at "
         f"{int(likely.sum())} ({_count(row['occurrences'], 'occurrence')}, {_count(row['documents'], 'document')}). "
-        f"Most at layer {layer}: {_percent(at['same'].item())} ({_percent(at['same_low'].item())} to "
-        f"{_percent(at['same_high'].item())}) against {_percent(at['same_null'].item())}; "
-        f"{_percent(at['top_share'].item())} "
-        f"go to expert {int(at['top_expert'])}."
+        f"Most at layer {layer}: {_percent(top['same'].item())} ({_percent(top['same_low'].item())} to "
+        f"{_percent(top['same_high'].item())}) against {_percent(top['same_null'].item())}; "
+        f"{_percent(top['top_share'].item())} go to expert {int(top['top_expert'])}."
     )
     several = int(row["multi_token"])
-    if several and np.isfinite(at["together"]):
+    if several and np.isfinite(top["together"]):
         evidence += (
-            f" Of its {several} occurrences of several tokens, {_percent(at['together'].item())} stay with one expert "
-            f"there; token ids alone predict {_percent(at['together_null'].item())}."
+            f" Of its {several} occurrences of several tokens, {_percent(top['together'].item())} stay with one expert "
+            f"there; token ids alone predict {_percent(top['together_null'].item())}."
         )
     documents = int(row["documents"])
     effects = []
     for layer in first_middle_last(row["layer"].values.tolist()):
-        at = row.sel(layer=layer)
-        same, low, high, null = (at[f"same{end}"].item() for end in ("", "_low", "_high", "_null"))
+        same, low, high, null = (row[f"same{end}"].sel(layer=layer).item() for end in ("", "_low", "_high", "_null"))
         if isfinite(low):
             error = float(_standard_error(same, low, high, documents))
             p_value = _student_p(same - null, error, documents - 1)
@@ -360,13 +362,11 @@ def _word(words: xr.Dataset, name: str) -> _Draft:
             effects.append(_points(what, same, null, low - null, high - null, "any two tokens", p_value))
 
     def decide(effects: Sequence[Effect]) -> Answer:
-        if likely.mean() > 0.5:
-            return "yes"
         if above.any():
-            return "mixed"
+            return "yes" if likely.mean() > 0.5 else "mixed"
         return "no" if (row["same_high"].values < SAME_EXPERT).all() else "not enough data"
 
-    return _Draft(title, statement, evidence, tuple(effects), decide, needs="most")
+    return _Draft(title, statement, evidence, effects, decide, needs="most")
 
 
 NULLS = {
@@ -383,13 +383,13 @@ def _about_neighbours(name: str, statement: str, locality: xr.Dataset | None, ju
     if locality is None:
         return _undecided(name, statement, "The trace holds counts, not the order of tokens.")
     kind = "first" if locality["rate"].sel(kind="first").notnull().any() else "any"
-    of = locality.sel(pairs="all", kind=kind)
-    whole = schema.total(of)
+    of_kind = locality.sel(pairs="all", kind=kind)
+    whole = schema.total(of_kind)
     if not np.isfinite(whole["excess_low"].sel(null="uniform")).any():
         pairs = int(whole["pairs_counted"])
         why = "Intervals need at least two documents." if pairs else "No sequence has two tokens."
         return _undecided(name, statement, why)
-    return judge(name, statement, of)
+    return judge(name, statement, of_kind)
 
 
 def _in_words(null: str) -> str:
@@ -401,34 +401,29 @@ def _repeat(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     layers = whole["layer"].values.tolist()
     above = (whole["excess_low"].sel(null="popularity") > 0).values
     layer = _top_layer(whole["excess"].sel(null="popularity"))
-    at = whole.sel(layer=layer)
-    pairs = "the same first choice" if str(at["kind"].values) == "first" else "an expert in common"
-    over = ", ".join(
-        f"{_signed(at['excess'].sel(null=null).item())} points over {_in_words(null)}"
-        for null in ("uniform", "popularity", "document")
-    )
+    row = whole.sel(layer=layer)
+    pairs = "the same first choice" if str(row["kind"].values) == "first" else "an expert in common"
+    nulls = ("uniform", "popularity", "document")
+    over = ", ".join(f"{_signed(row['excess'].sel(null=null).item())} points over {_in_words(null)}" for null in nulls)
     evidence = (
-        f"Neighbours have {pairs} surely more often than the popularity of the experts in their domain makes them at "
-        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {_percent(at['rate'].item())} of the "
+        f"Neighbours have {pairs} significantly more often than the popularity of the experts in their domain gives at "
+        f"{int(above.sum())} of {len(above)} layers. Most at layer {layer}: {_percent(row['rate'].item())} of the "
         f"pairs, {over}."
     )
     effects = [
         _excess(whole, layer, null)
         for layer in first_middle_last(layers)
-        for null in ("uniform", "popularity", "document")
+        for null in nulls
         if np.isfinite(whole["excess"].sel(layer=layer, null=null))
     ]
-
-    over_popularity = tuple(at for at, effect in enumerate(effects) if effect.null == NULLS["popularity"])
-
-    return _Draft(
-        name, statement, evidence, tuple(effects), lambda _: _above(whole.sel(null="popularity")), over_popularity
-    )
+    deciding = tuple(place for place, effect in enumerate(effects) if effect.null == NULLS["popularity"])
+    return _Draft(name, statement, evidence, effects, lambda _: _above(whole.sel(null="popularity")), deciding)
 
 
-def _above(of: xr.Dataset) -> Answer:
-    """Whether the excess over a null is surely above nothing at most layers, or surely next to nothing at all."""
-    above, small = of["excess_low"].values > 0, 100 * of["excess_high"].values < FEW_POINTS
+def _above(against_null: xr.Dataset) -> Answer:
+    """Whether the excess over a null is significantly above zero at most layers, or next to nothing at all of them."""
+    above = against_null["excess_low"].values > 0
+    small = 100 * against_null["excess_high"].values < FEW_POINTS
     if above.any():
         return "yes" if above.mean() > 0.9 else "mixed"
     return "no" if small.all() else "not enough data"
@@ -436,55 +431,49 @@ def _above(of: xr.Dataset) -> Answer:
 
 def _beyond_words(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     whole = schema.total(locality)
-    of = whole.sel(null="words")
-    if not np.isfinite(of["excess_low"]).any():
+    over_words = whole.sel(null="words")
+    if not np.isfinite(over_words["excess_low"]).any():
         return _undecided(name, statement, "The trace has no token ids, or no word is in two documents.")
-    above, below = (of["excess_low"] > 0).values, (of["excess_high"] < 0).values
-    layers = whole["layer"].values[np.isfinite(of["excess"].values)].tolist()
-    shown = first_middle_last(layers)
+    above, below = (over_words["excess_low"] > 0).values, (over_words["excess_high"] < 0).values
+    shown = first_middle_last(whole["layer"].values[np.isfinite(over_words["excess"].values)].tolist())
 
     def points(layer: int) -> str:
-        excess, low, high = (_signed(of[f"excess{end}"].sel(layer=layer).item()) for end in ("", "_low", "_high"))
+        row = over_words.sel(layer=layer)
+        excess, low, high = (_signed(row[name].item()) for name in ("excess", "excess_low", "excess_high"))
         return f"{excess} points [{low} to {high}] at layer {layer}"
 
-    by_layer = ", ".join(map(points, shown))
     evidence = (
-        f"More than these words would do anyway: {by_layer}. Surely more at {int(above.sum())} and surely less at "
-        f"{int(below.sum())} of {len(above)} layers."
+        f"More than these words would do anyway: {', '.join(map(points, shown))}. "
+        f"Significantly more at {int(above.sum())} and less at {int(below.sum())} of {len(above)} layers."
     )
-
-    effects = tuple(_excess(whole, layer, "words") for layer in shown)
-    return _Draft(name, statement, evidence, effects, lambda _: _above(of))
+    effects = [_excess(whole, layer, "words") for layer in shown]
+    return _Draft(name, statement, evidence, effects, lambda _: _above(over_words))
 
 
 def _grows(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     whole = schema.total(locality)
     layers = whole["layer"].values.tolist()
     if len(layers) < 3:
-        return _undecided(name, statement, "Fewer than three layers were recorded.")
+        return _undecided(name, statement, _FEW_LAYERS)
     places = first_middle_last(layers)
     nulls = [null for null in ("popularity", "words") if np.isfinite(whole["excess"].sel(null=null)).all()]
     if "popularity" not in nulls:
         return _undecided(name, statement, "A layer has no choices to compare.")
     effects, sentences = [], []
     for null in nulls:
-        of = whole.sel(null=null)
-        first, *later = (of.sel(layer=layer) for layer in places)
-        for at in later:
-            effects.append(_growth(first, at, int(whole["documents"])))
-        excess = ", ".join(f"{_signed(at['excess'].item())} at layer {int(at['layer'])}" for at in (first, *later))
+        first, *later = (whole.sel(null=null, layer=layer) for layer in places)
+        effects += [_growth(first, row, int(whole["documents"])) for row in later]
+        excess = ", ".join(f"{_signed(row['excess'].item())} at layer {int(row['layer'])}" for row in (first, *later))
         sentences.append(f"over {_in_words(null)}, {excess}")
     evidence = f"Points of repeats {'; '.join(sentences)}."
-    return _Draft(
-        name, statement, evidence, tuple(effects), lambda effects: _all_found(effects[:2], FEW_POINTS), (0, 1)
-    )
+    return _Draft(name, statement, evidence, effects, lambda effects: _all_found(effects[:2], FEW_POINTS), (0, 1))
 
 
 def _growth(first: xr.Dataset, later: xr.Dataset, documents: int) -> Effect:
     """How much larger an excess is at a later layer. Layers taken as independent, which widens the interval."""
     of_first, of_later = (
-        _standard_error(at["excess"].item(), at["excess_low"].item(), at["excess_high"].item(), documents)
-        for at in (first, later)
+        _standard_error(row["excess"].item(), row["excess_low"].item(), row["excess_high"].item(), documents)
+        for row in (first, later)
     )
     value = later["excess"].item() - first["excess"].item()
     error = float(np.hypot(of_first, of_later))
@@ -499,15 +488,16 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
     rates = schema.by_domain(locality)
     enough = np.isfinite(rates["rate_low"].transpose("layer", "domain").values).all(axis=0)
     if enough.sum() < 2:
-        return _undecided(name, statement, "At least two domains of several documents are needed.")
+        return _undecided(name, statement, _FEW_DOMAINS)
     rates = rates.isel(domain=enough)
-    of_rates = _differences(rates, ("rate", "rate_low", "rate_high"), "most less least repeating domain")
+    ends = ("rate", "rate_low", "rate_high")
+    of_rates = _differences(rates, ends, "largest difference between domains")
     different = statistics.false_discovery_rate(of_rates.p_values) < SIGNIFICANT
-    found = rates.sel(layer=of_rates.layer)
-    order = found["rate"].values.argsort()
+    row = rates.sel(layer=of_rates.layer)
+    order = row["rate"].values.argsort()
     most, least = (
         f"{rates['domain'].values[place]} "
-        + "{} ({} to {})".format(*(_percent(found[name].values[place]) for name in ("rate", "rate_low", "rate_high")))
+        + "{} ({} to {})".format(*(_percent(row[name].values[place]) for name in ends))
         for place in (order[-1], order[0])
     )
     evidence = (
@@ -525,7 +515,7 @@ def _by_domain(name: str, statement: str, locality: xr.Dataset) -> _Draft:
             return "yes" if different.mean() > 0.5 else "mixed"
         return "no" if (effects[0].high or FEW_POINTS) < FEW_POINTS else "not enough data"
 
-    return _Draft(name, statement, evidence, tuple(effects), decide, (0,))
+    return _Draft(name, statement, evidence, effects, decide, (0,))
 
 
 @dataclass(frozen=True)
@@ -548,15 +538,15 @@ def _differences(rates: xr.Dataset, names: Sequence[str], what: str) -> _Differe
     value, low, high = (rates[name].transpose("layer", "domain").values for name in names)
     documents = rates["documents"].values
     error = _standard_error(value, low, high, documents)
-    p_values = np.array([welch(value[at], error[at], documents) for at in range(len(value))])
-    at = int(np.argmax(value.max(axis=1) - value.min(axis=1)))
-    layer = int(rates["layer"].values[at])
-    most, least = int(value[at].argmax()), int(value[at].argmin())
-    difference = float(value[at, most] - value[at, least])
+    p_values = np.array([welch(value_D, error_D, documents) for value_D, error_D in zip(value, error, strict=True)])
+    place = int(np.argmax(value.max(axis=1) - value.min(axis=1)))
+    value_D, error_D, layer = value[place], error[place], int(rates["layer"].values[place])
+    most, least = int(value_D.argmax()), int(value_D.argmin())
+    difference = float(value_D[most] - value_D[least])
     pairs = value.shape[1] * (value.shape[1] - 1) / 2
     degrees = max(1, int(documents[[most, least]].min()) - 1)
     t = float(stats.t.ppf(1 - (1 - statistics.CONFIDENCE) / 2 / pairs, degrees))
-    half = t * float(np.hypot(error[at, most], error[at, least]))
+    half = t * float(np.hypot(error_D[most], error_D[least]))
     ends = 100 * (difference - half), 100 * (difference + half)
     p_value = _simes(p_values)
     effect = Effect(f"{what}, layer {layer}", 100 * difference, "points", *ends, "domains alike", None, p_value)
@@ -591,29 +581,25 @@ def welch(value_D: Numbers, error_D: Numbers, documents_D: NDArray[np.int64]) ->
 
 
 Judge = Callable[[str, str, xr.Dataset], _Draft]
-_LOCALITY: tuple[tuple[str, str, Judge], ...] = (
-    (
-        "Consecutive tokens repeat",
+_LOCALITY: dict[str, tuple[str, Judge]] = {
+    "Consecutive tokens repeat": (
         "Consecutive tokens are sent to the same expert more often than at random.",
         _repeat,
     ),
-    (
-        "They repeat beyond their words",
+    "They repeat beyond their words": (
         "Consecutive tokens are sent to the same expert more often than the same words are elsewhere. (Ours: the paper "
         "compares with uniform routing only.)",
         _beyond_words,
     ),
-    (
-        "Repetition grows with depth",
+    "Repetition grows with depth": (
         "Repetition is close to random at the first layer and far above it at the middle and the last.",
         _grows,
     ),
-    (
-        "Repetition depends on the domain",
+    "Repetition depends on the domain": (
         "How often assignments repeat depends on the domain; code and mathematics differ from prose in it.",
         _by_domain,
     ),
-)
+}
 
 
 def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
@@ -629,9 +615,10 @@ def first_middle_last(layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def _excess(whole: xr.Dataset, layer: int, null: str) -> Effect:
-    at = whole.sel(layer=layer, null=null)
-    rate, expected, low, high = (at[name].item() for name in ("rate", "rate_null", "excess_low", "excess_high"))
-    return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], at["excess_p"].item())
+    names = ("rate", "rate_null", "excess_low", "excess_high", "excess_p")
+    row = whole.sel(layer=layer, null=null)
+    rate, expected, low, high, p_value = (row[name].item() for name in names)
+    return _points(f"repeats at layer {layer}", rate, expected, low, high, NULLS[null], p_value)
 
 
 def _points(
@@ -663,7 +650,7 @@ def _in_bits(what: str, place: xr.Dataset, name: str, null: str, p_value: float 
 
 
 def _all_found(effects: Sequence[Effect], small: float) -> Answer:
-    """Whether all effects are found, or none is and each is surely below a size that is next to nothing."""
+    """Whether all effects are found, or none is and each is significantly below a size that is next to nothing."""
     found = [effect.found for effect in effects]
     if any(found):
         return "yes" if all(found) else "mixed"
@@ -718,7 +705,3 @@ def _largest(values: xr.DataArray) -> tuple[str, int]:
 
 def _top_layer(by_layer: xr.DataArray) -> int:
     return int(by_layer["layer"].values[int(np.nanargmax(by_layer.values))])
-
-
-def _too_few_documents() -> str:
-    return "Intervals need at least two documents a domain."

@@ -74,9 +74,9 @@ class Comparison:
             gate weight that lies on experts that B chose, too; `margin_same`, `margin_differs`, the mean of
             (w0 - w1) / (w0 + w1) of the first two weights where the first choice is the same and where it differs. None
             as above, and where A has no gate weights.
-        tokens: Dims (token_id), those seen at least 10 times in at least two documents, the surely lowest agreement
-            first: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`, and the
-            coordinates `text` and `documents`. None as above, and where token ids are not known.
+        tokens: Dims (token_id), those seen at least 10 times in at least two documents, by the upper end
+            of the interval: `agreement`, `agreement_low`, `agreement_high` of sets over all layers compared, `seen`,
+            and the coordinates `text` and `documents`. None as above, and where token ids are not known.
         distances: Dims (domain, layer), of the domains in both: `jsd` between the shares of A and B in bits, with
             `jsd_null`, what sampling documents alone would give if they were equal, `jsd_low`, `jsd_high` of the true
             divergence, `jsd_p` and `jsd_q`; NaN where expert ids cannot mean the same. `evenness_a`, `evenness_b`:
@@ -138,7 +138,8 @@ def compare(
     matching = counted.matching if counted is not None else None
     remarks += _describe_matching(matching)
     remarks += _differing_headers(a, b)
-    if len(skipped := _other_layers(a, b, shared_layers)) and layers is None:
+    skipped = sorted({layer.layer for trace in (a, b) for layer in trace.layers} - {a.layer for a in shared_layers})
+    if skipped and layers is None:
         remarks.append(f"not compared: layers {', '.join(map(str, skipped))}, which are not alike in both traces")
     if counted is None or reason is not None:
         remarks.insert(0, f"Only distributions are compared, not tokens: {reason}.")
@@ -268,7 +269,7 @@ def shared_weight(counted: PairTally) -> xr.Dataset:
 
 
 def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
-    """Token ids, the surely lowest agreement first: see `Comparison.tokens`.
+    """Token ids, those significantly lowest in agreement first: see `Comparison.tokens`.
 
     They are ordered by the upper end of the interval: ordered by the agreement itself, the first would be whichever
     rare id chance was hardest on.
@@ -342,33 +343,28 @@ def _differing_headers(a: Trace, b: Trace) -> list[str]:
         mine, theirs = getattr(a.header, section), getattr(b.header, section)
         for key in mine.keys() & theirs.keys() - _OWN_TO_A_TRACE:
             if None not in (pair := (mine[key], theirs[key])) and pair[0] != pair[1]:
-                values = ", ".join(value if len(value := str(each)) <= 40 else f"{value[:12]}…" for each in pair)
+                values = ", ".join(value if len(value := str(own)) <= 40 else f"{value[:12]}…" for own in pair)
                 differences.append(f"{section}.{key} ({values})")
     return [f"The headers differ in {', '.join(sorted(differences))}."] if differences else []
 
 
-def _describe_matching(found: Matching | None) -> list[str]:
+def _describe_matching(common: Matching | None) -> list[str]:
     """What was matched and what was not, in sentences."""
-    if found is None:
+    if common is None:
         return []
-    how = "document, sequence, position and token id" if found.by_token_id else "place in the same corpus"
+    how = "document, sequence, position and token id" if common.by_token_id else "place in the same corpus"
     lines = [
-        f"Matched by {how}: {found.tokens:,} tokens of {found.documents:,} documents; "
-        f"A has {found.tokens_a:,} of {found.documents_a:,}, B has {found.tokens_b:,} of {found.documents_b:,}."
+        f"Matched by {how}: {common.tokens:,} tokens of {common.documents:,} documents; "
+        f"A has {common.tokens_a:,} of {common.documents_a:,}, B has {common.tokens_b:,} of {common.documents_b:,}."
     ]
-    if found.documents_differing:
+    if common.documents_differing:
         lines.append(
-            f"In {found.documents_differing:,} documents of both, token ids differ; from there on their tokens are "
+            f"In {common.documents_differing:,} documents of both, token ids differ; from there on their tokens are "
             "left out."
         )
-    if found.documents_relabelled:
-        lines.append(f"{found.documents_relabelled:,} documents have another domain in B; that of A is used.")
+    if common.documents_relabelled:
+        lines.append(f"{common.documents_relabelled:,} documents have another domain in B; that of A is used.")
     return lines
-
-
-def _other_layers(a: Trace, b: Trace, common: Iterable[object]) -> list[int]:
-    shared = {layer.layer for layer in common}  # type: ignore[attr-defined]
-    return sorted({layer.layer for trace in (a, b) for layer in trace.layers} - shared)
 
 
 def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
@@ -384,14 +380,14 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
     evenness = np.full((2, *size), np.nan)
     for i, domain in enumerate(domains):
         for j, layer in enumerate(chosen):
-            here = [side.sel(domain=domain, layer=layer) for side in sides]
-            p = [values["share"].values[: int(values["num_ids"])] for values in here]
+            cells = [side.sel(domain=domain, layer=layer) for side in sides]
+            p = [values["share"].values[: int(values["num_ids"])] for values in cells]
             evenness[:, i, j] = [_evenness(values) for values in p]
             if not (comparable and layer in alike and all(np.isfinite(values).all() for values in p)):
                 continue
             jsd[i, j] = js_divergence(*p)
-            variance = np.stack([values["share_error"].values[: len(p[0])] ** 2 for values in here])
-            degrees = np.array([float(values["documents"]) - 1 for values in here])
+            variance = np.stack([values["share_error"].values[: len(p[0])] ** 2 for values in cells])
+            degrees = np.array([float(values["documents"]) - 1 for values in cells])
             if degrees.min() >= 1:
                 null[i, j], p_value[i, j], low[i, j], high[i, j] = divergence_of_samples(
                     float(jsd[i, j]), (p[0] + p[1]) / 2, variance, degrees

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from moescope.measures.statistics import Numbers
 
 TOLERANCE = 1e-11
-MOST_ROUNDS = 20_000
+"""Relative error of the inclusion probabilities at which the fit ends."""
+
+MOST_ROUNDS = 20_000  # so that a fit ends where rounding keeps it from the tolerance
 
 
 def pair_probabilities(inclusion: Numbers, top_k: int) -> Numbers:
@@ -63,9 +65,9 @@ def fit_weights(inclusion: Numbers, size: int) -> Numbers:
     for _ in range(MOST_ROUNDS):
         symmetric = _symmetric(weights, size)
         rest = _without_each(weights, inclusion, symmetric, size)
-        found = weights * rest / symmetric[size]
-        weights = weights * (inclusion / found)
-        if np.abs(found / inclusion - 1).max() < TOLERANCE:
+        fitted = weights * rest / symmetric[size]
+        weights = weights * (inclusion / fitted)
+        if np.abs(fitted / inclusion - 1).max() < TOLERANCE:
             break
         weights /= np.exp(np.log(weights).mean())
     return weights

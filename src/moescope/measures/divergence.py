@@ -174,15 +174,15 @@ def _information(p_DLE: Numbers, variance_DLE: Numbers) -> tuple[Numbers, ...]:
 
 
 def _leader(value_DL: Numbers, low_DL: Numbers, high_DL: Numbers) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index of the domain with the largest value by layer, -1 if there is none, and whether it surely has it."""
+    """Index of the domain with the largest value by layer, -1 if there is none, and whether significantly."""
     num_domains, num_layers = value_DL.shape
-    leader, surely = np.full(num_layers, -1), np.zeros(num_layers, bool)
+    leader, significant = np.full(num_layers, -1), np.zeros(num_layers, bool)
     for layer in range(num_layers):
         if np.isfinite(value_DL[:, layer]).any():
             first = leader[layer] = int(np.nanargmax(value_DL[:, layer]))
             others = np.delete(high_DL[:, layer], first)
-            surely[layer] = num_domains > 1 and np.isfinite(others).all() and low_DL[first, layer] > others.max()
-    return leader, surely
+            significant[layer] = num_domains > 1 and np.isfinite(others).all() and low_DL[first, layer] > others.max()
+    return leader, significant
 
 
 def divergence_of_samples(

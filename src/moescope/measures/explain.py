@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from moescope.measures import explain_kernels as kernels
 from moescope.measures import schema, statistics
 from moescope.measures.schema import FRACTION
-from moescope.measures.side_by_side import layer_by_layer, threads_to_use
+from moescope.measures.side_by_side import layer_by_layer
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
+from moescope.tallying.one_pass import threads_to_use
 from moescope.trace import Layer
 
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")

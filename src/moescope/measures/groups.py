@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moescope.measures.statistics import CONFIDENCE, Numbers
+from moescope.measures.statistics import CONFIDENCE, Numbers, ratio
 
 Truths = NDArray[np.bool_]
 
@@ -37,13 +37,11 @@ def ratio_errors(y_GE: NDArray[np.int64], n_G: NDArray[np.int64]) -> tuple[Numbe
     used = n_G > 0
     y, n = y_GE[used].astype(float), n_G[used].astype(float)
     groups, total = len(n), n.sum()
-    if not groups:
-        return np.full(y_GE.shape[1], np.nan), np.full(y_GE.shape[1], np.nan)
-    ratio = y.sum(axis=0) / total
+    share_E = ratio(y.sum(axis=0), total)
     if groups < 2:
-        return ratio, np.full(y_GE.shape[1], np.nan)
-    residual = y - ratio * n[:, None]
-    return ratio, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
+        return share_E, np.full(y_GE.shape[1], np.nan)
+    residual = y - share_E * n[:, None]
+    return share_E, np.sqrt(groups / (groups - 1) * (residual**2).sum(axis=0)) / total
 
 
 def sum_error(residual_G: Numbers) -> Numbers:
@@ -62,7 +60,7 @@ def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: 
     """Standard errors that shares would have if they were as large as expected, for testing whether they are.
 
     The variance of a count grows with the count: one that is low by chance has an error too small as well, and would be
-    found surely below its expectation too often (a test at 5 % rejects in 6 to 9 % of 1,024 independent transitions of
+    found below its expectation too often (a test at 5 % rejects in 6 to 9 % of 1,024 independent transitions of
     32 experts, and of those it rejects at 0.1 % all lie below). So the error is taken to the size that the expectation
     makes it. Where more was seen than expected, by half of that (on the scale of logarithms), as tokens that come in
     bursts raise both. A count of 0 has the error of so many tokens as alike within documents as the others.
@@ -135,9 +133,8 @@ def jackknife(measure: Callable[[Numbers], Numbers], y_GE: NDArray[np.int64]) ->
     Source:
         Busing, Meijer and van der Leeden 1999, Delete-m jackknife for unequal m, Statistics and Computing 9.
     """
-    n_G = y_GE.sum(axis=1).astype(float)
-    y = y_GE[n_G > 0].astype(float)
-    n_G = n_G[n_G > 0]
+    y = y_GE[y_GE.any(axis=1)].astype(float)
+    n_G = y.sum(axis=1)
     total = y.sum(axis=0)
     whole = measure(total[None])[0]
     if len(y) < 2:
@@ -190,9 +187,8 @@ def draws_around(centre_E: Numbers, y_GE: NDArray[np.int64], num_draws: int, rng
     Source:
         Chernozhukov, Chetverikov and Kato 2013, Annals of Statistics 41 (multiplier bootstrap of maxima).
     """
-    n_G = y_GE.sum(axis=1).astype(float)
-    y = y_GE[n_G > 0].astype(float)
-    n_G = n_G[n_G > 0]
+    y = y_GE[y_GE.any(axis=1)].astype(float)
+    n_G = y.sum(axis=1)
     total = n_G.sum()
     residual = (y - y.sum(axis=0) / total * n_G[:, None]) / total * np.sqrt(len(y) / max(len(y) - 1, 1))
     multipliers = rng.standard_normal((num_draws, len(y)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -24,9 +24,10 @@ from moescope.measures import schema, statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
 from moescope.measures.schema import DIFFERENCE, FRACTION, described, estimate
-from moescope.measures.side_by_side import layer_by_layer, threads_to_use
+from moescope.measures.side_by_side import layer_by_layer
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
+from moescope.tallying.one_pass import threads_to_use
 from moescope.trace import Layer
 
 TABLE_5 = "arXiv 2401.04088, Table 5"
@@ -159,17 +160,17 @@ class _Counted:
     """What one layer's documents count. S kinds, I classes of pairs (different, equal ids), A lags; see `_excess`."""
 
     layer: Layer
-    repeat_GIS: NDArray[np.float64]
-    pair_GI: NDArray[np.float64]
+    repeat_GIS: NDArray[np.int64]
+    pair_GI: NDArray[np.int64]
     words_GIS: NDArray[np.float64]
     in_document_GS: NDArray[np.float64]
     in_domain_GS: NDArray[np.float64]
     elsewhere_DS: NDArray[np.float64]
-    repeat_GAS: NDArray[np.float64]
-    pair_GA: NDArray[np.float64]
+    repeat_GAS: NDArray[np.int64]
+    pair_GA: NDArray[np.int64]
     run_N: NDArray[np.int64]
-    runs_G: NDArray[np.float64]
-    run_tokens_G: NDArray[np.float64]
+    runs_G: NDArray[np.int64]
+    run_tokens_G: NDArray[np.int64]
 
 
 def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[int]) -> _Counted:
@@ -188,19 +189,11 @@ def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[i
     kernels.count_neighbours(first_T, mask_TW, drawn.value_T, *rows, repeat_GIS, pair_GI)
     repeat_GAS, pair_GA = zeros(num_documents, len(lags), 2), zeros(num_documents, len(lags))
     kernels.count_lags(first_T, mask_TW, *rows, np.array(lags, np.int64), repeat_GAS, pair_GA)
-    kernels.count_stand_ins(
-        first_T,
-        mask_TW,
-        drawn.left_RT,
-        drawn.right_RT,
-        drawn.document_T,
-        drawn.value_T,
-        sample.sequence_starts,
-        words_GIS,
-    )
-    words_told = len(drawn.left_RT) and num_documents > 1  # stand-ins come from other documents
-    words = words_GIS / len(drawn.left_RT) if words_told else np.full(words_GIS.shape, np.nan)
-    equal_G, in_document_G, in_domain_G = zeros(num_documents), zeros(num_documents), zeros(num_documents)
+    stand_ins = drawn.left_RT, drawn.right_RT
+    kernels.count_stand_ins(first_T, mask_TW, *stand_ins, drawn.document_T, drawn.value_T, words_GIS)
+    have_stand_ins = len(drawn.left_RT) and num_documents > 1  # they come from other documents
+    words = words_GIS / len(drawn.left_RT) if have_stand_ins else np.full(words_GIS.shape, np.nan)
+    equal_G, in_document_G, in_domain_G = (zeros(num_documents) for _ in range(3))
     kernels.count_equal_firsts(first_T, sample.starts, layer.num_ids, equal_G)
     kernels.count_sharing(mask_TW, drawn.in_document_RT, drawn.document_T, in_document_G)
     kernels.count_sharing(mask_TW, drawn.in_domain_RT, drawn.document_T, in_domain_G)
@@ -212,20 +205,10 @@ def _count(sample: DocumentSample, drawn: _Drawn, layer: Layer, lags: Sequence[i
     same_first_G = _same_first_in_domain(sample, drawn, first_T, layer.num_ids)
     run_N, runs_G, run_tokens_G = zeros(LONGEST_RUN), zeros(num_documents), zeros(num_documents)
     kernels.count_runs(first_T, *rows, run_N, runs_G, run_tokens_G)
-    return _Counted(
-        layer,
-        repeat_GIS.astype(float),
-        pair_GI.astype(float),
-        words,
-        np.nan_to_num(in_document_GS),
-        np.stack([same_first_G, in_domain_G / draws], axis=1),
-        _elsewhere(sample, drawn, ids_KT, layer.num_ids),
-        repeat_GAS.astype(float),
-        pair_GA.astype(float),
-        run_N,
-        runs_G.astype(float),
-        run_tokens_G.astype(float),
-    )
+    in_domain_GS = np.stack([same_first_G, in_domain_G / draws], axis=1)
+    elsewhere_DS = _elsewhere(sample, drawn, ids_KT, layer.num_ids)
+    nulls = words, np.nan_to_num(in_document_GS), in_domain_GS, elsewhere_DS
+    return _Counted(layer, repeat_GIS, pair_GI, *nulls, repeat_GAS, pair_GA, run_N, runs_G, run_tokens_G)
 
 
 def _same_first_in_domain(
@@ -263,9 +246,8 @@ def _elsewhere(
     return 1 - (load_SDE.max(axis=2) / np.maximum(tokens_D, 1)).T
 
 
-@dataclass(frozen=True)
-class _Excess:
-    """A rate, what a null expects, and the difference with its standard error."""
+class _Excess(NamedTuple):
+    """A rate with its standard error, what a null expects, and the standard error of the difference."""
 
     rate: float
     error: float
@@ -339,22 +321,22 @@ def _labelled(
                     )
                     elsewhere = n_G.sum() * counts.elsewhere_DS[d, s] ** 2
                     for null, (expected_G, correction_G) in enumerate(by_null):
-                        one = _excess(y_G, n_G, expected_G, correction_G)
                         cell = d, p, null, place, s
-                        rate[cell], expected[cell] = one.rate, one.expected
-                        error[cell], rate_error[cell] = one.excess_error, one.error
+                        rate[cell], rate_error[cell], expected[cell], error[cell] = _excess(
+                            y_G, n_G, expected_G, correction_G
+                        )
                         fewest = min(elsewhere, float(expected_G.sum()))
                         if NULLS[null] in ("popularity", "document") and fewest < FEWEST_EXPECTED:
                             error[cell] = np.nan
                 for a in range(len(lags)):
                     n_G = counts.pair_GA[:, a] * mine_G
-                    one = _excess(counts.repeat_GAS[:, a, s] * mine_G, n_G, counts.in_document_GS[:, s] * n_G)
                     lag_documents[d, a] = np.count_nonzero(n_G)
-                    lag_cell = d, place, s, a
-                    lag_rate[lag_cell], lag_expected[lag_cell] = one.rate, one.expected
-                    fewest = n_G.sum() * min(counts.elsewhere_DS[d, s] ** 2, one.expected)
-                    lag_error[lag_cell] = one.excess_error if fewest >= FEWEST_EXPECTED else np.nan
-                    lag_rate_error[lag_cell] = one.error
+                    at_lag = d, place, s, a
+                    lag_rate[at_lag], lag_rate_error[at_lag], lag_expected[at_lag], lag_error[at_lag] = _excess(
+                        counts.repeat_GAS[:, a, s] * mine_G, n_G, counts.in_document_GS[:, s] * n_G
+                    )
+                    if n_G.sum() * min(counts.elsewhere_DS[d, s] ** 2, lag_expected[at_lag]) < FEWEST_EXPECTED:
+                        lag_error[at_lag] = np.nan
     low, high = statistics.proportion_interval(rate[:, :, 0], rate_error[:, :, 0], documents[:, :, None, None])
     lag_low, lag_high = statistics.proportion_interval(lag_rate, lag_rate_error, lag_documents[:, None, None, :])
     half = statistics.student_t(documents[:, :, None, None, None]) * error
@@ -466,7 +448,7 @@ def geometric_runs(lengths: NDArray[np.int64], number: NDArray[np.int64], rate: 
     run = np.arange(1, LONGEST_RUN)[:, None]
     n = lengths[None, :].astype(float)
     inside = np.maximum(n - run - 1, 0) * (1 - rate) ** 2 + 2 * (1 - rate)
-    each = np.where(run < n, inside * rate ** (run - 1), np.where(run == n, rate ** (n - 1), 0.0))
-    counts = (each * number).sum(axis=1)
+    of_length = np.where(run < n, inside * rate ** (run - 1), np.where(run == n, rate ** (n - 1), 0.0))
+    counts = (of_length * number).sum(axis=1)
     total = ((n[0] - (n[0] - 1) * rate) * number).sum()
     return np.append(counts, max(0.0, total - counts.sum())) / total

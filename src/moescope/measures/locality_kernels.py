@@ -72,14 +72,7 @@ def count_neighbours(
 
 @numba.njit(cache=True, nogil=True)
 def count_stand_ins(
-    first_T: Rows,
-    mask_TW: Masks,
-    left_RT: Rows,
-    right_RT: Rows,
-    document_T: Rows,
-    value_T: Rows,
-    starts_Q: Sums,
-    repeat_GIS: Sums,
+    first_T: Rows, mask_TW: Masks, left_RT: Rows, right_RT: Rows, document_T: Rows, value_T: Rows, repeat_GIS: Sums
 ) -> None:
     """Add, for each document, the draws in which the stand-ins of a pair of neighbours repeat.
 
@@ -131,16 +124,16 @@ def draw_others(group_T: Rows, order_T: Rows, bounds_V: Sums, state: State, othe
         other_RT: Set to the tokens drawn.
     """
     place_T = np.empty(order_T.size, np.int64)
-    for at in range(order_T.size):
-        place_T[order_T[at]] = at
+    for place in range(order_T.size):
+        place_T[order_T[place]] = place
     for r in range(other_RT.shape[0]):
         for t in range(group_T.size):
             start, end = bounds_V[group_T[t]], bounds_V[group_T[t] + 1]
             if end - start < 2:
                 other_RT[r, t] = -1
                 continue
-            at = start + draw_below(state, end - start - 1)
-            other_RT[r, t] = order_T[at + (at >= place_T[t])]
+            place = start + draw_below(state, end - start - 1)
+            other_RT[r, t] = order_T[place + (place >= place_T[t])]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -174,15 +167,15 @@ def draw_same_ids(
     num_tokens = value_T.size
     # Where, in `order_T`, the tokens with this token's id in its own document begin and end.
     own_start_T, own_end_T = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
-    at = 0
-    while at < num_tokens:
-        end = at + 1
-        t = order_T[at]
+    start = 0
+    while start < num_tokens:
+        end = start + 1
+        t = order_T[start]
         while end < num_tokens and value_T[order_T[end]] == value_T[t] and document_T[order_T[end]] == document_T[t]:
             end += 1
-        for i in range(at, end):
-            own_start_T[order_T[i]], own_end_T[order_T[i]] = at, end
-        at = end
+        for i in range(start, end):
+            own_start_T[order_T[i]], own_end_T[order_T[i]] = start, end
+        start = end
     document_start = np.zeros(document_T[num_tokens - 1] + 2, np.int64)
     for t in range(num_tokens):
         document_start[document_T[t] + 1] = t + 1

@@ -112,16 +112,16 @@ def _marginal(tally: Tally) -> NDArray[np.float64]:
         first_in_set = (first * members).sum(axis=2) - made_first
         result["first"] = statistics.ratio(same_first, ordered_pairs[:, None])
         result["first_in_next"] = statistics.ratio(first_in_set, ordered_pairs[:, None])
-    for at, (layer, top_k) in enumerate(zip(tally.layers, data["top_k"].values.tolist(), strict=True)):
+    for place, (layer, top_k) in enumerate(zip(tally.layers, data["top_k"].values.tolist(), strict=True)):
         if top_k == 1:
-            sharing = (members[:, at] * (members[:, at] - 1)).sum(axis=1)
-            result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)
+            sharing = (members[:, place] * (members[:, place] - 1)).sum(axis=1)
+            result["any"][:, place] = statistics.ratio(sharing, ordered_pairs)
         elif tally.sample is not None and layer in tally.sample.rows:
             for domain in range(len(tokens)):
-                result["any"][domain, at] = sets_meet(tally.sample.kept(domain, layer), tally.data.sizes["expert"])
+                result["any"][domain, place] = sets_meet(tally.sample.kept(domain, layer), tally.data.sizes["expert"])
         else:
-            sharing = _pairs_meet(data["pair"].isel(layer=at).values, members[:, at])
-            result["any"][:, at] = statistics.ratio(sharing, ordered_pairs)
+            sharing = _pairs_meet(data["pair"].isel(layer=place).values, members[:, place])
+            result["any"][:, place] = statistics.ratio(sharing, ordered_pairs)
     return np.stack(list(result.values()), axis=-1)
 
 
@@ -151,6 +151,6 @@ def sets_meet(expert_ids: NDArray[np.int32], num_ids: int) -> float:
     chosen = np.zeros((num_tokens, num_ids), np.float32)
     rows, choices = np.nonzero(expert_ids >= 0)
     chosen[rows, expert_ids[rows, choices]] = 1
-    meeting = sum(int(np.count_nonzero(chosen[at : at + 1024] @ chosen.T)) for at in range(0, num_tokens, 1024))
+    meeting = sum(int(np.count_nonzero(chosen[row : row + 1024] @ chosen.T)) for row in range(0, num_tokens, 1024))
     itself = int(np.count_nonzero(chosen.any(axis=1)))
     return (meeting - itself) / (num_tokens * (num_tokens - 1))

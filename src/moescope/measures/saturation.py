@@ -93,7 +93,7 @@ def _need_alike(trace: Trace, last: Trace, layers: list[int] | None) -> None:
         TracesUnlike: Its layers are not those of the last, or nothing tells that the tokens are.
     """
     hint = "saturation compares checkpoints of one model; `moescope compare` takes any two traces"
-    mine, theirs = ([layer.layer for layer in each.select_layers(layers)] for each in (trace, last))
+    mine, theirs = ([layer.layer for layer in of_trace.select_layers(layers)] for of_trace in (trace, last))
     if mine != theirs or len(common_layers(trace, last)) < len(last.layers):
         raise TracesUnlike(trace.path, f"its layers are not those of {last.path.name}", hint)
     for one in (trace, last):

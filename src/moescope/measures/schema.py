@@ -121,9 +121,9 @@ def estimate(
         q: Adjusted p-value.
     """
     beside = {"low": low, "high": high, "error": error, "null": null, "p": p, "q": q}
-    said = ENDINGS | (meanings or {})
+    definitions = ENDINGS | (meanings or {})
     return {name: described(value, dims, long_name, units, source)} | {
-        f"{name}_{ending}": described(values, dims, said[ending], "1" if ending in _PLAIN else units)
+        f"{name}_{ending}": described(values, dims, definitions[ending], "1" if ending in _PLAIN else units)
         for ending, values in beside.items()
         if values is not None
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,18 +9,6 @@ from typing import TypeVar
 from moescope.trace import Layer
 
 R = TypeVar("R")
-
-
-def threads_to_use(threads: int | None) -> int:
-    """So many threads; None for the number of processors.
-
-    Raises:
-        ValueError: They are none.
-    """
-    threads = threads if threads is not None else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    return threads
 
 
 def layer_by_layer(

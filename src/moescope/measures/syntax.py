@@ -95,8 +95,9 @@ def _judge(counts: ClassCounts, place: int, layer: Layer, c: int) -> dict[str, f
     y_GE = counts.counts_LXCE[place, :, c, :size]
     expected_GE = counts.expected_LXCE[place, :, c, :size] / FIXED
     n_G = y_GE.sum(axis=1)
+    against_all = _against_all(counts.totals_LCE[place, :, :size], c)
     if not n_G.sum():
-        return dict.fromkeys(_JUDGED, float("nan")) | {"jsd_all": _against_all(counts.totals_LCE[place, :, :size], c)}
+        return dict.fromkeys(_JUDGED, float("nan")) | {"jsd_all": against_all}
     p_E, error_E = groups.ratio_errors(y_GE, n_G)
     q_E = expected_GE.sum(axis=0) / n_G.sum()
     used = n_G > 0
@@ -128,7 +129,7 @@ def _judge(counts: ClassCounts, place: int, layer: Layer, c: int) -> dict[str, f
         "jsd_high": high,
         "jsd_null": null,
         "jsd_p": p_value,
-        "jsd_all": _against_all(counts.totals_LCE[place, :, :size], c),
+        "jsd_all": against_all,
         "top_expert": top,
         "top_share": float(p_E[top]),
         "top_share_low": float(top_low),

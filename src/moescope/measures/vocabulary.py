@@ -1,4 +1,4 @@
-"""Vocabulary specialization: how surely a token id, or the id that follows, goes to one expert, and to which.
+"""Vocabulary specialization: how often a token id, or the id that follows, goes to one expert, and to which.
 
 The unit is the token. An id that occurs often enough is as specialized as the share of its tokens that chose its most
 frequent expert; a layer is as specialized as its ids on average, each id counting once. The maximum over experts is
@@ -20,12 +20,13 @@ from moescope.errors import NotRecorded
 from moescope.measures import explain_kernels, groups, schema, statistics
 from moescope.measures import vocabulary_kernels as kernels
 from moescope.measures.schema import FRACTION
-from moescope.measures.side_by_side import layer_by_layer, threads_to_use
+from moescope.measures.side_by_side import layer_by_layer
 from moescope.measures.statistics import Numbers
 from moescope.measures.vocabulary_ids import BY, IdRows, TokenIds
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
+from moescope.tallying.one_pass import threads_to_use
 from moescope.trace import Layer
 
 MIN_COUNT = 10
@@ -224,13 +225,10 @@ def _tops(
     ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[_Source]
 ) -> list[tuple[Numbers, NDArray[np.int64]]]:
     """For each way of looking and expert: Σ of the shares of the ids whose most frequent expert it is, and the ids."""
-    found = []
-    for source in sources:
-        sums_E, ids_E = np.zeros(num_ids), np.zeros(num_ids, np.int64)
-        rows = source.frequent
-        kernels.top_shares(_gathered(ids_KT, rows), rows.starts, rows.num_groups, sums_E, ids_E)
-        found.append((sums_E, ids_E))
-    return found
+    tops = [(np.zeros(num_ids), np.zeros(num_ids, np.int64)) for _ in sources]
+    for top, rows in zip(tops, (source.frequent for source in sources), strict=True):
+        kernels.top_shares(_gathered(ids_KT, rows), rows.starts, rows.num_groups, *top)
+    return tops
 
 
 def _gathered(ids_KT: NDArray[np.integer[Any]], rows: IdRows) -> NDArray[np.integer[Any]]:
@@ -309,9 +307,9 @@ def _listed(
 ) -> dict[str, NDArray[Any]]:
     """The best ids of each expert with their intervals."""
     num_ids, top = best_EN.shape
-    here = best_EN >= 0
-    expert_P = np.repeat(np.arange(num_ids), top)[here.ravel()]
-    share, low, high, moments = _shares(ids_KT, source, source.frequent, best_EN[here].astype(np.int64), expert_P)
+    listed_EN = best_EN >= 0
+    expert_P = np.repeat(np.arange(num_ids), top)[listed_EN.ravel()]
+    share, low, high, moments = _shares(ids_KT, source, source.frequent, best_EN[listed_EN].astype(np.int64), expert_P)
     y, n, documents = moments[:, 0], moments[:, 1], moments[:, 5]
     pairs = num_ids * len(source.frequent.ids)
     q = np.minimum(_p_above(share, moments, popularity_E[expert_P]) * pairs, 1.0)
@@ -321,9 +319,9 @@ def _listed(
         **{name: np.full((num_ids, top), np.nan) for name in names},
         **{name: np.zeros((num_ids, top), np.int64) for name in ("top_count", "top_tokens", "top_documents")},
     }
-    values = (source.frequent.ids[best_EN[here]], share, low, high, q, y, n, documents)
+    values = (source.frequent.ids[best_EN[listed_EN]], share, low, high, q, y, n, documents)
     for name, value in zip(listed, values, strict=True):
-        listed[name][here] = value
+        listed[name][listed_EN] = value
     return listed
 
 

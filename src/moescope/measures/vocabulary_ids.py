@@ -74,8 +74,8 @@ class TokenIds:
             place[ids_X] = np.arange(len(ids_X))
             x_T = place[np.where((self.id_T >= 0) & (self.id_T <= ids_X[-1]), self.id_T, ids_X[-1] + 1)]
         else:
-            at_T = np.minimum(np.searchsorted(ids_X, self.id_T), len(ids_X) - 1)
-            x_T = np.where(ids_X[at_T] == self.id_T, at_T, -1).astype(np.int32)
+            place_T = np.minimum(np.searchsorted(ids_X, self.id_T), len(ids_X) - 1)
+            x_T = np.where(ids_X[place_T] == self.id_T, place_T, -1).astype(np.int32)
         starts, rows_R = kernels.sort_rows(x_T, self.group_T, len(ids_X), self.num_groups)
         return IdRows(ids_X, starts, rows_R, self.num_groups)
 

@@ -108,10 +108,8 @@ def count_ids(
             n += own_G[g]
         if n == 0:
             continue
-        top = 0
+        top = int(np.argmax(count_E))
         for e in range(num_ids):
-            if count_E[e] > count_E[top]:
-                top = e
             if count_E[e] > 0:
                 _place(best_EN[e], best_share_EN[e], best_count_EN[e], x, count_E[e] / n, count_E[e])
         share = count_E[top] / n
@@ -151,10 +149,7 @@ def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_
         n = _count(ids_RK, starts[x * num_groups], starts[(x + 1) * num_groups], unused_E, count_E)
         if n == 0:
             continue
-        top = 0
-        for e in range(num_ids):
-            if count_E[e] > count_E[top]:
-                top = e
+        top = int(np.argmax(count_E))  # of several the first
         sums_E[top] += count_E[top] / n
         ids_E[top] += 1
         count_E[:] = 0
@@ -254,8 +249,8 @@ def _place(best_N: Rows, share_N: Numbers, count_N: Sums, x: int, share: float, 
     last = best_N.size - 1
     if last < 0 or share < share_N[last] or (share == share_N[last] and count <= count_N[last]):
         return
-    at = last
-    while at > 0 and (share > share_N[at - 1] or (share == share_N[at - 1] and count > count_N[at - 1])):
-        best_N[at], share_N[at], count_N[at] = best_N[at - 1], share_N[at - 1], count_N[at - 1]
-        at -= 1
-    best_N[at], share_N[at], count_N[at] = x, share, count
+    n = last
+    while n > 0 and (share > share_N[n - 1] or (share == share_N[n - 1] and count > count_N[n - 1])):
+        best_N[n], share_N[n], count_N[n] = best_N[n - 1], share_N[n - 1], count_N[n - 1]
+        n -= 1
+    best_N[n], share_N[n], count_N[n] = x, share, count

@@ -33,7 +33,7 @@ def words(
     layers: Iterable[int] | None = None,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """Which expert a word goes to, and how surely.
+    """Which expert a word goes to, and how often.
 
     Args:
         trace: The trace or its folder; or what was counted of it (`moescope.count`).
@@ -70,14 +70,14 @@ def words(
         raise NotRecorded(
             counts.path, f"the word {missing[0]!r} was not counted; those counted: {have}", "give the trace itself"
         )
-    found, tally = [of_word[word] for word in asked], counts[TallyCounter]
-    choices = TokenChoices.of(counts[DocumentCounter], found)
+    occurrences, tally = [of_word[word] for word in asked], counts[TallyCounter]
+    choices = TokenChoices.of(counts[DocumentCounter], occurrences)
     chosen = [layer.layer for layer in counts.layers]
-    rows = [[_judge(word, place, choices, tally, layer) for place, layer in enumerate(chosen)] for word in found]
+    rows = [[_judge(word, place, choices, tally, layer) for place, layer in enumerate(chosen)] for word in occurrences]
     tops, shares = (np.array([[row[part] for row in by_layer] for by_layer in rows], float) for part in (0, 1))
     dims = ("word", "layer")
     variables = {
-        name: described([size(word) for word in found], ("word",), long_name, units)
+        name: described([size(word) for word in occurrences], ("word",), long_name, units)
         for name, (size, long_name, units) in _SIZES.items()
     }
     variables["top_expert"] = described(tops, dims, "most frequent first choice of the word's tokens", EXPERT_ID)
@@ -87,10 +87,10 @@ def words(
         variables |= estimate(
             name, dims, long_name, FRACTION, meanings=meanings, value=value, low=low, high=high, null=null
         )
-    documents = [len(np.unique(word.document)) for word in found]
+    documents = [len(np.unique(word.document)) for word in occurrences]
     return xr.Dataset(
         variables,
-        {"word": [word.name for word in found], "documents": ("word", documents, {"units": "documents"})}
+        {"word": [word.name for word in occurrences], "documents": ("word", documents, {"units": "documents"})}
         | layer_coordinates(counts.layers),
     )
 
@@ -119,15 +119,7 @@ _SHARES = {
 def _judge(
     word: Occurrences, place: int, choices: TokenChoices, tally: Tally, layer: int
 ) -> tuple[float, list[tuple[float, float, float, float]]]:
-    """The top expert at a layer, and each of `_SHARES` with its interval and null.
-
-    Args:
-        word: Where the word stands, and its choices.
-        place: Index of the layer among those counted.
-        choices: What token ids do elsewhere.
-        tally: The loads of all tokens.
-        layer: The layer.
-    """
+    """The top expert at a layer, the `place`-th of those counted, and each of `_SHARES` with its interval and null."""
     nothing = float("nan")
     num_ids = int(tally.data["num_ids"].sel(layer=layer))  # an expert that the layer lacks cannot be its top
     loads = tally.data["loads"].sel(layer=layer, choice="first").sum("domain").values[:num_ids].astype(float)
@@ -200,7 +192,7 @@ def _same_across(count_GE: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(value), max(0.0, float(value) - half), min(1.0, float(value) + half)
 
 
-def _together(word: Occurrences, at: int, choices: TokenChoices) -> tuple[tuple[float, float, float], float]:
+def _together(word: Occurrences, place: int, choices: TokenChoices) -> tuple[tuple[float, float, float], float]:
     """Occurrences of several tokens: the share whose tokens agree, and the share that token ids alone predict."""
     nothing = float("nan")
     lengths = _lengths(word)
@@ -209,12 +201,12 @@ def _together(word: Occurrences, at: int, choices: TokenChoices) -> tuple[tuple[
         return (nothing, nothing, nothing), nothing
     inside = np.repeat(several, lengths)
     starts = np.cumsum(lengths[several]) - lengths[several]
-    choice, document = word.first_choice[at, inside], word.document[inside]
+    choice, document = word.first_choice[place, inside], word.document[inside]
     agreed = (np.minimum.reduceat(choice, starts) == np.maximum.reduceat(choice, starts)) & (choice[starts] >= 0)
-    predicted = np.multiply.reduceat(choices.elsewhere(at, word.token_id[inside], document), starts).sum(axis=1)
-    documents, place = np.unique(document[starts], return_inverse=True)
-    y_G = np.bincount(place, agreed.astype(float), len(documents)).astype(float)
-    n_G = np.bincount(place, minlength=len(documents)).astype(float)
+    predicted = np.multiply.reduceat(choices.elsewhere(place, word.token_id[inside], document), starts).sum(axis=1)
+    documents, of_document = np.unique(document[starts], return_inverse=True)
+    y_G = np.bincount(of_document, agreed.astype(float), len(documents)).astype(float)
+    n_G = np.bincount(of_document, minlength=len(documents)).astype(float)
     null = float(np.nanmean(predicted)) if np.isfinite(predicted).any() else nothing
     return _clustered(y_G, n_G), null
 

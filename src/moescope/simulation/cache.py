@@ -35,7 +35,7 @@ from moescope.simulation.serving import Server, Steps
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
-from moescope.tallying.one_pass import threads_for
+from moescope.tallying.one_pass import threads_to_use
 from moescope.trace import Trace
 
 _ELISEEV = "LRU a layer: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.1"
@@ -100,7 +100,7 @@ def cache(
     trace.need_tokens()
     chosen = trace.select_layers(layers)
     settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)
-    threads = threads_for(len(settings.sharing), threads)
+    threads = threads_to_use(threads, len(settings.sharing))
     num_domains = len(trace.domains)
     widest = max(layer.num_experts for layer in chosen)
     groups = affordable_groups(num_domains * len(chosen) * (widest + 1) * len(settings.policies) * 4)

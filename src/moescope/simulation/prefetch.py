@@ -23,7 +23,7 @@ from moescope.measures.statistics import Numbers
 from moescope.simulation import prefetch_kernels as kernels
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
-from moescope.tallying.one_pass import layer_groups, sums_by_thread, threads_for
+from moescope.tallying.one_pass import layer_groups, sums_by_thread, threads_to_use
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Layer, Part, Trace
 
@@ -116,7 +116,7 @@ def prefetch(
     trace = playable(trace, layers)
     trace.need_tokens()
     plan = _plan(trace, trace.select_layers(layers), distances, predictors, phase)
-    threads = threads_for(len(trace.parts), threads)
+    threads = threads_to_use(threads, len(trace.parts))
     return _result(plan, _count(trace, plan, _learn(trace, plan, threads), threads))
 
 

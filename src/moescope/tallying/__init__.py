@@ -7,10 +7,10 @@ that give errors; memory does not grow with tokens. What goes over tokens severa
 bound in bytes (`document_sample`). Only kernels loop over tokens; those of one measure live beside it, in `measures`.
 """
 
-from moescope.tallying.counted import COUNTERS, Counted, Source, count, open_counted
+from moescope.tallying.counted import COUNTERS, Counted, Source, count, open_counted, tally
 from moescope.tallying.document_sample import DocumentSample
 from moescope.tallying.occurrences import INDENTATION, WORDS, Occurrences, TokenChoices
-from moescope.tallying.tally import REPEAT_KINDS, Tally, choice_labels, tally
+from moescope.tallying.tally import REPEAT_KINDS, Tally, choice_labels
 
 __all__ = [
     "COUNTERS",

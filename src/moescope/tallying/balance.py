@@ -7,7 +7,7 @@ batch is left out if it is not full. One pass; nothing grows with tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.tallying import balance_kernels as kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Result, sampled, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.tallying.token_sample import HashSample, part_hashes
 from moescope.trace import Layer, Part, Trace
@@ -29,7 +29,7 @@ WEIGHT_STATISTICS = ("first", "margin", "entropy")
 SAMPLED_TOKENS = 4096
 """Tokens kept with all their choices, from which batches without order are drawn."""
 
-_TOKEN_BINS = 32 * 40
+_TOKEN_BINS = 32 * 40  # 32 for a factor of e, up to e^40 tokens, which no batch has
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class BalanceCounts(Result):
     facts = ("batch_sizes", "has_weights")
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums, and the sample. A batch never holds sequences of two counts, so batches add up, too."""
         check_batches(facts["batch_sizes"])
         sizes = {
@@ -152,7 +152,18 @@ class BalanceCounter(Counter[BalanceCounts]):
     @classmethod
     def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> BalanceCounts:
         """The loads of a trace of counts."""
-        return _of_counts(trace, layers)
+        total = BalanceCounts.empty(layers, trace.domains, batch_sizes=(), has_weights=False)
+        place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
+        code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
+        for counts in trace.iter_counts():
+            starts = counts.document_starts()[:-1]
+            codes: NDArray[Any] = np.array([code_of[name] for name in counts.domain_names])
+            np.add.at(total.documents_DG, (codes[counts.domain[starts]], document_groups(counts.document[starts])), 1)
+            asked = np.isin(counts.layer, list(place_of))
+            place = np.array([place_of[layer] for layer in counts.layer[asked].tolist()], np.int64)
+            cell = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
+            np.add.at(total.loads_LDGE, (place, *cell), counts.count[asked])
+        return total
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -168,9 +179,8 @@ class BalanceCounter(Counter[BalanceCounts]):
             counts.sample.begin(part_hashes(part), np.zeros(part.num_tokens, np.int64))
         first = self.first_sequence[int(part.document[0])]
         sizes_S = np.array(counts.batch_sizes, np.int64)
-        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         for layer in group:
-            place = place_of[layer.layer]
+            place = counts.layers.index(layer)
             ids_KT = part.expert_ids[layer.layer].T
             counts.sample.take(layer.layer, part.expert_ids[layer.layer].__getitem__)
             by_group = counts.loads_LDGE[place].reshape(-1, counts.loads_LDGE.shape[3])[:, : layer.num_ids]
@@ -229,18 +239,3 @@ class _OpenBatches:
                 return total
             self.held[key] = before + sequences, total
             return None
-
-
-def _of_counts(trace: Trace, layers: Sequence[Layer]) -> BalanceCounts:
-    total = BalanceCounts.empty(layers, trace.domains, batch_sizes=(), has_weights=False)
-    place_of: dict[int, int] = {layer.layer: place for place, layer in enumerate(layers)}
-    code_of: dict[str, int] = {name: code for code, name in enumerate(trace.domains)}
-    for counts in trace.iter_counts():
-        starts = counts.document_starts()[:-1]
-        codes: NDArray[Any] = np.array([code_of[name] for name in counts.domain_names])
-        np.add.at(total.documents_DG, (codes[counts.domain[starts]], document_groups(counts.document[starts])), 1)
-        asked = np.isin(counts.layer, list(place_of))
-        place = np.array([place_of[layer] for layer in counts.layer[asked].tolist()], np.int64)
-        cell = codes[counts.domain[asked]], document_groups(counts.document[asked]), counts.expert[asked]
-        np.add.at(total.loads_LDGE, (place, *cell), counts.count[asked])
-    return total

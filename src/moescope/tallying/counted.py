@@ -21,7 +21,7 @@ from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.occurrences import WordCounter
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.segments import SegmentCounter
-from moescope.tallying.tally import TallyCounter
+from moescope.tallying.tally import Tally, TallyCounter
 from moescope.tallying.word_classes import ClassCounter
 from moescope.trace import COUNTS_HINT, Header, Layer, Trace, as_trace, selected_layers
 from moescope.trace.cover import covered
@@ -141,7 +141,7 @@ class Counted:
 
     @cached_property
     def trace(self) -> Trace:
-        """The documents held, as a trace in memory, for what is played token by token.
+        """The documents held, as a trace in memory, for what is simulated token by token.
 
         Raises:
             NotRecorded: Not all of the documents are held.
@@ -232,6 +232,23 @@ def count(
     opened = as_trace(trace)
     required = [WordCounter] if words else []
     return count_with(COUNTERS, opened, layers, options, required=required, threads=threads)
+
+
+def tally(trace: Trace | Path | str, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Tally:
+    """Count what shares, divergence and repeats need of a trace, in one pass.
+
+    Args:
+        trace: The trace, complete or not, or its folder.
+        layers: Layers to count, or None for all.
+        threads: Parts counted at a time; None for the number of processors.
+    Returns:
+        The tally; its memory does not depend on the number of tokens.
+    Raises:
+        NoSuchLayer: A layer was not recorded.
+        TraceDamaged: A page fails its checksum.
+        ValueError: `threads` is not positive.
+    """
+    return count_with((TallyCounter,), as_trace(trace), layers, threads=threads)[TallyCounter]
 
 
 def count_with(

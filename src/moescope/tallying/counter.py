@@ -21,6 +21,10 @@ from moescope.trace import Header, Layer, Part, Trace
 
 R = TypeVar("R", bound="Result")
 
+Facts = Mapping[str, Any]
+"""What a result says beside its arrays, by name."""
+
+Arrays = Mapping[str, NDArray[Any]]
 
 CHOICES = (None, "first", "all")
 
@@ -86,14 +90,14 @@ class Counter(ABC, Generic[R]):
     reads_weights: ClassVar[bool] = False
 
     @classmethod
-    @abstractmethod
     def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
-        """Refuse a trace from which this cannot be counted.
+        """Refuse a trace from which this cannot be counted; unless a counter says otherwise, one without tokens.
 
         Raises:
             NotRecorded: The trace, or these layers of it, do not hold what is counted.
             ValueError: An option is none that could be.
         """
+        trace.need_tokens()
 
     @classmethod
     @abstractmethod
@@ -181,7 +185,7 @@ class Result(ABC):
 
     @classmethod
     @abstractmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """Its arrays by name; that of a layer in the table ``x`` is named ``x/LAYER``.
 
         Raises:
@@ -194,13 +198,7 @@ class Result(ABC):
         return Header(self.layers)  # type: ignore[attr-defined]
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The result that has these arrays, in the order in which they are declared."""
         values: dict[str, Any] = {"layers": tuple(layers), "domains": tuple(domains), **facts}
         for name, array in arrays.items():
@@ -275,9 +273,9 @@ class Result(ABC):
             sample = getattr(self, f.name)
             if isinstance(sample, HashSample):
                 one_group = np.zeros(1, np.int64)
-                here, there, num_groups = places.get(declared[f"{f.name}/hashes"].axes[0], (one_group, one_group, 1))
-                both = sample.spread(here, num_groups)
-                both.merge(getattr(other, f.name).spread(there, num_groups))
+                mine_G, theirs_G, size = places.get(declared[f"{f.name}/hashes"].axes[0], (one_group, one_group, 1))
+                both = sample.spread(mine_G, size)
+                both.merge(getattr(other, f.name).spread(theirs_G, size))
                 arrays |= _by_name(f.name, both)
         for name, array in mine.items():
             if name not in arrays:
@@ -311,7 +309,7 @@ class Stored:
     domains: tuple[str, ...]
     facts: Mapping[str, Any]
 
-    def take(self, name: str, declared: Array, sizes: dict[str, int] | None = None) -> NDArray[Any]:
+    def take(self, name: str, declared: Array, sizes: dict[str, int]) -> NDArray[Any]:
         """One array.
 
         Args:
@@ -327,7 +325,6 @@ class Stored:
         if array.dtype not in declared.dtypes:
             allowed = " or ".join(str(np.dtype(dtype)) for dtype in declared.dtypes)
             raise ValueError(f"{name} holds {array.dtype}, expected {allowed}")
-        sizes = {} if sizes is None else sizes
         shape = [
             sizes.get(axis) if size is None else size for axis, size in zip(declared.axes, declared.shape, strict=True)
         ]
@@ -380,8 +377,8 @@ def _total(mine: NDArray[Any], theirs: NDArray[Any], declared: Array, places: Ma
     """The sum of two arrays; a table of 32 bits becomes one of 64 only where 32 do not hold the sum."""
     for axis, words in enumerate(declared.axes):
         if words in places:
-            here, there, size = places[words]
-            mine, theirs = spread(mine, here, size, axis), spread(theirs, there, size, axis)
+            mine_D, theirs_D, size = places[words]
+            mine, theirs = spread(mine, mine_D, size, axis), spread(theirs, theirs_D, size, axis)
     if declared.dtypes != WIDENING:
         return mine + theirs
     total: NDArray[Any] = mine.astype(np.uint64)

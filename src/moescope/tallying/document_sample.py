@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, Stored, united
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Places, Result, Stored, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.columns import id_dtype
@@ -68,7 +68,7 @@ class DocumentSample(Result):
 
     @property
     def header(self) -> Header:
-        """What it tells of the trace."""
+        """What it says of the trace."""
         return Header(self.layers, token_ids=self.token_id is not None, phases=self.phase is not None)
 
     @property
@@ -121,9 +121,6 @@ class DocumentSample(Result):
         facts = {**self.known_facts(), **facts}
         return self.of_arrays(self.layers, self.domain_names, facts, {**columns, "starts": starts, "parts": parts})
 
-    def _columns(self) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
-        return self.position, self.token_id, self.phase
-
     def added(self, other: Self, domains: Sequence[str], places: Mapping[str, Places]) -> Self:
         """The documents of both, or those with the smallest hashes, as a sample of both traces together would have."""
         if len(shared := np.intersect1d(self.document, other.document)):
@@ -163,7 +160,7 @@ class DocumentSample(Result):
         return tuple(name for name in ("token_id", "phase") if getattr(self, name) is not None)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The columns."""
         ranks, by_token = facts["ranks"], ("token",)
         if not all(1 <= number <= layer.top_k for layer, number in zip(layers, ranks, strict=True)):
@@ -199,12 +196,8 @@ class DocumentSample(Result):
         """The sample of a file."""
         sample = super().restored(stored)
         document, starts, position = sample.document, sample.starts, sample.position
-        if (
-            len(starts) != len(document) + 1
-            or starts[0] != 0
-            or starts[-1] != len(position)
-            or (np.diff(starts) < 1).any()
-        ):
+        ends = len(starts) == len(document) + 1 and (starts[0], starts[-1]) == (0, len(position))
+        if not ends or (np.diff(starts) < 1).any():
             raise ValueError("starts do not cut the tokens into documents")
         if len(np.unique(document)) != len(document) or sample.parts.sum() != len(document):
             raise ValueError("a document comes twice, or the parts do not hold as many")
@@ -214,16 +207,11 @@ class DocumentSample(Result):
         return sample
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The sample that has these columns."""
-        frame = _frame(arrays["starts"], arrays["position"], arrays.get("token_id"), arrays.get("phase"))
-        return super().of_arrays(layers, domains, {**facts, **frame, "domain_names": tuple(domains)}, arrays)
+        sequence_starts = consecutive_starts(arrays["starts"], arrays["position"])
+        columns = {"domain_names": tuple(domains), "sequence_starts": sequence_starts, "token_id": None}
+        return super().of_arrays(layers, domains, {**facts, **columns}, arrays)
 
     def as_trace(self, path: Path, header: Header) -> Trace:
         """The documents as a trace whose parts are in memory, divided as those of the trace were.
@@ -237,7 +225,7 @@ class DocumentSample(Result):
         if self.fraction < 1:
             raise NotRecorded(
                 path,
-                f"the counts hold {self.fraction:.0%} of the documents; what is played token by token needs all",
+                f"the counts hold {self.fraction:.0%} of the documents; what is simulated token by token needs all",
                 "give the trace itself, or count it with a larger max_bytes",
             )
         if any(len(self.expert_ids[layer.layer]) < layer.top_k for layer in self.layers):
@@ -248,23 +236,6 @@ class DocumentSample(Result):
         held = replace(header, layers=layers, weights=False)
         bounds = [0, *np.cumsum(self.parts).tolist()]
         return Trace(path, held, tuple(_HeldPart(self, path, held, slice(*pair)) for pair in pairwise(bounds)), None)
-
-
-def _frame(
-    starts: NDArray[np.int64],
-    position: NDArray[Any] | None,
-    token_id: NDArray[Any] | None,
-    phase: NDArray[Any] | None,
-) -> dict[str, Any]:
-    """The columns of a sample that belong to no layer, with where sequences start."""
-    assert position is not None
-    return {
-        "starts": starts,
-        "sequence_starts": consecutive_starts(starts, position),
-        "position": position,
-        "token_id": token_id,
-        "phase": phase,
-    }
 
 
 class _HeldPart(PartFile):
@@ -370,7 +341,8 @@ class SampleMemory:
     @property
     def filled(self) -> DocumentSample:
         """The sample, once the pass is over."""
-        return replace(self.sample, **_frame(self.sample.starts, *self.sample._columns()))
+        sequence_starts = consecutive_starts(self.sample.starts, self.sample.position)
+        return replace(self.sample, sequence_starts=sequence_starts)
 
 
 @dataclass
@@ -383,11 +355,6 @@ class DocumentCounter(Counter[DocumentSample]):
     document: int = -1
     rows: slice = field(default_factory=lambda: slice(0, 0))
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
-
-    @classmethod
-    def need(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> None:
-        """Refuse a trace of counts."""
-        trace.need_tokens()
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:

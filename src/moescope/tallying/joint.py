@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import joint_kernels as kernels
-from moescope.tallying.counter import WIDENING, Array, Counter, CountOptions, Places, Result
+from moescope.tallying.counter import WIDENING, Array, Counter, CountOptions, Facts, Places, Result
 from moescope.tallying.document_groups import affordable_groups, document_groups
 from moescope.tallying.token_sample import part_hashes
 from moescope.trace import Layer, Part, Trace
@@ -43,7 +43,7 @@ class Coactivation(Result):
     pairs: dict[int, NDArray[np.uint32]]
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The table of each layer."""
         num_groups = affordable_groups(sum(layer.num_ids**2 for layer in layers if layer.top_k > 1))
         axes = "documents", "lower", "higher"
@@ -83,9 +83,10 @@ class CoactivationCounter(Counter[Coactivation]):
             if layer.layer not in pairs:
                 continue
             ids_KT = part.expert_ids[layer.layer].T
-            few = layer.top_k == 2 and layer.num_ids <= 16 and ids_KT.dtype.kind == "u"
-            count = kernels.count_set_pairs_of_two if few else kernels.count_set_pairs
-            count(ids_KT, starts_D, group_D, pairs[layer.layer])
+            if layer.top_k == 2 and layer.num_ids <= 16 and ids_KT.dtype.kind == "u":
+                kernels.count_moves_of_few(ids_KT[:1], ids_KT[1:], starts_D, group_D, pairs[layer.layer])
+            else:
+                kernels.count_set_pairs(ids_KT, starts_D, group_D, pairs[layer.layer])
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ class Transitions(Result):
     facts = ("choice",)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The table of each layer but the first, and the sample of paths."""
         if facts["choice"] not in ("first", "all"):
-            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'any'")
+            raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'all'")
         steps = list(pairwise(layers))
         num_groups = affordable_groups(sum(before.num_ids * layer.num_ids for before, layer in steps))
         axes = "documents", "before", "expert"

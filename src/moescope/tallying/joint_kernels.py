@@ -40,16 +40,6 @@ def count_set_pairs(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table
 
 
 @numba.njit(cache=True, nogil=True)
-def count_set_pairs_of_two(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table) -> None:
-    """`count_set_pairs` for two choices, none dropped."""
-    first_T, second_T = ids_KT[0], ids_KT[1]
-    for d in range(group_D.size):
-        _count_two(
-            first_T[starts_D[d] : starts_D[d + 1]], second_T[starts_D[d] : starts_D[d + 1]], pairs_GEE[group_D[d]]
-        )
-
-
-@numba.njit(cache=True, nogil=True)
 def count_moves(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: Sums, moves_GEF: Table) -> None:
     """Count the pairs of an assignment of a token at one layer and one at the next; pass one choice for the first."""
     num_before, num_after = moves_GEF.shape[1:]
@@ -69,7 +59,7 @@ def count_moves_of_few(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: S
     for d in range(group_D.size):
         for k in range(before_KT.shape[0]):
             for j in range(after_KT.shape[0]):
-                _count_two(
+                count_two(
                     before_KT[k, starts_D[d] : starts_D[d + 1]],
                     after_KT[j, starts_D[d] : starts_D[d + 1]],
                     moves_GEF[group_D[d]],
@@ -77,7 +67,7 @@ def count_moves_of_few(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: S
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_two(a_T: Ids, b_T: Ids, table_EF: Table) -> None:
+def count_two(a_T: Ids, b_T: Ids, table_EF: NDArray[Any]) -> None:
     """Count pairs of ids below the sides of the table, which are at most 16."""
     # Two tables in turn, so that a run of equal pairs does not wait for its own last increment.
     even, odd = np.zeros(256, np.uint32), np.zeros(256, np.uint32)

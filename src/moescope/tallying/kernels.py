@@ -10,11 +10,13 @@ counts and n what it could have counted; with Σy, Σn and Σn² they give the l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.joint_kernels import count_two
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -22,28 +24,36 @@ Sums = NDArray[np.int64]
 FIRST, ANY, FIRST_IN_NEXT = 0, 1, 2
 
 
+class LoadSums(NamedTuple):
+    """Assignments that an expert received (y), Σy² and Σy·n; assignments made, that is not dropped (n), and Σn²."""
+
+    loads_DCE: Sums
+    loads_squared_DCE: Sums
+    loads_by_made_DCE: Sums
+    made_DC: Sums
+    made_squared_DC: Sums
+
+
+class RepeatSums(NamedTuple):
+    """Pairs of consecutive tokens that repeat (y), Σy² and Σy·n, M as in `tally.REPEAT_KINDS`."""
+
+    repeats_DM: Sums
+    repeats_squared_DM: Sums
+    repeats_by_pairs_DM: Sums
+
+
 @numba.njit(cache=True, nogil=True)
-def count_loads(
-    ids_KT: Ids,
-    starts_G: Sums,
-    domain_G: Sums,
-    load_DCE: Sums,
-    load_squared_DCE: Sums,
-    load_by_made_DCE: Sums,
-    made_DC: Sums,
-    made_squared_DC: Sums,
-) -> None:
+def count_loads(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums) -> None:
     """Count the assignments each expert received and the assignments made, with their document moments.
 
     Args:
         ids_KT: Chosen experts, rank 0 first.
         starts_G: First row of each document, with the number of rows at the end, shape (G + 1,).
         domain_G: Domain code of each document.
-        load_DCE: Added to: assignments an expert received; then Σy² and Σy·n of the same.
-        made_DC: Added to: assignments made, that is not dropped (n); then Σn².
+        sums: Added to.
     """
     num_choices = ids_KT.shape[0]
-    num_ids = load_DCE.shape[2]
+    num_ids = sums.loads_DCE.shape[2]
     count_CE = np.zeros((num_choices + 1, num_ids), np.int64)
     for g in range(domain_G.size):
         count_CE[:] = 0
@@ -52,48 +62,32 @@ def count_loads(
                 e = np.int64(ids_KT[k, t])
                 if 0 <= e < num_ids:
                     count_CE[k + 1, e] += 1
-        _add_document(count_CE, domain_G[g], load_DCE, load_squared_DCE, load_by_made_DCE, made_DC, made_squared_DC)
+        _add_document(count_CE, domain_G[g], sums)
 
 
 @numba.njit(cache=True, nogil=True)
-def count_loads_and_pairs(
-    ids_KT: Ids,
-    starts_G: Sums,
-    domain_G: Sums,
-    load_DCE: Sums,
-    load_squared_DCE: Sums,
-    load_by_made_DCE: Sums,
-    made_DC: Sums,
-    made_squared_DC: Sums,
-    pair_DEE: Sums,
-) -> None:
+def count_loads_and_pairs(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums, pair_DEE: Sums) -> None:
     """`count_loads` for two choices of few experts, none dropped: one increment a token in a table of pairs.
 
     Args:
+        ids_KT: Chosen experts, rank 0 first.
+        starts_G: As of `count_loads`, as the next two.
+        domain_G: Domain code of each document.
+        sums: Added to.
         pair_DEE: Added to: tokens by first and second choice. Its E may be at most 16.
     """
-    num_ids = load_DCE.shape[2]
+    num_ids = sums.loads_DCE.shape[2]
     count_CE = np.zeros((3, num_ids), np.int64)
-    # Two tables in turn, so that a run of equal pairs does not wait for its own last increment.
-    even, odd = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    first_T, second_T = ids_KT[0], ids_KT[1]
+    pair_EE = np.zeros((num_ids, num_ids), np.int64)
     for g in range(domain_G.size):
         start, end, d = starts_G[g], starts_G[g + 1], domain_G[g]
-        for t in range(start, end - 1, 2):
-            even[((first_T[t] & 15) << 4) | (second_T[t] & 15)] += 1
-            odd[((first_T[t + 1] & 15) << 4) | (second_T[t + 1] & 15)] += 1
-        if (end - start) % 2:
-            even[((first_T[end - 1] & 15) << 4) | (second_T[end - 1] & 15)] += 1
-        count_CE[:] = 0
-        for a in range(num_ids):
-            for b in range(num_ids):
-                count = even[a << 4 | b] + odd[a << 4 | b]
-                count_CE[1, a] += count
-                count_CE[2, b] += count
-                pair_DEE[d, a, b] += count
-        even[:] = 0
-        odd[:] = 0
-        _add_document(count_CE, d, load_DCE, load_squared_DCE, load_by_made_DCE, made_DC, made_squared_DC)
+        pair_EE[:] = 0
+        count_two(ids_KT[0, start:end], ids_KT[1, start:end], pair_EE)
+        count_CE[0] = 0
+        count_CE[1] = pair_EE.sum(axis=1)
+        count_CE[2] = pair_EE.sum(axis=0)
+        pair_DEE[d] += pair_EE
+        _add_document(count_CE, d, sums)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -114,15 +108,7 @@ def count_pairs(ids_KT: Ids, domain_T: Ids, pair_DEE: Sums) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_document(
-    count_CE: Sums,
-    d: int,
-    load_DCE: Sums,
-    load_squared_DCE: Sums,
-    load_by_made_DCE: Sums,
-    made_DC: Sums,
-    made_squared_DC: Sums,
-) -> None:
+def _add_document(count_CE: Sums, d: int, sums: LoadSums) -> None:
     num_choices, num_ids = count_CE.shape
     for c in range(1, num_choices):
         for e in range(num_ids):
@@ -131,27 +117,19 @@ def _add_document(
         made = np.int64(0)
         for e in range(num_ids):
             made += count_CE[c, e]
-        made_DC[d, c] += made
-        made_squared_DC[d, c] += made * made
+        sums.made_DC[d, c] += made
+        sums.made_squared_DC[d, c] += made * made
         for e in range(num_ids):
             y = count_CE[c, e]
             if y:
-                load_DCE[d, c, e] += y
-                load_squared_DCE[d, c, e] += y * y
-                load_by_made_DCE[d, c, e] += y * made
+                sums.loads_DCE[d, c, e] += y
+                sums.loads_squared_DCE[d, c, e] += y * y
+                sums.loads_by_made_DCE[d, c, e] += y * made
 
 
 @numba.njit(cache=True, nogil=True)
 def count_repeats(
-    ids_KT: Ids,
-    num_ids: int,
-    starts_Q: Sums,
-    document_Q: Sums,
-    domain_G: Sums,
-    pairs_G: Sums,
-    repeat_DM: Sums,
-    repeat_squared_DM: Sums,
-    repeat_by_pairs_DM: Sums,
+    ids_KT: Ids, num_ids: int, starts_Q: Sums, document_Q: Sums, domain_G: Sums, pairs_G: Sums, sums: RepeatSums
 ) -> None:
     """Count the pairs of consecutive tokens that repeat an expert, with their document moments.
 
@@ -159,8 +137,7 @@ def count_repeats(
         starts_Q: First row of each sequence, with the number of rows at the end; no pair crosses a sequence.
         document_Q: Document of the part that a sequence belongs to, ascending.
         pairs_G: Pairs of consecutive tokens in each document (n).
-        repeat_DM: Added to: pairs with the same first choice; whose sets share an expert; in which the first choice of
-            the earlier is in the set of the later. Then Σy² and Σy·n of the same.
+        sums: Added to.
     """
     num_choices = ids_KT.shape[0]
     y_M = np.zeros(3, np.int64)
@@ -186,19 +163,12 @@ def count_repeats(
                     last_E[e] = t
         g = document_Q[q]
         if q + 1 == document_Q.size or document_Q[q + 1] != g:
-            _add_repeats(y_M, domain_G[g], pairs_G[g], repeat_DM, repeat_squared_DM, repeat_by_pairs_DM)
+            _add_repeats(y_M, domain_G[g], pairs_G[g], sums)
 
 
 @numba.njit(cache=True, nogil=True)
 def count_repeats_of_two(
-    ids_KT: Ids,
-    starts_Q: Sums,
-    document_Q: Sums,
-    domain_G: Sums,
-    pairs_G: Sums,
-    repeat_DM: Sums,
-    repeat_squared_DM: Sums,
-    repeat_by_pairs_DM: Sums,
+    ids_KT: Ids, starts_Q: Sums, document_Q: Sums, domain_G: Sums, pairs_G: Sums, sums: RepeatSums
 ) -> None:
     """`count_repeats` for two choices, none dropped: no branch and no table in the loop, so it runs in SIMD lanes."""
     y_M = np.zeros(3, np.int64)
@@ -223,15 +193,13 @@ def count_repeats_of_two(
         y_M[FIRST_IN_NEXT] += first_in_next
         g = document_Q[q]
         if q + 1 == document_Q.size or document_Q[q + 1] != g:
-            _add_repeats(y_M, domain_G[g], pairs_G[g], repeat_DM, repeat_squared_DM, repeat_by_pairs_DM)
+            _add_repeats(y_M, domain_G[g], pairs_G[g], sums)
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_repeats(
-    y_M: Sums, d: int, pairs: int, repeat_DM: Sums, repeat_squared_DM: Sums, repeat_by_pairs_DM: Sums
-) -> None:
+def _add_repeats(y_M: Sums, d: int, pairs: int, sums: RepeatSums) -> None:
     for m in range(3):
-        repeat_DM[d, m] += y_M[m]
-        repeat_squared_DM[d, m] += y_M[m] * y_M[m]
-        repeat_by_pairs_DM[d, m] += y_M[m] * pairs
+        sums.repeats_DM[d, m] += y_M[m]
+        sums.repeats_squared_DM[d, m] += y_M[m] * y_M[m]
+        sums.repeats_by_pairs_DM[d, m] += y_M[m] * pairs
     y_M[:] = 0

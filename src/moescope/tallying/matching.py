@@ -87,11 +87,11 @@ def pairs_of_parts(a: Trace, b: Trace) -> list[tuple[int, list[int]]]:
     """
     outer, inner = (a, b) if len(a.parts) <= len(b.parts) else (b, a)
     owner = dict(zip(inner.document_numbers.tolist(), inner.document_parts.tolist(), strict=True))
-    found: list[set[int]] = [set() for _ in outer.parts]
+    partners: list[set[int]] = [set() for _ in outer.parts]
     for document, part in zip(outer.document_numbers.tolist(), outer.document_parts.tolist(), strict=True):
         if document in owner:
-            found[part].add(owner[document])
-    return [(index, sorted(others)) for index, others in enumerate(found)]
+            partners[part].add(owner[document])
+    return [(index, sorted(others)) for index, others in enumerate(partners)]
 
 
 def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool) -> PairOfParts:
@@ -106,20 +106,20 @@ def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool)
     """
     starts_a, starts_b = a.sequence_starts(), b.sequence_starts()
     keys_a, keys_b = _sequence_keys(a, starts_a), _sequence_keys(b, starts_b)
-    _, at_a, at_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
-    order = np.argsort(at_a)
-    at_a, at_b = at_a[order], at_b[order]
+    _, place_a, place_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
+    order = np.argsort(place_a)
+    place_a, place_b = place_a[order], place_b[order]
     if not by_token_id:  # then a place means a token only where both have cut the document into the same sequences
-        alike = np.diff(starts_a)[at_a] == np.diff(starts_b)[at_b]
-        at_a, at_b = at_a[alike], at_b[alike]
-        odd = np.union1d(np.setdiff1d(keys_a, keys_a[at_a]), np.setdiff1d(keys_b, keys_b[at_b])) >> np.uint64(32)
-        kept = ~np.isin(keys_a[at_a] >> np.uint64(32), odd)
-        at_a, at_b = at_a[kept], at_b[kept]
-    lengths = np.minimum(np.diff(starts_a)[at_a], np.diff(starts_b)[at_b])
+        alike = np.diff(starts_a)[place_a] == np.diff(starts_b)[place_b]
+        place_a, place_b = place_a[alike], place_b[alike]
+        odd = np.union1d(np.setdiff1d(keys_a, keys_a[place_a]), np.setdiff1d(keys_b, keys_b[place_b])) >> np.uint64(32)
+        kept = ~np.isin(keys_a[place_a] >> np.uint64(32), odd)
+        place_a, place_b = place_a[kept], place_b[kept]
+    lengths = np.minimum(np.diff(starts_a)[place_a], np.diff(starts_b)[place_b])
     firsts = np.cumsum(lengths) - lengths
     offset = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
     rows_a, rows_b = (
-        np.repeat(starts[:-1][at], lengths) + offset for starts, at in ((starts_a, at_a), (starts_b, at_b))
+        np.repeat(starts[:-1][place], lengths) + offset for starts, place in ((starts_a, place_a), (starts_b, place_b))
     )
     documents_differing = 0
     if by_token_id and len(rows_a):

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Places, Result
 from moescope.tallying.document_sample import DocumentSample
 from moescope.trace import Layer, Part, Trace
 
@@ -69,7 +69,7 @@ class WordOccurrences(Result):
         return tuple(self.of_word)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The columns of the n-th word as ``n/occurrence`` and so on."""
         if not all(isinstance(word, str) for word in facts["words"]):
             raise ValueError(f"words are {facts['words']}, expected a list of words")
@@ -90,13 +90,7 @@ class WordOccurrences(Result):
         return {f"{n}/{name}": getattr(word, name) for n, word in enumerate(self.of_word.values()) for name in _COLUMNS}
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The occurrences that have these columns.
 
         Raises:
@@ -204,7 +198,7 @@ class WordCounter(Counter[WordOccurrences]):
     Attributes:
         patterns: By word.
         layers: Layers counted.
-        pieces: The bytes of each token id.
+        piece: The bytes of a token id.
         found: For each part, by its first document, the occurrences of each word.
     """
 

@@ -69,7 +69,7 @@ def one_pass(
         ValueError: `threads` is not positive.
     """
     blocks = _blocks([part.num_tokens for part in trace.parts], together)
-    threads = threads_for(len(blocks), threads)
+    threads = threads_to_use(threads, len(blocks))
     trace.need_tokens(weights=weights)
 
     def count(counters: list[C], block: range) -> None:
@@ -90,16 +90,16 @@ def one_pass(
     return total
 
 
-def threads_for(num_pieces: int, threads: int | None) -> int:
-    """Threads that work on so many pieces at a time; None for the number of processors.
+def threads_to_use(threads: int | None, most: int | None = None) -> int:
+    """So many threads, the number of processors for None; at most one for each of `most` pieces of work.
 
     Raises:
         ValueError: `threads` is not positive.
     """
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, num_pieces))
+    threads = threads if threads is not None else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    return threads
+    return threads if most is None else max(1, min(threads, most))
 
 
 def sums_by_thread(work: Sequence[W], threads: int, make: Callable[[], S], add: Callable[[S, W], None]) -> list[S]:

@@ -45,18 +45,7 @@ def count_shared(a_KT: Ids, b_KT: Ids, shared_T: NDArray[np.uint8]) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def count_changes(
-    a_KT: Ids,
-    b_KT: Ids,
-    starts_G: Sums,
-    domain_G: Sums,
-    first_a_DE: Sums,
-    first_b_DE: Sums,
-    load_a_DE: Sums,
-    load_b_DE: Sums,
-    change_squared_DE: Sums,
-    change_by_tokens_DE: Sums,
-) -> None:
+def count_changes(a_KT: Ids, b_KT: Ids, starts_G: Sums, domain_G: Sums, sums_6DE: Sums) -> None:
     """Count the loads in both traces and the moments of their difference by document.
 
     Args:
@@ -64,37 +53,35 @@ def count_changes(
         b_KT: Choices in the second trace.
         starts_G: First row of each document, with the number of rows at the end, shape (G + 1,).
         domain_G: Domain code of each document.
-        first_a_DE: Added to: tokens by the choice of rank 0 in the first trace; then in the second.
-        load_a_DE: Added to: assignments of all ranks in the first trace; then in the second.
-        change_squared_DE: Added to: Σ over documents of (load in the second - load in the first)².
-        change_by_tokens_DE: Added to: Σ over documents of that difference times the tokens of the document.
+        sums_6DE: Added to: tokens by the choice of rank 0 in the first trace; in the second; assignments of all ranks
+            in the first; in the second; Σ over documents of (load in the second - load in the first)²; and of that
+            difference times the tokens of the document.
     """
-    num_ids = load_a_DE.shape[1]
-    a_E, b_E = np.zeros(num_ids, np.int64), np.zeros(num_ids, np.int64)
+    num_ids = sums_6DE.shape[2]
+    load_2E = np.zeros((2, num_ids), np.int64)
     for g in range(domain_G.size):
-        first_row, end, d = starts_G[g], starts_G[g + 1], domain_G[g]
-        a_E[:] = 0
-        b_E[:] = 0
-        for k in range(a_KT.shape[0]):
-            for t in range(first_row, end):
-                e = np.int64(a_KT[k, t])
-                if 0 <= e < num_ids:
-                    a_E[e] += 1
-            if k == 0:
-                first_a_DE[d] += a_E
-        for k in range(b_KT.shape[0]):
-            for t in range(first_row, end):
-                e = np.int64(b_KT[k, t])
-                if 0 <= e < num_ids:
-                    b_E[e] += 1
-            if k == 0:
-                first_b_DE[d] += b_E
+        start, end, d = starts_G[g], starts_G[g + 1], domain_G[g]
+        load_2E[:] = 0
+        _count_side(a_KT, start, end, load_2E[0], sums_6DE[0, d])
+        _count_side(b_KT, start, end, load_2E[1], sums_6DE[1, d])
         for expert in range(num_ids):
-            change = b_E[expert] - a_E[expert]
-            load_a_DE[d, expert] += a_E[expert]
-            load_b_DE[d, expert] += b_E[expert]
-            change_squared_DE[d, expert] += change * change
-            change_by_tokens_DE[d, expert] += change * (end - first_row)
+            change = load_2E[1, expert] - load_2E[0, expert]
+            sums_6DE[2, d, expert] += load_2E[0, expert]
+            sums_6DE[3, d, expert] += load_2E[1, expert]
+            sums_6DE[4, d, expert] += change * change
+            sums_6DE[5, d, expert] += change * (end - start)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_side(ids_KT: Ids, start: int, end: int, load_E: Sums, first_E: Sums) -> None:
+    """Add the choices of a document to the loads, and those of rank 0 to the first choices."""
+    for k in range(ids_KT.shape[0]):
+        for t in range(start, end):
+            e = np.int64(ids_KT[k, t])
+            if 0 <= e < load_E.size:
+                load_E[e] += 1
+        if k == 0:
+            first_E += load_E
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,7 +6,6 @@ of either trace is counted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.tallying import matching, pair_kernels
 from moescope.tallying.matching import Matching, PairOfParts
-from moescope.tallying.one_pass import layer_groups
+from moescope.tallying.one_pass import layer_groups, threads_to_use
 from moescope.trace import Layer, Part, Trace
 
 
@@ -81,10 +80,8 @@ def tally_pair(
     if not chosen:
         raise ValueError("the traces have no layer with the same experts and the same top-k in common")
     by_token_id = a.header.token_ids and b.header.token_ids
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
     work = matching.pairs_of_parts(a, b)
-    threads = min(threads if threads is not None else os.cpu_count() or 1, max(1, len(work)))
+    threads = threads_to_use(threads, len(work))
     groups = layer_groups(chosen)
     swapped = len(a.parts) > len(b.parts)
 
@@ -93,43 +90,35 @@ def tally_pair(
         pairs: list[PairOfParts] = []
         tokens = 0
         for outer, inners in share:
-            found: dict[int, PairOfParts] = {}
-            per_token: dict[int, NDArray[np.int64]] = {}
-            for group in groups:
-                kept = None
-                if inners:
-                    of_outer = weights and not swapped
-                    kept = _read(b if swapped else a, outer, group, tokens=by_token_id, weights=of_outer)
+            matched: dict[int, tuple[PairOfParts, NDArray[np.int64]]] = {}  # with the experts that each token shares
+            for group in groups if inners else []:
+                kept = _read(b if swapped else a, outer, group, tokens=by_token_id, weights=weights and not swapped)
                 for inner in inners:
-                    of_inner = weights and swapped
-                    other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=of_inner)
-                    assert kept is not None
+                    other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=weights and swapped)
                     part_a, part_b = (other, kept) if swapped else (kept, other)
-                    if inner not in found:
+                    if inner not in matched:
                         places = (inner, outer) if swapped else (outer, inner)
-                        found[inner] = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
-                        tokens += _num_rows(found[inner], part_a)
-                        per_token[inner] = np.zeros(_num_rows(found[inner], part_a), np.int64)
-                    if len(per_token[inner]):
-                        sums.add(part_a, part_b, found[inner], group, per_token[inner])
+                        pair = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
+                        matched[inner] = pair, np.zeros(_num_rows(pair, part_a), np.int64)
+                    pair, shared_T = matched[inner]
+                    if len(shared_T):
+                        sums.add(part_a, part_b, pair, group, shared_T)
                         if by_token_id and group[-1] == chosen[-1]:
-                            sums.add_tokens(part_a, found[inner], per_token[inner])
-            pairs += found.values()
+                            sums.add_tokens(part_a, pair, shared_T)
+            pairs += [pair for pair, _ in matched.values()]
+            tokens += sum(len(shared_T) for _, shared_T in matched.values())
         return sums, pairs, tokens
 
-    shares = [work[at::threads] for at in range(threads)] if threads > 1 else [work]
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            counted = list(pool.map(count, shares))
-    else:
-        counted = [count(work)]
+    shares = [work[thread::threads] for thread in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        counted = list(pool.map(count, shares))
     total = counted[0][0]
     for sums, _, _ in counted[1:]:
         total.merge(sums)
     pairs = [pair for _, some, _ in counted for pair in some]
     tokens = sum(number for _, _, number in counted)
-    found = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
-    return total.labelled(a.domains, found, with_tokens=by_token_id, with_weights=weights)
+    in_common = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
+    return total.labelled(a.domains, in_common, with_tokens=by_token_id, with_weights=weights)
 
 
 def common_layers(a: Trace, b: Trace, layers: Iterable[int] | None = None) -> tuple[Layer, ...]:
@@ -173,41 +162,22 @@ class _PairSums:
     """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`."""
 
     layers: tuple[Layer, ...]
-    documents_D: NDArray[np.int64]
-    tokens_D: NDArray[np.int64]
-    tokens_squared_D: NDArray[np.int64]
+    by_domain_3D: NDArray[np.int64]
     agree_LD6: NDArray[np.int64]
-    first_a_LDE: NDArray[np.int64]
-    first_b_LDE: NDArray[np.int64]
-    loads_a_LDE: NDArray[np.int64]
-    loads_b_LDE: NDArray[np.int64]
-    change_squared_LDE: NDArray[np.int64]
-    change_by_tokens_LDE: NDArray[np.int64]
+    by_expert_L6DE: NDArray[np.int64]
     weighed_LD9: NDArray[np.float64]
     by_token: _TokenSums
 
     @classmethod
     def zeros(cls, num_domains: int, layers: Sequence[Layer]) -> _PairSums:
-        num_ids = max(layer.num_ids for layer in layers)
-
-        def zeros(*shape: int) -> NDArray[np.int64]:
-            return np.zeros(shape, np.int64)
-
-        by_expert = (len(layers), num_domains, num_ids)
+        num_layers, num_ids = len(layers), max(layer.num_ids for layer in layers)
         return cls(
-            layers=tuple(layers),
-            documents_D=zeros(num_domains),
-            tokens_D=zeros(num_domains),
-            tokens_squared_D=zeros(num_domains),
-            agree_LD6=zeros(len(layers), num_domains, 6),
-            first_a_LDE=zeros(*by_expert),
-            first_b_LDE=zeros(*by_expert),
-            loads_a_LDE=zeros(*by_expert),
-            loads_b_LDE=zeros(*by_expert),
-            change_squared_LDE=zeros(*by_expert),
-            change_by_tokens_LDE=zeros(*by_expert),
-            weighed_LD9=np.zeros((*by_expert[:2], len(_WEIGHED))),
-            by_token=_TokenSums(),
+            tuple(layers),
+            np.zeros((len(_BY_DOMAIN), num_domains), np.int64),
+            np.zeros((num_layers, num_domains, len(_AGREE)), np.int64),
+            np.zeros((num_layers, len(_BY_EXPERT), num_domains, num_ids), np.int64),
+            np.zeros((num_layers, num_domains, len(_WEIGHED))),
+            _TokenSums(),
         )
 
     def add(
@@ -223,21 +193,17 @@ class _PairSums:
         starts_G = np.append(np.flatnonzero(np.diff(document, prepend=-1)), len(document)).astype(np.int64)
         tokens_G = np.diff(starts_G)
         domain_G = part_a.domain[pair.rows_a][starts_G[:-1]].astype(np.int64)
-        num_domains = len(self.documents_D)
         if group[0] == self.layers[0]:
-            self.documents_D[:] += np.bincount(domain_G, minlength=num_domains)
-            np.add.at(self.tokens_D, domain_G, tokens_G)
-            np.add.at(self.tokens_squared_D, domain_G, tokens_G**2)
+            for sums_D, added_G in zip(self.by_domain_3D, (tokens_G**0, tokens_G, tokens_G**2), strict=True):
+                np.add.at(sums_D, domain_G, added_G)
         shared_T = np.empty(len(document), np.uint8)
-        place = {layer.layer: at for at, layer in enumerate(self.layers)}
         for layer in group:
-            at = place[layer.layer]
+            place = self.layers.index(layer)
             a_KT = matching.selected(part_a.expert_ids[layer.layer], pair.rows_a)
             b_KT = matching.selected(part_b.expert_ids[layer.layer], pair.rows_b)
             pair_kernels.count_shared(a_KT, b_KT, shared_T)
             shared_of_token += shared_T
             shared_G = np.add.reduceat(shared_T, starts_G[:-1], dtype=np.int64)
-            used = slice(0, layer.num_ids)
             if layer.ranked:
                 agree_T = (a_KT[0] == b_KT[0]) & (a_KT[0] >= 0)
                 first_G = np.add.reduceat(agree_T, starts_G[:-1], dtype=np.int64)
@@ -246,22 +212,12 @@ class _PairSums:
             moments_G6 = np.stack(
                 [shared_G, shared_G**2, shared_G * tokens_G, first_G, first_G**2, first_G * tokens_G], axis=1
             )
-            np.add.at(self.agree_LD6[at], domain_G, moments_G6)
+            np.add.at(self.agree_LD6[place], domain_G, moments_G6)
             if part_a.gate_weights:
                 weights_KT = matching.selected(part_a.gate_weights[layer.layer], pair.rows_a)
-                np.add.at(self.weighed_LD9[at], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
-            pair_kernels.count_changes(
-                a_KT,
-                b_KT,
-                starts_G,
-                domain_G,
-                self.first_a_LDE[at][:, used],
-                self.first_b_LDE[at][:, used],
-                self.loads_a_LDE[at][:, used],
-                self.loads_b_LDE[at][:, used],
-                self.change_squared_LDE[at][:, used],
-                self.change_by_tokens_LDE[at][:, used],
-            )
+                np.add.at(self.weighed_LD9[place], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
+            sums_6DE = self.by_expert_L6DE[place][:, :, : layer.num_ids]
+            pair_kernels.count_changes(a_KT, b_KT, starts_G, domain_G, sums_6DE)
 
     def add_tokens(self, part_a: Part, pair: PairOfParts, shared_of_token: NDArray[np.int64]) -> None:
         """Count by token id, once all layers of a pair of parts are counted."""
@@ -275,37 +231,36 @@ class _PairSums:
         self.by_token.merge(other.by_token)
 
     def labelled(
-        self, domains: Sequence[str], found: Matching, *, with_tokens: bool, with_weights: bool = False
+        self, domains: Sequence[str], in_common: Matching, *, with_tokens: bool, with_weights: bool = False
     ) -> PairTally:
-        used = np.flatnonzero(self.tokens_D)
-        by_layer, by_expert = ("domain", "layer"), ("domain", "layer", "expert")
-
-        def swap(sums_LD: NDArray[np.number[Any]]) -> NDArray[np.number[Any]]:
-            return np.ascontiguousarray(sums_LD.swapaxes(0, 1)[used])
-
+        by_domain = dict(zip(_BY_DOMAIN, self.by_domain_3D, strict=True))
+        used = np.flatnonzero(by_domain["tokens"])
+        dims = ("domain", "layer", "expert")
         sums = dict(zip(_AGREE, np.moveaxis(self.agree_LD6, 2, 0), strict=True))
         if with_weights:
             sums |= zip(_WEIGHED, np.moveaxis(self.weighed_LD9, 2, 0), strict=True)
-        names = ("first_a", "first_b", "loads_a", "loads_b", "change_squared", "change_by_tokens")
+        sums |= zip(_BY_EXPERT, self.by_expert_L6DE.swapaxes(0, 1), strict=True)
         data = xr.Dataset(
             {
-                "documents": ("domain", self.documents_D[used], {"units": "documents"}),
-                "tokens": ("domain", self.tokens_D[used], {"units": "tokens"}),
-                "tokens_squared": ("domain", self.tokens_squared_D[used]),
-                **{name: (by_layer, swap(values)) for name, values in sums.items()},
-                **{name: (by_expert, swap(getattr(self, f"{name}_LDE"))) for name in names},
+                "documents": ("domain", by_domain["documents"][used], {"units": "documents"}),
+                "tokens": ("domain", by_domain["tokens"][used], {"units": "tokens"}),
+                "tokens_squared": ("domain", by_domain["tokens_squared"][used]),
+                **{
+                    name: (dims[: sums_LD.ndim], np.ascontiguousarray(sums_LD.swapaxes(0, 1)[used]))
+                    for name, sums_LD in sums.items()
+                },
             },
             {
-                "domain": [domains[at] for at in used.tolist()],
+                "domain": [domains[code] for code in used.tolist()],
                 "layer": [layer.layer for layer in self.layers],
-                "expert": np.arange(self.loads_a_LDE.shape[2]),
+                "expert": np.arange(self.by_expert_L6DE.shape[3]),
                 **{
                     name: ("layer", [getattr(layer, name) for layer in self.layers])
                     for name in ("num_experts", "num_ids", "top_k", "ranked")
                 },
             },
         )
-        return PairTally(data, self.by_token.labelled() if with_tokens else None, found)
+        return PairTally(data, self.by_token.labelled() if with_tokens else None, in_common)
 
 
 def _weigh(
@@ -335,16 +290,11 @@ def _weigh(
 
 
 _WEIGHED = (
-    "kept",
-    "kept_squared",
-    "kept_by_weighed",
-    "weighed",
-    "weighed_squared",
-    "margin_same",
-    "num_same",
-    "margin_differs",
-    "num_differs",
+    *("kept", "kept_squared", "kept_by_weighed", "weighed", "weighed_squared"),
+    *("margin_same", "num_same", "margin_differs", "num_differs"),
 )
+_BY_DOMAIN = ("documents", "tokens", "tokens_squared")
+_BY_EXPERT = ("first_a", "first_b", "loads_a", "loads_b", "change_squared", "change_by_tokens")
 _AGREE = ("shared", "shared_squared", "shared_by_tokens", "first", "first_squared", "first_by_tokens")
 _BY_TOKEN = ("seen", "documents", "shared", "shared_squared", "shared_by_seen", "seen_squared")
 
@@ -375,6 +325,6 @@ class _TokenSums:
 
     def labelled(self) -> xr.Dataset:
         return xr.Dataset(
-            {name: ("token_id", self.sums[:, at]) for at, name in enumerate(_BY_TOKEN)},
+            {name: ("token_id", sums) for name, sums in zip(_BY_TOKEN, self.sums.T, strict=True)},
             {"token_id": self.token_ids},
         )

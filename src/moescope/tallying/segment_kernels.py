@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
 
-NEGLIGIBLE = 1e-17
+NEGLIGIBLE = 1e-17  # of a probability: below what a sum near 1 can hold in 64 bits
 
 
 @numba.njit(cache=True, nogil=True)

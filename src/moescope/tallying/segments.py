@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from moescope.tallying import segment_kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Places, Result, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Places, Result, summed
 from moescope.trace import Layer, Part, Trace
 
 LENGTHS = (4, 16, 64, 256)
@@ -60,7 +60,7 @@ class Segments(Result):
     facts = ("lengths",)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The counts; those by number of activations are a table a length."""
         check_lengths(facts["lengths"])
         sizes = {"domain": len(domains), "group": None, "length": len(facts["lengths"])}
@@ -200,9 +200,8 @@ class SegmentCounter(Counter[Segments]):
         longest = int(np.diff(starts_G).max())
         if longest >= len(self._log_factorial):
             self._log_factorial = special.gammaln(np.arange(longest + 1) + 1.0)
-        place_of = {layer.layer: place for place, layer in enumerate(self.layers)}
         for layer in group:
-            place = place_of[layer.layer]
+            place = self.layers.index(layer)
             ids_KT = part.expert_ids[layer.layer].T
             for m, length in enumerate(self.lengths_M.tolist()):
                 sums_RV = self.at_least_LRV[place][:, self.offset_M[m] : self.offset_M[m] + length + 1]
@@ -212,17 +211,9 @@ class SegmentCounter(Counter[Segments]):
                 else:
                     segment_kernels.count_activations(ids_KT, layer.num_experts, starts_Q, row_Q, length, sums_RV)
             exactly_RV = np.zeros(self.exactly_LRV.shape[1:])
-            segment_kernels.expect_activations(
-                ids_KT,
-                layer.num_experts,
-                starts_G,
-                row_G,
-                segments_GM,
-                self.lengths_M,
-                self.offset_M,
-                self._log_factorial,
-                exactly_RV,
-            )
+            documents = starts_G, row_G, segments_GM
+            lengths = self.lengths_M, self.offset_M, self._log_factorial
+            segment_kernels.expect_activations(ids_KT, layer.num_experts, *documents, *lengths, exactly_RV)
             self.exactly_LRV[place] += np.rint(exactly_RV * FIXED).astype(np.int64)
 
     def merge(self, other: Self) -> None:
@@ -242,15 +233,6 @@ class SegmentCounter(Counter[Segments]):
             counted = self.at_least_LRV[:, :, columns].copy()
             tails = np.cumsum(self.exactly_LRV[:, :, columns][:, :, ::-1], axis=2)[:, :, ::-1].copy()
             counted[:, :, 0], tails[:, :, 0] = all_pairs_LR, all_pairs_LR * FIXED
-            at_least[length] = counted
-            expected[length] = tails
-        return Segments(
-            self.groups.domains,
-            self.layers,
-            tuple(self.lengths_M.tolist()),
-            self.groups.domain,
-            self.documents_DM,
-            self.segments_RM,
-            at_least,
-            expected,
-        )
+            at_least[length], expected[length] = counted, tails
+        sums = self.documents_DM, self.segments_RM, at_least, expected
+        return Segments(self.groups.domains, self.layers, tuple(at_least), self.groups.domain, *sums)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,11 +11,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from moescope.tallying import kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, sampled, summed
-from moescope.tallying.one_pass import one_pass
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Result, sampled, summed
 from moescope.tallying.token_sample import HashSample, part_hashes
-from moescope.trace import Header, Layer, Part, Trace, as_trace
-from moescope.trace.cover import covered
+from moescope.trace import Header, Layer, Part, Trace
 
 REPEAT_KINDS = ("first", "any", "first_in_next")
 """Same first choice; the sets share an expert; the earlier token's first choice is in the later token's set."""
@@ -72,7 +69,7 @@ class Tally(Result):
 
     @property
     def header(self) -> Header:
-        """What it tells of the trace."""
+        """What it says of the trace."""
         columns = (self.data[name].values.tolist() for name in ("layer", "num_experts", "num_ids", "top_k"))
         layers = tuple(
             Layer(number, num_experts, top_k, num_null_experts=num_ids - num_experts, ranked=self.ranked)
@@ -81,7 +78,7 @@ class Tally(Result):
         return Header(layers, token_ids=not self.counts_only, counts_only=self.counts_only)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums, and the sample of tokens of the layers that need one."""
         counts_only = facts["counts_only"]
         choices, kinds = _labels(layers, facts["ranked"], counts_only)
@@ -102,43 +99,13 @@ class Tally(Result):
         return {str(name): variable.values for name, variable in self.data.data_vars.items()} | super().arrays()
 
     @classmethod
-    def of_arrays(
-        cls,
-        layers: Sequence[Layer],
-        domains: Sequence[str],
-        facts: Mapping[str, Any],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> Self:
+    def of_arrays(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The tally of these sums and this sample."""
         data = _dataset(arrays, domains, layers, *_labels(layers, facts["ranked"], facts["counts_only"]))
         return super().of_arrays(layers, domains, {**facts, "data": data}, arrays)
 
     def _repr_html_(self) -> str:
         return self.data._repr_html_()
-
-
-def tally(trace: Trace | Path | str, layers: Iterable[int] | None = None, *, threads: int | None = None) -> Tally:
-    """Count a trace in one pass.
-
-    Args:
-        trace: The trace, complete or not, or its folder.
-        layers: Layers to count, or None for all.
-        threads: Parts counted at a time; None for the number of processors.
-    Returns:
-        The tally; its memory does not depend on the number of tokens.
-    Raises:
-        NoSuchLayer: A layer was not recorded.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive.
-    """
-    trace = as_trace(trace)
-    trace = covered(trace, trace.select_layers(layers))
-    chosen = trace.select_layers(layers)
-    if trace.header.counts_only:
-        return _tally_counts(trace, chosen)
-    make = TallyCounter.prepare(trace, chosen, CountOptions())
-    (total,) = one_pass(trace, chosen, lambda: [make()], threads=threads)
-    return total.result()
 
 
 def choice_labels(top_k: int) -> list[str]:
@@ -173,8 +140,31 @@ class TallyCounter(Counter[Tally]):
 
     @classmethod
     def of_counts(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Tally:
-        """The tally of a trace of counts."""
-        return _tally_counts(trace, layers)
+        """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "all" alone."""
+        total = Tally.empty(layers, trace.domains, counts_only=True, ranked=False)
+        sums = {
+            name: array[:, :, 0] if _SUMS[name][0][2:3] == ("choice",) else array
+            for name, array in total.arrays().items()
+        }
+        numbers, top_k_L = [layer.layer for layer in layers], np.array([layer.top_k for layer in layers])
+        for counts in trace.iter_counts():
+            starts_G = counts.document_starts()
+            codes = np.array([trace.domains.index(name) for name in counts.domain_names])
+            domain_G = codes[counts.domain[starts_G[:-1]]]
+            asked = np.isin(counts.layer, numbers)
+            g = np.repeat(np.arange(len(domain_G)), np.diff(starts_G))[asked]
+            layer, y = np.searchsorted(numbers, counts.layer[asked]), counts.count[asked]
+            made_GL = np.zeros((len(domain_G), len(layers)), np.int64)
+            np.add.at(made_GL, (g, layer), y)
+            np.add.at(sums["documents"], domain_G, 1)
+            np.add.at(sums["tokens"], domain_G, (made_GL // top_k_L).max(axis=1))
+            np.add.at(sums["made"], domain_G, made_GL)
+            np.add.at(sums["made_squared"], domain_G, made_GL.astype(float) ** 2)
+            cell = domain_G[g], layer, counts.expert[asked]
+            np.add.at(sums["loads"], cell, y)
+            np.add.at(sums["loads_squared"], cell, y.astype(float) ** 2)
+            np.add.at(sums["loads_by_made"], cell, y.astype(float) * made_GL[g, layer])
+        return total
 
     @classmethod
     def zeros(cls, domains: Sequence[str], layers: Sequence[Layer]) -> Self:
@@ -210,29 +200,30 @@ class TallyCounter(Counter[Tally]):
             np.add.at(sums["pairs_squared"], domain_G, pairs_G**2)
             if self.sample is not None:
                 self.sample.begin(part_hashes(part), part.domain)
-        place_of = {layer.layer: place for place, layer in enumerate(layers)}
         for layer in group:
-            place = place_of[layer.layer]
+            place = layers.index(layer)
             ids_KT = part.expert_ids[layer.layer].T
             used = slice(None), slice(0, layer.top_k + 1), slice(0, layer.num_ids)
-            loads = (
+            loads = kernels.LoadSums(
                 *(sums[name][place][used] for name in ("loads", "loads_squared", "loads_by_made")),
                 *(sums[name][place][used[:2]] for name in ("made", "made_squared")),
             )
-            repeats = tuple(sums[name][place] for name in ("repeats", "repeats_squared", "repeats_by_pairs"))
+            repeats = kernels.RepeatSums(
+                *(sums[name][place] for name in ("repeats", "repeats_squared", "repeats_by_pairs"))
+            )
             none_dropped = ids_KT.dtype.kind == "u"  # the reader gives signed ids only if some were dropped
             if layer.top_k == 2 and layer.num_ids <= 16 and none_dropped:
                 pair = sums["pair"][place][:, : layer.num_ids, : layer.num_ids]
-                kernels.count_loads_and_pairs(ids_KT, starts_G, domain_G, *loads, pair)
+                kernels.count_loads_and_pairs(ids_KT, starts_G, domain_G, loads, pair)
             else:
-                kernels.count_loads(ids_KT, starts_G, domain_G, *loads)
+                kernels.count_loads(ids_KT, starts_G, domain_G, loads)
                 if _has_pair_table(layer):
                     pair = sums["pair"][place][:, : layer.num_ids, : layer.num_ids]
                     kernels.count_pairs(ids_KT, part.domain, pair)
             if layer.top_k == 2 and none_dropped:
-                kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+                kernels.count_repeats_of_two(ids_KT, starts_Q, document_Q, domain_G, pairs_G, repeats)
             else:
-                kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, *repeats)
+                kernels.count_repeats(ids_KT, layer.num_ids, starts_Q, document_Q, domain_G, pairs_G, repeats)
             if self.sample is not None and _sampled(layer):
                 self.sample.take(layer.layer, part.expert_ids[layer.layer].__getitem__)
         if self.sample is not None and group[-1] == layers[-1]:
@@ -314,53 +305,6 @@ def _dataset(
             "top_k": ("layer", [layer.top_k for layer in layers]),
         },
     )
-
-
-def _tally_counts(trace: Trace, layers: Sequence[Layer]) -> Tally:
-    """The tally of a trace of counts. G documents of a part; the rest as in `kernels`, C being "all" alone."""
-    num_domains, num_layers, num_ids = len(trace.domains), len(layers), max(layer.num_ids for layer in layers)
-    documents_D, tokens_D = np.zeros(num_domains, np.int64), np.zeros(num_domains, np.int64)
-    made_DL = np.zeros((num_domains, num_layers), np.int64)
-    loads_DLE = np.zeros((num_domains, num_layers, num_ids), np.int64)
-    made_squared_DL = np.zeros(made_DL.shape)
-    loads_squared_DLE, loads_by_made_DLE = np.zeros(loads_DLE.shape), np.zeros(loads_DLE.shape)
-    place_of_layer = np.full(max(layer.layer for layer in trace.layers) + 1, -1)
-    place_of_layer[[layer.layer for layer in layers]] = np.arange(num_layers)
-    top_k_L = np.array([layer.top_k for layer in layers])
-    for counts in trace.iter_counts():
-        starts_G = counts.document_starts()
-        codes = np.array([trace.domains.index(name) for name in counts.domain_names])
-        domain_G = codes[counts.domain[starts_G[:-1]]]
-        g = np.repeat(np.arange(len(domain_G)), np.diff(starts_G))
-        layer = place_of_layer[counts.layer]
-        asked = layer >= 0
-        g, layer, expert, y = g[asked], layer[asked], counts.expert[asked], counts.count[asked]
-        made_GL = np.zeros((len(domain_G), num_layers), np.int64)
-        np.add.at(made_GL, (g, layer), y)
-        np.add.at(documents_D, domain_G, 1)
-        np.add.at(tokens_D, domain_G, (made_GL // top_k_L).max(axis=1))
-        np.add.at(made_DL, domain_G, made_GL)
-        np.add.at(made_squared_DL, domain_G, made_GL.astype(float) ** 2)
-        cell = (domain_G[g], layer, expert)
-        np.add.at(loads_DLE, cell, y)
-        np.add.at(loads_squared_DLE, cell, y.astype(float) ** 2)
-        np.add.at(loads_by_made_DLE, cell, y.astype(float) * made_GL[g, layer])
-    arrays = {
-        "documents": documents_D,
-        "tokens": tokens_D,
-        "made": made_DL[:, :, None],
-        "made_squared": made_squared_DL[:, :, None],
-        "loads": loads_DLE[:, :, None],
-        "loads_squared": loads_squared_DLE[:, :, None],
-        "loads_by_made": loads_by_made_DLE[:, :, None],
-        **dict.fromkeys(("pairs", "pairs_squared"), np.zeros(num_domains, np.int64)),
-        **dict.fromkeys(
-            ("repeats", "repeats_squared", "repeats_by_pairs"),
-            np.zeros((num_domains, num_layers, len(REPEAT_KINDS)), np.int64),
-        ),
-    }
-    data = _dataset(arrays, trace.domains, layers, *_labels(layers, False, True))
-    return Tally(data, counts_only=True, ranked=False)
 
 
 def _has_pair_table(layer: Layer) -> bool:

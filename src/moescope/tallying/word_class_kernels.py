@@ -41,16 +41,16 @@ def join_pieces(
         size += starts_I[piece_T[t] + 1] - starts_I[piece_T[t]]
     text_B = np.empty(size, np.uint8)
     first_T = np.empty(piece_T.size + 1, np.int64)
-    at = 0
+    b = 0
     for d in range(document_starts_D.size - 1):
-        text_B[at] = separator
-        at += 1
+        text_B[b] = separator
+        b += 1
         for t in range(document_starts_D[d], document_starts_D[d + 1]):
-            first_T[t] = at
+            first_T[t] = b
             for v in range(starts_I[piece_T[t]], starts_I[piece_T[t] + 1]):
-                text_B[at] = bytes_V[v]
-                at += 1
-    first_T[piece_T.size] = at
+                text_B[b] = bytes_V[v]
+                b += 1
+    first_T[piece_T.size] = b
     return text_B, first_T
 
 

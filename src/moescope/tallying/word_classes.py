@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
-from moescope.tallying.counter import Array, Counter, CountOptions, Result, need_choice, summed
+from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Result, need_choice, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
@@ -40,7 +40,7 @@ ENGLISH = frozenset({"and", "as", "for", "from", "if", "in", "is", "not", "or", 
 
 KEYWORDS = tuple(sorted(set(keyword.kwlist) - ENGLISH))
 
-_BIT = {name: np.uint16(1 << at) for at, name in enumerate(CLASSES)}
+_BIT = {name: np.uint16(1 << bit) for bit, name in enumerate(CLASSES)}
 _NUMBERS = np.array([int.from_bytes(word.encode()) for word in KEYWORDS], np.uint64)
 _BY_PLACE = ("indentation", "keyword", "command")
 _LINE_BREAK = 10
@@ -77,8 +77,7 @@ class Pieces:
         """The pieces of a vocabulary and, last, an unknown one, which is of no class."""
         ids = sorted(vocabulary.pieces)
         pieces = [*(vocabulary.pieces[token_id] for token_id in ids), b"<|0|>"]
-        found = [_describe(piece) for piece in pieces]
-        columns = [np.array(column) for column in zip(*found, strict=True)]
+        columns = [np.array(column) for column in zip(*map(_describe, pieces), strict=True)]
         return cls(
             np.array(ids, np.int64),
             np.frombuffer(b"".join(pieces), np.uint8),
@@ -94,8 +93,8 @@ class Pieces:
             return np.zeros(len(ids), np.int32)
         if self.ids[-1] == len(self.ids) - 1:  # as most vocabularies: all ids from 0
             return np.minimum(ids, len(self.ids)).astype(np.int32)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, at, len(self.ids)).astype(np.int32)
+        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[place] == ids, place, len(self.ids)).astype(np.int32)
 
 
 def _describe(piece: bytes) -> tuple[int, bool, bool, bool, bool, bool]:
@@ -191,7 +190,7 @@ class ClassCounts(Result):
     facts = ("choice",)
 
     @classmethod
-    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Array]:
+    def declared(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts) -> dict[str, Array]:
         """The sums; `expected_LXCE` is rounded, and a class has one more place for all tokens where it says so."""
         if facts["choice"] not in ("first", "all"):
             raise ValueError(f"choice is {facts['choice']!r}, expected 'first' or 'all'")
@@ -260,10 +259,9 @@ class ClassCounter(Counter[ClassCounts]):
                 counts.documents_C[c] += int(np.count_nonzero(np.maximum.reduceat(of_class, starts_D[:-1])))
             counts.tokens_C[-1] += part.num_tokens
             counts.documents_C[-1] += len(group_D)
-        place_of = {layer.layer: place for place, layer in enumerate(counts.layers)}
         ranks = 1 if counts.choice == "first" else None
         for layer in group:
-            place, size = place_of[layer.layer], layer.num_ids
+            place, size = counts.layers.index(layer), layer.num_ids
             kernels.count_classes(
                 part.expert_ids[layer.layer].T[:ranks],
                 self.kind,
