@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from moescope.cli.options import force_option, layers_option_for, output_option
 from moescope.reporting.numbers import count
+from moescope.reporting.options import force_option, layers_option_for, output_option
 from moescope.reporting.printing import say
 
 

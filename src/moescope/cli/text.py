@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import shown_layers_option, trace_argument
+from moescope.reporting.options import shown_layers_option, trace_argument
 
 
 @click.command()

@@ -16,7 +16,7 @@ from moescope.reporting import figures as drawn
 from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark, values
 from moescope.reporting.frames import tidy
 from moescope.reporting.numbers import percent, plain, signed
-from moescope.reporting.options import figures_option, layers_option
+from moescope.reporting.options import figures_option, layers_option, one_of
 from moescope.reporting.subject import Drawing, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
@@ -39,12 +39,10 @@ _KINDS = {"set": "both chose, of the choices", "first": "the same first choice"}
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @layers_option
-@click.option(
+@one_of(
     "--show",
-    type=click.Choice(["agreement", "changes", "tokens"]),
-    default="agreement",
-    show_default=True,
-    help="How often they agree, which shares changed, or on which tokens they agree least.",
+    ["agreement", "changes", "tokens"],
+    "How often they agree, which shares changed, or on which tokens they agree least.",
 )
 @figures_option
 def command(

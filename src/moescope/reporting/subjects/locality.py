@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
-import click
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -19,7 +18,7 @@ from moescope.reporting.chapters import LOCALITY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent, points
-from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
+from moescope.reporting.options import figures_option, one_of, shown_layers_option, trace_argument
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
@@ -94,13 +93,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @shown_layers_option
-@click.option(
-    "--show",
-    type=click.Choice(["excess", "lags", "runs"]),
-    default="excess",
-    show_default=True,
-    help="Neighbours against each null, repeats by distance, or lengths of runs.",
-)
+@one_of("--show", ["excess", "lags", "runs"], "Neighbours against each null, repeats by distance, or lengths of runs.")
 @figures_option
 def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Path | None) -> Iterator[Table | Drawing]:
     """Show how much more often neighbours repeat an expert than their words would anyway.

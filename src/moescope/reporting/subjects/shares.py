@@ -15,7 +15,7 @@ from moescope.reporting.chapters import TOPICS
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent
-from moescope.reporting.options import shown_layers_option, trace_argument
+from moescope.reporting.options import one_of, shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, Results, Subject
 from moescope.reporting.tables import Section, Table
 from moescope.reporting.visible import visible
@@ -78,12 +78,10 @@ def about_uniform(result: xr.Dataset) -> str:
     metavar="CHOICE",
     help="Which choice: first, second, third, 4th … or all of a token's choices together.",
 )
-@click.option(
+@one_of(
     "--of",
-    type=click.Choice(["assignments", "tokens"]),
-    default="assignments",
-    show_default=True,
-    help="Of the assignments, as in Figure 7, or of the tokens, as OLMoE's domain specialization.",
+    ["assignments", "tokens"],
+    "Of the assignments, as in Figure 7, or of the tokens, as OLMoE's domain specialization.",
 )
 def command(
     trace: Trace, layers: tuple[int, ...] | None, choice: str, of: Literal["assignments", "tokens"]

@@ -20,7 +20,7 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
 from moescope.reporting.numbers import MISSING, count, percent
-from moescope.reporting.options import choice_option_for, figures_option, layers_option, trace_argument
+from moescope.reporting.options import figures_option, layers_option, one_of, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.tallying import Counted
@@ -80,7 +80,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @layers_option
-@choice_option_for("First choices, or all pairs of an assignment at one layer and one at the next.")
+@one_of("--choice", ["first", "all"], "First choices, or all pairs of an assignment at one layer and one at the next.")
 @figures_option
 def command(
     trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "all"], figures: Path | None

@@ -24,6 +24,7 @@ from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import (
     choice_option,
     figures_option,
+    one_of,
     parse_integers,
     permutations_option,
     shown_layers_option,
@@ -90,13 +91,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @shown_layers_option
-@click.option(
-    "--by",
-    type=click.Choice(["input", "next"]),
-    default="input",
-    show_default=True,
-    help="List by the token itself, or by the token after it.",
-)
+@one_of("--by", ["input", "next"], "List by the token itself, or by the token after it.")
 @choice_option
 @click.option(
     "--min-count",
