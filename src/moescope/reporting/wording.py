@@ -35,10 +35,10 @@ def describe_kind(kind: str, result: xr.Dataset) -> str:
     return "first choice" if kind == "first" else describe_any(int(result["top_k"].values.max()))
 
 
-def known_kinds(repeats: xr.Dataset) -> list[str]:
-    """The kinds of repeats that are known, and say different things."""
-    kinds = [kind for kind in repeats["kind"].values.tolist() if repeats["rate"].sel(kind=kind).notnull().any()]
-    return kinds[:1] if int(repeats["top_k"].values.max()) == 1 else kinds or ["any"]
+def known_kinds(result: xr.Dataset, name: str = "rate") -> list[str]:
+    """The kinds of repeats, or of agreement, that are known, and say different things."""
+    kinds = [kind for kind in result["kind"].values.tolist() if result[name].sel(kind=kind).notnull().any()]
+    return kinds[:1] if int(result["top_k"].values.max()) == 1 else kinds or ["any"]
 
 
 def expert_name(expert: int, num_experts: int) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
@@ -51,11 +50,9 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         for axes in panels[-1]:
             axes.set_xlabel("Bits", labelpad=2)
         handles = [
-            Line2D([], [], **style.UNIFORM, label="all bits of the choice"),
+            style.line_handle("all bits of the choice", **style.UNIFORM),
             style.band_handle("bounds"),
-            Line2D(
-                [], [], color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none", label="permuted routing"
-            ),
+            style.line_handle("permuted routing", color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none"),
         ]
         style.legend_above(figure, handles, columns=3)
     return figure
@@ -67,8 +64,8 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
     layers = explained["layer"].values
     with style.style():
         marks = _marks(explained, sources)
-        top = style.legend_rows(len(sources), 3) + 0.2
-        figure, (axes,) = style.panels_in_row(1, top=top, height=top + 0.42 + 2.2, width=style.NARROW)
+        legend = style.line_handles(marks)
+        figure, (axes,) = style.panels_in_row(1, legend, columns=3, titles=0.2, width=style.NARROW)
         for source, mark in zip(sources, marks, strict=True):
             here = explained.sel(source=source)
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -83,7 +80,6 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
         axes.set_ylabel("Share of the choice explained (%)")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y")
-        style.legend_above(figure, style.line_handles(marks), columns=3)
     return figure
 
 

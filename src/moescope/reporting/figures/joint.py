@@ -156,7 +156,7 @@ def _draw_maps(
     layers: Sequence[int], draw: Callable[[Axes, int], ScalarMappable], things: str, below: float = 0.0
 ) -> Figure:
     """A map a layer, side by side, the scale under them, and `below` inches more."""
-    width = FULL_WIDTH if len(layers) > 1 else FULL_WIDTH * 0.62
+    width = FULL_WIDTH if len(layers) > 1 else style.NARROW
     left, gap = 0.42, 0.42
     side = min((width - left - 0.1 - gap * (len(layers) - 1)) / len(layers), 3.4)
     top, under = 0.28, 0.95 if not below else 0.82
@@ -214,14 +214,8 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     value, null = (transitions[name].values for name in ("information", "information_null"))
     style.add_intervals(axes, transitions, "information")
     axes.plot(layers, value, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed")
-    look: dict[str, Any] = {
-        "color": MUTED,
-        "linestyle": style.DASHED,
-        "linewidth": 1.0,
-        "marker": "o",
-        "markersize": 2.2,
-    }
-    axes.plot(layers, null, **look, label="sampling alone")
+    look: dict[str, Any] = {"linestyle": style.DASHED, "linewidth": 1.0, "marker": "o", "markersize": 2.2}
+    axes.plot(layers, null, color=MUTED, **look, label="sampling alone")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
     if len(layers) <= style.MOST_LAYERS_WITH_MARKERS:

@@ -146,6 +146,11 @@ def line_handles(marks: Sequence[Mark]) -> list[Line2D]:
     ]
 
 
+def line_handle(label: str, **look: Any) -> Line2D:
+    """Legend entry of a line of another look."""
+    return Line2D([], [], label=label, **look)
+
+
 def band_handle(label: str) -> Patch:
     """Legend entry of a grey band."""
     return Patch(facecolor=MUTED, alpha=0.25, linewidth=0, label=label)
@@ -225,26 +230,35 @@ def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8],
 
 
 def panels_in_row(
-    number: int, *, top: float, height: float, width: float = FULL_WIDTH, left: float = 0.5, **layout: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, over a line for the names of their axes.
+    number: int, legend: Sequence[Artist] = (), *, columns: int = 1, titles: float = 0.3, height: float = 2.2,
+    width: float = FULL_WIDTH, left: float = 0.5, **layout: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure with panels side by side under a legend, over a line for the names of their axes; sizes in inches.
 
     Args:
         number: Of panels.
-        top: Margin, as is `left`, in inches.
-        height: Of the figure, as is `width`, in inches.
+        legend: Its entries; may be empty.
+        columns: Of the legend.
+        titles: Space for the titles of the panels.
+        height: Of a panel.
+        width: Of the figure.
+        left: Margin.
         layout: Arguments of `Figure.subplots`.
     """
-    figure = new_figure(width, height)
+    top = titles + (legend_rows(len(legend), columns) if legend else 0)
+    figure = new_figure(width, top + 0.42 + height)
     panels = figure.subplots(1, number, squeeze=False, **layout)[0].tolist()
     place(figure, left=left, right=0.1, top=top, bottom=0.42, between=0, rows=1)
     figure.subplots_adjust(wspace=0.16)
+    legend_above(figure, legend, columns=columns)
     return figure, panels
 
 
-def panels_of_kinds(kinds: Sequence[str], top_k: int, **sizes: Any) -> tuple[Figure, list[Axes]]:
-    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; sizes as of `panels_in_row`."""
-    figure, panels = panels_in_row(len(kinds), width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
+def panels_of_kinds(
+    kinds: Sequence[str], top_k: int, legend: Sequence[Artist] = (), **sizes: Any
+) -> tuple[Figure, list[Axes]]:
+    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; the rest as of `panels_in_row`."""
+    figure, panels = panels_in_row(len(kinds), legend, width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
     for axes, kind in zip(panels, kinds, strict=True):
         panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
     return figure, panels
@@ -284,6 +298,7 @@ def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
     if len(layers) <= MOST_LAYERS_WITH_MARKERS:
         axes.set_xticks(layers)
     axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
+    axes.set_xlabel("Layer", labelpad=2)
     axes.grid(axis="y")
 
 

@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, PAPER, domain_colours
@@ -65,9 +64,9 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
         bar = style.add_scale(figure, scale, words, left=0.5, bottom=0.27, length=1.4, gap=0.15)
         bar.ax.xaxis.set_major_locator(MaxNLocator(4))
         handles = [
-            Line2D([], [], color=INK, linewidth=1.4, marker="o", markersize=3.2, label="all ids"),
-            Line2D([], [], color=INK, linewidth=1.0, linestyle=style.DASHED, label="choices that do not see the token"),
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DOTTED, label="most popular expert"),
+            style.line_handle("all ids", color=INK, linewidth=1.4, marker="o", markersize=3.2),
+            style.line_handle("choices that do not see the token", color=INK, linewidth=1.0, linestyle=style.DASHED),
+            style.line_handle("most popular expert", color=MUTED, linewidth=1.0, linestyle=DOTTED),
         ]
         style.legend_above(figure, handles, columns=3)
     return figure
