@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isnan, nan
 
 import xarray as xr
@@ -48,9 +48,14 @@ def rows_of(data: xr.Dataset, dim: str, names: Sequence[str]) -> tuple[Row, ...]
     return grid(data[dim].values.tolist(), names, lambda label, name: cell(data.sel({dim: label}), name))
 
 
-def by_layer(data: xr.Dataset, rows: Callable[[xr.Dataset], tuple[Row, ...]]) -> tuple[Section, ...]:
-    """A section a layer, with the rows that are made of it."""
-    return tuple(Section(f"layer {layer}", rows(data.sel(layer=layer))) for layer in data["layer"].values.tolist())
+def by_layer(
+    data: xr.Dataset,
+    rows: Callable[[xr.Dataset], Iterable[Row]],
+    title: Callable[[xr.Dataset], str] = lambda of_layer: "",
+) -> tuple[Section, ...]:
+    """A section a layer, with the rows and the rest of the title that are made of it."""
+    layers = (data.sel(layer=layer) for layer in data["layer"].values)
+    return tuple(Section(f"layer {int(one['layer'])}{title(one)}", tuple(rows(one))) for one in layers)
 
 
 def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import xarray as xr
 
+from moescope.tallying import Counted
 from moescope.trace import Trace
 from moescope.trace.cover import cover
 
@@ -28,6 +30,11 @@ def describe_any(top_k: int) -> str:
 def choice_of(result: xr.Dataset) -> str:
     """Words for the choice that a result is of, which its attributes name."""
     return describe_choice(str(result.attrs["choice"]), int(result["top_k"].values.max()))
+
+
+def first_or_all(counted: Counted) -> Literal["first", "all"]:
+    """The choice to measure: the first, or all where a layer does not say which is the first."""
+    return "first" if all(layer.ranked for layer in counted.layers) else "all"
 
 
 def describe_kind(kind: str, result: xr.Dataset) -> str:

@@ -83,12 +83,7 @@ def draw_map(
 
 
 def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """The divergence between any two domains, a panel a layer, at most three.
-
-    Args:
-        divergence: Of `moescope.divergence`.
-        layers: Layers to show.
-    """
+    """The divergence between any two domains of a `moescope.divergence`, a panel a layer, at most three."""
     shown = list(layers)[:3]
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
     values = [divergence["jsd"].sel(layer=layer).values for layer in shown]

@@ -23,12 +23,7 @@ ROW_HEIGHT = 1.35
 
 
 def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """Bits by source, a panel a layer.
-
-    Args:
-        explained: Of `moescope.explain`.
-        layers: Layers to show.
-    """
+    """Bits by source of a `moescope.explain`, a panel a layer."""
     sources = _known(explained.sel(layer=list(layers)))
     columns = min(COLUMNS, len(layers))
     rows = -(-len(layers) // columns)

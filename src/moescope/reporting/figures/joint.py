@@ -41,12 +41,7 @@ DIVERGING = LinearSegmentedColormap.from_list(
 
 
 def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
-    """A map of the lift of each pair of experts, a panel a layer, at most three.
-
-    Args:
-        coactivation: Of `moescope.coactivation`.
-        layers: Layers to show; None for the first, the middle and the last.
-    """
+    """A map of the lift of each pair of experts, a panel a layer, at most three; None: first, middle and last."""
 
     def draw(axes: Axes, layer: int) -> ScalarMappable:
         of_layer = coactivation.sel(layer=layer)
@@ -65,13 +60,10 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
 
 
 def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
-    """Maps of the lift of each transition, at most three, and below the information between all layers.
+    """Maps of the lift of each transition to `layers`, at most three, and below the information between all layers.
 
-    Where there are many experts, those without a transition that enough tokens test are left out.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: The later layer of each map; None for the first, the middle and the last there are.
+    Where there are many experts, those without a transition that enough tokens test are left out. None for the first,
+    the middle and the last layer.
     """
 
     def draw(axes: Axes, layer: int) -> ScalarMappable:

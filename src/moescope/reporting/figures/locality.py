@@ -46,12 +46,7 @@ def draw_excess(locality: xr.Dataset) -> Figure:
 
 
 def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """Repeats by distance, a line a layer, all domains together; dotted what the document in any order gives.
-
-    Args:
-        locality: Of `moescope.locality`.
-        layers: Layers to show.
-    """
+    """Repeats by distance, a line a layer, all domains together; dotted what the document in any order gives."""
     data = schema.total(locality).sel(layer=list(layers))
     marks = style.domain_marks([f"layer {layer}" for layer in layers])
     lags = data["lag"].values

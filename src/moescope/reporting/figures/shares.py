@@ -33,13 +33,7 @@ BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
 
 
 def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "all") -> Figure:
-    """Figure 7: a panel a layer.
-
-    Args:
-        shares: Of `moescope.shares`.
-        layers: Layers to draw.
-        choice: Which choice; the paper draws "all".
-    """
+    """Figure 7 of a `moescope.shares`: a panel a layer; the paper draws all choices together."""
     data = shares.sel(layer=list(layers), choice=choice)
     with style.style():
         if not as_bars(data):

@@ -86,13 +86,7 @@ def command(
 
 
 def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: str | None = None) -> Table:
-    """SRP against random order: a section a segment length, a row a layer and one for all of them together.
-
-    Args:
-        consistency: Of `moescope.consistency`.
-        layers: Layers to show.
-        domain: The domain to show; None for all of them together.
-    """
+    """SRP against random order, of a domain or of all: a section a segment length, a row a layer, and one for all."""
     data = schema.total(consistency) if domain is None else schema.by_domain(consistency).sel(domain=domain)
     together = _together(data)
     sections = []

@@ -119,11 +119,9 @@ def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Pa
 def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate, and by how many points it exceeds each null: a row a domain, four columns a layer."""
     data = _total_last(locality.sel(layer=list(layers)))
-    whole, sections = schema.total(data), []
+    domains, whole, sections = data["domain"].values.tolist(), schema.total(data), []
     for kind in known_kinds(data):
-        name = describe_kind(kind, data)
-        near = data.sel(kind=kind, pairs="all")
-        domains = near["domain"].values.tolist()
+        name, near = describe_kind(kind, data), data.sel(kind=kind, pairs="all")
         sections.append(Section(name, tuple(Row(visible(d), _cells(near.sel(domain=d))) for d in domains)))
         pairs = [p for p in ("equal ids", "different ids") if data["pairs_counted"].sel(pairs=p).sum() > 0]
         if pairs:
@@ -183,9 +181,9 @@ def locality_sentence(locality: xr.Dataset, layer: int) -> str:
 def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate by distance, above the document in any order: a row a distance, a column a layer."""
     data = locality.sel(layer=list(layers))
-    sections = []
-    for kind in known_kinds(schema.total(data)):
-        of_kind, name = schema.total(data).sel(kind=kind), describe_kind(kind, data)
+    whole, sections = schema.total(data), []
+    for kind in known_kinds(whole):
+        of_kind, name = whole.sel(kind=kind), describe_kind(kind, whole)
         sections.append(Section(name, grid_of(of_kind, "lag", "layer", "lag_rate")))
         sections.append(Section(f"{name}, points above any order", grid_of(of_kind, "lag", "layer", "lag_excess")))
     return Table(

@@ -23,7 +23,7 @@ from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import figures_option, layers_option, one_of, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
-from moescope.tallying import Counted
+from moescope.reporting.wording import first_or_all
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -41,17 +41,11 @@ _FOLDED = {
 }
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of the first choices, or of all where the trace does not say which is the first."""
-    return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
-
-
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Maps of some layers, the information of all, and the tables."""
     layers = among(results.layers, result["layer"].values.tolist())
     first = str(result["choice"].values) == "first"
     goes = "a token's first choice goes" if first else "the assignments of a token go"
-    most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
     yield PageFigure(
         name="transitions",
         file="transitions",
@@ -60,7 +54,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         title="From layer to layer",
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
-            f"{about_map(int(result['num_ids'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
+            f"{about_map(result)}. Below: the bits that one layer's choice "
             "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
             "give. Grey: "
             "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
@@ -103,14 +97,10 @@ def command(
 
 
 def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Iterator[Table]:
-    """Transitions: the information from layer to layer, the strongest transitions, and, if counted, the paths.
+    """The information from layer to layer, the strongest transitions, and, if counted, the paths.
 
-    The frame of the first table holds everything.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: Later layers of which transitions are listed, here and in the frames; None lists those of the first, the
-            middle and the last, and all in the frames.
+    The frame of the first table holds everything. Transitions to `layers` are listed, here and in the frames; None
+    lists those to the first, the middle and the last, and all in the frames.
     """
     known = transitions["layer"].values.tolist()
     shown = layers if layers is not None else first_middle_last(known)
@@ -206,12 +196,7 @@ def _untested(transitions: xr.Dataset) -> list[str]:
 
 
 def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = None) -> pd.DataFrame:
-    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: Later layers whose transitions have rows, or None for all.
-    """
+    """A row a pair of layers, then a row a transition to one of the layers (None: all), then a row a kind of paths."""
     frames = {"information": tidy(only(transitions, "layer"), "layer"), "transition": _moves_frame(transitions, layers)}
     return kinds(frames | ({"paths": tidy(transitions, "routing")} if "half" in transitions else {}))
 
@@ -221,4 +206,9 @@ def _moves_frame(transitions: xr.Dataset, layers: Iterable[int] | None) -> pd.Da
     return tidy(moves if layers is None else moves.sel(layer=list(layers)), "layer", "expert", "next")
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(
+    measure=lambda counted, _: transitions(counted, choice=first_or_all(counted)),
+    blocks=blocks,
+    section=SECTION,
+    command=command,
+)
