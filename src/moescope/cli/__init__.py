@@ -79,8 +79,8 @@ class _Commands(click.Group):
             return {}
         from moescope.cli.subjects import plugin_command
 
-        found = {name: plugin_command(name) for name in installed_plugins() if name not in COMMANDS}
-        return {name: command for name, command in found.items() if command is not None}
+        commands = {name: plugin_command(name) for name in installed_plugins() if name not in COMMANDS}
+        return {name: command for name, command in commands.items() if command is not None}
 
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():

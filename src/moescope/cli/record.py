@@ -211,12 +211,7 @@ def _duration(seconds: float) -> str:
 def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Estimate], None]]]:
     """Yields what to call after every forward pass, and before streaming; without a terminal no bar is drawn."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[numbers]}")
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None, numbers="")
 

@@ -103,6 +103,10 @@ class PageTable:
     heading: str = ""
 
 
+Block = PageFigure | PageTable | Table
+"""What a subject shows of a result; a bare table is written to ``tables/`` and does not stand on the page."""
+
+
 def folded(tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
     """Tables by name, each with the line that unfolds it, in the order of the lines; those that are missing are not."""
     by_name = {table.name: table for table in tables}
@@ -155,8 +159,7 @@ class Subject:
             nothing to show None, or NotRecorded raised. None itself for a subject that no report shows.
         play: In place of `measure` for what goes through the trace token by token: a job that gives the result, run
             beside those of other subjects; None where there is nothing to show.
-        blocks: Shows a result: its figures and tables in the order of the page; a bare `Table` is written to
-            ``tables/`` and does not stand on the page.
+        blocks: Shows a result: its figures and tables in the order of the page.
         section: Where they stand; None if nothing does.
         sentence: What a result says of a layer, in plain words; may be empty.
         advise: What a result recommends.
@@ -166,7 +169,7 @@ class Subject:
 
     measure: Callable[[Counted, Results], Any] | None = None
     play: Callable[[Results], Job | None] | None = None
-    blocks: Callable[[Any, Results], Iterator[PageFigure | PageTable | Table]] | None = None
+    blocks: Callable[[Any, Results], Iterator[Block]] | None = None
     section: PageSection | None = None
     sentence: Callable[[Any, int], str] | None = None
     advise: Callable[[Any], Recommendation] | None = None

@@ -29,10 +29,7 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
     lowest = 100 * float(agreement["agreement_low"].sel(kind=kinds).min())
     bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
     with style.style():
-        handles: list[Artist] = [
-            style.line_handle("all domains", color=INK, linewidth=1.8),
-            *style.line_handles(marks),
-        ]
+        handles: list[Artist] = [style.line_handle("all domains", color=INK, linewidth=1.8), *style.line_handles(marks)]
         if bottom == 0:  # else popularity is below what is shown
             handles.append(style.band_handle("popularity of the experts alone"))
         look: dict[str, Any] = {"columns": 5 if len(marks) <= 8 else 4, "left": 0.5 if bottom == 0 else 0.6}

@@ -46,9 +46,9 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
     def draw(axes: Axes, layer: int) -> ScalarMappable:
         of_layer = coactivation.sel(layer=layer)
         size = int(of_layer["num_ids"])
-        lift, q_value = _tested(of_layer, size, size)
+        lift, differs = _tested(of_layer, size, size)
         order = order_of_pairs(lift)
-        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
+        mesh = _draw_map(axes, lift, differs, order, order)
         style.panel_title(axes, f"Layer {layer}")
         axes.set_xlabel("expert" if size <= MOST_WITH_NUMBERS else f"{size} experts, clustered", labelpad=3)
         excess, null = 100 * float(of_layer["deviation"]), 100 * float(of_layer["deviation_null"])
@@ -68,7 +68,7 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
 
     def draw(axes: Axes, layer: int) -> ScalarMappable:
         of_layer = transitions.sel(layer=layer)
-        lift, q_value = _tested(of_layer, int(of_layer["num_before"]), int(of_layer["num_ids"]))
+        lift, differs = _tested(of_layer, int(of_layer["num_before"]), int(of_layer["num_ids"]))
         tested, before = np.isfinite(lift), int(of_layer["layer_before"])
         orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
         for axis, number in enumerate((before, layer)):
@@ -77,7 +77,7 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
             if max(lift.shape) > MOST_WITH_NUMBERS and 0 < used < size:
                 orders[axis] = orders[axis][:used]  # the others come last
                 names[axis] = f"{used} of {size} experts, layer {number}"
-        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, *orders)
+        mesh = _draw_map(axes, lift, differs, *orders)
         style.panel_title(axes, f"Layer {before} to {layer}")
         axes.set_aspect("auto")
         axes.set_xlabel(names[1], labelpad=3)
@@ -133,10 +133,10 @@ def _logs(lift: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs
 
 
-def _tested(of_layer: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The lifts of which enough tokens are expected for a test, NaN elsewhere, and their corrected p-values."""
+def _tested(of_layer: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The lifts of which enough tokens are expected for a test, NaN elsewhere, and which of them differ from 1."""
     lift, p, q = (of_layer[name].values[:rows, :columns] for name in ("lift", "lift_p", "lift_q"))
-    return np.where(np.isfinite(p), lift, np.nan), q
+    return np.where(np.isfinite(p), lift, np.nan), q < SIGNIFICANT
 
 
 def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> Sequence[int]:
@@ -176,7 +176,7 @@ def _draw_map(
 ) -> ScalarMappable:
     few = max(lift.shape) <= MOST_WITH_NUMBERS
     if few:
-        rows, columns = np.arange(lift.shape[0]), np.arange(lift.shape[1])
+        rows, columns = map(np.arange, lift.shape)
     lift, differs = lift[np.ix_(rows, columns)], differs[np.ix_(rows, columns)]
     logs = _logs(lift)
     look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}

@@ -35,8 +35,8 @@ def draw_excess(locality: xr.Dataset) -> Figure:
         figure, panels = _panels(data, style.line_handles(list(marks.values())))
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for null, mark in marks.items():
-                here = data.sel(null=null, kind=kind)
-                value, low, high = (100 * here[f"excess{end}"].values for end in ("", "_low", "_high"))
+                of_null = data.sel(null=null, kind=kind)
+                value, low, high = (100 * of_null[f"excess{end}"].values for end in ("", "_low", "_high"))
                 style.add_line(axes, layers, value, low, high, mark)
             axes.axhline(0, **style.UNIFORM)
             axes.set_xlabel("Layer", labelpad=2)
@@ -55,8 +55,8 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
         figure, panels = _panels(data, [*style.line_handles(marks), any_order])
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for layer, mark in zip(layers, marks, strict=True):
-                here = data.sel(layer=layer, kind=kind)
-                value, low, high, null = (100 * here[f"lag_rate{end}"].values for end in ("", "_low", "_high", "_null"))
+                one = data.sel(layer=layer, kind=kind)
+                value, low, high, null = (100 * one[f"lag_rate{end}"].values for end in ("", "_low", "_high", "_null"))
                 axes.plot(lags, null, color=mark.colour, linewidth=0.9, linestyle=DOTTED)
                 style.add_line(axes, lags, value, low, high, mark)
             axes.set_xscale("log", base=2)

@@ -72,17 +72,12 @@ class Mark(NamedTuple):
 def domain_marks(domains: Sequence[str]) -> list[Mark]:
     """A mark for each domain; no two are alike up to thirty."""
     colours = domain_colours(len(domains))
-    distinct = max(1, len(set(colours)))
-    return [
-        Mark(
-            shorten(domain, LONGEST_NAME),
-            colour,
-            marker,
-            _LINES[number // distinct % len(_LINES)],
-            _HATCHES[number // distinct % len(_HATCHES)],
-        )
-        for number, (domain, colour, marker) in enumerate(zip(domains, colours, cycle(_MARKERS), strict=False))
-    ]
+    marks = []
+    for number, (domain, colour, marker) in enumerate(zip(domains, colours, cycle(_MARKERS), strict=False)):
+        turn = number // len(set(colours))  # of the colours, told apart by line and hatch
+        line, hatch = _LINES[turn % len(_LINES)], _HATCHES[turn % len(_HATCHES)]
+        marks.append(Mark(shorten(domain, LONGEST_NAME), colour, marker, line, hatch))
+    return marks
 
 
 @contextmanager
@@ -133,15 +128,15 @@ def legend_rows(num_entries: int, columns: int) -> float:
 
 def bar_handles(marks: Sequence[Mark]) -> list[Patch]:
     """Legend entries of bars."""
-    look: dict[str, Any] = {"edgecolor": PAPER, "linewidth": 0}
-    return [Patch(facecolor=mark.colour, hatch=mark.hatch, label=mark.name, **look) for mark in marks]
+    return [Patch(label=mark.name, fc=mark.colour, hatch=mark.hatch, ec=PAPER, lw=0) for mark in marks]
 
 
 def line_handles(marks: Sequence[Mark]) -> list[Line2D]:
     """Legend entries of lines."""
-    look: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.2}
     return [
-        Line2D([], [], color=mark.colour, linestyle=mark.line, marker=mark.marker, label=mark.name, **look)
+        line_handle(
+            mark.name, color=mark.colour, linestyle=mark.line, marker=mark.marker, markersize=3.2, linewidth=1.2
+        )
         for mark in marks
     ]
 

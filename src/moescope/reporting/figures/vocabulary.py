@@ -37,14 +37,8 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
         height = top + lines_height + between + map_height + bottom
         figure = style.new_figure(FULL_WIDTH, height)
         panels = figure.subplots(2, 2, squeeze=False, sharex="col", height_ratios=[lines_height, map_height])
-        figure.subplots_adjust(
-            left=0.5 / FULL_WIDTH,
-            right=1 - 0.1 / FULL_WIDTH,
-            top=1 - top / height,
-            bottom=bottom / height,
-            hspace=between / ((lines_height + map_height) / 2),
-            wspace=0.12,
-        )
+        style.place(figure, left=0.5, right=0.1, top=top, bottom=bottom, between=between, rows=2)
+        figure.subplots_adjust(wspace=0.12)
         largest = 100 * float(np.nanmax(vocabulary["expert_specialization"].values, initial=1e-4))
         for column, (by, title) in enumerate(TITLES.items()):
             lines, experts = panels[:, column]

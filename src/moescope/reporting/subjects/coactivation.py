@@ -116,12 +116,7 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
     )
 
 
-_COLUMNS = {
-    "joint": "together",
-    "joint_null": "popularity alone",
-    "lift": "lift",
-    "conditional": "second given first",
-}
+_COLUMNS = {"joint": "together", "joint_null": "popularity alone", "lift": "lift", "conditional": "second given first"}
 
 
 def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:

@@ -101,10 +101,7 @@ def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
             Section("expected from sampling documents alone", rows("jsd_rest_null")),
             Section("95 % interval of the true divergence", grid(data["domain"].values.tolist(), layers, interval)),
         ),
-        notes=(
-            f"* differs from the other domains ({FDR}).",
-            *_largest_pairs(data),
-        ),
+        notes=(f"* differs from the other domains ({FDR}).", *_largest_pairs(data)),
         frame=divergence_frame(data),
     )
 

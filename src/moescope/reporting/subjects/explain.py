@@ -98,8 +98,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
             frame=explain_frame(result),
         )
     yield PageTable(
-        explain_table(result, results.layers),
-        folded="The same as a table, with bounds, permuted routing and p-values",
+        explain_table(result, results.layers), folded="The same as a table, with bounds, permuted routing and p-values"
     )
 
 

@@ -104,10 +104,7 @@ def command(
 
 
 def shares_table(
-    shares: xr.Dataset,
-    layers: Sequence[int],
-    choice: str = "all",
-    of: Literal["assignments", "tokens"] = "assignments",
+    shares: xr.Dataset, layers: Sequence[int], choice: str = "all", of: Literal["assignments", "tokens"] = "assignments"
 ) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
