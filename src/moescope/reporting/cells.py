@@ -88,7 +88,19 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
     return Cell(text, beside, mark(q))
 
 
-def bits_range_cell(place: xr.Dataset, name: str) -> Cell:
-    """The interval of an amount of information."""
-    low, high = values(place, f"{name}_low", f"{name}_high")
-    return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
+def divergence_sections(data: xr.Dataset, row: str, name: str) -> tuple[Section, Section, Section]:
+    """A divergence by label and layer, what sampling alone would give, and the interval of the true divergence."""
+    measured = data.drop_vars([f"{name}_low", f"{name}_high"])  # they do not lie around it
+
+    def interval(label: object, layer: int) -> Cell:
+        low, high = values(data.sel({row: label, "layer": layer}), f"{name}_low", f"{name}_high")
+        return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
+
+    return (
+        Section("measured", grid_of(measured, row, "layer", name)),
+        Section("expected from sampling documents alone", grid_of(measured, row, "layer", f"{name}_null")),
+        Section(
+            "95 % interval of the true divergence",
+            grid(data[row].values.tolist(), data["layer"].values.tolist(), interval),
+        ),
+    )

@@ -1,9 +1,4 @@
-"""Load balance by layer: the busiest expert over the mean, for the whole trace and within batches.
-
-Left, the whole trace with its interval, and batches: their mean, a band from the 5 % to the 95 % quantile, and dashed
-what batches of as many tokens show by chance. Right, the gate weights of a token (band: 5 % to 95 % of the tokens) or,
-where they were not recorded, the entropy of the loads.
-"""
+"""Balance: the largest load over the mean by layer; beside it the gate weights or, without them, the entropy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Divergence of each domain from the others, a map of domain by layer; not in the paper.
-
-Its claim that only DM Mathematics stands out, most at the first and the last layer, can be read from it. A dot marks
-what sampling documents alone does not explain.
-"""
+"""Maps of divergence: of each domain from the others by layer, and of any two domains; not in the paper."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Where the bits come from: what each source explains of a layer's choice, a panel a layer; and by layer, a line each.
-
-A bar is the estimate with its 95 % interval, a grey band behind it the bounds between which the truth lies but for
-sampling, and a white tick what permuted routing gives: up to there, the document's own mix of experts explains it.
-"""
+"""Where the bits come from: what each source explains of a layer's choice, a panel a layer; by layer, a line each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Figure 10: how often consecutive tokens repeat an expert, by layer, a line a domain.
-
-Two panels as in the paper, first choice and any choice. Beside the paper's dashed uniform rate there is a grey band:
-the rates that the popularity of the experts alone predicts, from the lowest to the highest domain.
-"""
+"""Figure 10: repeated experts of consecutive tokens by layer, a line a domain; first choice left, any choice right."""
 
 from __future__ import annotations
 

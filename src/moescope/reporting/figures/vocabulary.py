@@ -1,8 +1,4 @@
-"""Vocabulary specialization: by layer above, by expert below; by the token itself left, by the next token right.
-
-Above, the mean over ids with its 95 % interval, and dashed the same of choices that do not see the token; dotted, the
-most popular expert. Below, each layer's experts from the most to the least specialized.
-"""
+"""Vocabulary specialization: by layer above, by expert below; by the token itself left, by the next token right."""
 
 from __future__ import annotations
 
