@@ -1,4 +1,4 @@
-"""``moescope export``: the door to ``moescope.export``."""
+"""``moescope export``: a trace in a format of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moescope report``: the door to ``moescope.reporting.report``."""
+"""``moescope report``: everything of a trace as one page."""
 
 from __future__ import annotations
 

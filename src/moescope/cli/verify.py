@@ -1,4 +1,4 @@
-"""``moescope verify``: the door to ``moescope.trace.verifying``."""
+"""``moescope verify``: every byte of a trace checked."""
 
 from __future__ import annotations
 

@@ -23,4 +23,4 @@ def extremes(lift: np.ndarray, differs: np.ndarray) -> list[tuple[int, int]]:
 def about_map(result: xr.Dataset) -> str:
     """How a map of pairs marks what is sure."""
     few = int(result["num_ids"].max()) <= figures.joint.MOST_WITH_NUMBERS
-    return "; bold: surely not 1 (false discovery rate 5 %)" if few else ", experts clustered"
+    return "; bold: significantly different from 1 (false discovery rate 5 %)" if few else ", experts clustered"

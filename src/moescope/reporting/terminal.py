@@ -23,7 +23,7 @@ from moescope.trace import Layer
 
 GAP = "  "
 NARROWEST = 12
-"""Columns that a layer's text needs at least; with less room, the layers stand below each other."""
+"""Columns that a layer's text needs at least; with fewer, the layers stand below each other."""
 
 MOST_EXPERTS_IN_LEGEND = 64
 

@@ -84,5 +84,5 @@ def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> tuple[str,
     partial = [layer for layer in trace.select_layers(layers) if layer.partial]
     if not partial:
         return ()
-    told = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
-    return (f"{told}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)
+    covers = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
+    return (f"{covers}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)

@@ -170,7 +170,7 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
 
 
 def tokens_table(comparison: Comparison) -> Table:
-    """The token ids with the surely lowest agreement."""
+    """The token ids of the lowest agreement, by the upper end of its interval."""
     data = comparison.tokens
     assert data is not None
     rows = []

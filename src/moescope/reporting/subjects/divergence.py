@@ -108,7 +108,7 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
         information, null = (bits(value) for value in values(of_layer, "information", "information_null"))
         text = f": I(domain; expert) {information}, from sampling alone {null}"
         if (leader := str(of_layer["leader"].values)) and len(domains) > 2:
-            how = "surely furthest" if of_layer["leader_significant"] else "furthest, not surely,"
+            how = "significantly furthest" if of_layer["leader_significant"] else "furthest, not significantly,"
             text += f"; {how} from the others: {visible(leader)}"
         return text
 

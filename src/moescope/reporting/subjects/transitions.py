@@ -29,9 +29,9 @@ from moescope.trace import Trace
 SECTION = PageSection(
     STRUCTURE,
     "transitions",
-    "Does one layer tell of the next?",
+    "Does one layer predict the next?",
     "Transitions",
-    "Numbers of experts mean nothing across layers, but tokens may still travel in company: those of one "
+    "Numbers of experts mean nothing across layers, but tokens may still stay together: those of one "
     "expert here may share an expert there.",
 )
 _FOLDED = {
@@ -55,12 +55,12 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
             f"{about_map(result)}. Below: the bits that one layer's choice "
-            "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
+            "holds of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
             "give. Grey: "
             "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
         ),
         how=(
-            "Bold rows of orange and blue are a road through the layers: knowing a token's expert, the next one's can "
+            "Bold rows of orange and blue are a path through the layers: knowing a token's expert, the next one's can "
             "be fetched early. White maps are layers that choose anew."
         ),
         cannot=(
@@ -81,7 +81,7 @@ def command(
 ) -> Iterator[Table | Drawing]:
     """Show how the choice of experts goes on from layer to layer.
 
-    How much the expert at one layer tells of that at the next, in bits; which transitions are more and less frequent
+    How much the expert at one layer says about that at the next, in bits; which transitions are more and less frequent
     than independent layers make them; and how many paths through all the layers carry half of the tokens, beside a
     Markov chain and independent layers. CSV and JSON hold all of it in one table.
 

@@ -1,4 +1,4 @@
-"""How surely tokens go to one expert, the tokens of an expert and the experts of a token.
+"""How consistently tokens go to one expert, the tokens of an expert and the experts of a token.
 
 Token text is what a corpus made up: it passes `visible` before it stands anywhere. Bytes that are no text read
 ``\\xe2``, so that different pieces look different.
@@ -45,8 +45,9 @@ EXPERTS_LISTED = 4
 """Experts that a table lists for a token."""
 
 BRIEF_TOP = 5
-"""Tokens an expert in the table of all experts; of a few experts there is room for more."""
+"""Tokens an expert in the table of all experts; of a few experts there are more."""
 
+_ABOVE_POPULARITY = "* significantly above the expert's popularity, corrected for all pairs of tokens and experts."
 _BY = {"input": "by the token", "next": "by the next token"}
 _MEASURED = ("specialization", "specialization_null", "held_out")
 _LISTED = ("share", "count", "tokens", "documents")
@@ -68,7 +69,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         file="vocabulary",
         draw=lambda: drawn.vocabulary.draw_vocabulary(result),
         label="Vocabulary",
-        title="How surely a token goes to one expert",
+        title="How consistently a token goes to one expert",
         caption=(
             "Share of an id's tokens that chose its most frequent expert, mean over ids of at least "
             f"{int(result.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
@@ -130,7 +131,7 @@ def command(
     permutations: int,
     figures: Path | None,
 ) -> Iterator[Table | Drawing]:
-    """Show how surely each token goes to one expert, and which tokens each expert gets.
+    """Show how consistently each token goes to one expert, and which tokens each expert gets.
 
     Vocabulary specialization (OLMoE, equation 8): of the tokens with an id, the share that chose the id's most frequent
     expert; by the token's own id and by that of the next token. (A trace does not hold the ids that the model
@@ -228,7 +229,7 @@ def expert_tokens_table(
         notes=(
             "ids: those whose most frequent expert it is; mean: their specialization; rotated: the same of choices "
             "that do not see the token; then the tokens with the largest shares.",
-            "* surely above the expert's popularity, all pairs of tokens and experts allowed for.",
+            _ABOVE_POPULARITY,
         ),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
     )
@@ -270,7 +271,7 @@ def expert_table(
         "token",
         ("share", "went there", "of tokens", "in documents"),
         tuple(sections),
-        notes=(f"{BY_DOCUMENT} * surely above the expert's popularity, all pairs of tokens and experts allowed for.",),
+        notes=(f"{BY_DOCUMENT} {_ABOVE_POPULARITY}",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
     )
 
