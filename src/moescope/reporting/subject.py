@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import xarray as xr
 
 from moescope.reporting.tables import Table
 from moescope.simulation.together import Job
@@ -101,6 +102,11 @@ class PageTable:
     table: Table
     folded: str = ""
     heading: str = ""
+
+
+def where_known(result: xr.Dataset, name: str) -> xr.Dataset | None:
+    """The result of a measure; None where the trace does not tell the value anywhere."""
+    return result if result[name].notnull().any() else None
 
 
 Block = PageFigure | PageTable | Table

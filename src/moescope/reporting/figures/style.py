@@ -207,9 +207,11 @@ def add_spread(
         axes.fill_between(x, low, high, color=colour, alpha=shade, linewidth=0)
 
 
-def add_marked(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, **look: Any) -> None:
-    """Draw a line with all its markers, or with every fourth where layers are many."""
-    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else 4
+def add_marked(
+    axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, first: int = 0, **look: Any
+) -> None:
+    """Draw a line with all its markers, or with every fourth from the first where layers are many."""
+    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (first, 4)
     usual = {"markersize": 3.2, "linewidth": 1.2, "markevery": every, "markeredgewidth": 0}
     axes.plot(x, y, color=colour, marker=marker, **usual | look)
 
@@ -260,10 +262,9 @@ def panels_of_kinds(
 
 
 def add_domain(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], mark: Mark, number: int, **look: Any) -> None:
-    """Draw the line of a domain by layer, with all its markers, or with every fourth where layers are many."""
-    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (number % 4, 4)
-    look |= {"color": mark.colour, "linestyle": mark.line, "label": mark.name}
-    axes.plot(x, y, marker=mark.marker, markevery=every, markeredgewidth=0, **look)
+    """Draw the line of a domain by layer; where markers are few, those of neighbouring domains stand apart."""
+    look |= {"linestyle": mark.line, "label": mark.name}
+    add_marked(axes, x, y, mark.colour, mark.marker, number % 4, **look)
 
 
 def widened(layers: NDArray[Any], *values: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:

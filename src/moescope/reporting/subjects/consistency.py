@@ -21,17 +21,10 @@ from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Counted
 from moescope.trace import Trace
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all layers, if a document is long enough."""
-    result = consistency(counted)
-    return result if result["srp"].notnull().any() else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -131,4 +124,9 @@ def consistency_frame(consistency: xr.Dataset) -> pd.DataFrame:
     return pd.concat([by_layer, together], ignore_index=True)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=LOCALITY, command=command)
+subject = Subject(
+    measure=lambda counted, _: where_known(consistency(counted), "srp"),  # a document may be too short
+    blocks=blocks,
+    section=LOCALITY,
+    command=command,
+)

@@ -14,17 +14,10 @@ from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import choice_option, figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Section, Table
 from moescope.reporting.wording import choice_of
-from moescope.tallying import Counted
 from moescope.trace import Trace
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all layers, if a class stands beside other tokens."""
-    result = syntax(counted)
-    return result if result["jsd"].notnull().any() else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -114,4 +107,9 @@ def word_class_experts_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table
     )
 
 
-subject = Subject(measure=measure, blocks=blocks, section=VOCABULARY, command=command)
+subject = Subject(
+    measure=lambda counted, _: where_known(syntax(counted), "jsd"),  # a class may stand beside no other tokens
+    blocks=blocks,
+    section=VOCABULARY,
+    command=command,
+)

@@ -31,7 +31,7 @@ from moescope.reporting.options import (
     trace_argument,
 )
 from moescope.reporting.progress import layer_progress
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
@@ -55,10 +55,7 @@ _LISTED = ("share", "count", "tokens", "documents")
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the documents that bits are explained of, if an id is frequent enough."""
-    if not results.has_text:
-        return None
-    result = vocabulary(counted, top=BRIEF_TOP)
-    return result if result["specialization"].notnull().any() else None
+    return where_known(vocabulary(counted, top=BRIEF_TOP), "specialization") if results.has_text else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
