@@ -14,7 +14,7 @@ import keyword
 import sys
 import traceback
 import warnings
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -110,14 +110,7 @@ def _stop(ctx: click.Context, message: str, code: int) -> None:
     ctx.exit(code)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as a line for users; where in the code it arose is not theirs to know."""
     say(f"warning: {message}", err=True)
 

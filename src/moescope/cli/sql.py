@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
-from moescope.reporting.numbers import count
+from moescope.reporting.numbers import MISSING, count
 from moescope.reporting.options import format_option_for, trace_argument
 from moescope.reporting.printing import print_styled, say, write
+from moescope.reporting.visible import visible
 
 MOST_ROWS = 1000
 """Rows that are shown as text; CSV and JSON hold all."""
@@ -106,12 +110,6 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from moescope.reporting.numbers import MISSING
-    from moescope.reporting.visible import visible
-
     table: list[tuple[Any, ...]] = []
     for rows in batches:
         table += rows
@@ -122,10 +120,10 @@ def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> No
     number = int | float | decimal.Decimal | None
     numeric = [all(isinstance(row[column], number) for row in table) for column in range(len(names))]
     heading = [visible(name) for name in names]
-    widths = [max(map(_width, column)) for column in zip(heading, *shown, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(heading, *shown, strict=True)]
     for line, row in enumerate([heading, *shown]):
         cells = [
-            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
+            " " * (width - cell_len(cell)) + cell if right else cell + " " * (width - cell_len(cell))
             for cell, width, right in zip(row, widths, numeric, strict=True)
         ]
         print_styled(console, Text("  ".join(cells).rstrip(), "" if line else "bold"))
@@ -137,12 +135,6 @@ def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> No
 
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(_plain(value))
-
-
-def _width(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -192,11 +192,8 @@ def _lines(row: Row) -> Iterator[Row]:
         [cell] if cell.mark or cell.spread else [Cell(line) for line in _wrap(cell.value, MOST_IN_CELL)]
         for cell in row.cells
     ]
-    for line in range(max(len(label), *map(len, cells))):
-        yield Row(
-            label[line] if line < len(label) else "",
-            tuple(lines[line] if line < len(lines) else Cell("") for lines in cells),
-        )
+    for beginning, *in_line in zip_longest(map(Cell, label), *cells, fillvalue=Cell("")):
+        yield Row(beginning.value, tuple(in_line))
 
 
 def _parts(table: Table) -> tuple[list[int], list[int]]:
