@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 import moescope
 from moescope import cli
-from moescope.cli.options import format_option, layers_option
 from moescope.errors import NoSuchLayer
+from moescope.reporting.options import format_option, layers_option
 
 RUN_LIGHT = """
 import sys

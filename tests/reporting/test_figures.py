@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import moescope
 from moescope.reporting import figures
 from moescope.reporting.colours import expert_colours
-from moescope.reporting.documents import sample_documents
+from moescope.reporting.documents import choose_documents, read_chosen
 from moescope.reporting.figures.shares import BELOW_AND_ABOVE
 from moescope.reporting.inline_svg import inline_svg
 
@@ -144,7 +144,8 @@ def test_the_divergence_map_shows_values_and_dots_what_sampling_does_not_explain
 
 
 def test_figure_8_puts_each_token_on_the_colour_of_its_first_choice(mixtral):
-    document = sample_documents(mixtral, layers=[0, 31], per_domain=1)[2].tokens(slice(8))
+    chosen = choose_documents(mixtral, per_domain=1)
+    document = read_chosen(mixtral, chosen, layers=[0, 31])[2].tokens(slice(8))
     layers = mixtral.select_layers([0, 31])
     figure = figures.tokens.draw_tokens([document], layers)
     for axes, layer in zip(figure.axes[:2], layers, strict=True):

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moescope.reporting.formats import csv
+from moescope.reporting.formats import render
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.page import _embedded, _fitting, _packed_ids, _packed_weights, _routing, render_page
 from moescope.reporting.page.contents import Contents, contents
@@ -268,7 +268,7 @@ def test_gate_weights_keep_two_decimals_whatever_their_scale():
 def test_a_page_without_figures_holds_the_claims_and_the_methods_alone(mixtral):
     results = gather(mixtral)
     table = claims_table(results.found["claims"])
-    page = render_page(results, Contents([], {"claims": table}, {}), {"tables/claims": csv(table)}, {})
+    page = render_page(results, Contents([], {"claims": table}, {}), {"tables/claims": render(table, "csv")}, {})
     assert re.findall(r'<section id="([a-z]+)"', page) == ["claims", "methods"]
     assert "<figure" not in page
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from moescope.reporting.documents import RoutedDocument, example_documents, read_document, sample_documents
+from moescope.reporting.documents import (
+    RoutedDocument,
+    choose_documents,
+    example_documents,
+    read_chosen,
+    read_document,
+)
 from moescope.reporting.layout import LINE_BREAK, lay_out
 from moescope.reporting.numbers import percent
 from moescope.reporting.terminal import print_document
@@ -125,17 +131,16 @@ def test_a_document_that_is_asked_for_is_whole(mixtral):
 
 
 def test_the_sample_has_documents_of_every_domain_and_prefers_those_with_the_words(mixtral):
-    sample = sample_documents(mixtral, layers=[0], per_domain=2, most_tokens=30, words=["self"])
+    chosen = choose_documents(mixtral, per_domain=2, most_tokens=30, words=["self"])
+    sample = read_chosen(mixtral, chosen, layers=[0], most_tokens=30)
     assert [document.domain for document in sample] == [name for name in mixtral.domains for _ in range(2)]
     assert all(len(document.token_ids) <= 30 for document in sample)
     assert list(sample[0].expert_ids) == [0]
-    assert [document.number for document in sample] == [
-        document.number for document in sample_documents(mixtral, per_domain=2, most_tokens=30, words=["self"])
-    ]
+    assert chosen == choose_documents(mixtral, per_domain=2, most_tokens=30, words=["self"])
 
 
 def test_the_examples_are_one_a_word_and_of_different_domains(mixtral):
-    sample = sample_documents(mixtral, per_domain=1, words=["self", "Question"])
+    sample = read_chosen(mixtral, choose_documents(mixtral, per_domain=1, words=["self", "Question"]))
     assert [document.domain for document in example_documents(sample, ["self", "Question"])] == [
         "Github",
         "DM Mathematics",

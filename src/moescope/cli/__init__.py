@@ -14,7 +14,7 @@ import keyword
 import sys
 import traceback
 import warnings
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -79,8 +79,8 @@ class _Commands(click.Group):
             return {}
         from moescope.cli.subjects import plugin_command
 
-        found = {name: plugin_command(name) for name in installed_plugins() if name not in COMMANDS}
-        return {name: command for name, command in found.items() if command is not None}
+        commands = {name: plugin_command(name) for name in installed_plugins() if name not in COMMANDS}
+        return {name: command for name, command in commands.items() if command is not None}
 
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():
@@ -110,14 +110,7 @@ def _stop(ctx: click.Context, message: str, code: int) -> None:
     ctx.exit(code)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as a line for users; where in the code it arose is not theirs to know."""
     say(f"warning: {message}", err=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, output_option
+from moescope.reporting.options import force_option, output_option
 from moescope.reporting.printing import say
 
 TRACE = "sample.moe"

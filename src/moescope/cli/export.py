@@ -1,4 +1,4 @@
-"""``moescope export``: the door to ``moescope.export``."""
+"""``moescope export``: a trace in a format of other programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.options import force_option, layers_option, output_option, trace_argument
 from moescope.reporting.printing import say
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from moescope.cli.options import force_option, layers_option_for, output_option
 from moescope.reporting.numbers import count
+from moescope.reporting.options import force_option, layers_option_for, output_option
 from moescope.reporting.printing import say
 
 
@@ -50,7 +50,7 @@ def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any
 
     FORMAT is one of sglang, sglang-csv, sglang-returned, vllm, imatrix, bigmoeonedge, gpt-oss, jsonl, csv, parquet,
     moe-policylang, megatron, tensorrt-llm, olmoe. FILES are what the program wrote; text may be compressed with gzip or
-    zstd. Nothing of a file is ever executed. What looks odd is imported, told of, and kept in the trace.
+    zstd. Nothing of a file is ever executed. What looks odd is imported, warned of, and kept in the trace.
 
     \b
     Examples:

@@ -7,18 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.cells import cell_len
 
-from moescope.cli.options import trace_argument
 from moescope.reporting.numbers import count
+from moescope.reporting.options import trace_argument
 from moescope.reporting.printing import say, write
+from moescope.reporting.visible import visible
 from moescope.reporting.wording import describe_cover
-
-if TYPE_CHECKING:
-    from moescope.reporting.wording import describe_cover
 from moescope.trace import Trace
 from moescope.trace.cover import cover
 
@@ -69,8 +67,6 @@ def _contents(trace: Trace) -> dict[str, Any]:
 
 def _text(contents: dict[str, Any]) -> str:
     """The contents for a reader; names come from a model and a corpus, so they are made visible first."""
-    from moescope.reporting.visible import visible
-
     documents, tokens = contents["documents"], contents["tokens"]
     state = "complete" if contents["complete"] else "unfinished"
     size = f"{contents['bytes'] / 1e6:,.1f} MB"
@@ -91,7 +87,8 @@ def _text(contents: dict[str, Any]) -> str:
         "lacks": ", ".join(_lacks(contents)),
     }
     lines = [f"{name:<12}  {visible(fact)}" for name, fact in facts.items() if fact]
-    lines += [f"{'warning':<12}  {visible(str(each))}" for each in (contents["summary"] or {}).get("warnings", [])]
+    warnings = (contents["summary"] or {}).get("warnings", [])
+    lines += [f"{'warning':<12}  {visible(str(warning))}" for warning in warnings]
 
     rows = [(visible(name), f"{n['documents']:,}", f"{n['tokens']:,}") for name, n in contents["domains"].items()]
     header = ("domain", "documents", "tokens")

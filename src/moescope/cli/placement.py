@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.options import force_option, layers_option, output_option, trace_argument
 from moescope.reporting.printing import say
 
 

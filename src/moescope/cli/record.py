@@ -14,12 +14,12 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from moescope.cli.options import layers_option_for, parse_integers
 from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.reporting.numbers import count
+from moescope.reporting.options import layers_option_for, parse_integers
 from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace
 from moescope.trace.part_file import PART_TOKENS
@@ -211,12 +211,7 @@ def _duration(seconds: float) -> str:
 def _progress_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[Estimate], None]]]:
     """Yields what to call after every forward pass, and before streaming; without a terminal no bar is drawn."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[numbers]}")
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None, numbers="")
 

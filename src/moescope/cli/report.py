@@ -1,4 +1,4 @@
-"""``moescope report``: the door to ``moescope.reporting.report``."""
+"""``moescope report``: everything of a trace as one page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import force_option, output_option, shown_layers_option, trace_argument, word_option
+from moescope.reporting.options import force_option, output_option, shown_layers_option, trace_argument, word_option
 from moescope.reporting.printing import say
 
 

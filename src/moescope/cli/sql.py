@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
-from moescope.cli.options import trace_argument
-from moescope.reporting.numbers import count
+from moescope.reporting.numbers import MISSING, count
+from moescope.reporting.options import format_option_for, trace_argument
 from moescope.reporting.printing import print_styled, say, write
+from moescope.reporting.visible import visible
 
 MOST_ROWS = 1000
 """Rows that are shown as text; CSV and JSON hold all."""
@@ -25,14 +29,7 @@ MOST_ROWS = 1000
 @click.command()
 @trace_argument
 @click.argument("query", required=False)
-@click.option(
-    "--format",
-    "format",
-    type=click.Choice(["text", "csv", "json"]),
-    default="text",
-    show_default=True,
-    help="How the result is written to stdout.",
-)
+@format_option_for("text", "csv", "json")
 def command(trace: Path, query: str | None, format: str) -> None:
     """Query a trace in SQL.
 
@@ -51,7 +48,7 @@ def command(trace: Path, query: str | None, format: str) -> None:
         columns = schema(opened)
         _write(
             ["view", "column", "type", "meaning"],
-            iter([[(each.view, each.name, each.type, each.meaning) for each in columns]]),
+            iter([[(column.view, column.name, column.type, column.meaning) for column in columns]]),
             format,
         )
         if format == "text":
@@ -113,12 +110,6 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from moescope.reporting.numbers import MISSING
-    from moescope.reporting.visible import visible
-
     table: list[tuple[Any, ...]] = []
     for rows in batches:
         table += rows
@@ -126,18 +117,17 @@ def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> No
             break
     console = Console(highlight=False)
     shown = [[MISSING if value is None else visible(_short(value)) for value in row] for row in table[:MOST_ROWS]]
-    numeric = [
-        all(isinstance(row[at], int | float | decimal.Decimal | None) for row in table) for at in range(len(names))
-    ]
+    number = int | float | decimal.Decimal | None
+    numeric = [all(isinstance(row[column], number) for row in table) for column in range(len(names))]
     heading = [visible(name) for name in names]
-    widths = [max(map(_width, column)) for column in zip(heading, *shown, strict=True)]
-    for number, row in enumerate([heading, *shown]):
+    widths = [max(map(cell_len, column)) for column in zip(heading, *shown, strict=True)]
+    for line, row in enumerate([heading, *shown]):
         cells = [
-            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
+            " " * (width - cell_len(cell)) + cell if right else cell + " " * (width - cell_len(cell))
             for cell, width, right in zip(row, widths, numeric, strict=True)
         ]
-        print_styled(console, Text("  ".join(cells).rstrip(), "" if number else "bold"))
-        if not number:
+        print_styled(console, Text("  ".join(cells).rstrip(), "" if line else "bold"))
+        if not line:
             print_styled(console, Text("─" * (sum(widths) + 2 * len(widths) - 2), "dim"))
     if len(table) > MOST_ROWS:
         say(f"only the first {count(MOST_ROWS, 'row')} are shown; --format csv writes all", err=True)
@@ -145,12 +135,6 @@ def _print(names: Sequence[str], batches: Iterator[list[tuple[Any, ...]]]) -> No
 
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(_plain(value))
-
-
-def _width(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)
 
 
 def _plain(value: Any) -> Any:
@@ -164,7 +148,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
         return str(value)
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     return value if isinstance(value, str | int | bool | None) else str(value)

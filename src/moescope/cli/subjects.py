@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from moescope.cli.options import format_option
 from moescope.errors import MoescopeError, PluginFailed, require
 from moescope.plugins import describe, guarded, installed_plugins
 from moescope.reporting.numbers import count
+from moescope.reporting.options import format_option
 from moescope.reporting.printing import print_table, say
 from moescope.reporting.subject import Drawing
 from moescope.reporting.subjects import load

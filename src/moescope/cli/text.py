@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import shown_layers_option, trace_argument
+from moescope.reporting.options import shown_layers_option, trace_argument
 
 
 @click.command()
@@ -41,5 +41,5 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
     opened = open_trace(trace)
     shown = shown_layers(opened, layers)
     number = int(opened.document_numbers[0]) if document is None else document
-    found = read_document(opened, number, shown)
-    print_document(Console(width=width, highlight=False), found, opened.select_layers(shown))
+    routed = read_document(opened, number, shown)
+    print_document(Console(width=width, highlight=False), routed, opened.select_layers(shown))

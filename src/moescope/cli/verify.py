@@ -1,4 +1,4 @@
-"""``moescope verify``: the door to ``moescope.trace.verifying``."""
+"""``moescope verify``: every byte of a trace checked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from moescope.cli.options import trace_argument
 from moescope.reporting.numbers import count
+from moescope.reporting.options import trace_argument
 from moescope.reporting.printing import say
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isnan, nan
 
 import xarray as xr
@@ -48,9 +48,14 @@ def rows_of(data: xr.Dataset, dim: str, names: Sequence[str]) -> tuple[Row, ...]
     return grid(data[dim].values.tolist(), names, lambda label, name: cell(data.sel({dim: label}), name))
 
 
-def by_layer(data: xr.Dataset, rows: Callable[[xr.Dataset], tuple[Row, ...]]) -> tuple[Section, ...]:
-    """A section a layer, with the rows that are made of it."""
-    return tuple(Section(f"layer {layer}", rows(data.sel(layer=layer))) for layer in data["layer"].values.tolist())
+def by_layer(
+    data: xr.Dataset,
+    rows: Callable[[xr.Dataset], Iterable[Row]],
+    title: Callable[[xr.Dataset], str] = lambda of_layer: "",
+) -> tuple[Section, ...]:
+    """A section a layer, with the rows and the rest of the title that are made of it."""
+    layers = (data.sel(layer=layer) for layer in data["layer"].values)
+    return tuple(Section(f"layer {int(one['layer'])}{title(one)}", tuple(rows(one))) for one in layers)
 
 
 def grid_of(data: xr.Dataset, row: str, column: str, name: str, digits: int | None = None) -> tuple[Row, ...]:
@@ -83,7 +88,19 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
     return Cell(text, beside, mark(q))
 
 
-def bits_range_cell(place: xr.Dataset, name: str) -> Cell:
-    """The interval of an amount of information."""
-    low, high = values(place, f"{name}_low", f"{name}_high")
-    return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
+def divergence_sections(data: xr.Dataset, row: str, name: str) -> tuple[Section, Section, Section]:
+    """A divergence by label and layer, what sampling alone would give, and the interval of the true divergence."""
+    measured = data.drop_vars([f"{name}_low", f"{name}_high"])  # they do not lie around it
+
+    def interval(label: object, layer: int) -> Cell:
+        low, high = values(data.sel({row: label, "layer": layer}), f"{name}_low", f"{name}_high")
+        return Cell(MISSING if isnan(low) or isnan(high) else f"{bits(low)}–{bits(high)}")
+
+    return (
+        Section("measured", grid_of(measured, row, "layer", name)),
+        Section("expected from sampling documents alone", grid_of(measured, row, "layer", f"{name}_null")),
+        Section(
+            "95 % interval of the true divergence",
+            grid(data[row].values.tolist(), data["layer"].values.tolist(), interval),
+        ),
+    )

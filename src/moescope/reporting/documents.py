@@ -81,47 +81,30 @@ def read_document(trace: Trace, number: int, layers: Iterable[int] | None = None
     return _routed(trace, trace.document(number, layers, weights=trace.header.weights))
 
 
-def sample_documents(
-    trace: Trace,
-    *,
-    layers: Iterable[int] | None = None,
-    per_domain: int = 3,
-    most_tokens: int = 600,
-    words: Sequence[str] = (),
-) -> list[RoutedDocument]:
-    """Some documents of each domain, cut to their first tokens.
-
-    Args:
-        trace: The trace.
-        layers: Layers to read, or None for all.
-        per_domain: Documents a domain.
-        most_tokens: Tokens kept of a document.
-        words: Documents with many of these words come first.
-    Returns:
-        The documents by domain, in the order of the trace's domains.
-    """
-    chosen = choose_documents(trace, per_domain=per_domain, most_tokens=most_tokens, words=words)
-    return read_chosen(trace, chosen, layers=layers, most_tokens=most_tokens)
-
-
 def choose_documents(
     trace: Trace, *, per_domain: int = 3, most_tokens: int = 600, words: Sequence[str] = ()
 ) -> list[Candidate]:
-    """The documents of `sample_documents`, from their text alone."""
+    """Some documents of each domain, in the order of the trace's domains, chosen by their text alone.
+
+    Args:
+        trace: The trace.
+        per_domain: Documents a domain.
+        most_tokens: Tokens that will be kept of a document.
+        words: Documents with many of these words come first.
+    """
     candidates = _candidates(trace)
-    cut = slice(most_tokens)
-    plain = _read(trace, [c for found in candidates for c in found], (), weights=False)
-    chosen = []
-    for found in candidates:
-        by_words = sorted(found, key=lambda c: -len(plain[c.number].tokens(cut).find(words)))
-        chosen += by_words[:per_domain]
-    return chosen
+    plain = _read(trace, [candidate for of_domain in candidates for candidate in of_domain], (), weights=False)
+
+    def occurring(candidate: Candidate) -> int:
+        return len(plain[candidate.number].tokens(slice(most_tokens)).find(words))
+
+    return [one for of_domain in candidates for one in sorted(of_domain, key=occurring, reverse=True)[:per_domain]]
 
 
 def read_chosen(
     trace: Trace, chosen: Sequence[Candidate], *, layers: Iterable[int] | None = None, most_tokens: int = 600
 ) -> list[RoutedDocument]:
-    """The documents of `sample_documents` once they are chosen; each part that holds one is read once, in order."""
+    """The chosen documents, cut to their first tokens; each part that holds one is read once, in order."""
     kept = tuple(layer.layer for layer in trace.select_layers(layers))
     full = _read(trace, chosen, kept, weights=trace.header.weights)
     return [full[candidate.number].tokens(slice(most_tokens)) for candidate in chosen]
@@ -149,23 +132,22 @@ class Candidate:
 
 def _candidates(trace: Trace) -> list[list[Candidate]]:
     """For each domain a few documents, evenly over the trace, the longer half of what is too short left out."""
-    columns = []
+    tables = [np.zeros((0, 4), np.int64)]  # columns: document, domain, tokens, part
     for index, file in enumerate(trace.parts):
         part = trace.with_trace_domains(file.read((), tokens=False))
         starts = part.document_starts()
         first = starts[:-1]
-        columns.append(
-            np.stack([part.document[first], part.domain[first], np.diff(starts), np.full(len(first), index)], axis=1)
-        )
-    table = np.concatenate(columns) if columns else np.zeros((0, 4), np.int64)
-    found = []
+        columns = [part.document[first], part.domain[first], np.diff(starts), np.full(len(first), index)]
+        tables.append(np.stack(columns, axis=1))
+    table = np.concatenate(tables)
+    candidates = []
     for code in range(len(trace.domains)):
         rows = table[table[:, 1] == code]
         long = rows[rows[:, 2] >= SHORTEST]
         rows = long if len(long) else rows
         picked = rows[np.unique(np.linspace(0, len(rows) - 1, min(CANDIDATES, len(rows))).round().astype(int))]
-        found.append([Candidate(int(row[0]), int(row[3])) for row in picked])
-    return found
+        candidates.append([Candidate(int(row[0]), int(row[3])) for row in picked])
+    return candidates
 
 
 def _read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -19,12 +19,7 @@ MOST_IN_LABEL, MOST_IN_CELL = 40, 24
 
 
 def render(table: Table, format: str) -> str:
-    """The table in a format, without colour.
-
-    Args:
-        table: The table.
-        format: One of `FORMATS`.
-    """
+    """The table in one of `FORMATS`, without colour."""
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     return FORMATS[format](table)
@@ -40,21 +35,6 @@ def styled(table: Table, width: int | None = None) -> Text:
     """
     blocks = [table] if width is None else _blocks(table, width)
     return Text("\n").join(_block(block) for block in blocks)
-
-
-def text(table: Table) -> str:
-    """The table as plain text."""
-    return styled(table).plain
-
-
-def csv(table: Table) -> str:
-    """The values of the table as CSV, a row a value."""
-    return frames.csv(table.frame)
-
-
-def json(table: Table) -> str:
-    """The values of the table as JSON, an object a value."""
-    return frames.json(table.frame)
 
 
 def latex(table: Table) -> str:
@@ -94,7 +74,13 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"text": text, "csv": csv, "json": json, "latex": latex}
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "text": lambda table: styled(table).plain,
+    "csv": lambda table: frames.csv(table.frame),
+    "json": lambda table: frames.json(table.frame),
+    "latex": latex,
+}
+"""A function a format; CSV and JSON hold the table's values."""
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -206,11 +192,8 @@ def _lines(row: Row) -> Iterator[Row]:
         [cell] if cell.mark or cell.spread else [Cell(line) for line in _wrap(cell.value, MOST_IN_CELL)]
         for cell in row.cells
     ]
-    for line in range(max(len(label), *map(len, cells))):
-        yield Row(
-            label[line] if line < len(label) else "",
-            tuple(lines[line] if line < len(lines) else Cell("") for lines in cells),
-        )
+    for beginning, *in_line in zip_longest(map(Cell, label), *cells, fillvalue=Cell("")):
+        yield Row(beginning.value, tuple(in_line))
 
 
 def _parts(table: Table) -> tuple[list[int], list[int]]:

@@ -86,9 +86,9 @@ def _attributes_from_style(element: Element) -> None:
 
 
 def _references(element: Element) -> list[str]:
-    found = [reference for value in element.attrib.values() for reference in _REFERENCE.findall(value)]
+    references = [reference for value in element.attrib.values() for reference in _REFERENCE.findall(value)]
     href = element.get("href", "")
-    return [*found, href[1:]] if href.startswith("#") else found
+    return [*references, href[1:]] if href.startswith("#") else references
 
 
 def _own_ids(element: Element, name: str, used: set[str]) -> None:

@@ -47,24 +47,16 @@ def lay_out(texts: Sequence[str], width: int) -> list[list[Segment]]:
     if width < 2:
         raise ValueError(f"lines need at least two columns, not {width}")
     lines: list[list[Segment]] = [[]]
-    used = 0
     for token, text in enumerate(texts):
         for shown, ends_line in _pieces(text):
-            room = width - used
-            size = cell_len(shown)
-            parts = [shown] if size <= width else chop_cells(shown, width)
-            if size > room and lines[-1]:
+            size, used = cell_len(shown), sum(cell_len(segment.text) for segment in lines[-1])
+            if used + size > width and lines[-1]:
                 lines.append([])
-                used = 0
-            for number, part in enumerate(parts):
-                if number:
-                    lines.append([])
-                    used = 0
-                lines[-1].append(Segment(part, token))
-                used += cell_len(part)
+            first, *others = [shown] if size <= width else chop_cells(shown, width)
+            lines[-1].append(Segment(first, token))
+            lines += [[Segment(part, token)] for part in others]
             if ends_line:
                 lines.append([])
-                used = 0
     return lines if lines[-1] or len(lines) == 1 else lines[:-1]
 
 

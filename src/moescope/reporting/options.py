@@ -1,10 +1,10 @@
-"""What the commands of several subjects share: arguments and options, each named, typed and explained once."""
+"""What several commands share: arguments and options, each named, typed and explained once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -49,6 +49,30 @@ shown_layers_option = layers_option_for(
 """Layers of which a few are shown; None for three of them."""
 
 
+def one_of(option: str, values: Sequence[str], help: str) -> Callable[[Command], Command]:
+    """An option that takes one of a few words, the first of them by default."""
+    return click.option(option, type=click.Choice(values), default=values[0], show_default=True, help=help)
+
+
+def format_option_for(*formats: str) -> Callable[[Command], Command]:
+    """``--format`` -> ``format``."""
+    return one_of("--format", formats, "How the result is written to stdout.")
+
+
+format_option = format_option_for("text", "csv", "json", "latex")
+"""The formats of a table."""
+
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+"""``--force`` -> ``force``."""
+
+
+def output_option(default: str | None, help: str) -> Callable[[Command], Command]:
+    """``-o PATH``/``--output PATH`` -> ``output``; required if there is no default."""
+    given: dict[str, Any] = {"required": True} if default is None else {"default": default}
+    path = click.Path(path_type=Path)
+    return click.option("-o", "--output", "output", type=path, show_default=True, metavar="PATH", help=help, **given)
+
+
 def word_option(help: str) -> Callable[[Command], Command]:
     """``--word self --word the`` -> ``words``: a tuple of str."""
     return click.option("--word", "words", multiple=True, callback=_parse_words, metavar="WORD", help=help)
@@ -60,13 +84,8 @@ figures_option = click.option(
 """``--figures FOLDER`` -> ``figures``: a folder, or None."""
 
 
-def choice_option_for(help: str) -> Callable[[Command], Command]:
-    """``--choice first|all`` -> ``choice``."""
-    return click.option("--choice", type=click.Choice(["first", "all"]), default="first", show_default=True, help=help)
-
-
-choice_option = choice_option_for("The first choice of a token, or each of its choices.")
-"""The choice that is measured."""
+choice_option = one_of("--choice", ["first", "all"], "The first choice of a token, or each of its choices.")
+"""``--choice first|all`` -> ``choice``: which choices are measured."""
 
 
 def _warn_of_few_permutations(ctx: click.Context, param: click.Parameter, value: int) -> int:

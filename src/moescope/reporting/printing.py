@@ -31,13 +31,7 @@ def write(data: str) -> None:
 
 
 def print_table(table: Table, format: str) -> None:
-    """Print a table to stdout.
-
-    Args:
-        table: The table.
-        format: One of ``moescope.reporting.formats.FORMATS``; ``text`` has colours, and fits the width, if stdout is a
-            terminal.
-    """
+    """Print a table to stdout in one of ``FORMATS``; ``text`` has the colours, and fits the width, of a terminal."""
     from rich.console import Console
 
     from moescope.reporting.formats import render, styled

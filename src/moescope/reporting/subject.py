@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import xarray as xr
 
 from moescope.reporting.tables import Table
 from moescope.simulation.together import Job
@@ -103,6 +104,15 @@ class PageTable:
     heading: str = ""
 
 
+def where_known(result: xr.Dataset, name: str) -> xr.Dataset | None:
+    """The result of a measure; None where the trace does not tell the value anywhere."""
+    return result if result[name].notnull().any() else None
+
+
+Block = PageFigure | PageTable | Table
+"""What a subject shows of a result; a bare table is written to ``tables/`` and does not stand on the page."""
+
+
 def folded(tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
     """Tables by name, each with the line that unfolds it, in the order of the lines; those that are missing are not."""
     by_name = {table.name: table for table in tables}
@@ -155,8 +165,7 @@ class Subject:
             nothing to show None, or NotRecorded raised. None itself for a subject that no report shows.
         play: In place of `measure` for what goes through the trace token by token: a job that gives the result, run
             beside those of other subjects; None where there is nothing to show.
-        blocks: Shows a result: its figures and tables in the order of the page; a bare `Table` is written to
-            ``tables/`` and does not stand on the page.
+        blocks: Shows a result: its figures and tables in the order of the page.
         section: Where they stand; None if nothing does.
         sentence: What a result says of a layer, in plain words; may be empty.
         advise: What a result recommends.
@@ -166,7 +175,7 @@ class Subject:
 
     measure: Callable[[Counted, Results], Any] | None = None
     play: Callable[[Results], Job | None] | None = None
-    blocks: Callable[[Any, Results], Iterator[PageFigure | PageTable | Table]] | None = None
+    blocks: Callable[[Any, Results], Iterator[Block]] | None = None
     section: PageSection | None = None
     sentence: Callable[[Any, int], str] | None = None
     advise: Callable[[Any], Recommendation] | None = None

@@ -23,26 +23,16 @@ from moescope.trace import Layer
 
 GAP = "  "
 NARROWEST = 12
-"""Columns that a layer's text needs at least; with less room, the layers stand below each other."""
+"""Columns that a layer's text needs at least; with fewer, the layers stand below each other."""
 
 MOST_EXPERTS_IN_LEGEND = 64
 
 
 def document_lines(document: RoutedDocument, layers: Sequence[Layer], *, width: int, colour: bool) -> Iterator[Text]:
-    """The lines that show a document.
-
-    Args:
-        document: The document with the choices of the layers.
-        layers: Layers to show.
-        width: Columns there are.
-        colour: Use colours; otherwise print ids.
-    """
-    kept = len(document.token_ids)
-    tokens = (
-        f"{count(kept)} of its {count(document.num_tokens, 'token')}"
-        if kept < document.num_tokens
-        else count(kept, "token")
-    )
+    """The lines that show a document in so many columns, in colours or else with ids."""
+    kept, tokens = len(document.token_ids), count(document.num_tokens, "token")
+    if kept < document.num_tokens:
+        tokens = f"{count(kept)} of its {tokens}"
     yield Text(f"document {document.number}, {visible(document.domain)}, {tokens}", "bold")
     yield Text()
     if colour:
@@ -69,12 +59,12 @@ def _side_by_side(document: RoutedDocument, layers: Sequence[Layer], width: int)
     styles = [_styles(layer) for layer in layers]
     for line in lay_out(document.texts, column):
         out = Text()
-        for at, layer in enumerate(layers):
+        for place, layer in enumerate(layers):
             used = 0
             for segment in line:
-                out.append(segment.text, styles[at][_bounded(experts[at][segment.token], layer)])
+                out.append(segment.text, styles[place][_bounded(experts[place][segment.token], layer)])
                 used += cell_len(segment.text)
-            if at < len(layers) - 1:
+            if place < len(layers) - 1:
                 out.append(" " * (column - used) + GAP)
         yield out
 
@@ -93,9 +83,8 @@ def _legend(layers: Sequence[Layer], width: int) -> Iterator[Text]:
     """The experts' colours, once for each number of experts."""
     for layer in {layer.num_experts: layer for layer in layers}.values():
         if layer.num_experts > MOST_EXPERTS_IN_LEGEND:
-            yield Text(
-                f"{layer.num_experts} experts: colours recur; without colour (NO_COLOR=1) ids are printed", "dim"
-            )
+            recur = "experts: colours recur; without colour (NO_COLOR=1) ids are printed"
+            yield Text(f"{layer.num_experts} {recur}", "dim")
             continue
         legend = Text("first choice, expert ")
         for expert, style in enumerate(_styles(layer)[:-1]):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import xarray as xr
 
+from moescope.tallying import Counted
 from moescope.trace import Trace
 from moescope.trace.cover import cover
 
@@ -30,15 +32,20 @@ def choice_of(result: xr.Dataset) -> str:
     return describe_choice(str(result.attrs["choice"]), int(result["top_k"].values.max()))
 
 
+def first_or_all(counted: Counted) -> Literal["first", "all"]:
+    """The choice to measure: the first, or all where a layer does not say which is the first."""
+    return "first" if all(layer.ranked for layer in counted.layers) else "all"
+
+
 def describe_kind(kind: str, result: xr.Dataset) -> str:
     """Words for a coordinate of kind."""
     return "first choice" if kind == "first" else describe_any(int(result["top_k"].values.max()))
 
 
-def known_kinds(repeats: xr.Dataset) -> list[str]:
-    """The kinds of repeats that are known, and say different things."""
-    kinds = [kind for kind in repeats["kind"].values.tolist() if repeats["rate"].sel(kind=kind).notnull().any()]
-    return kinds[:1] if int(repeats["top_k"].values.max()) == 1 else kinds or ["any"]
+def known_kinds(result: xr.Dataset, name: str = "rate") -> list[str]:
+    """The kinds of repeats, or of agreement, that are known, and say different things."""
+    kinds = [kind for kind in result["kind"].values.tolist() if result[name].sel(kind=kind).notnull().any()]
+    return kinds[:1] if int(result["top_k"].values.max()) == 1 else kinds or ["any"]
 
 
 def expert_name(expert: int, num_experts: int) -> str:
@@ -77,5 +84,5 @@ def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> tuple[str,
     partial = [layer for layer in trace.select_layers(layers) if layer.partial]
     if not partial:
         return ()
-    told = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
-    return (f"{told}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)
+    covers = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
+    return (f"{covers}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)

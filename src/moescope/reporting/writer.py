@@ -132,7 +132,7 @@ def _replace(beside: Path, out: Path, *, force: bool) -> None:
 
 def _write(results: Results, folder: Path) -> None:
     from moescope.reporting import figures, frames
-    from moescope.reporting.formats import csv, latex
+    from moescope.reporting.formats import latex
     from moescope.reporting.inline_svg import inline_svg
     from moescope.reporting.page import DRAWN_BY_PAGE, render_page
     from moescope.reporting.page.contents import contents
@@ -142,7 +142,7 @@ def _write(results: Results, folder: Path) -> None:
     shown = contents(results)
     csvs, svgs = {}, {}
     for table in shown.tables.values():
-        csvs[f"tables/{table.name}"] = csv(table)
+        csvs[f"tables/{table.name}"] = frames.csv(table.frame)
         _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
     for figure in shown.figures:
         csvs[f"figures/{figure.file}"] = frames.csv(figure.frame)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import xarray as xr
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK
 from moescope.reporting.figures import style
+from moescope.reporting.wording import known_kinds
 
 NEARLY_THE_SAME = 90.0
 """Per cent above which everything must lie for the axis not to start at zero."""
@@ -24,27 +25,19 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
     domains = agreement["domain"].values.tolist()
     marks = style.domain_marks(domains[1:]) if len(domains) > 2 else []
     top_k = int(agreement["top_k"].values.max())
-    kinds = [kind for kind in ("set", "first") if np.isfinite(agreement["agreement"].sel(kind=kind)).any()]
-    kinds = kinds[:1] if top_k == 1 else kinds
+    kinds = known_kinds(agreement, "agreement")
     lowest = 100 * float(agreement["agreement_low"].sel(kind=kinds).min())
     bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
     with style.style():
-        handles: list[Artist] = [
-            Line2D([], [], color=INK, linewidth=1.8, label="all domains"),
-            *style.line_handles(marks),
-        ]
+        handles: list[Artist] = [style.line_handle("all domains", color=INK, linewidth=1.8), *style.line_handles(marks)]
         if bottom == 0:  # else popularity is below what is shown
             handles.append(style.band_handle("popularity of the experts alone"))
-        columns = 5 if len(marks) <= 8 else 4
-        top = style.legend_rows(len(handles), columns) + 0.3
-        left = 0.5 if bottom == 0 else 0.6
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2, left=left, sharey=True)
+        look: dict[str, Any] = {"columns": 5 if len(marks) <= 8 else 4, "left": 0.5 if bottom == 0 else 0.6}
+        figure, panels = style.panels_of_kinds(kinds, top_k, handles, **look, sharey=True)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_panel(axes, agreement.sel(kind=kind), marks)
-            axes.set_xlabel("Layer", labelpad=2)
         panels[0].set_ylim(bottom, 100)
         panels[0].set_ylabel("Chosen in both traces (%)")
-        style.legend_above(figure, handles, columns=columns)
     return figure
 
 

@@ -1,9 +1,4 @@
-"""Load balance by layer: the busiest expert over the mean, for the whole trace and within batches.
-
-Left, the whole trace with its interval, and batches: their mean, a band from the 5 % to the 95 % quantile, and dashed
-what batches of as many tokens show by chance. Right, the gate weights of a token (band: 5 % to 95 % of the tokens) or,
-where they were not recorded, the entropy of the loads.
-"""
+"""Balance: the largest load over the mean by layer; beside it the gate weights or, without them, the entropy."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED, domain_colours
@@ -31,17 +25,14 @@ def draw_balance(balance: xr.Dataset) -> Figure:
     colours = domain_colours(len(sizes) + 1)
     with style.style():
         handles = [
-            Line2D([], [], color=INK, linewidth=1.4, marker="s", markersize=3.4, label="the whole trace"),
+            style.line_handle("the whole trace", color=INK, linewidth=1.4, marker="s", markersize=3.4),
             *(
-                Line2D([], [], color=colour, marker=marker, markersize=3.2, linewidth=1.2, label=_batch(size))
+                style.line_handle(_batch(size), color=colour, marker=marker, markersize=3.2, linewidth=1.2)
                 for size, colour, marker in zip(sizes, colours[1:], _MARKERS, strict=False)
             ),
-            Line2D(
-                [], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED, label="the same, tokens drawn at random"
-            ),
+            style.line_handle("the same, tokens drawn at random", color=MUTED, linewidth=1.0, linestyle=style.DASHED),
         ]
-        top = style.legend_rows(len(handles), 5) + 0.3
-        figure, (left, right) = style.panels_in_row(2, top=top, height=top + 0.42 + 2.2, width_ratios=[1.5, 1])
+        figure, (left, right) = style.panels_in_row(2, handles, columns=5, width_ratios=[1.5, 1])
         figure.subplots_adjust(wspace=0.24)
         _draw_imbalance(left, balance, whole, sizes, colours)
         if "weight" in balance:
@@ -50,8 +41,6 @@ def draw_balance(balance: xr.Dataset) -> Figure:
             _draw_entropy(right, whole)
         for axes in (left, right):
             style.layer_axis(axes, balance["layer"].values)
-            axes.set_xlabel("Layer", labelpad=2)
-        style.legend_above(figure, handles, columns=5)
     return figure
 
 

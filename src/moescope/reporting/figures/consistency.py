@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.measures import schema
@@ -26,32 +25,22 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
     colour = domain_colours(1)[0]
     with style.style():
         handles = [
-            Line2D([], [], color=colour, linewidth=1.4, marker="o", markersize=3.2, label="measured"),
-            Line2D(
-                [],
-                [],
-                color=MUTED,
-                linewidth=1.2,
-                marker="s",
-                markersize=2.8,
-                label="tokens of each document in random order",
+            style.line_handle("measured", color=colour, linewidth=1.4, marker="o", markersize=3.2),
+            style.line_handle(
+                "tokens of each document in random order", color=MUTED, linewidth=1.2, marker="s", markersize=2.8
             ),
-            Line2D([], [], **style.UNIFORM, label="uniform routing"),
+            style.line_handle("uniform routing", **style.UNIFORM),
         ]
-        top = style.legend_rows(3, 3) + 0.3
-        figure, panels = style.panels_in_row(len(lengths), top=top, height=top + 0.42 + 1.9, sharey=True)
+        figure, panels = style.panels_in_row(len(lengths), handles, columns=3, height=1.9, sharey=True)
         figure.subplots_adjust(wspace=0.12)
         for axes, length in zip(panels, lengths, strict=True):
-            here = data.sel(length=length)
-            srp, low, high, null, uniform = (
-                100 * here[name].values for name in ("srp", "srp_low", "srp_high", "srp_null", "srp_uniform")
-            )
-            axes.plot(layers, uniform, **style.UNIFORM, label="uniform")
+            percent = 100 * data.sel(length=length)
+            axes.plot(layers, percent["srp_uniform"].values, **style.UNIFORM, label="uniform")
             look: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "markersize": 2.8, "markeredgewidth": 0}
-            axes.plot(layers, null, marker="s" if few else "", **look, label="random order")
+            axes.plot(layers, percent["srp_null"].values, marker="s" if few else "", **look, label="random order")
             look |= {"color": colour, "linewidth": 1.4, "markersize": 3.2}
-            axes.plot(layers, srp, marker="o" if few else "", **look, label="measured")
-            style.add_spread(axes, layers, low, high, colour, 0.18)
+            axes.plot(layers, percent["srp"].values, marker="o" if few else "", **look, label="measured")
+            style.add_spread(axes, layers, percent["srp_low"].values, percent["srp_high"].values, colour, 0.18)
             style.panel_title(axes, f"{length} tokens")
             axes.set_xlabel("Layer", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -59,5 +48,4 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
             axes.grid(axis="y")
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("Best F1 of a fixed set, SRP (%)")
-        style.legend_above(figure, handles, columns=3)
     return figure

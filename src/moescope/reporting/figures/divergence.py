@@ -1,8 +1,4 @@
-"""Divergence of each domain from the others, a map of domain by layer; not in the paper.
-
-Its claim that only DM Mathematics stands out, most at the first and the last layer, can be read from it. A dot marks
-what sampling documents alone does not explain.
-"""
+"""Maps of divergence: of each domain from the others by layer, and of any two domains; not in the paper."""
 
 from __future__ import annotations
 
@@ -83,12 +79,7 @@ def draw_map(
 
 
 def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """The divergence between any two domains, a panel a layer, at most three.
-
-    Args:
-        divergence: Of `moescope.divergence`.
-        layers: Layers to show.
-    """
+    """The divergence between any two domains of a `moescope.divergence`, a panel a layer, at most three."""
     shown = list(layers)[:3]
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
     values = [divergence["jsd"].sel(layer=layer).values for layer in shown]

@@ -1,8 +1,4 @@
-"""Where the bits come from: what each source explains of a layer's choice, a panel a layer; and by layer, a line each.
-
-A bar is the estimate with its 95 % interval, a grey band behind it the bounds between which the truth lies but for
-sampling, and a white tick what permuted routing gives: up to there, the document's own mix of experts explains it.
-"""
+"""Where the bits come from: what each source explains of a layer's choice, a panel a layer; by layer, a line each."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
@@ -24,12 +19,7 @@ ROW_HEIGHT = 1.35
 
 
 def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """Bits by source, a panel a layer.
-
-    Args:
-        explained: Of `moescope.explain`.
-        layers: Layers to show.
-    """
+    """Bits by source of a `moescope.explain`, a panel a layer."""
     sources = _known(explained.sel(layer=list(layers)))
     columns = min(COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
@@ -41,9 +31,9 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         style.place(figure, left=0.95, right=0.12, top=0.42, bottom=0.42, between=0.36, rows=rows)
         figure.subplots_adjust(wspace=0.12)
         for axes, layer in zip(panels.flat, layers, strict=False):
-            here = explained.sel(layer=layer)
-            _draw_bars(axes, here.sel(source=sources), _marks(explained, sources))
-            axes.axvline(float(here["entropy"]), **style.UNIFORM)
+            of_layer = explained.sel(layer=layer)
+            _draw_bars(axes, of_layer.sel(source=sources), _marks(explained, sources))
+            axes.axvline(float(of_layer["entropy"]), **style.UNIFORM)
             style.panel_title(axes, f"Layer {layer}")
             axes.set_xlim(0, most * 1.04)
         for axes in panels.flat[len(layers) :]:
@@ -51,11 +41,9 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
         for axes in panels[-1]:
             axes.set_xlabel("Bits", labelpad=2)
         handles = [
-            Line2D([], [], **style.UNIFORM, label="all bits of the choice"),
+            style.line_handle("all bits of the choice", **style.UNIFORM),
             style.band_handle("bounds"),
-            Line2D(
-                [], [], color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none", label="permuted routing"
-            ),
+            style.line_handle("permuted routing", color=INK, linewidth=1.4, marker="|", markersize=7, linestyle="none"),
         ]
         style.legend_above(figure, handles, columns=3)
     return figure
@@ -67,15 +55,15 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
     layers = explained["layer"].values
     with style.style():
         marks = _marks(explained, sources)
-        top = style.legend_rows(len(sources), 3) + 0.2
-        figure, (axes,) = style.panels_in_row(1, top=top, height=top + 0.42 + 2.2, width=style.NARROW)
+        legend = style.line_handles(marks)
+        figure, (axes,) = style.panels_in_row(1, legend, columns=3, titles=0.2, width=style.NARROW)
         for source, mark in zip(sources, marks, strict=True):
-            here = explained.sel(source=source)
+            data = explained.sel(source=source)
             with np.errstate(invalid="ignore", divide="ignore"):
                 low, high = (
-                    100 * (here[f"bits_{end}"] / here["bits"] * here["share"]).values for end in ("low", "high")
+                    100 * (data[f"bits_{end}"] / data["bits"] * data["share"]).values for end in ("low", "high")
                 )
-            share = 100 * here["share"].values
+            share = 100 * data["share"].values
             low, high = np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high)
             style.add_line(axes, layers, share, low, high, mark, 0.15)
         axes.set_ylim(bottom=0)
@@ -83,7 +71,6 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
         axes.set_ylabel("Share of the choice explained (%)")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y")
-        style.legend_above(figure, style.line_handles(marks), columns=3)
     return figure
 
 
@@ -95,15 +82,15 @@ def _draw_bars(axes: Axes, of_layer: xr.Dataset, marks: Sequence[Mark]) -> None:
     known = np.isfinite(value)
     bounds = np.stack([np.maximum(held_out, 0), y - 0.42, plug_in, y + 0.42], axis=1)[known]
     style.add_rectangles(axes, bounds, facecolor=MUTED, alpha=0.25, linewidth=0, label="bounds")
-    for at_y, one, mark in zip(y, value, marks, strict=True):
-        if np.isfinite(one):
-            bar = np.array([[0.0, at_y - 0.28, one, at_y + 0.28]])
+    for middle, end, mark in zip(y, value, marks, strict=True):
+        if np.isfinite(end):
+            bar = np.array([[0.0, middle - 0.28, end, middle + 0.28]])
             style.add_rectangles(axes, bar, facecolor=mark.colour, linewidth=0, label=mark.name)
     interval = known & np.isfinite(low) & np.isfinite(high)
     axes.hlines(y[interval], low[interval], high[interval], color=INK, linewidth=0.9, label="95 % interval")
     axes.vlines(null[known], y[known] - 0.4, y[known] + 0.4, color=INK, linewidth=1.4, label="permuted routing")
-    for at_y in y[~known]:
-        axes.text(0, at_y, " none", va="center", color=MUTED, fontsize=6.5)
+    for middle in y[~known]:
+        axes.text(0, middle, " none", va="center", color=MUTED, fontsize=6.5)
     axes.set_yticks(y, [mark.name for mark in marks])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(marks) - 0.4, -0.6)

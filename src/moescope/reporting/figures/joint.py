@@ -41,19 +41,14 @@ DIVERGING = LinearSegmentedColormap.from_list(
 
 
 def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
-    """A map of the lift of each pair of experts, a panel a layer, at most three.
-
-    Args:
-        coactivation: Of `moescope.coactivation`.
-        layers: Layers to show; None for the first, the middle and the last.
-    """
+    """A map of the lift of each pair of experts, a panel a layer, at most three; None: first, middle and last."""
 
     def draw(axes: Axes, layer: int) -> ScalarMappable:
         of_layer = coactivation.sel(layer=layer)
         size = int(of_layer["num_ids"])
-        lift, q_value = _tested(of_layer, size, size)
+        lift, differs = _tested(of_layer, size, size)
         order = order_of_pairs(lift)
-        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, order, order)
+        mesh = _draw_map(axes, lift, differs, order, order)
         style.panel_title(axes, f"Layer {layer}")
         axes.set_xlabel("expert" if size <= MOST_WITH_NUMBERS else f"{size} experts, clustered", labelpad=3)
         excess, null = 100 * float(of_layer["deviation"]), 100 * float(of_layer["deviation_null"])
@@ -65,18 +60,15 @@ def draw_coactivation(coactivation: xr.Dataset, layers: Sequence[int] | None = N
 
 
 def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Figure:
-    """Maps of the lift of each transition, at most three, and below the information between all layers.
+    """Maps of the lift of each transition to `layers`, at most three, and below the information between all layers.
 
-    Where there are many experts, those without a transition that enough tokens test are left out.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: The later layer of each map; None for the first, the middle and the last there are.
+    Where there are many experts, those without a transition that enough tokens test are left out. None for the first,
+    the middle and the last layer.
     """
 
     def draw(axes: Axes, layer: int) -> ScalarMappable:
         of_layer = transitions.sel(layer=layer)
-        lift, q_value = _tested(of_layer, int(of_layer["num_before"]), int(of_layer["num_ids"]))
+        lift, differs = _tested(of_layer, int(of_layer["num_before"]), int(of_layer["num_ids"]))
         tested, before = np.isfinite(lift), int(of_layer["layer_before"])
         orders, names = [order_of_rows(lift), order_of_rows(lift.T)], []
         for axis, number in enumerate((before, layer)):
@@ -85,7 +77,7 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
             if max(lift.shape) > MOST_WITH_NUMBERS and 0 < used < size:
                 orders[axis] = orders[axis][:used]  # the others come last
                 names[axis] = f"{used} of {size} experts, layer {number}"
-        mesh = _draw_map(axes, lift, q_value < SIGNIFICANT, *orders)
+        mesh = _draw_map(axes, lift, differs, *orders)
         style.panel_title(axes, f"Layer {before} to {layer}")
         axes.set_aspect("auto")
         axes.set_xlabel(names[1], labelpad=3)
@@ -141,10 +133,10 @@ def _logs(lift: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs
 
 
-def _tested(of_layer: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The lifts of which enough tokens are expected for a test, NaN elsewhere, and their corrected p-values."""
+def _tested(of_layer: xr.Dataset, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The lifts of which enough tokens are expected for a test, NaN elsewhere, and which of them differ from 1."""
     lift, p, q = (of_layer[name].values[:rows, :columns] for name in ("lift", "lift_p", "lift_q"))
-    return np.where(np.isfinite(p), lift, np.nan), q
+    return np.where(np.isfinite(p), lift, np.nan), q < SIGNIFICANT
 
 
 def _shown(data: xr.Dataset, layers: Sequence[int] | None) -> Sequence[int]:
@@ -156,7 +148,7 @@ def _draw_maps(
     layers: Sequence[int], draw: Callable[[Axes, int], ScalarMappable], things: str, below: float = 0.0
 ) -> Figure:
     """A map a layer, side by side, the scale under them, and `below` inches more."""
-    width = FULL_WIDTH if len(layers) > 1 else FULL_WIDTH * 0.62
+    width = FULL_WIDTH if len(layers) > 1 else style.NARROW
     left, gap = 0.42, 0.42
     side = min((width - left - 0.1 - gap * (len(layers) - 1)) / len(layers), 3.4)
     top, under = 0.28, 0.95 if not below else 0.82
@@ -184,7 +176,7 @@ def _draw_map(
 ) -> ScalarMappable:
     few = max(lift.shape) <= MOST_WITH_NUMBERS
     if few:
-        rows, columns = np.arange(lift.shape[0]), np.arange(lift.shape[1])
+        rows, columns = map(np.arange, lift.shape)
     lift, differs = lift[np.ix_(rows, columns)], differs[np.ix_(rows, columns)]
     logs = _logs(lift)
     look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}
@@ -214,14 +206,8 @@ def _draw_information(figure: Figure, transitions: xr.Dataset) -> None:
     value, null = (transitions[name].values for name in ("information", "information_null"))
     style.add_intervals(axes, transitions, "information")
     axes.plot(layers, value, "-s", color=INK, markersize=3.0, linewidth=1.2, label="bias removed")
-    look: dict[str, Any] = {
-        "color": MUTED,
-        "linestyle": style.DASHED,
-        "linewidth": 1.0,
-        "marker": "o",
-        "markersize": 2.2,
-    }
-    axes.plot(layers, null, **look, label="sampling alone")
+    look: dict[str, Any] = {"linestyle": style.DASHED, "linewidth": 1.0, "marker": "o", "markersize": 2.2}
+    axes.plot(layers, null, color=MUTED, **look, label="sampling alone")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
     if len(layers) <= style.MOST_LAYERS_WITH_MARKERS:

@@ -22,9 +22,6 @@ NULL_NAMES = {
     "words": "same words elsewhere",
 }
 
-COLUMNS = 4
-"""Of the legend."""
-
 DOTTED = (0, (2, 2))
 
 
@@ -35,36 +32,31 @@ def draw_excess(locality: xr.Dataset) -> Figure:
     marks = {null: mark for null, mark in marks.items() if data["excess"].sel(null=null).notnull().any()}
     layers = data["layer"].values
     with style.style():
-        figure, panels = _panels(data, len(marks))
+        figure, panels = _panels(data, style.line_handles(list(marks.values())))
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for null, mark in marks.items():
-                here = data.sel(null=null, kind=kind)
-                value, low, high = (100 * here[f"excess{end}"].values for end in ("", "_low", "_high"))
+                of_null = data.sel(null=null, kind=kind)
+                value, low, high = (100 * of_null[f"excess{end}"].values for end in ("", "_low", "_high"))
                 style.add_line(axes, layers, value, low, high, mark)
             axes.axhline(0, **style.UNIFORM)
             axes.set_xlabel("Layer", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         panels[0].set_ylabel("Repeats above the null (points)")
-        style.legend_above(figure, style.line_handles(list(marks.values())), columns=COLUMNS)
     return figure
 
 
 def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
-    """Repeats by distance, a line a layer, all domains together; dotted what the document in any order gives.
-
-    Args:
-        locality: Of `moescope.locality`.
-        layers: Layers to show.
-    """
+    """Repeats by distance, a line a layer, all domains together; dotted what the document in any order gives."""
     data = schema.total(locality).sel(layer=list(layers))
     marks = style.domain_marks([f"layer {layer}" for layer in layers])
     lags = data["lag"].values
     with style.style():
-        figure, panels = _panels(data, len(layers) + 1)
+        any_order = style.line_handle("document in any order", color=INK, linewidth=0.9, linestyle=DOTTED)
+        figure, panels = _panels(data, [*style.line_handles(marks), any_order])
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for layer, mark in zip(layers, marks, strict=True):
-                here = data.sel(layer=layer, kind=kind)
-                value, low, high, null = (100 * here[f"lag_rate{end}"].values for end in ("", "_low", "_high", "_null"))
+                one = data.sel(layer=layer, kind=kind)
+                value, low, high, null = (100 * one[f"lag_rate{end}"].values for end in ("", "_low", "_high", "_null"))
                 axes.plot(lags, null, color=mark.colour, linewidth=0.9, linestyle=DOTTED)
                 style.add_line(axes, lags, value, low, high, mark)
             axes.set_xscale("log", base=2)
@@ -72,16 +64,12 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("Tokens apart", labelpad=2)
         panels[0].set_ylabel("Repeats (%)")
-        any_order = Line2D([], [], color=INK, linewidth=0.9, linestyle=DOTTED, label="document in any order")
-        style.legend_above(figure, [*style.line_handles(marks), any_order], columns=COLUMNS)
     return figure
 
 
-def _panels(data: xr.Dataset, entries: int) -> tuple[Figure, list[Axes]]:
-    """A panel a kind of repeat, under a legend of so many entries."""
-    top = style.legend_rows(entries, COLUMNS) + 0.3
-    top_k = int(data["top_k"].values.max())
-    figure, panels = style.panels_of_kinds(known_kinds(data), top_k, top=top, height=top + 0.42 + 2.2)
+def _panels(data: xr.Dataset, legend: list[Line2D]) -> tuple[Figure, list[Axes]]:
+    """A panel a kind of repeat, under a legend."""
+    figure, panels = style.panels_of_kinds(known_kinds(data), int(data["top_k"].values.max()), legend, columns=4)
     for axes in panels:
         axes.grid(axis="y")
     return figure, panels

@@ -1,8 +1,4 @@
-"""Figure 10: how often consecutive tokens repeat an expert, by layer, a line a domain.
-
-Two panels as in the paper, first choice and any choice. Beside the paper's dashed uniform rate there is a grey band:
-the rates that the popularity of the experts alone predicts, from the lowest to the highest domain.
-"""
+"""Figure 10: repeated experts of consecutive tokens by layer, a line a domain; first choice left, any choice right."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS, Mark
@@ -25,17 +20,13 @@ def draw_repeats(repeats: xr.Dataset) -> Figure:
     with style.style():
         handles = [
             *style.line_handles(marks),
-            Line2D([], [], **style.UNIFORM, label="uniform routing"),
+            style.line_handle("uniform routing", **style.UNIFORM),
             style.band_handle("popularity of the experts alone"),
         ]
-        columns = 5 if len(marks) <= 8 else 4
-        top = style.legend_rows(len(handles), columns) + 0.3
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=top, height=top + 0.42 + 2.2)
+        figure, panels = style.panels_of_kinds(kinds, top_k, handles, columns=5 if len(marks) <= 8 else 4)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, repeats.sel(kind=kind), marks)
-            axes.set_xlabel("Layer", labelpad=2)
         panels[0].set_ylabel("Repeated consecutive assignments (%)")
-        style.legend_above(figure, handles, columns=columns)
     return figure
 
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from moescope.measures.schema import total
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
+from moescope.reporting.wording import known_kinds
 
 MOST_LAYERS_BY_NAME = 8
 """Up to here each line carries its layer's number; beyond, the colour does."""
@@ -28,11 +29,9 @@ BY_DEPTH = LinearSegmentedColormap.from_list("by_depth", ["#e8b04a", "#c8663c", 
 def draw_saturation(saturation: xr.Dataset) -> Figure:
     """The curves of all layers of a `moescope.saturation`, all domains together."""
     data = total(saturation)
-    kinds = [kind for kind in ("set", "first") if np.isfinite(data["agreement"].sel(kind=kind)).any()]
-    top_k = int(data["top_k"].values.max())
-    kinds = kinds[:1] if top_k == 1 else kinds
+    kinds = known_kinds(data, "agreement")
     with style.style():
-        figure, panels = style.panels_of_kinds(kinds, top_k, top=0.3, height=2.95, sharey=True)
+        figure, panels = style.panels_of_kinds(kinds, int(data["top_k"].values.max()), height=2.23, sharey=True)
         figure.subplots_adjust(right=1 - 0.62 / figure.get_size_inches()[0])  # for the names of layers
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, data.sel(kind=kind), named=axes is panels[-1])

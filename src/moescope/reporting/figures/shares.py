@@ -33,19 +33,12 @@ BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
 
 
 def draw_shares(shares: xr.Dataset, layers: Sequence[int], choice: str = "all") -> Figure:
-    """Figure 7: a panel a layer.
-
-    Args:
-        shares: Of `moescope.shares`.
-        layers: Layers to draw.
-        choice: Which choice; the paper draws "all".
-    """
+    """Figure 7 of a `moescope.shares`: a panel a layer; the paper draws all choices together."""
     data = shares.sel(layer=list(layers), choice=choice)
     with style.style():
         if not as_bars(data):
             return _draw_maps([(f"Layer {layer}", data.sel(layer=layer)) for layer in layers])
-        marks = style.domain_marks(data["domain"].values.tolist())
-        columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
+        marks, columns = _legend(data)
         top = style.legend_rows(len(marks), columns) + 0.25
         figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.3 * len(layers) + 0.37 * (len(layers) - 1))
         panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
@@ -75,8 +68,7 @@ def draw_choices(shares: xr.Dataset, layers: Sequence[int]) -> Figure:
             return _draw_maps(
                 [(f"Layer {layer}: {titles[choice]}", data.sel(layer=layer, choice=choice)) for layer, choice in places]
             )
-        marks = style.domain_marks(data["domain"].values.tolist())
-        columns = min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
+        marks, columns = _legend(data)
         top = style.legend_rows(len(marks), columns) + 0.26
         figure = style.new_figure(FULL_WIDTH, top + 0.38 + 1.25 * len(choices) + 0.18 * (len(choices) - 1))
         panels = figure.subplots(len(choices), len(layers), squeeze=False, sharex="col", sharey=True)
@@ -101,14 +93,20 @@ def as_bars(shares: xr.Dataset) -> bool:
     return num_ids <= MOST_EXPERTS_AS_BARS and num_ids * shares.sizes["domain"] <= MOST_BARS
 
 
-def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float) -> None:
+def _legend(data: xr.Dataset) -> tuple[list[Mark], int]:
+    """The marks of the domains, and how many stand side by side."""
+    marks = style.domain_marks(data["domain"].values.tolist())
+    return marks, min(len(marks), 8 if sum(len(mark.name) for mark in marks) < 80 else 4)
+
+
+def _draw_bars(axes: Axes, data: xr.Dataset, marks: Sequence[Mark], highest: float) -> None:
     """The bars of one layer and choice, with their intervals and the uniform share."""
-    num_ids = int(at["num_ids"])
+    num_ids = int(data["num_ids"])
     width = GROUP_WIDTH / len(marks)
     experts = np.arange(num_ids)
     centres = experts + (np.arange(len(marks))[:, None] - (len(marks) - 1) / 2) * width
     share, low, high = (
-        at[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "share_low", "share_high")
+        data[name].transpose("domain", "expert").values[:, :num_ids] for name in ("share", "share_low", "share_high")
     )
     for mark, x, height in zip(marks, centres, share, strict=True):
         bars = np.stack([x - 0.46 * width, 0 * x, x + 0.46 * width, np.nan_to_num(height)], axis=1)
@@ -116,10 +114,10 @@ def _draw_bars(axes: Axes, at: xr.Dataset, marks: Sequence[Mark], highest: float
     style.add_verticals(
         axes, centres.ravel(), low.ravel(), high.ravel(), edgecolor=INK, linewidth=0.5, label="95 % interval"
     )
-    axes.axhline(float(at["share_null"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
+    axes.axhline(float(data["share_null"]), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
     axes.set_xlim(-0.5, num_ids - 0.5)
     axes.set_ylim(0, highest)
-    num_experts = int(at["num_experts"])
+    num_experts = int(data["num_experts"])
     axes.set_xticks(experts, [str(e) if e < num_experts else f"{e} null" for e in experts], minor=False)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y")
@@ -142,7 +140,7 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     """Maps of domain by expert, one under the other, experts ordered by their mean share."""
     domains = panels[0][1]["domain"].values.tolist()
     names = [mark.name for mark in style.domain_marks(domains)]
-    ratios = [_ratios(at) for _, at in panels]
+    ratios = [_ratios(data) for _, data in panels]
     largest = max(float(np.nanpercentile(ratio, 99.5)) for ratio in ratios)
     norm = TwoSlopeNorm(1, 1e-9, max(2.0, largest))
     height = max(0.5, 0.135 * len(domains))
@@ -151,10 +149,10 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     left = 0.15 + 0.053 * max(map(len, names))
     style.place(figure, left=left, right=0.12, top=top, bottom=bottom, between=between, rows=len(panels))
-    for axes, (title, at), ratio in zip(all_axes, panels, ratios, strict=True):
+    for axes, (title, data), ratio in zip(all_axes, panels, ratios, strict=True):
         mesh = _draw_map(axes, ratio, norm)
         axes.set_yticks(np.arange(len(domains)) + 0.5, names)
-        style.panel_title(axes, f"{title} ({int(at['num_experts'])} experts)")
+        style.panel_title(axes, f"{title} ({int(data['num_experts'])} experts)")
     all_axes[-1].set_xlabel("Experts, the most used of each panel first", labelpad=3)
     words = "share over uniform; black: exactly none"
     bar = style.add_scale(figure, mesh, words, left=left, bottom=0.24, length=2.2, gap=0.2, extend="max")
@@ -163,11 +161,11 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     return figure
 
 
-def _ratios(at: xr.Dataset) -> NDArray[np.float64]:
+def _ratios(data: xr.Dataset) -> NDArray[np.float64]:
     """Shares over the uniform share, shape (domain, expert), the experts of the largest mean share first."""
-    share = at["share"].isel(expert=slice(int(at["num_ids"]))).transpose("domain", "expert").values
+    share = data["share"].isel(expert=slice(int(data["num_ids"]))).transpose("domain", "expert").values
     means = np.nan_to_num(share).mean(axis=0)
-    return share[:, np.argsort(-means, kind="stable")] / float(at["share_null"])
+    return share[:, np.argsort(-means, kind="stable")] / float(data["share_null"])
 
 
 def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any:

@@ -72,17 +72,12 @@ class Mark(NamedTuple):
 def domain_marks(domains: Sequence[str]) -> list[Mark]:
     """A mark for each domain; no two are alike up to thirty."""
     colours = domain_colours(len(domains))
-    distinct = max(1, len(set(colours)))
-    return [
-        Mark(
-            shorten(domain, LONGEST_NAME),
-            colour,
-            marker,
-            _LINES[number // distinct % len(_LINES)],
-            _HATCHES[number // distinct % len(_HATCHES)],
-        )
-        for number, (domain, colour, marker) in enumerate(zip(domains, colours, cycle(_MARKERS), strict=False))
-    ]
+    marks = []
+    for number, (domain, colour, marker) in enumerate(zip(domains, colours, cycle(_MARKERS), strict=False)):
+        turn = number // len(set(colours))  # of the colours, told apart by line and hatch
+        line, hatch = _LINES[turn % len(_LINES)], _HATCHES[turn % len(_HATCHES)]
+        marks.append(Mark(shorten(domain, LONGEST_NAME), colour, marker, line, hatch))
+    return marks
 
 
 @contextmanager
@@ -133,17 +128,22 @@ def legend_rows(num_entries: int, columns: int) -> float:
 
 def bar_handles(marks: Sequence[Mark]) -> list[Patch]:
     """Legend entries of bars."""
-    look: dict[str, Any] = {"edgecolor": PAPER, "linewidth": 0}
-    return [Patch(facecolor=mark.colour, hatch=mark.hatch, label=mark.name, **look) for mark in marks]
+    return [Patch(label=mark.name, fc=mark.colour, hatch=mark.hatch, ec=PAPER, lw=0) for mark in marks]
 
 
 def line_handles(marks: Sequence[Mark]) -> list[Line2D]:
     """Legend entries of lines."""
-    look: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.2}
     return [
-        Line2D([], [], color=mark.colour, linestyle=mark.line, marker=mark.marker, label=mark.name, **look)
+        line_handle(
+            mark.name, color=mark.colour, linestyle=mark.line, marker=mark.marker, markersize=3.2, linewidth=1.2
+        )
         for mark in marks
     ]
+
+
+def line_handle(label: str, **look: Any) -> Line2D:
+    """Legend entry of a line of another look."""
+    return Line2D([], [], label=label, **look)
 
 
 def band_handle(label: str) -> Patch:
@@ -207,9 +207,11 @@ def add_spread(
         axes.fill_between(x, low, high, color=colour, alpha=shade, linewidth=0)
 
 
-def add_marked(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, **look: Any) -> None:
-    """Draw a line with all its markers, or with every fourth where layers are many."""
-    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else 4
+def add_marked(
+    axes: Axes, x: NDArray[Any], y: NDArray[np.float64], colour: str, marker: str, first: int = 0, **look: Any
+) -> None:
+    """Draw a line with all its markers, or with every fourth from the first where layers are many."""
+    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (first, 4)
     usual = {"markersize": 3.2, "linewidth": 1.2, "markevery": every, "markeredgewidth": 0}
     axes.plot(x, y, color=colour, marker=marker, **usual | look)
 
@@ -225,36 +227,44 @@ def _add_path(axes: Axes, points: NDArray[np.float64], codes: NDArray[np.uint8],
 
 
 def panels_in_row(
-    number: int, *, top: float, height: float, width: float = FULL_WIDTH, left: float = 0.5, **layout: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, over a line for the names of their axes.
+    number: int, legend: Sequence[Artist] = (), *, columns: int = 1, titles: float = 0.3, height: float = 2.2,
+    width: float = FULL_WIDTH, left: float = 0.5, **layout: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure with panels side by side under a legend, over a line for the names of their axes; sizes in inches.
 
     Args:
         number: Of panels.
-        top: Margin, as is `left`, in inches.
-        height: Of the figure, as is `width`, in inches.
+        legend: Its entries; may be empty.
+        columns: Of the legend.
+        titles: Space for the titles of the panels.
+        height: Of a panel.
+        width: Of the figure.
+        left: Margin.
         layout: Arguments of `Figure.subplots`.
     """
-    figure = new_figure(width, height)
+    top = titles + (legend_rows(len(legend), columns) if legend else 0)
+    figure = new_figure(width, top + 0.42 + height)
     panels = figure.subplots(1, number, squeeze=False, **layout)[0].tolist()
     place(figure, left=left, right=0.1, top=top, bottom=0.42, between=0, rows=1)
     figure.subplots_adjust(wspace=0.16)
+    legend_above(figure, legend, columns=columns)
     return figure, panels
 
 
-def panels_of_kinds(kinds: Sequence[str], top_k: int, **sizes: Any) -> tuple[Figure, list[Axes]]:
-    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; sizes as of `panels_in_row`."""
-    figure, panels = panels_in_row(len(kinds), width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
+def panels_of_kinds(
+    kinds: Sequence[str], top_k: int, legend: Sequence[Artist] = (), **sizes: Any
+) -> tuple[Figure, list[Axes]]:
+    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; the rest as of `panels_in_row`."""
+    figure, panels = panels_in_row(len(kinds), legend, width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
     for axes, kind in zip(panels, kinds, strict=True):
         panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
     return figure, panels
 
 
 def add_domain(axes: Axes, x: NDArray[Any], y: NDArray[np.float64], mark: Mark, number: int, **look: Any) -> None:
-    """Draw the line of a domain by layer, with all its markers, or with every fourth where layers are many."""
-    every = 1 if len(x) <= MOST_LAYERS_WITH_MARKERS else (number % 4, 4)
-    look |= {"color": mark.colour, "linestyle": mark.line, "label": mark.name}
-    axes.plot(x, y, marker=mark.marker, markevery=every, markeredgewidth=0, **look)
+    """Draw the line of a domain by layer; where markers are few, those of neighbouring domains stand apart."""
+    look |= {"linestyle": mark.line, "label": mark.name}
+    add_marked(axes, x, y, mark.colour, mark.marker, number % 4, **look)
 
 
 def widened(layers: NDArray[Any], *values: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
@@ -284,6 +294,7 @@ def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
     if len(layers) <= MOST_LAYERS_WITH_MARKERS:
         axes.set_xticks(layers)
     axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
+    axes.set_xlabel("Layer", labelpad=2)
     axes.grid(axis="y")
 
 

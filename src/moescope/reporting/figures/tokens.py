@@ -31,13 +31,7 @@ MISSING_GLYPH = "□"
 
 
 def draw_tokens(documents: Sequence[RoutedDocument], layers: Sequence[Layer], words: Sequence[str] = ()) -> Figure:
-    """Figure 8, a few lines of each document, from shortly before the first of the words.
-
-    Args:
-        documents: Documents, with the choices of the layers.
-        layers: Layers to show, a column each.
-        words: Words to look for; a document without any is shown from its start.
-    """
+    """Figure 8, a column a layer: a few lines of each document from before the first of the words, or its start."""
     column = (FULL_WIDTH - 0.04 - GAP * (len(layers) - 1)) / len(layers)
     width = max(2, int(column / CHARACTER))
     font = font_manager.get_font(font_manager.findfont(FONT))
@@ -48,14 +42,14 @@ def draw_tokens(documents: Sequence[RoutedDocument], layers: Sequence[Layer], wo
         heights = [len(lines) * LINE + 0.19 for lines in shown]
         height = top + sum(heights) + 0.12 * (len(shown) - 1) + 0.04
         figure = style.new_figure(FULL_WIDTH, height)
-        for at, layer in enumerate(layers):
-            left = 0.02 + at * (column + GAP)
+        for place, layer in enumerate(layers):
+            left = 0.02 + place * (column + GAP)
             figure.text(left / FULL_WIDTH, 1 - (top - 0.06) / height, f"Layer {layer.layer}", weight="bold", fontsize=8)
             edge = top
             for document, lines, panel in zip(documents, shown, heights, strict=True):
                 box = (left / FULL_WIDTH, 1 - (edge + panel) / height, column / FULL_WIDTH, (panel - 0.15) / height)
                 _draw_lines(figure.add_axes(box), lines, document, layer, column)
-                if at == 0:
+                if place == 0:
                     title = f"{shorten(document.domain, LONGEST_NAME)}, document {document.number}"
                     figure.text(left / FULL_WIDTH, 1 - (edge + 0.1) / height, title, fontsize=6.5, color=MUTED)
                 edge += panel + 0.12
@@ -67,8 +61,8 @@ def draw_tokens(documents: Sequence[RoutedDocument], layers: Sequence[Layer], wo
 def _excerpt(document: RoutedDocument, width: int, font: FT2Font, words: Sequence[str]) -> list[list[Segment]]:
     """A few lines of the document, every character of which the font has, in one column."""
     lines = lay_out(document.texts, width)
-    found = min(document.find(words), default=0)
-    start = next((at for at, line in enumerate(lines) if line and line[-1].token >= found), 0)
+    token = min(document.find(words), default=0)
+    start = next((number for number, line in enumerate(lines) if line and line[-1].token >= token), 0)
     start = max(0, min(start - LINES_BEFORE, len(lines) - MOST_LINES))
     return [
         [Segment(_in_font(segment.text, font), segment.token) for segment in line]

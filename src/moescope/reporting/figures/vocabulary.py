@@ -1,8 +1,4 @@
-"""Vocabulary specialization: by layer above, by expert below; by the token itself left, by the next token right.
-
-Above, the mean over ids with its 95 % interval, and dashed the same of choices that do not see the token; dotted, the
-most popular expert. Below, each layer's experts from the most to the least specialized.
-"""
+"""Vocabulary specialization: by layer above, by expert below; by the token itself left, by the next token right."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED, PAPER, domain_colours
@@ -38,14 +33,8 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
         height = top + lines_height + between + map_height + bottom
         figure = style.new_figure(FULL_WIDTH, height)
         panels = figure.subplots(2, 2, squeeze=False, sharex="col", height_ratios=[lines_height, map_height])
-        figure.subplots_adjust(
-            left=0.5 / FULL_WIDTH,
-            right=1 - 0.1 / FULL_WIDTH,
-            top=1 - top / height,
-            bottom=bottom / height,
-            hspace=between / ((lines_height + map_height) / 2),
-            wspace=0.12,
-        )
+        style.place(figure, left=0.5, right=0.1, top=top, bottom=bottom, between=between, rows=2)
+        figure.subplots_adjust(wspace=0.12)
         largest = 100 * float(np.nanmax(vocabulary["expert_specialization"].values, initial=1e-4))
         for column, (by, title) in enumerate(TITLES.items()):
             lines, experts = panels[:, column]
@@ -65,9 +54,9 @@ def draw_vocabulary(vocabulary: xr.Dataset) -> Figure:
         bar = style.add_scale(figure, scale, words, left=0.5, bottom=0.27, length=1.4, gap=0.15)
         bar.ax.xaxis.set_major_locator(MaxNLocator(4))
         handles = [
-            Line2D([], [], color=INK, linewidth=1.4, marker="o", markersize=3.2, label="all ids"),
-            Line2D([], [], color=INK, linewidth=1.0, linestyle=style.DASHED, label="choices that do not see the token"),
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DOTTED, label="most popular expert"),
+            style.line_handle("all ids", color=INK, linewidth=1.4, marker="o", markersize=3.2),
+            style.line_handle("choices that do not see the token", color=INK, linewidth=1.0, linestyle=style.DASHED),
+            style.line_handle("most popular expert", color=MUTED, linewidth=1.0, linestyle=DOTTED),
         ]
         style.legend_above(figure, handles, columns=3)
     return figure

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
@@ -154,8 +155,9 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
     layers = trace.layers
     experts = sorted({layer.num_experts for layer in layers})
     top_k = sorted({layer.top_k for layer in layers})
-    of = "counted in {} or passes" if trace.header.counts_only else "of {}"
-    yield "Tokens", count(trace.num_tokens), of.format(count(trace.num_documents, "document"))
+    documents = count(trace.num_documents, "document")
+    more = f"counted in {documents} or passes" if trace.header.counts_only else f"of {documents}"
+    yield "Tokens", count(trace.num_tokens), more
     corpus = trace.header.corpus.get("name")
     yield "Domains", count(len(trace.domains)), f"in {visible(str(corpus))}" if corpus else ""
     yield "Layers with experts", count(len(layers)), f"{layers[0].layer} to {layers[-1].layer}"
@@ -164,8 +166,8 @@ def _facts(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def _warnings(results: Results) -> list[str]:
     """What an importer found odd in the trace's source."""
-    found = (results.trace.summary or {}).get("warnings", [])
-    return [str(warning) for warning in found] if isinstance(found, list) else []
+    warnings = (results.trace.summary or {}).get("warnings", [])
+    return [str(warning) for warning in warnings] if isinstance(warnings, list) else []
 
 
 def _lacks(results: Results) -> Iterator[str]:
@@ -201,21 +203,20 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
 
 def _fitting(results: Results) -> list[RoutedDocument]:
     """The documents that fit into the page, a document of every domain before the second of any; by domain again."""
-    turns: dict[str, int] = {}
+    turns: Counter[str] = Counter()
     order = []
     for document in results.found["tokens"] or []:
-        turns[document.domain] = turns.get(document.domain, 0) + 1
+        turns[document.domain] += 1
         order.append((turns[document.domain], document))
     layers = embedded_layers(results.trace, results.layers)
     a_token = 8 + sum(layer.top_k * (_id_bytes(layer) + bool(results.trace.header.weights)) * 4 / 3 for layer in layers)
-    room = MOST_TEXT_BYTES / a_token
+    tokens_left = MOST_TEXT_BYTES / a_token
     kept = []
     for _, document in sorted(order, key=lambda turn: turn[0]):
-        if len(document.token_ids) <= room:
+        if len(document.token_ids) <= tokens_left:
             kept.append(document)
-            room -= len(document.token_ids)
-    places = {domain: at for at, domain in enumerate(results.trace.domains)}
-    return sorted(kept, key=lambda document: places[document.domain])
+            tokens_left -= len(document.token_ids)
+    return sorted(kept, key=lambda document: results.trace.domains.index(document.domain))
 
 
 def _embedded(results: Results, documents: Sequence[RoutedDocument]) -> str:
@@ -243,25 +244,18 @@ def _routing(results: Results, documents: Sequence[RoutedDocument]) -> dict[str,
             "ids": document.token_ids.tolist(),
             "tokens": [places.setdefault(_displayed(text), len(places)) for text in document.texts],
             "experts": {layer.layer: _packed_ids(document.expert_ids[layer.layer], layer) for layer in layers},
-            **(
-                {"weights": {number: _packed_weights(w) for number, w in document.gate_weights.items()}}
-                if document.gate_weights
-                else {}
-            ),
         }
         for document in documents
     ]
+    for document, entry in zip(documents, shown, strict=True):
+        if document.gate_weights:
+            entry["weights"] = {layer: _packed_weights(weights) for layer, weights in document.gate_weights.items()}
     most = max((layer.top_k for layer in results.trace.layers), default=1)
     first = example_documents(documents, results.words, 1)
     return {
         "layers": [
-            {
-                "layer": layer.layer,
-                "num_experts": layer.num_experts,
-                "top_k": layer.top_k,
-                "wide": _id_bytes(layer) == 2,
-            }
-            for layer in layers
+            {"layer": one.layer, "num_experts": one.num_experts, "top_k": one.top_k, "wide": _id_bytes(one) == 2}
+            for one in layers
         ],
         "shown": [layer for layer in results.layers if layer in {e.layer for e in layers}][:3],
         "start": first[0].number if first else None,

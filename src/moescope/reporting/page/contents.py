@@ -13,7 +13,16 @@ from typing import Any
 from moescope.plugins import guarded, installed_plugins
 from moescope.reporting import frames
 from moescope.reporting.formats import FORMATS
-from moescope.reporting.subject import Chapter, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
+from moescope.reporting.subject import (
+    Block,
+    Chapter,
+    PageFigure,
+    PageSection,
+    PageTable,
+    Recommendation,
+    Results,
+    Subject,
+)
 from moescope.reporting.subjects import load
 from moescope.reporting.tables import Table
 from moescope.reporting.wording import cover_notes
@@ -88,7 +97,7 @@ def contents(results: Results) -> Contents:
     return replace(shown, chapters=chapters)
 
 
-def _noted(block: PageFigure | PageTable | Table, notes: tuple[str, ...]) -> PageFigure | PageTable | Table:
+def _noted(block: Block, notes: tuple[str, ...]) -> Block:
     """The block with notes that belong to all of the trace."""
     if not notes:
         return block
@@ -99,9 +108,7 @@ def _noted(block: PageFigure | PageTable | Table, notes: tuple[str, ...]) -> Pag
     return replace(block, notes=(*block.notes, *notes))
 
 
-def _filled(
-    subject: Subject, result: Any, blocks: list[PageFigure | PageTable | Table], results: Results
-) -> FilledSection | None:
+def _filled(subject: Subject, result: Any, blocks: list[Block], results: Results) -> FilledSection | None:
     """What a subject adds to its section."""
     if subject.section is None:
         return None
@@ -116,14 +123,14 @@ def _filled(
     )
 
 
-def _checked(blocks: list[PageFigure | PageTable | Table], shown: Contents) -> list[PageFigure | PageTable | Table]:
+def _checked(blocks: list[Block], shown: Contents) -> list[Block]:
     """The blocks of another package, drawn and written once, so that what fails fails before the page is made.
 
     Raises:
         ValueError: A figure or a table has the name of an earlier one.
     """
     names, files = {figure.name for figure in shown.figures}, {figure.file for figure in shown.figures}
-    checked: list[PageFigure | PageTable | Table] = []
+    checked: list[Block] = []
     for block in blocks:
         if isinstance(block, PageFigure):
             if block.name in names or block.file in files:

@@ -28,7 +28,7 @@ MEASURES: Mapping[str, str] = {
     "explain": "Show how many bits of the choice domain, token, neighbours and place explain.",
     "locality": "Show how much more often neighbours repeat an expert than their words would anyway.",
     "consistency": "Show how well one set of experts would serve consecutive tokens.",
-    "vocabulary": "Show how surely each token goes to one expert, and which tokens each expert gets.",
+    "vocabulary": "Show how consistently each token goes to one expert, and which tokens each expert gets.",
     "syntax": "Show whether indentation, punctuation, digits and the like have experts of their own.",
     "balance": "Show how evenly the experts are loaded.",
     "coactivation": "Show which experts are chosen for the same token.",

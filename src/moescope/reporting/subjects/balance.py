@@ -128,7 +128,7 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
         notes=(
             "imbalance: largest load over mean load, 1 if all are equal (MaxVio is this minus 1).",
             "idle: no assignment at all; nearly idle: others with less than a tenth of the uniform share (in "
-            "brackets, surely and possibly).",
+            "brackets, significantly and possibly).",
             BY_DOCUMENT,
         ),
         frame=balance_frame(data),
@@ -164,7 +164,7 @@ _WEIGHTS = {"first": "the largest", "margin": "its lead over the second", "entro
 
 
 def _load_cell(place: xr.Dataset, name: str) -> Cell:
-    """A cell of the loads; that of experts nearly idle says how many there are surely and possibly."""
+    """A cell of the loads; that of experts nearly idle says how many there are significantly and possibly."""
     if name != "nearly_idle":
         return cell(place, name, _DIGITS.get(name))
     number, least, most = (int(place[f"{name}{end}"]) for end in ("", "_low", "_high"))

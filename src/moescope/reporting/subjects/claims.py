@@ -9,6 +9,7 @@ from math import isnan
 import pandas as pd
 
 from moescope.measures.claims import Claim, Effect, answered, claims
+from moescope.reporting.cells import mark
 from moescope.reporting.numbers import MISSING, bits, percent
 from moescope.reporting.options import trace_argument, word_option
 from moescope.reporting.subject import Results, Subject
@@ -79,23 +80,16 @@ def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _row(effect: Effect) -> Row:
-    found = effect.q_value is not None and effect.q_value < SIGNIFICANT
-    interval = MISSING
+    interval = null = q_value = Cell(MISSING)
     if effect.low is not None and effect.high is not None:
-        interval = f"{_plain(effect, effect.low)} to {_plain(effect, effect.high)}"
-    null = MISSING
+        interval = Cell(f"{_plain(effect, effect.low)} to {_plain(effect, effect.high)}")
     if effect.null_value is not None:
-        null = f"{effect.null_value:.1f} %" if effect.unit == "points" else _plain(effect, effect.null_value)
-    return Row(
-        visible(effect.what),
-        (
-            Cell(f"{_plain(effect, effect.value)} {effect.unit}"),
-            Cell(interval),
-            Cell(visible(effect.null)),
-            Cell(null),
-            Cell(_q(effect.q_value), mark="*" if found else ""),
-        ),
-    )
+        percent_too = effect.unit == "points"
+        null = Cell(f"{effect.null_value:.1f} %" if percent_too else _plain(effect, effect.null_value))
+    if (q := effect.q_value) is not None:
+        q_value = Cell("<0.001" if q < 0.001 else f"{q:.3f}", mark=mark(q))
+    size = Cell(f"{_plain(effect, effect.value)} {effect.unit}")
+    return Row(visible(effect.what), (size, interval, Cell(visible(effect.null)), null, q_value))
 
 
 def _plain(effect: Effect, value: float) -> str:
@@ -106,12 +100,6 @@ def _plain(effect: Effect, value: float) -> str:
         text = f"{abs(value):.1f}"
         return text if text == "0.0" else f"{'+' if value > 0 else '−'}{text}"
     return f"−{bits(-value)}" if value < 0 else bits(value)
-
-
-def _q(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 subject = Subject(measure=measure, blocks=blocks, command=command)

@@ -36,7 +36,6 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
     """A map a layer, and the pairs that stand out."""
     layers = among(results.layers, result["layer"].values.tolist())
     shown = result.sel(layer=list(layers))
-    most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
     yield PageFigure(
         name="coactivation",
         file="coactivation",
@@ -45,7 +44,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         title="Experts that share a token",
         caption=(
             "How many times as often two experts are chosen for the same token as popularity alone makes them"
-            f"{about_map(int(result['num_ids'].max()), most_with_numbers)}. Under each map: the part of the pairs that "
+            f"{about_map(result)}. Under each map: the part of the pairs that "
             "would have to be others for all to be 1, and what sampling alone would give. Intervals are in the CSV."
         ),
         how=(
@@ -90,22 +89,17 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
         lift, q = (np.where(upper, of_layer[name].values, np.nan) for name in ("lift", "lift_q"))
         differs, tested = q < SIGNIFICANT, int((of_layer["lift_p"].notnull().values & upper).sum())
         of_layer = of_layer.drop_vars("lift_q")  # all that are listed differ: no mark
-        rows = tuple(
-            Row(
-                f"{one} and {other}",
-                (
-                    *(cell(of_layer.sel(expert=one, other=other), name) for name in _COLUMNS),
-                    cell(of_layer.sel(expert=other, other=one), "conditional"),
-                ),
-            )
-            for one, other in extremes(lift, differs)
-        )
+        rows = []
+        for one, other in extremes(lift, differs):
+            cells = (cell(of_layer.sel(expert=one, other=other), name) for name in _COLUMNS)
+            reversed_cell = cell(of_layer.sel(expert=other, other=one), "conditional")
+            rows.append(Row(f"{one} and {other}", (*cells, reversed_cell)))
         excess, chance = (percent(float(of_layer[name])) for name in ("deviation", "deviation_null"))
         title = (
             f"layer {layer}: {count(int(differs.sum()))} of {count(tested)} pairs differ from popularity alone; "
             f"{excess} % of the pairs in excess, {chance} by chance"
         )
-        sections.append(Section(title, rows))
+        sections.append(Section(title, tuple(rows)))
     return Table(
         "coactivation",
         "Experts chosen for the same token, % of the tokens",
@@ -122,12 +116,7 @@ def coactivation_table(coactivation: xr.Dataset, layers: Sequence[int]) -> Table
     )
 
 
-_COLUMNS = {
-    "joint": "together",
-    "joint_null": "popularity alone",
-    "lift": "lift",
-    "conditional": "second given first",
-}
+_COLUMNS = {"joint": "together", "joint_null": "popularity alone", "lift": "lift", "conditional": "second given first"}
 
 
 def coactivation_frame(coactivation: xr.Dataset) -> pd.DataFrame:

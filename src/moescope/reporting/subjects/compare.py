@@ -8,15 +8,16 @@ from pathlib import Path
 
 import click
 import numpy as np
+import xarray as xr
 
 from moescope.measures.claims import first_middle_last
 from moescope.measures.compare import Comparison, compare
 from moescope.measures.schema import by_domain, total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark, values
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, mark, values
 from moescope.reporting.frames import tidy
 from moescope.reporting.numbers import percent, plain, signed
-from moescope.reporting.options import figures_option, layers_option
+from moescope.reporting.options import figures_option, layers_option, one_of
 from moescope.reporting.subject import Drawing, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
@@ -33,18 +34,15 @@ _ABOUT_WEIGHTS = (
     "on B's experts: part of the gate weight in A on experts that B chose, too. margin: (first - second) / (first + "
     "second) gate weight in A, where the first choice is the same in B and where it is another: near 0 is a tie."
 )
-_KINDS = {"set": "both chose, of the choices", "first": "the same first choice"}
 
 
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @layers_option
-@click.option(
+@one_of(
     "--show",
-    type=click.Choice(["agreement", "changes", "tokens"]),
-    default="agreement",
-    show_default=True,
-    help="How often they agree, which shares changed, or on which tokens they agree least.",
+    ["agreement", "changes", "tokens"],
+    "How often they agree, which shares changed, or on which tokens they agree least.",
 )
 @figures_option
 def command(
@@ -81,16 +79,11 @@ def command(
 
 
 def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
-    """How often two traces agree: all domains by layer, then the domains at some layers.
-
-    Args:
-        comparison: Of `moescope.compare`, token by token.
-        layers: Layers at which the domains are shown.
-    """
+    """How often two traces agree, token by token: all domains together by layer, then each at some layers."""
     data, changes, weights = comparison.agreement, comparison.changes, comparison.weights
     assert data is not None
     assert changes is not None
-    kinds = [kind for kind in _KINDS if np.isfinite(data["agreement"].sel(kind=kind)).any()]
+    kinds = [kind for kind in ("set", "first") if np.isfinite(data["agreement"].sel(kind=kind)).any()]
 
     # Dtypes and good quantisations differ in tenths of a per cent.
     digits = 2 if float(data["agreement"].min()) > NEARLY_THE_SAME else 1
@@ -152,24 +145,22 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     """How the share of each expert changed, all domains together: a section a layer, a row an expert."""
     data = comparison.changes
     assert data is not None
-    sections = []
-    for layer in layers:
-        of_layer = total(data).sel(layer=layer)
-        rows = []
+
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
         for expert in range(int(of_layer["num_ids"])):
             place = of_layer.sel(expert=expert)
             change, low, high = (100 * value for value in values(place, "change", "change_low", "change_high"))
             half = "" if isnan(low) else f"±{max(change - low, high - change):.2f}"
             shares = (cell(place, "share_a"), cell(place, "share_b"))
             cells = (*shares, Cell(signed(change), half, mark(place["change_q"])))
-            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), cells))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+            yield Row(expert_name(expert, int(of_layer["num_experts"])), cells)
+
     return Table(
         "changes",
         f"Share of the assignments in A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}, %",
         "expert",
         ("A", "B", "B - A"),
-        tuple(sections),
+        by_layer(total(data).sel(layer=list(layers)), rows),
         notes=(
             f"± the larger side of a 95 % interval, paired by document; * not 0 ({FDR} over layers and experts).",
             *comparison.remarks,
@@ -179,13 +170,12 @@ def changes_table(comparison: Comparison, layers: Sequence[int]) -> Table:
 
 
 def tokens_table(comparison: Comparison) -> Table:
-    """The token ids with the surely lowest agreement."""
+    """The token ids of the lowest agreement, by the upper end of its interval."""
     data = comparison.tokens
     assert data is not None
-    shown = data.isel(token_id=slice(MOST_TOKENS))
     rows = []
-    for place in range(shown.sizes["token_id"]):
-        token = shown.isel(token_id=place)
+    for place in range(min(MOST_TOKENS, data.sizes["token_id"])):
+        token = data.isel(token_id=place)
         label = f"{int(token['token_id'])} {shorten(str(token['text'].item()), 24)}"
         at_most = Cell(percent(float(token["agreement_high"])))
         rows.append(Row(label, (*(cell(token, name) for name in ("seen", "documents", "agreement")), at_most)))
@@ -211,20 +201,19 @@ def distances_table(comparison: Comparison, layers: Sequence[int]) -> Table:
     assert distances is not None
     data = distances.sel(layer=[layer for layer in layers if layer in distances["layer"].values])
     data = data.drop_vars(["jsd_low", "jsd_high"])  # of the true divergence, not around the measured one
-    sections = []
-    for layer in data["layer"].values.tolist():
-        rows = []
+
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
         for domain in data["domain"].values.tolist():
-            place = data.sel(domain=domain, layer=layer)
+            place = of_layer.sel(domain=domain)
             evenness = (Cell(plain(value, 3)) for value in values(place, "evenness_a", "evenness_b"))
-            rows.append(Row(visible(domain), (cell(place, "jsd"), cell(place, "jsd_null"), *evenness)))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+            yield Row(visible(domain), (cell(place, "jsd"), cell(place, "jsd_null"), *evenness))
+
     return Table(
         "distances",
         f"Distance between the shares of A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}",
         "domain",
         ("bits", "sampling alone", "A", "B"),
-        tuple(sections),
+        by_layer(data, rows),
         groups=(("divergence", 2), ("evenness", 2)),
         notes=(
             f"divergence: Jensen-Shannon, bits; * more than sampling documents alone explains ({FDR}). evenness: "

@@ -21,17 +21,10 @@ from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.tallying import Counted
 from moescope.trace import Trace
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all layers, if a document is long enough."""
-    result = consistency(counted)
-    return result if result["srp"].notnull().any() else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -86,13 +79,7 @@ def command(
 
 
 def consistency_table(consistency: xr.Dataset, layers: Sequence[int], domain: str | None = None) -> Table:
-    """SRP against random order: a section a segment length, a row a layer and one for all of them together.
-
-    Args:
-        consistency: Of `moescope.consistency`.
-        layers: Layers to show.
-        domain: The domain to show; None for all of them together.
-    """
+    """SRP against random order, of a domain or of all: a section a segment length, a row a layer, and one for all."""
     data = schema.total(consistency) if domain is None else schema.by_domain(consistency).sel(domain=domain)
     together = _together(data)
     sections = []
@@ -137,4 +124,9 @@ def consistency_frame(consistency: xr.Dataset) -> pd.DataFrame:
     return pd.concat([by_layer, together], ignore_index=True)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=LOCALITY, command=command)
+subject = Subject(
+    measure=lambda counted, _: where_known(consistency(counted), "srp"),  # a document may be too short
+    blocks=blocks,
+    section=LOCALITY,
+    command=command,
+)

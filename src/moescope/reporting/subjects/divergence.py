@@ -11,14 +11,14 @@ import xarray as xr
 
 from moescope.measures.divergence import divergence
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import FDR, bits_range_cell, grid_of, values
+from moescope.reporting.cells import FDR, by_layer, divergence_sections, grid_of, values
 from moescope.reporting.chapters import TOPICS
 from moescope.reporting.frames import only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import bits
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Table
 from moescope.reporting.visible import visible
 from moescope.tallying import tally
 from moescope.trace import Trace
@@ -84,27 +84,13 @@ def command(trace: Trace, layers: tuple[int, ...] | None, figures: Path | None) 
 def divergence_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     """How far each domain's shares are from the mean of the others: a row a domain, a column a layer."""
     data = divergence.sel(layer=list(layers))
-
-    def rows(*names: str) -> tuple[Row, ...]:
-        return grid_of(data[list(names)], "domain", "layer", names[0])
-
-    def interval(domain: str, layer: int) -> Cell:
-        return bits_range_cell(data.sel(domain=domain, layer=layer), "jsd_rest")
-
     return Table(
         "divergence",
         "Jensen-Shannon divergence of a domain's shares from the mean of the other domains', bits",
         "domain",
         tuple(f"layer {layer}" for layer in layers),
-        (
-            Section("measured", rows("jsd_rest", "jsd_rest_q")),
-            Section("expected from sampling documents alone", rows("jsd_rest_null")),
-            Section("95 % interval of the true divergence", grid(data["domain"].values.tolist(), layers, interval)),
-        ),
-        notes=(
-            f"* differs from the other domains ({FDR}).",
-            *_largest_pairs(data),
-        ),
+        divergence_sections(data, "domain", "jsd_rest"),
+        notes=(f"* differs from the other domains ({FDR}).", *_largest_pairs(data)),
         frame=divergence_frame(data),
     )
 
@@ -113,25 +99,25 @@ def domain_pairs_table(divergence: xr.Dataset, layers: Sequence[int]) -> Table:
     """Divergence of each pair of domains: a section a layer, a mark where sampling alone does not explain it."""
     data = divergence.sel(layer=list(layers))
     domains = data["domain"].values.tolist()
-    sections = []
-    for layer in layers:
-        of_layer = data.sel(layer=layer)
-        rows = [
-            row._replace(cells=(*row.cells[:place], Cell(""), *row.cells[place + 1 :]))
-            for place, row in enumerate(grid_of(of_layer[["jsd", "jsd_q"]], "domain", "other", "jsd"))
-        ]
+
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
+        for place, row in enumerate(grid_of(of_layer[["jsd", "jsd_q"]], "domain", "other", "jsd")):
+            yield row._replace(cells=(*row.cells[:place], Cell(""), *row.cells[place + 1 :]))
+
+    def title(of_layer: xr.Dataset) -> str:
         information, null = (bits(value) for value in values(of_layer, "information", "information_null"))
-        title = f"layer {layer}: I(domain; expert) {information}, from sampling alone {null}"
+        text = f": I(domain; expert) {information}, from sampling alone {null}"
         if (leader := str(of_layer["leader"].values)) and len(domains) > 2:
-            how = "surely furthest" if of_layer["leader_significant"] else "furthest, not surely,"
-            title += f"; {how} from the others: {visible(leader)}"
-        sections.append(Section(title, tuple(rows)))
+            how = "significantly furthest" if of_layer["leader_significant"] else "furthest, not significantly,"
+            text += f"; {how} from the others: {visible(leader)}"
+        return text
+
     return Table(
         "domain_pairs",
         "Jensen-Shannon divergence between the shares of two domains, bits",
         "domain",
         tuple(map(visible, domains)),
-        tuple(sections),
+        by_layer(data, rows, title),
         notes=(f"* differ ({FDR} over layers and pairs).",),
         frame=pairs_frame(data),
     )

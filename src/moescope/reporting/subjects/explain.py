@@ -11,7 +11,7 @@ import xarray as xr
 
 from moescope.measures.explain import explain
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, mark
 from moescope.reporting.chapters import EXPLANATION
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
@@ -25,9 +25,8 @@ from moescope.reporting.options import (
 )
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
-from moescope.reporting.tables import Cell, Row, Section, Table
-from moescope.reporting.wording import choice_of, listed
-from moescope.tallying import Counted
+from moescope.reporting.tables import Cell, Row, Table
+from moescope.reporting.wording import choice_of, first_or_all, listed
 from moescope.trace import Trace
 
 SECTION = PageSection(
@@ -52,11 +51,6 @@ _NAMES = {
     "position": "the place in the sequence",
     "previous layer": "the token's expert in the layer before",
 }
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of the first choice, or of all where the trace does not say which is the first."""
-    return explain(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -104,8 +98,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
             frame=explain_frame(result),
         )
     yield PageTable(
-        explain_table(result, results.layers),
-        folded="The same as a table, with bounds, permuted routing and p-values",
+        explain_table(result, results.layers), folded="The same as a table, with bounds, permuted routing and p-values"
     )
 
 
@@ -140,17 +133,17 @@ def command(
 def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
     """Bits by source: a section a layer, a row a source, and below a sentence a layer."""
     data = explained.sel(layer=list(layers))
-    sections = []
-    for layer in layers:
-        of_layer = data.sel(layer=layer)
-        rows = tuple(Row(source, _cells(of_layer.sel(source=source))) for source in _known(of_layer))
-        sections.append(Section(f"layer {layer}: {_bits(of_layer['entropy'].item())} bits in all", rows))
+    sections = by_layer(
+        data,
+        lambda of_layer: tuple(Row(source, _cells(of_layer.sel(source=source))) for source in _known(of_layer)),
+        lambda of_layer: f": {_bits(of_layer['entropy'].item())} bits in all",
+    )
     return Table(
         "explain",
         f"Bits of the choice that each source explains, {choice_of(data)}",
         "source",
         ("explained", "of all, %", "held out", "plug-in", "permuted", "p"),
-        tuple(sections),
+        sections,
         groups=(("", 2), ("bounds", 2), ("null", 2)),
         notes=(
             f"{BY_DOCUMENT} * more than by chance ({FDR}). Sources overlap: their bits do not add up.",
@@ -216,4 +209,10 @@ def _bits(value: float) -> str:
     return bits(0.0 if value < 0 else value, DIGITS)
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, sentence=explain_sentence, command=command)
+subject = Subject(
+    measure=lambda counted, _: explain(counted, choice=first_or_all(counted)),
+    blocks=blocks,
+    section=SECTION,
+    sentence=explain_sentence,
+    command=command,
+)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
-import click
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -19,7 +18,7 @@ from moescope.reporting.chapters import LOCALITY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent, points
-from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
+from moescope.reporting.options import figures_option, one_of, shown_layers_option, trace_argument
 from moescope.reporting.progress import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
@@ -94,13 +93,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @shown_layers_option
-@click.option(
-    "--show",
-    type=click.Choice(["excess", "lags", "runs"]),
-    default="excess",
-    show_default=True,
-    help="Neighbours against each null, repeats by distance, or lengths of runs.",
-)
+@one_of("--show", ["excess", "lags", "runs"], "Neighbours against each null, repeats by distance, or lengths of runs.")
 @figures_option
 def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Path | None) -> Iterator[Table | Drawing]:
     """Show how much more often neighbours repeat an expert than their words would anyway.
@@ -126,11 +119,9 @@ def command(trace: Trace, layers: tuple[int, ...] | None, show: str, figures: Pa
 def locality_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate, and by how many points it exceeds each null: a row a domain, four columns a layer."""
     data = _total_last(locality.sel(layer=list(layers)))
-    whole, sections = schema.total(data), []
+    domains, whole, sections = data["domain"].values.tolist(), schema.total(data), []
     for kind in known_kinds(data):
-        name = describe_kind(kind, data)
-        near = data.sel(kind=kind, pairs="all")
-        domains = near["domain"].values.tolist()
+        name, near = describe_kind(kind, data), data.sel(kind=kind, pairs="all")
         sections.append(Section(name, tuple(Row(visible(d), _cells(near.sel(domain=d))) for d in domains)))
         pairs = [p for p in ("equal ids", "different ids") if data["pairs_counted"].sel(pairs=p).sum() > 0]
         if pairs:
@@ -190,9 +181,9 @@ def locality_sentence(locality: xr.Dataset, layer: int) -> str:
 def lags_table(locality: xr.Dataset, layers: Sequence[int]) -> Table:
     """The rate by distance, above the document in any order: a row a distance, a column a layer."""
     data = locality.sel(layer=list(layers))
-    sections = []
-    for kind in known_kinds(schema.total(data)):
-        of_kind, name = schema.total(data).sel(kind=kind), describe_kind(kind, data)
+    whole, sections = schema.total(data), []
+    for kind in known_kinds(whole):
+        of_kind, name = whole.sel(kind=kind), describe_kind(kind, whole)
         sections.append(Section(name, grid_of(of_kind, "lag", "layer", "lag_rate")))
         sections.append(Section(f"{name}, points above any order", grid_of(of_kind, "lag", "layer", "lag_excess")))
     return Table(

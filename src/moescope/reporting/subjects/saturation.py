@@ -77,12 +77,7 @@ def command(
 
 
 def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
-    """Agreement of each checkpoint with the last, all domains together: a row a checkpoint, a column a layer.
-
-    Args:
-        saturation: Of `moescope.saturation`.
-        kind: "set" or "first".
-    """
+    """Agreement of sets or first choices with the last checkpoint: a row a checkpoint, a column a layer."""
     together = total(saturation)
     data = together.sel(kind=kind)
 
@@ -91,8 +86,8 @@ def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
         return tuple(row._replace(label=f"{step:g}") for step, row in labelled)
 
     kappas = [
-        Row(f"{float(at['step']):g}", tuple(Cell(kappa_text(value)) for value in at["kappa"].values.tolist()))
-        for at in (data.isel(step=place) for place in range(data.sizes["step"]))
+        Row(f"{step:g}", tuple(Cell(kappa_text(value)) for value in data["kappa"].sel(step=step).values.tolist()))
+        for step in data["step"].values.tolist()
     ]
     top_k = int(data["top_k"].values.max())
     what = describe_any(top_k) if kind == "set" else "first choice"

@@ -10,14 +10,14 @@ import xarray as xr
 
 from moescope.measures.shares import shares
 from moescope.reporting import figures
-from moescope.reporting.cells import grid_of
+from moescope.reporting.cells import CLUSTERED, by_layer, grid_of
 from moescope.reporting.chapters import TOPICS
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent
-from moescope.reporting.options import shown_layers_option, trace_argument
+from moescope.reporting.options import one_of, shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, Results, Subject
-from moescope.reporting.tables import Section, Table
+from moescope.reporting.tables import Row, Table
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital, describe_any, describe_choice, expert_name
 from moescope.tallying import tally
@@ -78,12 +78,10 @@ def about_uniform(result: xr.Dataset) -> str:
     metavar="CHOICE",
     help="Which choice: first, second, third, 4th … or all of a token's choices together.",
 )
-@click.option(
+@one_of(
     "--of",
-    type=click.Choice(["assignments", "tokens"]),
-    default="assignments",
-    show_default=True,
-    help="Of the assignments, as in Figure 7, or of the tokens, as OLMoE's domain specialization.",
+    ["assignments", "tokens"],
+    "Of the assignments, as in Figure 7, or of the tokens, as OLMoE's domain specialization.",
 )
 def command(
     trace: Trace, layers: tuple[int, ...] | None, choice: str, of: Literal["assignments", "tokens"]
@@ -106,10 +104,7 @@ def command(
 
 
 def shares_table(
-    shares: xr.Dataset,
-    layers: Sequence[int],
-    choice: str = "all",
-    of: Literal["assignments", "tokens"] = "assignments",
+    shares: xr.Dataset, layers: Sequence[int], choice: str = "all", of: Literal["assignments", "tokens"] = "assignments"
 ) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
@@ -121,22 +116,18 @@ def shares_table(
             tokens that have the expert among their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
-    sections = []
-    for layer in layers:
-        of_layer = data.sel(layer=layer)
+    if of == "tokens":
+        tokens = data["share_of_tokens"]
+        choices = tokens.sum("expert")  # of a token: top-k, or 1 for one rank, less what was dropped
+        low, high = (data[name] * choices for name in ("share_low", "share_high"))
+        null = data["share_null"] * (data["top_k"] if choice == "all" else 1)
+        data = data.assign(share=tokens, share_low=low, share_high=high, share_null=null)
+
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
         of_layer = of_layer.isel(expert=slice(int(of_layer["num_ids"])))
-        uniform = float(of_layer["share_null"])
-        if of == "tokens":
-            tokens = of_layer["share_of_tokens"]
-            choices = tokens.sum("expert")  # of a token: top-k, or 1 for one rank, less what was dropped
-            low, high = (of_layer[name] * choices for name in ("share_low", "share_high"))
-            of_layer = of_layer.assign(share=tokens, share_low=low, share_high=high)
-            uniform *= int(of_layer["top_k"]) if choice == "all" else 1
-        rows = [
-            row._replace(label=expert_name(expert, int(of_layer["num_experts"])))
-            for expert, row in enumerate(grid_of(of_layer, "expert", "domain", "share"))
-        ]
-        sections.append(Section(f"layer {layer}: uniform {percent(uniform)}", tuple(rows)))
+        for expert, row in enumerate(grid_of(of_layer, "expert", "domain", "share")):
+            yield row._replace(label=expert_name(expert, int(of_layer["num_experts"])))
+
     top_k = int(data["top_k"].values.max())
     title = (
         "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
@@ -148,8 +139,8 @@ def shares_table(
         f"{title}, {describe_choice(choice, top_k)}, %",
         "expert",
         tuple(map(visible, data["domain"].values.tolist())),
-        tuple(sections),
-        notes=(f"± the larger side of a 95 % interval, clustered by document. {total}",),
+        by_layer(data, rows, lambda of_layer: f": uniform {percent(float(of_layer['share_null']))}"),
+        notes=(f"{CLUSTERED} {total}",),
         frame=tidy(shares.sel(choice=[choice], layer=list(layers)), *DIMS),
     )
 

@@ -9,22 +9,15 @@ import xarray as xr
 
 from moescope.measures.syntax import syntax
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, bits_range_cell, by_layer, grid_of, rows_of
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, divergence_sections, grid_of, rows_of
 from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.options import choice_option, figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
-from moescope.reporting.tables import Section, Table, grid
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
+from moescope.reporting.tables import Section, Table
 from moescope.reporting.wording import choice_of
-from moescope.tallying import Counted
 from moescope.trace import Trace
-
-
-def measure(counted: Counted, results: Results) -> xr.Dataset | None:
-    """Of all layers, if a class stands beside other tokens."""
-    result = syntax(counted)
-    return result if result["jsd"].notnull().any() else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -81,23 +74,15 @@ def command(
 def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:
     """Divergence of each word class from other tokens of its documents: a row a class, a column a layer."""
     data = syntax.sel(layer=list(layers))
-    apart = data.drop_vars(["jsd_low", "jsd_high"])
-    columns = "word_class", "layer"
-    ranges = grid(
-        data["word_class"].values.tolist(),
-        layers,
-        lambda word_class, layer: bits_range_cell(data.sel(word_class=word_class, layer=layer), "jsd"),
-    )
+    by_all = grid_of(data, "word_class", "layer", "jsd_all")
     return Table(
         "word_classes",
         f"Jensen-Shannon divergence of word classes from other tokens of their documents, {choice_of(syntax)}, bits",
         "class",
         tuple(f"layer {layer}" for layer in layers),
         (
-            Section("measured", grid_of(apart, *columns, "jsd")),
-            Section("expected from sampling documents alone", grid_of(apart, *columns, "jsd_null")),
-            Section("95 % interval of the true divergence", ranges),
-            Section("against all other tokens, whatever their documents", grid_of(apart, *columns, "jsd_all")),
+            *divergence_sections(data, "word_class", "jsd"),
+            Section("against all other tokens, whatever their documents", by_all),
         ),
         notes=(f"* differs ({FDR} over classes and layers).",),
         frame=tidy(data, "word_class", "layer"),
@@ -122,4 +107,9 @@ def word_class_experts_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table
     )
 
 
-subject = Subject(measure=measure, blocks=blocks, section=VOCABULARY, command=command)
+subject = Subject(
+    measure=lambda counted, _: where_known(syntax(counted), "jsd"),  # a class may stand beside no other tokens
+    blocks=blocks,
+    section=VOCABULARY,
+    command=command,
+)

@@ -52,10 +52,10 @@ def embedded_layers(trace: Trace, shown: Iterable[int]) -> tuple[Layer, ...]:
     by_number = {layer.layer: layer for layer in trace.layers}
     kept = list(dict.fromkeys(shown))
     others = [number for number in by_number if number not in kept]
-    room = MOST_EMBEDDED_CHOICES - sum(by_number[number].top_k for number in kept)
-    fitting = max(0, room // max(layer.top_k for layer in trace.layers))
+    left = MOST_EMBEDDED_CHOICES - sum(by_number[number].top_k for number in kept)
+    fitting = max(0, left // max(layer.top_k for layer in trace.layers))
     if fitting < len(others):
-        others = [others[at * len(others) // fitting] for at in range(fitting)]
+        others = [others[place * len(others) // fitting] for place in range(fitting)]
     return tuple(by_number[number] for number in sorted([*kept, *others]))
 
 

@@ -20,18 +20,18 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
 from moescope.reporting.numbers import MISSING, count, percent
-from moescope.reporting.options import choice_option_for, figures_option, layers_option, trace_argument
+from moescope.reporting.options import figures_option, layers_option, one_of, trace_argument
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
-from moescope.tallying import Counted
+from moescope.reporting.wording import first_or_all
 from moescope.trace import Trace
 
 SECTION = PageSection(
     STRUCTURE,
     "transitions",
-    "Does one layer tell of the next?",
+    "Does one layer predict the next?",
     "Transitions",
-    "Numbers of experts mean nothing across layers, but tokens may still travel in company: those of one "
+    "Numbers of experts mean nothing across layers, but tokens may still stay together: those of one "
     "expert here may share an expert there.",
 )
 _FOLDED = {
@@ -41,17 +41,11 @@ _FOLDED = {
 }
 
 
-def measure(counted: Counted, results: Results) -> xr.Dataset:
-    """Of the first choices, or of all where the trace does not say which is the first."""
-    return transitions(counted, choice="first" if all(layer.ranked for layer in counted.layers) else "all")
-
-
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
     """Maps of some layers, the information of all, and the tables."""
     layers = among(results.layers, result["layer"].values.tolist())
     first = str(result["choice"].values) == "first"
     goes = "a token's first choice goes" if first else "the assignments of a token go"
-    most_with_numbers = drawn.joint.MOST_WITH_NUMBERS
     yield PageFigure(
         name="transitions",
         file="transitions",
@@ -60,13 +54,13 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         title="From layer to layer",
         caption=(
             f"How many times as often {goes} from one expert to another as in independent layers"
-            f"{about_map(int(result['num_ids'].max()), most_with_numbers)}. Below: the bits that one layer's choice "
-            "tells of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
+            f"{about_map(result)}. Below: the bits that one layer's choice "
+            "holds of the next one's, bias removed, with 95 % intervals by document; dashed: what sampling alone would "
             "give. Grey: "
             "independent layers would give fewer than 10 tokens; experts of which nothing can be told are left out."
         ),
         how=(
-            "Bold rows of orange and blue are a road through the layers: knowing a token's expert, the next one's can "
+            "Bold rows of orange and blue are a path through the layers: knowing a token's expert, the next one's can "
             "be fetched early. White maps are layers that choose anew."
         ),
         cannot=(
@@ -80,14 +74,14 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @layers_option
-@choice_option_for("First choices, or all pairs of an assignment at one layer and one at the next.")
+@one_of("--choice", ["first", "all"], "First choices, or all pairs of an assignment at one layer and one at the next.")
 @figures_option
 def command(
     trace: Trace, layers: tuple[int, ...] | None, choice: Literal["first", "all"], figures: Path | None
 ) -> Iterator[Table | Drawing]:
     """Show how the choice of experts goes on from layer to layer.
 
-    How much the expert at one layer tells of that at the next, in bits; which transitions are more and less frequent
+    How much the expert at one layer says about that at the next, in bits; which transitions are more and less frequent
     than independent layers make them; and how many paths through all the layers carry half of the tokens, beside a
     Markov chain and independent layers. CSV and JSON hold all of it in one table.
 
@@ -103,14 +97,10 @@ def command(
 
 
 def transitions_tables(transitions: xr.Dataset, layers: Sequence[int] | None = None) -> Iterator[Table]:
-    """Transitions: the information from layer to layer, the strongest transitions, and, if counted, the paths.
+    """The information from layer to layer, the strongest transitions, and, if counted, the paths.
 
-    The frame of the first table holds everything.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: Later layers of which transitions are listed, here and in the frames; None lists those of the first, the
-            middle and the last, and all in the frames.
+    The frame of the first table holds everything. Transitions to `layers` are listed, here and in the frames; None
+    lists those to the first, the middle and the last, and all in the frames.
     """
     known = transitions["layer"].values.tolist()
     shown = layers if layers is not None else first_middle_last(known)
@@ -206,12 +196,7 @@ def _untested(transitions: xr.Dataset) -> list[str]:
 
 
 def transitions_frame(transitions: xr.Dataset, layers: Iterable[int] | None = None) -> pd.DataFrame:
-    """A row a pair of layers with its information, then a row a transition, then a row a kind of paths.
-
-    Args:
-        transitions: Of `moescope.transitions`.
-        layers: Later layers whose transitions have rows, or None for all.
-    """
+    """A row a pair of layers, then a row a transition to one of the layers (None: all), then a row a kind of paths."""
     frames = {"information": tidy(only(transitions, "layer"), "layer"), "transition": _moves_frame(transitions, layers)}
     return kinds(frames | ({"paths": tidy(transitions, "routing")} if "half" in transitions else {}))
 
@@ -221,4 +206,9 @@ def _moves_frame(transitions: xr.Dataset, layers: Iterable[int] | None) -> pd.Da
     return tidy(moves if layers is None else moves.sel(layer=list(layers)), "layer", "expert", "next")
 
 
-subject = Subject(measure=measure, blocks=blocks, section=SECTION, command=command)
+subject = Subject(
+    measure=lambda counted, _: transitions(counted, choice=first_or_all(counted)),
+    blocks=blocks,
+    section=SECTION,
+    command=command,
+)

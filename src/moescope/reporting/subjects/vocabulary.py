@@ -1,4 +1,4 @@
-"""How surely tokens go to one expert, the tokens of an expert and the experts of a token.
+"""How consistently tokens go to one expert, the tokens of an expert and the experts of a token.
 
 Token text is what a corpus made up: it passes `visible` before it stands anywhere. Bytes that are no text read
 ``\\xe2``, so that different pieces look different.
@@ -16,21 +16,22 @@ import xarray as xr
 
 from moescope.measures.vocabulary import vocabulary
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, mark
 from moescope.reporting.chapters import VOCABULARY
-from moescope.reporting.frames import tidy
+from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import (
     choice_option,
     figures_option,
+    one_of,
     parse_integers,
     permutations_option,
     shown_layers_option,
     trace_argument,
 )
 from moescope.reporting.progress import layer_progress
-from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
+from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
@@ -44,8 +45,9 @@ EXPERTS_LISTED = 4
 """Experts that a table lists for a token."""
 
 BRIEF_TOP = 5
-"""Tokens an expert in the table of all experts; of a few experts there is room for more."""
+"""Tokens an expert in the table of all experts; of a few experts there are more."""
 
+_ABOVE_POPULARITY = "* significantly above the expert's popularity, corrected for all pairs of tokens and experts."
 _BY = {"input": "by the token", "next": "by the next token"}
 _MEASURED = ("specialization", "specialization_null", "held_out")
 _LISTED = ("share", "count", "tokens", "documents")
@@ -53,10 +55,7 @@ _LISTED = ("share", "count", "tokens", "documents")
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the documents that bits are explained of, if an id is frequent enough."""
-    if not results.has_text:
-        return None
-    result = vocabulary(counted, top=BRIEF_TOP)
-    return result if result["specialization"].notnull().any() else None
+    return where_known(vocabulary(counted, top=BRIEF_TOP), "specialization") if results.has_text else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTable]:
@@ -67,7 +66,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         file="vocabulary",
         draw=lambda: drawn.vocabulary.draw_vocabulary(result),
         label="Vocabulary",
-        title="How surely a token goes to one expert",
+        title="How consistently a token goes to one expert",
         caption=(
             "Share of an id's tokens that chose its most frequent expert, mean over ids of at least "
             f"{int(result.attrs['min_count'])} tokens; left by the token itself, right by the next token. Dashed: "
@@ -90,13 +89,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
 
 @trace_argument
 @shown_layers_option
-@click.option(
-    "--by",
-    type=click.Choice(["input", "next"]),
-    default="input",
-    show_default=True,
-    help="List by the token itself, or by the token after it.",
-)
+@one_of("--by", ["input", "next"], "List by the token itself, or by the token after it.")
 @choice_option
 @click.option(
     "--min-count",
@@ -135,7 +128,7 @@ def command(
     permutations: int,
     figures: Path | None,
 ) -> Iterator[Table | Drawing]:
-    """Show how surely each token goes to one expert, and which tokens each expert gets.
+    """Show how consistently each token goes to one expert, and which tokens each expert gets.
 
     Vocabulary specialization (OLMoE, equation 8): of the tokens with an id, the share that chose the id's most frequent
     expert; by the token's own id and by that of the next token. (A trace does not hold the ids that the model
@@ -215,28 +208,25 @@ def expert_tokens_table(
         by: "input", the token itself; "next", the one after it.
         top: Tokens an expert.
     """
-    data = vocabulary.sel(by=by, layer=list(layers))
-    top = min(top, data.sizes["place"])
-    sections = []
-    for layer in layers:
-        of_layer = data.sel(layer=layer)
-        rows = []
+    top = min(top, vocabulary.sizes["place"])
+
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
         for expert in range(int(of_layer["num_ids"])):
-            here = of_layer.sel(expert=expert)
-            sizes = (cell(here, f"expert_{name}") for name in ("ids", "specialization", "specialization_null"))
-            tokens = (_token_cell(here.isel(place=place), pieces) for place in range(top))
-            rows.append(Row(expert_name(expert, int(of_layer["num_experts"])), (*sizes, *tokens)))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+            of_expert = of_layer.sel(expert=expert)
+            sizes = (cell(of_expert, f"expert_{name}") for name in ("ids", "specialization", "specialization_null"))
+            tokens = (_token_cell(of_expert.isel(place=place), pieces) for place in range(top))
+            yield Row(expert_name(expert, int(of_layer["num_experts"])), (*sizes, *tokens))
+
     return Table(
         "expert_tokens",
         f"Tokens of each expert {_BY[by]}, {choice_of(vocabulary)}: share of the token that the expert gets, %",
         "expert",
         ("ids", "mean", "rotated", *(_ordinal(place + 1) for place in range(top))),
-        tuple(sections),
+        by_layer(vocabulary.sel(by=by, layer=list(layers)), rows),
         notes=(
             "ids: those whose most frequent expert it is; mean: their specialization; rotated: the same of choices "
             "that do not see the token; then the tokens with the largest shares.",
-            "* surely above the expert's popularity, all pairs of tokens and experts allowed for.",
+            _ABOVE_POPULARITY,
         ),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
     )
@@ -250,15 +240,9 @@ def expert_table(
     by: str = "input",
     top: int = 10,
 ) -> Table:
-    """The tokens of a few experts in full: a section a layer and expert, a row a token.
+    """The tokens of a few experts in full: a section a layer and expert, a row a token; the rest as of all experts.
 
-    Args:
-        vocabulary: Of `moescope.vocabulary`.
-        layers: Layers to show.
-        pieces: Of the trace.
-        experts: Experts to show; those that a layer lacks are left out.
-        by: "input", the token itself; "next", the one after it.
-        top: Tokens an expert.
+    Experts that a layer lacks are left out.
     """
     data = vocabulary.sel(by=by, layer=list(layers))
     sections = []
@@ -267,16 +251,16 @@ def expert_table(
         for expert in experts:
             if expert >= int(of_layer["num_ids"]):
                 continue
-            here = of_layer.sel(expert=expert)
-            listed = [here.isel(place=place) for place in range(min(top, data.sizes["place"]))]
+            of_expert = of_layer.sel(expert=expert)
+            listed = [of_expert.isel(place=place) for place in range(min(top, data.sizes["place"]))]
             rows = tuple(
                 Row(_quoted(pieces, int(one["top_token"])), tuple(cell(one, f"top_{name}") for name in _LISTED))
                 for one in listed
                 if one["top_token"] >= 0
             )
-            popular = percent(float(here["expert_popularity"]))
+            popular = percent(float(of_expert["expert_popularity"]))
             name = expert_name(expert, int(of_layer["num_experts"]))
-            title = f"layer {layer}, expert {name}: {count(int(here['expert_ids']))} ids"
+            title = f"layer {layer}, expert {name}: {count(int(of_expert['expert_ids']))} ids"
             sections.append(Section(f"{title}, {popular} % of all tokens", rows))
     return Table(
         "expert_tokens",
@@ -284,40 +268,31 @@ def expert_table(
         "token",
         ("share", "went there", "of tokens", "in documents"),
         tuple(sections),
-        notes=(f"{BY_DOCUMENT} * surely above the expert's popularity, all pairs of tokens and experts allowed for.",),
+        notes=(f"{BY_DOCUMENT} {_ABOVE_POPULARITY}",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'token of an expert'"),
     )
 
 
 def token_experts_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary, by: str = "input") -> Table:
-    """The experts of the tokens that were asked for: a section a layer, a row a token.
+    """The experts of the `tokens` that were asked for: a section a layer, a row a token; the rest as of all experts."""
+    listed = min(EXPERTS_LISTED, vocabulary.sizes["expert"])
 
-    Args:
-        vocabulary: Of `moescope.vocabulary`, with `tokens`.
-        layers: Layers to show.
-        pieces: Of the trace.
-        by: "input", the token itself; "next", the one after it.
-    """
-    data = vocabulary.sel(by=by, layer=list(layers))
-    listed = min(EXPERTS_LISTED, data.sizes["expert"])
-    sections = []
-    for layer in layers:
-        rows = []
-        for token in data["token"].values.tolist():
-            here = data.sel(layer=layer, token=token)
-            share = here["share"].values
-            cells = [cell(here, "token_tokens")]
+    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
+        for token in of_layer["token"].values.tolist():
+            of_token = of_layer.sel(token=token)
+            share = of_token["share"].values
+            cells = [cell(of_token, "token_tokens")]
             for expert in np.argsort(-np.nan_to_num(share, nan=-1.0), kind="stable")[:listed].tolist():
-                chosen = share[expert] > 0
-                cells += [Cell(str(expert)), cell(here.sel(expert=expert), "share")] if chosen else [Cell(MISSING)] * 2
-            rows.append(Row(_quoted(pieces, token), tuple(cells)))
-        sections.append(Section(f"layer {layer}", tuple(rows)))
+                pair = [Cell(str(expert)), cell(of_token.sel(expert=expert), "share")]
+                cells += pair if share[expert] > 0 else [Cell(MISSING)] * 2
+            yield Row(_quoted(pieces, token), tuple(cells))
+
     return Table(
         "token_experts",
         f"Experts of a token {_BY[by]}, {choice_of(vocabulary)}, % of its tokens",
         "token",
         ("tokens", *("expert", "share") * listed),
-        tuple(sections),
+        by_layer(vocabulary.sel(by=by, layer=list(layers)), rows),
         groups=(("", 1), *((_ordinal(place + 1), 2) for place in range(listed))),
         notes=(f"{BY_DOCUMENT}{_sampled(vocabulary)}",),
         frame=vocabulary_frame(vocabulary.sel(layer=list(layers)), pieces).query("what == 'expert of a token'"),
@@ -334,20 +309,19 @@ def vocabulary_frame(vocabulary: xr.Dataset, pieces: Vocabulary) -> pd.DataFrame
         "token of an expert": ("by", "layer", "expert", "place"),
         "expert of a token": ("by", "layer", "token", "expert"),
     }
-    parts = []
+    parts = {}
     for what, dims in rows.items():
         if not set(dims) <= set(vocabulary.dims):
             continue
         sizes = {"layer": ["ids", "id_tokens"], "expert of a token": ["token_tokens"]}.get(what, [])
-        names = [name for name, variable in numbered.data_vars.items() if set(variable.dims) == set(dims)]
-        part = tidy(numbered[[*names, *sizes]], *dims).rename(columns={"top_token": "token_id", "token": "token_id"})
+        part = tidy(numbered[[*only(numbered, *dims), *sizes]], *dims)
+        part = part.rename(columns={"top_token": "token_id", "token": "token_id"})
         if "expert" in dims:
             part = part[part["expert"] < part["layer"].map(exists)]
         if "place" in dims:
             part = part[part["token_id"] >= 0]
-        part.insert(0, "what", what)
-        parts.append(part.astype(dict.fromkeys(part.select_dtypes("integer"), "Int64")))
-    frame = pd.concat(parts, ignore_index=True)
+        parts[what] = part
+    frame = kinds(parts)
     if "token_id" in frame:
         text = [None if pd.isna(token) else visible(_text(pieces, int(token))) for token in frame["token_id"]]
         frame.insert(frame.columns.get_loc("token_id") + 1, "text", text)
@@ -383,10 +357,9 @@ def _token_ids(pieces: dict[int, bytes], texts: tuple[str, ...]) -> list[int]:
     ids: list[int] = []
     for text in texts:
         wanted = {text.encode(), f" {text}".encode()}
-        here = [token_id for token_id, piece in pieces.items() if piece in wanted]
-        if not here:
+        if wanted.isdisjoint(pieces.values()):
             raise click.BadParameter(f"{text!r} is not one token of the trace's vocabulary.", param_hint="'--token'")
-        ids += here
+        ids += [token_id for token_id, piece in pieces.items() if piece in wanted]
     return ids
 
 

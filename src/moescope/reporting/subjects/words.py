@@ -21,9 +21,7 @@ from moescope.trace import Trace
 
 def measure(counted: Counted, results: Results) -> xr.Dataset | None:
     """Of the words asked for, and of indentation."""
-    if not results.has_text:
-        return None
-    return words_of(counted, list(results.words), indentation=True)
+    return words_of(counted, list(results.words), indentation=True) if results.has_text else None
 
 
 def blocks(result: xr.Dataset, results: Results) -> Iterator[PageTable]:
