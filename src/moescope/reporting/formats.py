@@ -177,12 +177,9 @@ def _latex_cell(cell: Cell) -> str:
     return f"{escape_latex(cell.value)}{mark}{half}"
 
 
-def _labels(table: Table) -> list[str]:
-    return [row.label for section in table.sections for row in section.rows]
-
-
 def _label_width(table: Table) -> int:
-    return max(cell_len(line) for text in [table.stub, *_labels(table)] for line in _wrap(text, MOST_IN_LABEL))
+    labels = [table.stub, *(row.label for section in table.sections for row in section.rows)]
+    return max(cell_len(line) for label in labels for line in _wrap(label, MOST_IN_LABEL))
 
 
 def _lines(row: Row) -> Iterator[Row]:

@@ -185,7 +185,7 @@ def _draw_map(
     axes.set_aspect("equal")
     if few:
         for row, column in np.argwhere(np.isfinite(logs)):
-            dark, bold = abs(logs[row, column]) > 1.25, differs[row, column]
+            dark, bold = abs(logs[row, column]) > 1.25, differs[row, column]  # dark: black would be hard to read
             axes.text(
                 column + 0.5, row + 0.5, _short(float(lift[row, column])), ha="center", va="center", fontsize=5.6,
                 color="#ffffff" if dark else "#000000" if bold else MUTED, fontweight="bold" if bold else "normal",

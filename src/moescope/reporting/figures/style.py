@@ -45,7 +45,7 @@ MOST_LAYERS_WITH_MARKERS = 16
 """Layers up to which each has its marker, and its tick."""
 
 PNG_DOTS_PER_INCH = 200
-LONGEST_NAME = 24
+LONGEST_NAME = 24  # characters of a domain in a legend
 _MARKERS = "osD^vPX*<>hp8"
 _LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)))
 _HATCHES = ("", "////", "....")

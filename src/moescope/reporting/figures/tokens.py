@@ -21,12 +21,12 @@ from moescope.reporting.visible import shorten
 from moescope.trace import Layer
 
 FONT = "DejaVu Sans Mono"  # comes with matplotlib: the same columns everywhere
-SIZE = 5.6
-CHARACTER = 0.60205 * SIZE / 72
-LINE = 1.42 * SIZE / 72
+SIZE = 5.6  # points
+CHARACTER = 0.60205 * SIZE / 72  # inches; 0.60205 em is the advance of every character of this font
+LINE = 1.42 * SIZE / 72  # inches from line to line
 MOST_LINES = 16
 LINES_BEFORE = 2
-GAP = 0.14
+GAP = 0.14  # inches between columns
 MISSING_GLYPH = "□"
 
 
