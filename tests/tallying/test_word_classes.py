@@ -18,7 +18,7 @@ from moescope.tallying.word_classes import (
     CLASSES,
     KEYWORDS,
     ClassCounter,
-    Pieces,
+    Described,
     token_classes,
 )
 from moescope.trace import Header, Layer, TraceWriter, Vocabulary, open_trace
@@ -29,7 +29,7 @@ def classes_of(*documents: list[bytes]) -> list[list[str]]:
     tokens = [piece for document in documents for piece in document]
     vocabulary = Vocabulary({3 * at + 1: piece for at, piece in enumerate(tokens)})
     starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
-    bits = token_classes(Pieces.of(vocabulary), 3 * np.arange(len(tokens)) + 1, starts)
+    bits = token_classes(Described.of(vocabulary), 3 * np.arange(len(tokens)) + 1, starts)
     return [[name for at, name in enumerate(CLASSES) if of >> at & 1] for of in bits.tolist()]
 
 
@@ -81,7 +81,7 @@ def test_small_words_of_english_are_no_keywords() -> None:
 
 def test_an_id_that_the_vocabulary_lacks_is_of_no_class() -> None:
     for vocabulary in (Vocabulary.from_pieces([b"def"]), Vocabulary({7: b"def"}), Vocabulary({})):
-        bits = token_classes(Pieces.of(vocabulary), np.array([5, 2**32 - 1]), np.array([0, 2]))
+        bits = token_classes(Described.of(vocabulary), np.array([5, 2**32 - 1]), np.array([0, 2]))
         assert bits.tolist() == [0, 0]
 
 

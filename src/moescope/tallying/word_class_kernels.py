@@ -24,37 +24,6 @@ FIXED = 2**20
 
 
 @numba.njit(cache=True, nogil=True)
-def join_pieces(
-    piece_T: NDArray[np.int32], bytes_V: Bytes, starts_I: Sums, document_starts_D: Sums, separator: int
-) -> tuple[Bytes, Sums]:
-    """The text of documents, and the first byte of each token with the number of bytes at the end.
-
-    Args:
-        piece_T: Place of each token's piece.
-        bytes_V: The pieces.
-        starts_I: First byte of each piece, with the number of bytes at the end.
-        document_starts_D: First token of each document, with the number of tokens at the end.
-        separator: A byte that is put before each document.
-    """
-    size = document_starts_D.size - 1
-    for t in range(piece_T.size):
-        size += starts_I[piece_T[t] + 1] - starts_I[piece_T[t]]
-    text_B = np.empty(size, np.uint8)
-    first_T = np.empty(piece_T.size + 1, np.int64)
-    b = 0
-    for d in range(document_starts_D.size - 1):
-        text_B[b] = separator
-        b += 1
-        for t in range(document_starts_D[d], document_starts_D[d + 1]):
-            first_T[t] = b
-            for v in range(starts_I[piece_T[t]], starts_I[piece_T[t] + 1]):
-                text_B[b] = bytes_V[v]
-                b += 1
-    first_T[piece_T.size] = b
-    return text_B, first_T
-
-
-@numba.njit(cache=True, nogil=True)
 def scan_text(
     text_B: Bytes,
     first_T: Sums,
@@ -66,8 +35,8 @@ def scan_text(
     """Bits of the tokens that share a byte with the indentation of a line, a keyword, or a command.
 
     Args:
-        text_B: Of `join_pieces`, with line breaks between the documents.
-        first_T: Of `join_pieces`.
+        text_B: Of `text.Pieces.join`.
+        first_T: Of `text.Pieces.join`.
         keywords: The keywords, each as the number that its bytes, at most eight, make, the first the highest.
         indentation: Bit of the spaces and tabs at the start of a line that holds something else.
         keyword: Bit of words that are keywords; a word is a run of ASCII letters, digits, ``_`` and bytes above ASCII.

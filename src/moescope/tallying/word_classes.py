@@ -21,6 +21,7 @@ from moescope.errors import NotRecorded
 from moescope.tallying import word_class_kernels as kernels
 from moescope.tallying.counter import Array, Counter, CountOptions, Facts, Result, need_choice, summed
 from moescope.tallying.document_groups import NUM_GROUPS, document_groups
+from moescope.tallying.text import UNKNOWN, Pieces
 from moescope.trace import Layer, Part, Trace, Vocabulary
 
 CLASSES = {
@@ -43,17 +44,14 @@ KEYWORDS = tuple(sorted(set(keyword.kwlist) - ENGLISH))
 _BIT = {name: np.uint16(1 << bit) for bit, name in enumerate(CLASSES)}
 _NUMBERS = np.array([int.from_bytes(word.encode()) for word in KEYWORDS], np.uint64)
 _BY_PLACE = ("indentation", "keyword", "command")
-_LINE_BREAK = 10
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Described:
     """What each piece of a vocabulary is by itself.
 
     Attributes:
-        ids: Known ids, ascending, shape (piece,).
-        text: The pieces, one after another, shape (byte,).
-        starts: First byte of each, with the number of bytes at the end.
+        pieces: The pieces, of which the unknown one is of no class.
         bits: Classes that the piece alone decides, shape (piece,).
         blank: Whether it is white space, shape (piece,).
         letter: Whether it begins with a letter, shape (piece,).
@@ -62,9 +60,7 @@ class Pieces:
         spaced: Whether a space stands before that, shape (piece,).
     """
 
-    ids: NDArray[np.int64]
-    text: NDArray[np.uint8]
-    starts: NDArray[np.int64]
+    pieces: Pieces
     bits: NDArray[np.uint16]
     blank: NDArray[np.bool_]
     letter: NDArray[np.bool_]
@@ -73,32 +69,16 @@ class Pieces:
     spaced: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary) -> Pieces:
-        """The pieces of a vocabulary and, last, an unknown one, which is of no class."""
-        ids = sorted(vocabulary.pieces)
-        pieces = [*(vocabulary.pieces[token_id] for token_id in ids), b"<|0|>"]
-        columns = [np.array(column) for column in zip(*map(_describe, pieces), strict=True)]
-        return cls(
-            np.array(ids, np.int64),
-            np.frombuffer(b"".join(pieces), np.uint8),
-            np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
-            columns[0].astype(np.uint16),
-            *columns[1:],
-        )
-
-    def places(self, token_id: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        """Place of each token's piece."""
-        ids = token_id.astype(np.int64)
-        if not len(self.ids):
-            return np.zeros(len(ids), np.int32)
-        if self.ids[-1] == len(self.ids) - 1:  # as most vocabularies: all ids from 0
-            return np.minimum(ids, len(self.ids)).astype(np.int32)
-        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[place] == ids, place, len(self.ids)).astype(np.int32)
+    def of(cls, vocabulary: Vocabulary) -> Described:
+        """What the pieces of a vocabulary are."""
+        pieces = Pieces.of(vocabulary)
+        texts = [*(vocabulary.pieces[token_id] for token_id in pieces.ids.tolist()), UNKNOWN]
+        bits, *flags = (np.array(column) for column in zip(*map(_describe, texts), strict=True))
+        return cls(pieces, bits.astype(np.uint16), *flags)
 
 
 def _describe(piece: bytes) -> tuple[int, bool, bool, bool, bool, bool]:
-    """Bits, blank, letter, ends, capital and spaced of a piece; see `Pieces`."""
+    """Bits, blank, letter, ends, capital and spaced of a piece; see `Described`."""
     try:
         text = piece.decode()
     except UnicodeDecodeError:  # a part of a character, perhaps with more around it: bytes are all there is
@@ -124,12 +104,12 @@ def _is_capital(character: str) -> bool:
 
 
 def token_classes(
-    pieces: Pieces, token_id: NDArray[np.integer[Any]], document_starts: NDArray[np.int64]
+    described: Described, token_id: NDArray[np.integer[Any]], document_starts: NDArray[np.int64]
 ) -> NDArray[np.uint16]:
     """Classes of the tokens of whole documents, bit c for the c-th of `CLASSES`.
 
     Args:
-        pieces: Of the vocabulary.
+        described: The pieces of the vocabulary.
         token_id: Vocabulary ids, shape (token,).
         document_starts: First token of each document, with the number of tokens at the end.
     Returns:
@@ -137,7 +117,7 @@ def token_classes(
 
     Example:
         >>> words = [b"def", b" Mo", b"del", b":", b"\\n", b"  ", b"return", b" 42"]
-        >>> bits = token_classes(Pieces.of(Vocabulary.from_pieces(words)), np.arange(8), np.array([0, 8]))
+        >>> bits = token_classes(Described.of(Vocabulary.from_pieces(words)), np.arange(8), np.array([0, 8]))
         >>> for word, of_word in zip(words, bits.tolist()):
         ...     print(word, [name for at, name in enumerate(CLASSES) if of_word >> at & 1])
         b'def' ['keyword']
@@ -149,13 +129,13 @@ def token_classes(
         b'return' ['keyword']
         b' 42' ['digits']
     """
-    place = pieces.places(token_id)
-    text_B, first_T = kernels.join_pieces(place, pieces.text, pieces.starts, document_starts, _LINE_BREAK)
+    place = described.pieces.places(token_id)
+    text_B, first_T = described.pieces.join(place, document_starts)
     bits = np.empty(len(place), np.uint16)
     kernels.pieces_in_place(
         place,
         document_starts,
-        (pieces.bits, pieces.blank, pieces.letter, pieces.ends, pieces.capital, pieces.spaced),
+        (described.bits, described.blank, described.letter, described.ends, described.capital, described.spaced),
         (int(_BIT["indentation"]), int(_BIT["continuation"]), int(_BIT["capitalised"])),
         kernels.scan_text(text_B, first_T, _NUMBERS, *(int(_BIT[name]) for name in _BY_PLACE)),
         bits,
@@ -217,7 +197,7 @@ class ClassCounter(Counter[ClassCounts]):
 
     Attributes:
         counts: What is counted.
-        pieces: Of the trace's vocabulary.
+        described: The pieces of the trace's vocabulary.
         kind: Kind of each token of the part at hand: those of a kind are of the same classes.
         bits: Classes of each kind.
     """
@@ -225,7 +205,7 @@ class ClassCounter(Counter[ClassCounts]):
     name, result_type, reads_tokens = "word_classes", ClassCounts, True
 
     counts: ClassCounts
-    pieces: Pieces
+    described: Described
     kind: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     bits: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
 
@@ -240,8 +220,8 @@ class ClassCounter(Counter[ClassCounts]):
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
         """What makes empty counters."""
-        pieces, choice = Pieces.of(trace.vocabulary), options.choice or "first"
-        return lambda: cls(ClassCounts.empty(layers, choice=choice), pieces)
+        described, choice = Described.of(trace.vocabulary), options.choice or "first"
+        return lambda: cls(ClassCounts.empty(layers, choice=choice), described)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count the layers of `group` in a part."""
@@ -249,7 +229,7 @@ class ClassCounter(Counter[ClassCounts]):
         starts_D = part.document_starts()
         group_D = document_groups(part.document[starts_D[:-1]])
         if group[0] == counts.layers[0]:
-            bits = token_classes(self.pieces, part.token_id, starts_D)
+            bits = token_classes(self.described, part.token_id, starts_D)
             used = np.bincount(bits, minlength=1 << len(CLASSES)) > 0
             self.bits = np.flatnonzero(used).astype(np.uint16)
             self.kind = (np.cumsum(used) - 1).astype(np.uint8)[bits]
