@@ -5,7 +5,7 @@ against accelerate's disk offload.
     python benchmarks/stream.py --small              # a quick check of the same code on a model of 50 MB
     python benchmarks/stream.py --figure docs/images/streaming.png    # other sizes of model and corpus, drawn
 
-The checkpoint is written shard by shard, as the hub has it. Every road runs in a process of its own, whose peak is
+The checkpoint is written shard by shard, as the hub has it. Every way runs in a process of its own, whose peak is
 VmHWM of /proc, on files that the system has forgotten (posix_fadvise DONTNEED). "Compute" is the in-memory model's body
 over the same batches, its files read and its weights loaded beforehand. accelerate is given 700 MiB, and its files are
 forgotten before every batch, as they would be if the model were larger than memory; its time is that of the passes
@@ -86,15 +86,15 @@ def main() -> None:
 
 
 def compare(folder: Path, options: argparse.Namespace, size: int, layer_bytes: int) -> None:
-    """Every road over the same sequences, with the bars beside."""
+    """Every way over the same sequences, with the bars beside."""
     found = {
-        road: measure(road, folder / "model", folder / f"{road}.moe", options.sequences, options)
-        for road in ("streaming", "memory", "accelerate")
+        way: measure(way, folder / "model", folder / f"{way}.moe", options.sequences, options)
+        for way in ("streaming", "memory", "accelerate")
     }
     tokens = options.sequences * SEQUENCE
-    for road, result in found.items():
+    for way, result in found.items():
         print(
-            f"  {road:10} {result['seconds']:7.1f} s ({result['cpu_seconds']:.1f} s of CPU)  "
+            f"  {way:10} {result['seconds']:7.1f} s ({result['cpu_seconds']:.1f} s of CPU)  "
             f"{tokens / result['seconds']:6.0f} tokens/s  peak {result['peak'] / 1e9:.2f} GB  "
             f"read {result['read'] / size:.3f} x the checkpoint ({result['from_disk'] / size:.3f} x from disk)"
         )
@@ -111,9 +111,9 @@ def compare(folder: Path, options: argparse.Namespace, size: int, layer_bytes: i
     estimated = streaming["estimated"]
     print(f"  estimated before: computing {estimated['compute']:.1f} s, reading {estimated['read']:.1f} s")
     first = routing(folder / "streaming.moe")
-    for road in ("memory", "accelerate"):
+    for way in ("memory", "accelerate"):
         print(
-            f"  ids and weights, streaming and {road}: {'equal' if routing(folder / f'{road}.moe') == first else 'NOT'}"
+            f"  ids and weights, streaming and {way}: {'equal' if routing(folder / f'{way}.moe') == first else 'NOT'}"
         )
 
 
@@ -124,8 +124,8 @@ def by_size(folder: Path, config: Any, options: argparse.Namespace) -> list[dict
         model = folder / f"layers-{layers}"
         shorter(folder / "model", model, layers)
         peaks = {
-            road: measure(road, model, folder / f"{layers}-{road}.moe", 2, options)["peak"]
-            for road in ("streaming", "memory")
+            way: measure(way, model, folder / f"{layers}-{way}.moe", 2, options)["peak"]
+            for way in ("streaming", "memory")
         }
         found.append({"size": checkpoint_bytes(model), **peaks})
         print(f"  {found[-1]['size'] / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in peaks.items()))
@@ -159,10 +159,10 @@ def read_rate(folder: Path) -> float:
     return rate
 
 
-def measure(road: str, model: Path, out: Path, sequences: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one road in a process of its own, on files that the system has forgotten."""
+def measure(way: str, model: Path, out: Path, sequences: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one way in a process of its own, on files that the system has forgotten."""
     forget(model)
-    task = json.dumps({"road": road, "model": str(model), "out": str(out), "sequences": sequences})
+    task = json.dumps({"way": way, "model": str(model), "out": str(out), "sequences": sequences})
     command = [sys.executable, __file__, "--child", task, "--threads", str(options.threads)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
@@ -177,12 +177,12 @@ def run_child(task: dict[str, Any]) -> dict[str, Any]:
     def note_estimate(estimate: Estimate) -> None:
         extra["estimated"] = {"compute": estimate.compute_seconds, "read": estimate.read_seconds}
 
-    if task["road"] == "accelerate":
+    if task["way"] == "accelerate":
         loaded = offloaded(model, out.with_suffix(".offload"))
         forget(out.with_suffix(".offload"), model)
         before = start()
         record(loaded, documents, out, progress=lambda _: forget(out.with_suffix(".offload"), model), **arguments)
-    elif task["road"] == "memory":
+    elif task["way"] == "memory":
         extra["compute"] = compute(model, documents)
         before = start()
         record(model, documents, out, stream=False, **arguments)

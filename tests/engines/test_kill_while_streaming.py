@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a streamed recording: the same call goes on, to the trace of the road in memory.
+"""kill -9 at random moments of a streamed recording: the same call goes on, to the trace of the engine in memory.
 
     python tests/engines/test_kill_while_streaming.py --kills 200 --folder FOLDER    # as often as you like
 
@@ -86,13 +86,13 @@ def record_into(model: Path, out: Path, *, stream: bool) -> Any:
 
 
 def compare(out: Path, whole: Any) -> None:
-    """The parts are those of the road in memory to the byte, the trace is sound."""
+    """The parts are those of the engine in memory to the byte, the trace is sound."""
     trace = open_trace(out)
     if problems := trace.verify():
         raise SystemExit(str(problems))
     pairs = zip(trace.parts, whole.parts, strict=True)
     if not all(left.path.read_bytes() == right.path.read_bytes() for left, right in pairs):
-        raise SystemExit(f"{out}: its parts differ from those of the road in memory")
+        raise SystemExit(f"{out}: its parts differ from those of the engine in memory")
     if trace.summary != whole.summary:
         raise SystemExit(f"{out}: its summary differs")
 

@@ -96,12 +96,12 @@ def test_what_does_not_come_out_the_same_is_refused_by_name(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_STREAMED])
-def test_a_streamed_trace_is_that_of_the_road_in_memory_to_the_byte(family: str, tmp_path: Path) -> None:
+def test_a_streamed_trace_is_that_of_the_model_in_memory_to_the_byte(family: str, tmp_path: Path) -> None:
     folder = save(tiny_model(family), tmp_path / "model", max_shard_size="100KB")
     documents = some_documents()
     whole = record(folder, documents, tmp_path / "whole.moe", stream=False, **OPTIONS)
     streamed = record(folder, documents, tmp_path / "streamed.moe", stream=True, **OPTIONS)
-    assert streamed.header.run.pop("road") == "stream"
+    assert streamed.header.run.pop("engine") == "streamed"
     assert streamed.header == whole.header
     assert len(whole.parts) > 1
     assert same_parts(whole, streamed)
@@ -112,14 +112,14 @@ def test_a_streamed_trace_is_that_of_the_road_in_memory_to_the_byte(family: str,
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
-def test_every_dtype_is_the_same_on_both_roads(stored: str, dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_is_the_same_in_both_engines(stored: str, dtype: str, tmp_path: Path) -> None:
     folder = save(tiny_model("qwen3_moe").to(getattr(torch, stored)), tmp_path / "model")
-    roads = [
+    traces = [
         record(folder, some_documents(), tmp_path / f"{stream}.moe", stream=stream, dtype=dtype, **OPTIONS)
         for stream in (False, True)
     ]
-    assert same_parts(*roads)
-    assert roads[1].header.model["dtype"] == dtype
+    assert same_parts(*traces)
+    assert traces[1].header.model["dtype"] == dtype
 
 
 def test_what_the_layers_hand_on_may_be_in_memory_or_on_disk(
@@ -346,13 +346,13 @@ def test_another_recording_is_not_continued_and_what_differs_is_named(mixtral: P
     assert trace.header.run["window"] == 39
 
 
-def test_an_unfinished_trace_of_the_other_road_is_not_streamed_into(mixtral: Path, tmp_path: Path) -> None:
+def test_an_unfinished_trace_of_the_other_engine_is_not_streamed_into(mixtral: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.moe"
     with pytest.raises(Stop):
         record(mixtral, some_documents(), out, stream=False, progress=stopped_after(4), **OPTIONS)
-    with pytest.raises(TraceMismatch, match=r"run.road"):
+    with pytest.raises(TraceMismatch, match=r"run.engine"):
         record(mixtral, some_documents(), out, stream=True, **OPTIONS)
-    assert "road" not in record(mixtral, some_documents(), out, memory=0, **OPTIONS).header.run
+    assert "engine" not in record(mixtral, some_documents(), out, memory=0, **OPTIONS).header.run
 
 
 @pytest.mark.parametrize("name", ["states-000001", "choices-000001.npy", "weights-000000.npy", work.PLAN])
@@ -480,15 +480,15 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_layer(
         record(mixtral, some_documents(), tmp_path / "s.moe", stream=True, progress=stopped_after(0), **OPTIONS)
 
 
-# ------------------------------------------------------------------------------------------- the choice of a road
+# ------------------------------------------------------------------------------------------- the choice of an engine
 
 
 def test_a_checkpoint_streams_exactly_if_it_does_not_fit(mixtral: Path, tmp_path: Path) -> None:
-    roads = {
-        memory: "road" in record(mixtral, some_documents([30]), tmp_path / f"{memory}", memory=memory).header.run
+    streams = {
+        memory: "engine" in record(mixtral, some_documents([30]), tmp_path / f"{memory}", memory=memory).header.run
         for memory in (10**6, 10**9, 10**9 + 10**6)
     }
-    assert roads == {10**6: True, 10**9: True, 10**9 + 10**6: False}
+    assert streams == {10**6: True, 10**9: True, 10**9 + 10**6: False}
 
 
 def test_the_bytes_of_a_model_are_those_of_its_tensors_in_the_dtype_asked_for(mixtral: Path) -> None:
@@ -497,10 +497,10 @@ def test_the_bytes_of_a_model_are_those_of_its_tensors_in_the_dtype_asked_for(mi
     assert estimate.model_bytes(mixtral, "bfloat16") == 2 * numbers
 
 
-def test_force_chooses_the_road_anew_and_a_given_up_streams_work_is_cleared_away(mixtral: Path, tmp_path: Path) -> None:
+def test_force_chooses_the_engine_anew_and_clears_away_the_work_of_a_stream(mixtral: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.moe"
     record(mixtral, some_documents(), out, stream=False, **OPTIONS)
-    assert record(mixtral, some_documents(), out, memory=0, force=True, **OPTIONS).header.run["road"] == "stream"
+    assert record(mixtral, some_documents(), out, memory=0, force=True, **OPTIONS).header.run["engine"] == "streamed"
     interrupted(mixtral, tmp_path / "given-up.moe")
     record(mixtral, some_documents(), tmp_path / "given-up.moe", stream=False, **OPTIONS)
     assert not work.work_folder(tmp_path / "given-up.moe").exists()

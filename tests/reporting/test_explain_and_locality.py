@@ -82,7 +82,7 @@ def test_the_frames_hold_the_values(explained, locality):
 def test_the_sentences_say_what_is_significant_and_only_that(explained, locality):
     made = explained.copy(deep=True)
     made["bits_q"].loc[{"layer": 31}] = 1.0
-    assert "no source tells much. Not told from chance:" in explain_sentence(made, 31)
+    assert "no source tells much. Not distinguishable from chance:" in explain_sentence(made, 31)
     made["bits_q"].loc[{"layer": 31, "source": ["token", "position"]}] = 0.01
     made["share"].loc[{"layer": 31, "source": "token"}] = 0.5
     made["bits"].loc[{"layer": 31, "source": "token"}] = 1.5

@@ -21,6 +21,6 @@ def extremes(lift: np.ndarray, differs: np.ndarray) -> list[tuple[int, int]]:
 
 
 def about_map(result: xr.Dataset) -> str:
-    """How a map of pairs marks what is sure."""
+    """How a map of pairs marks what differs significantly."""
     few = int(result["num_ids"].max()) <= figures.joint.MOST_WITH_NUMBERS
     return "; bold: significantly different from 1 (false discovery rate 5 %)" if few else ", experts clustered"

@@ -96,7 +96,7 @@ def _warn_of_few_permutations(ctx: click.Context, param: click.Parameter, value:
     if smallest >= SIGNIFICANT:
         say(
             f"warning: with {count(value, 'permutation')} no p-value is below {smallest:.2g}, so nothing is "
-            f"told from chance; use --permutations {round(1 / SIGNIFICANT)} or more.",
+            f"significant; use --permutations {round(1 / SIGNIFICANT)} or more.",
             err=True,
         )
     return value

@@ -51,8 +51,8 @@ from moescope.trace import Layer
 from moescope.trace import header as trace_header
 from moescope.trace.gate import read_header
 
-RUN_KEY, RUN_VALUE = "road", "stream"
-"""In the header's ``run``, what a streamed trace says; another word would part unfinished traces from their command."""
+RUN_KEY, RUN_VALUE = "engine", "streamed"
+"""In the header's ``run``, what a streamed trace says; with another word, unfinished traces would not resume."""
 
 
 def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: bool) -> bool:

@@ -159,7 +159,7 @@ def explain_frame(explained: xr.Dataset) -> pd.DataFrame:
 
 
 def explain_sentence(explained: xr.Dataset, layer: int) -> str:
-    """One layer in plain words: what tells most, what tells something, what is not told from chance.
+    """One layer in plain words: what tells most, what tells something, what is not distinguishable from chance.
 
     Of what tells little, the upper end of the interval is said where that is not little.
     """
@@ -191,7 +191,7 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
         f"Layer {layer}: the {choice} holds {_bits(entropy)} bits; "
         + (f"each by itself tells: {listed(strong)}." if strong else "no source tells much.")
         + (f" A little (under {percent(TELLING, 0)} %): {listed(weak)}." if weak else "")
-        + (f" Not told from chance: {listed(none)}." if none else "")
+        + (f" Not distinguishable from chance: {listed(none)}." if none else "")
     )
 
 
