@@ -44,17 +44,15 @@ def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
     with style.style():
         handles = [_handle(policy) for policy in policies]
         if cache["model_hit_ratio_null"].notnull().any():
-            handles.append(
-                Line2D([], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED, label="tokens in any order")
-            )
-        handles.append(Line2D([], [], label="uniform routing, c/E", **_UNIFORM_LOOK))
-        top = style.legend_rows(len(handles), 5) + 0.3
-        height = top + 0.42 + 2.5
-        figure, (left, right) = style.panels_in_row(2, top=top, height=height, width_ratios=[1.35, 1], sharey=True)
+            any_order = style.line_handle("tokens in any order", color=MUTED, linewidth=1.0, linestyle=style.DASHED)
+            handles.append(any_order)
+        handles.append(style.line_handle("uniform routing, c/E", **_UNIFORM_LOOK))
+        figure, (left, right) = style.panels_in_row(
+            2, handles, columns=5, height=2.5, width_ratios=[1.35, 1], sharey=True
+        )
         figure.subplots_adjust(wspace=0.08)
         _draw_sizes(left, cache, size)
         _draw_layers(right, cache, size)
-        style.legend_above(figure, handles, columns=5)
     return figure
 
 
@@ -66,7 +64,7 @@ def _handle(policy: str) -> Line2D:
     look = (
         {"linewidth": 1.7} if policy == "belady" else {"linewidth": 1.2, "marker": _LOOK[policy][1], "markersize": 3.4}
     )
-    return Line2D([], [], color=_colour(policy), label=POLICY_NAMES[policy], **look)
+    return style.line_handle(POLICY_NAMES[policy], color=_colour(policy), **look)
 
 
 def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:

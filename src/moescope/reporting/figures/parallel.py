@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moescope.measures.schema import total
@@ -35,14 +34,13 @@ def draw_parallel(parallel: xr.Dataset) -> Figure:
     colours = domain_colours(len(kinds) + 1)[1:]
     with style.style():
         handles = [
-            Line2D([], [], color=colour, marker=marker, markersize=3.4, linewidth=1.4)
-            for _, colour, marker in zip(kinds, colours, _MARKERS, strict=False)
+            style.line_handle(kind, color=colour, marker=marker, markersize=3.4, linewidth=1.4)
+            for kind, colour, marker in zip(kinds, colours, _MARKERS, strict=False)
         ]
         handles += [
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=style.DASHED),
-            Line2D([], [], color=MUTED, linewidth=1.0, linestyle=_DOTTED),
+            style.line_handle("the same tokens in any order", color=MUTED, linewidth=1.0, linestyle=style.DASHED),
+            style.line_handle("uniform routing", color=MUTED, linewidth=1.0, linestyle=_DOTTED),
         ]
-        labels = [*kinds, "the same tokens in any order", "uniform routing"]
         top = style.legend_rows(len(handles), 5) + 0.3
         figure = style.new_figure(FULL_WIDTH, top + 1.7 + 0.85 + 1.7 + 0.42)
         grid = figure.add_gridspec(2, 60)
@@ -69,7 +67,7 @@ def draw_parallel(parallel: xr.Dataset) -> Figure:
         _draw_rows(reached, parallel, kinds[:1], colours, "devices_reached")
         reached.tick_params(labelleft=False)
         style.panel_title(reached, "Devices a token")
-        style.legend_above(figure, handles, labels, columns=5)
+        style.legend_above(figure, handles, columns=5)
     return figure
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from moescope.reporting.colours import INK, domain_colours
@@ -52,19 +51,17 @@ def draw_prefetch(prefetch: xr.Dataset) -> Figure:
     columns = 4 if len(names) > 5 else 3
     with style.style():
         sizes: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.3}
-        handles = [
-            Line2D([], [], color=colour, linestyle=line, marker=marker if line == "-" else "", **sizes)
-            for colour, marker, line in looks  # a marker would hide the dashes of so short a line
+        handles = [  # without markers on dashes, which they would hide on so short a line
+            style.line_handle(name, color=colour, linestyle=line, marker=marker if line == "-" else "", **sizes)
+            for name, (colour, marker, line) in zip(names, looks, strict=True)
         ]
-        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2))))
-        top = style.legend_rows(len(handles), columns) + 0.34
-        figure, (left, right) = style.panels_in_row(2, top=top, height=top + 0.42 + 2.3, sharey=True)
+        handles.append(style.line_handle("at random", color=INK, linewidth=0.9, linestyle=(0, (1, 2))))
+        figure, (left, right) = style.panels_in_row(2, handles, columns=columns, titles=0.34, height=2.3, sharey=True)
         figure.subplots_adjust(wspace=0.1)
         _draw_by_loaded(left, prefetch, looks)
         _draw_by_layer(right, prefetch, looks)
         left.set_ylim(0, 103)
         left.set_ylabel("Needed experts that are loaded (%)")
-        style.legend_above(figure, handles, [*names, "at random"], columns=columns)
     return figure
 
 

@@ -110,13 +110,11 @@ def place(figure: Figure, *, left: float, right: float, top: float, bottom: floa
     )
 
 
-def legend_above(
-    figure: Figure, handles: Sequence[Artist], labels: Sequence[str] | None = None, *, columns: int
-) -> None:
-    """A legend over the full width, at the top edge of the figure; without `labels` the handles have theirs."""
+def legend_above(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
+    """A legend over the full width, at the top edge of the figure."""
     if not handles:
         return
-    named = list(labels) if labels is not None else [str(handle.get_label()) for handle in handles]
+    named = [str(handle.get_label()) for handle in handles]
     anchor = (0.5, 1 - 0.04 / figure.get_size_inches()[1])
     figure.legend(list(handles), named, loc="upper center", bbox_to_anchor=anchor, ncols=columns, borderaxespad=0)
 
