@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 FORMATS = ("text", "csv", "json", "latex")
 FIGURES = "FIGURES"
-"""Stands for a folder in a command of `COMMANDS`."""
+"""Stands for a folder beside the output of a command of `COMMANDS`."""
 
 COMMANDS = {
     "shares": "shares TRACE",
@@ -66,7 +66,7 @@ COMMANDS = {
     "compare-tokens": "compare TRACE TRACE --show tokens",
     "compare-changes": "compare TRACE TRACE --show changes",
     "compare-demo": "compare TRACE DEMO",
-    "placement": "placement TRACE --devices 2 -o -",
+    "placement": "placement TRACE --devices 2 -o FIGURES/placement.json",
 }
 
 MEASURES: dict[str, Callable[[moescope.Trace], object]] = {
@@ -158,8 +158,8 @@ def _run(command: str, folder: Path, name: str, trace: Path, demo: Path) -> None
     """Run a command in every format it has."""
     runner = CliRunner()
     words = [{"TRACE": str(trace), "DEMO": str(demo)}.get(word, word) for word in command.split()]
-    with_figures = [str(folder / f"{name}-figures") if word == FIGURES else word for word in words]
-    plain = words[: words.index("--figures")] if FIGURES in words else words
+    with_figures = [word.replace(FIGURES, str(folder / f"{name}-figures")) for word in words]
+    plain = words[: words.index("--figures")] if "--figures" in words else with_figures
     formats = {"info": ("text", "json"), "text": ("text", "json"), "placement": ("",)}.get(words[0], FORMATS)
     for number, format in enumerate(formats):
         arguments = plain if number else with_figures
