@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.tallying.counted import count_with
 from moescope.tallying.counter import Counter, CountOptions, R
@@ -55,6 +56,22 @@ def make_part(
         expert_ids,
         gate_weights if weights else {},
     )
+
+
+def without_tokens(part: Part, mask: NDArray[np.bool_]) -> Part | None:
+    """The part of the other tokens alone, as if what stands between two of them had been another window."""
+    kept = ~mask
+    if not kept.any():
+        return None
+    rows = part.rows(kept)
+    sequence, position, number = [], [], -1
+    for t in range(rows.num_tokens):
+        new_document = t == 0 or rows.document[t] != rows.document[t - 1]
+        follows = not new_document and rows.position[t] == rows.position[t - 1] + 1
+        number = 0 if new_document else number + (not follows)
+        sequence.append(number)
+        position.append(position[-1] + 1 if follows else 0)
+    return replace(rows, sequence=np.array(sequence, np.uint32), position=np.array(position, np.uint32))
 
 
 def make_trace(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from synthetic import VOCABULARY, make_part
+from synthetic import VOCABULARY, make_part, without_tokens
 
 import moescope
 from moescope.cli import main
@@ -42,22 +42,6 @@ def masked(part: Part, mask: NDArray[np.bool_], layers: tuple[Layer, ...]) -> Pa
     return replace(part, expert_ids=ids)
 
 
-def without(part: Part, mask: NDArray[np.bool_]) -> Part | None:
-    """The part of the other tokens alone, as if what stands between two of them had been another window."""
-    kept = ~mask
-    if not kept.any():
-        return None
-    rows = part.rows(kept)
-    sequence, position, number = [], [], -1
-    for t in range(rows.num_tokens):
-        new_document = t == 0 or rows.document[t] != rows.document[t - 1]
-        follows = not new_document and rows.position[t] == rows.position[t - 1] + 1
-        number = 0 if new_document else number + (not follows)
-        sequence.append(number)
-        position.append(position[-1] + 1 if follows else 0)
-    return replace(rows, sequence=np.array(sequence, np.uint32), position=np.array(position, np.uint32))
-
-
 def both(folder: Path, seed: int, masks: list[NDArray[np.bool_]], dropped: float = 0.0) -> tuple[Trace, Trace]:
     """A partly recorded trace, and one of the tokens that all of its layers cover."""
     rng = np.random.default_rng(seed)
@@ -66,7 +50,7 @@ def both(folder: Path, seed: int, masks: list[NDArray[np.bool_]], dropped: float
         for place, layer in enumerate(LAYERS)
     )
     parts = [make_part(rng, layers, LENGTHS, first_document=6 * n, dropped=dropped) for n in range(len(masks))]
-    left = [without(part, mask.any(axis=0)) for part, mask in zip(parts, masks, strict=True)]
+    left = [without_tokens(part, mask.any(axis=0)) for part, mask in zip(parts, masks, strict=True)]
     partial = write(folder / "p.moe", [masked(*each, layers) for each in zip(parts, masks, strict=True)], layers)
     whole = tuple(replace(layer, partial=False) for layer in layers)
     return partial, write(folder / "w.moe", [part for part in left if part is not None], whole)

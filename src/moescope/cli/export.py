@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.reporting.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.options import exclude_option, force_option, layers_option, output_option, trace_argument
 from moescope.reporting.printing import say
 
 
@@ -15,8 +15,11 @@ from moescope.reporting.printing import say
 @trace_argument
 @output_option(None, "File or folder to write.")
 @layers_option
+@exclude_option
 @force_option
-def command(format: str, trace: Path, output: Path, layers: tuple[int, ...] | None, force: bool) -> None:
+def command(
+    format: str, trace: Path, output: Path, layers: tuple[int, ...] | None, exclude: tuple[str, ...], force: bool
+) -> None:
     """Write a trace in a format of other programs.
 
     vllm: arrays of expert ids as vLLM returns them (token, layer of the model, choice), one .npy a sequence in a
@@ -30,5 +33,6 @@ def command(format: str, trace: Path, output: Path, layers: tuple[int, ...] | No
       moescope export jsonl pile.moe -o routing.jsonl --layers 0,15
     """
     from moescope.exporting import export
+    from moescope.trace import open_trace
 
-    say(export(trace, output, format=format, layers=layers, force=force))
+    say(export(open_trace(trace, exclude=exclude), output, format=format, layers=layers, force=force))

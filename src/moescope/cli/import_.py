@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moescope.reporting.numbers import count
-from moescope.reporting.options import force_option, layers_option_for, output_option
+from moescope.reporting.options import exclude_option, force_option, layers_option_for, output_option
 from moescope.reporting.printing import say
 
 
@@ -44,6 +44,7 @@ def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     metavar="WHAT=NAME",
     help="Name of a column (jsonl, csv, parquet), such as experts=topk; may be repeated.",
 )
+@exclude_option
 @force_option
 def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any) -> None:
     """Make a trace of what another program recorded.

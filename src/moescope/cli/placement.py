@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.reporting.options import force_option, layers_option, output_option, trace_argument
+from moescope.reporting.options import exclude_option, force_option, layers_option, output_option, trace_argument
 from moescope.reporting.printing import say
 
 
@@ -32,6 +32,7 @@ from moescope.reporting.printing import say
 )
 @output_option(None, "File to write: .json, or .npz for eplb.")
 @layers_option
+@exclude_option
 @force_option
 def command(
     trace: Path,
@@ -44,6 +45,7 @@ def command(
     format: str | None,
     output: Path,
     layers: tuple[int, ...] | None,
+    exclude: tuple[str, ...],
     force: bool,
 ) -> None:
     """Write a placement of the experts, fitted on a trace.
@@ -61,7 +63,7 @@ def command(
     from moescope.simulation import placement
     from moescope.trace import open_trace
 
-    opened = open_trace(trace)
+    opened = open_trace(trace, exclude=exclude)
     try:
         placed = placement(
             opened,

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from moescope.reporting.options import force_option, output_option, shown_layers_option, trace_argument, word_option
+from moescope.reporting.options import (
+    exclude_option,
+    force_option,
+    output_option,
+    shown_layers_option,
+    trace_argument,
+    word_option,
+)
 from moescope.reporting.printing import say
 
 
@@ -15,8 +22,16 @@ from moescope.reporting.printing import say
 @output_option("report", "Folder to write; an earlier report there is replaced.")
 @shown_layers_option
 @word_option("Word to look for instead of the paper's; repeatable.")
+@exclude_option
 @force_option
-def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tuple[str, ...], force: bool) -> None:
+def command(
+    trace: Path,
+    output: Path,
+    layers: tuple[int, ...] | None,
+    words: tuple[str, ...],
+    exclude: tuple[str, ...],
+    force: bool,
+) -> None:
     """Write everything as one offline HTML page, with figures and tables.
 
     Figures are beside it as PNG, SVG and PDF, tables as CSV and LaTeX. Prints the path of the page.
@@ -26,5 +41,6 @@ def command(trace: Path, output: Path, layers: tuple[int, ...] | None, words: tu
       moescope report pile.moe -o report/
     """
     from moescope.reporting import report
+    from moescope.trace import open_trace
 
-    say(report(trace, output, layers=layers, words=words or None, force=force))
+    say(report(open_trace(trace, exclude=exclude), output, layers=layers, words=words or None, force=force))

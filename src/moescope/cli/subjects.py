@@ -13,7 +13,7 @@ import click
 from moescope.errors import MoescopeError, PluginFailed, require
 from moescope.plugins import describe, guarded, installed_plugins
 from moescope.reporting.numbers import count
-from moescope.reporting.options import format_option
+from moescope.reporting.options import exclude_option, format_option
 from moescope.reporting.printing import print_table, say
 from moescope.reporting.subject import Drawing
 from moescope.reporting.subjects import load
@@ -29,7 +29,7 @@ def command_of(name: str) -> click.Command:
     """
     show = load(name).command
     assert show is not None
-    return format_option(click.command(name)(_run(show)))
+    return exclude_option(format_option(click.command(name)(_run(show))))
 
 
 def plugin_command(name: str) -> click.Command | None:
@@ -61,11 +61,11 @@ def _named(name: str, run: Callable[..., Any] | None) -> Callable[..., Any]:
 
 def _run(show: Callable[..., Any]) -> Callable[..., None]:
     @wraps(show)
-    def run(format: str, **arguments: Any) -> None:
+    def run(format: str, exclude: tuple[str, ...], **arguments: Any) -> None:
         folder: Path | None = arguments.get("figures")
         for param in click.get_current_context().command.params:
             if isinstance(param, click.Argument):
-                arguments[str(param.name)] = _opened(arguments[str(param.name)])
+                arguments[str(param.name)] = _opened(arguments[str(param.name)], exclude)
         given = [value if isinstance(value, tuple) else (value,) for value in arguments.values()]
         traces = [value for values in given for value in values if isinstance(value, Trace)]
         for trace in traces:
@@ -85,8 +85,10 @@ def _run(show: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
-def _opened(paths: Path | tuple[Path, ...]) -> Trace | tuple[Trace, ...]:
-    return open_trace(paths) if isinstance(paths, Path) else tuple(map(open_trace, paths))
+def _opened(paths: Path | tuple[Path, ...], exclude: tuple[str, ...]) -> Trace | tuple[Trace, ...]:
+    if isinstance(paths, Path):
+        return open_trace(paths, exclude=exclude)
+    return tuple(open_trace(path, exclude=exclude) for path in paths)
 
 
 def _remind(trace: Trace) -> None:

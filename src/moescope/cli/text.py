@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moescope.reporting.options import shown_layers_option, trace_argument
+from moescope.reporting.options import exclude_option, shown_layers_option, trace_argument
 
 
 @click.command()
@@ -21,7 +21,10 @@ from moescope.reporting.options import shown_layers_option, trace_argument
 @click.option(
     "--width", type=click.IntRange(min=20), metavar="COLUMNS", help="Columns to fill.  [default: those of the terminal]"
 )
-def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, width: int | None) -> None:
+@exclude_option
+def command(
+    trace: Path, document: int | None, layers: tuple[int, ...] | None, width: int | None, exclude: tuple[str, ...]
+) -> None:
     """Show a document with its tokens coloured by expert.
 
     Figure 8: each token on the colour of its first choice, a column a layer. Without colour (a pipe, NO_COLOR=1) the id
@@ -38,7 +41,7 @@ def command(trace: Path, document: int | None, layers: tuple[int, ...] | None, w
     from moescope.reporting.terminal import print_document
     from moescope.trace import open_trace
 
-    opened = open_trace(trace)
+    opened = open_trace(trace, exclude=exclude)
     shown = shown_layers(opened, layers)
     number = int(opened.document_numbers[0]) if document is None else document
     routed = read_document(opened, number, shown)

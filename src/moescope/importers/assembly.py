@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.documents import NO_MODEL, ModelFacts
 from moescope.importers.findings import Findings, Options
+from moescope.trace.excluding import Exclusion
 from moescope.trace.header import ranges
 
 MAX_LAYERS = 1024  # several times those of the deepest models; every layer has columns in every part
@@ -63,8 +64,11 @@ class Assembly:
     totals: dict[str, Any] = field(default_factory=dict)
     model: ModelFacts = NO_MODEL
     domains: dict[str, int] = field(default_factory=dict)
+    _read_documents: int = 0
+    _read_tokens: int = 0
 
     def __post_init__(self) -> None:
+        self.exclusion = Exclusion.parse(self.options.exclude)
         self.spool = ArraySpool(self.folder)
         given = self.options
         self.model = ModelFacts(given.model or "", given.num_experts, given.top_k, given.num_layers)
@@ -101,6 +105,20 @@ class Assembly:
         if code >= MAX_DOMAINS:
             raise ImportTooLarge(place, f"is in domain number {code + 1}", "is the domain read from the right field?")
         return code
+
+    def kept(self, num_tokens: int) -> NDArray[np.bool_]:
+        """Which tokens of the next document are not left out; a document of counts has one to ask for."""
+        kept = self.exclusion.kept(np.full(num_tokens, self._read_documents), self._read_tokens)
+        self._read_documents += 1
+        self._read_tokens += num_tokens
+        return kept
+
+    def check_excluded(self, name: str) -> None:
+        """Refuse what is to be left out and was not there, and what leaves nothing."""
+        if missing := self.exclusion.missing(np.arange(self._read_documents), self._read_tokens):
+            raise ImportMalformed(name, missing)
+        if self._read_documents and not self.num_documents:
+            raise ImportMalformed(name, f"nothing is left without {', '.join(self.options.exclude)}")
 
     def takes(self, layer: int, place: str) -> bool:
         """Whether a layer is wanted; one that the model cannot have is refused."""

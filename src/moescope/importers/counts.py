@@ -40,7 +40,11 @@ class AssignmentCounts(Assembly):
         place = document.place
         if not isinstance(document, CountedDocument):
             raise ImportMalformed(place, "holds tokens, but earlier documents hold counts", "import them separately")
+        if self.exclusion.tokens:
+            raise ImportMalformed(place, "holds counts, and no token to leave out", "--exclude takes documents:LIST")
         self.learn(document.model, place)
+        if any(counts.any() for counts in document.counts.values()) and not self.kept(1).all():
+            return
         rows, totals = [], {}
         code = self.code_of(document.domain, place)
         for layer, counts in sorted(document.counts.items()):
@@ -92,6 +96,7 @@ class AssignmentCounts(Assembly):
         """Close the last part and return the header, now that everything is known."""
         if self._rows:
             self._flush()
+        self.check_excluded(name)
         dense = sorted(layer for layer, total in self._totals.items() if total == 0)
         kept = sorted(set(self._totals) - set(dense))
         if dense and kept:

@@ -6,7 +6,7 @@ Unit: a token, or an assignment where only counts are known. `assembly` checks t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -74,6 +74,19 @@ class TokenDocument:
     none_is_dropped: bool = False
     model: ModelFacts = NO_MODEL
     pieces: Mapping[int, bytes] = field(default_factory=dict)
+
+    def only(self, kept: NDArray[np.bool_]) -> TokenDocument:
+        """The tokens that are kept, shape (token,); one behind a gap begins a sequence."""
+        starts = np.zeros(len(kept), np.bool_) if self.starts is None else self.starts.copy()
+        starts[1:] |= ~kept[:-1]
+        return replace(
+            self,
+            expert_ids={layer: ids[kept] for layer, ids in self.expert_ids.items()},
+            gate_weights={layer: weights[kept] for layer, weights in self.gate_weights.items()},
+            token_ids=None if self.token_ids is None else self.token_ids[kept],
+            starts=starts[kept],
+            phase=None if self.phase is None else self.phase[kept],
+        )
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Options:
     model: str | None = None
     ranked: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
 
     def need(self, name: str, place: object) -> int:
         """The number given for ``top_k`` or ``num_layers``.

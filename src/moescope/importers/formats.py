@@ -126,6 +126,7 @@ def import_trace(
     model: str | None = None,
     ranked: bool = False,
     fields: Mapping[str, str] | None = None,
+    exclude: Sequence[str] = (),
     vocabulary: Vocabulary | None = None,
     force: bool = False,
 ) -> Trace:
@@ -143,12 +144,14 @@ def import_trace(
         model: Name of the model.
         ranked: Whether choices are in order of gate weight although the files have no weights.
         fields: Names of columns by what they hold (`named.NAMES`), for jsonl, csv and parquet.
+        exclude: What is left out, as of `moescope.open_trace`; numbers are those of the trace that would be made
+            without it.
         vocabulary: Text pieces of the token ids.
         force: Replace a finished trace.
     Returns:
         The finished trace; its summary holds the warnings, under ``warnings``.
     Raises:
-        ValueError: The format is unknown, or a number is below 1.
+        ValueError: The format is unknown, a number is below 1, or an item of `exclude` is none that could be.
         ForeignTraceError: A file is missing, invalid or incomplete.
         TraceExists: There is a finished trace already.
     """
@@ -163,8 +166,9 @@ def import_trace(
     paths = [Path(file) for file in files]
     inputs = find(paths, chosen.folder or None)
     options = Options(
-        num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {}
-    )
+        num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {},
+        tuple(exclude),
+    )  # fmt: skip
     findings = Findings()
     given = {name: value for name, value in vars(options).items() if value and name not in ("domain", "model")}
     corpus = {

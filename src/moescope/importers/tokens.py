@@ -28,6 +28,7 @@ MAX_DOCUMENT_TOKENS = 1 << 22
 MAX_PIECES = 1 << 21  # several times the largest vocabularies
 REPEATED_ROWS = 1000
 """Identical tokens in a row that suggest a warm-up: text does not route so many alike."""
+REPEATS_LISTED = 8  # a line that can be pasted
 
 
 @dataclass
@@ -64,10 +65,8 @@ class Tokens(Assembly):
     _any_phases: bool = False
     _ranked: bool = True
     _zero_everywhere: int = 0
-    _run: int = 0
-    _run_place: str = ""
-    _repeated: int = 0
-    _repeated_place: str = ""
+    _run_start: int = 0
+    _repeats: list[tuple[int, int]] = field(default_factory=list)
     _last: dict[int, NDArray[Any]] = field(default_factory=dict)
 
     def add(self, document: TokenDocument | CountedDocument) -> None:
@@ -102,6 +101,14 @@ class Tokens(Assembly):
                 raise ImportMalformed(place, f"has {num_tokens} tokens of routing, but {len(column)} {name}")
         if document.token_ids is not None and not 0 <= document.token_ids.min() <= document.token_ids.max() < 2**32:
             raise ImportMalformed(place, "a token id is below 0 or beyond 32 bits")
+        for layer, array in document.gate_weights.items():
+            if array.shape != shapes.get(layer):
+                expected = f"ids of {shapes[layer]}" if layer in shapes else "and no ids"
+                raise ImportMalformed(f"{place}, layer {layer}", f"has gate weights of shape {array.shape}, {expected}")
+        if not (kept := self.kept(num_tokens)).all():
+            if not kept.any():
+                return
+            document, num_tokens = document.only(kept), int(kept.sum())
         for piece_id, piece in document.pieces.items():
             if len(self.pieces) < MAX_PIECES:
                 self.pieces.setdefault(piece_id, piece)
@@ -162,11 +169,6 @@ class Tokens(Assembly):
                 weights = np.zeros(ids.shape, np.float32)
                 for d, end, length in zip(documents, ends, lengths, strict=True):
                     if (block := d.gate_weights.get(layer)) is not None:
-                        if block.shape != d.expert_ids[layer].shape:
-                            raise ImportMalformed(
-                                f"{d.place}, layer {layer}",
-                                f"has gate weights of shape {block.shape}, ids of {d.expert_ids[layer].shape}",
-                            )
                         with np.errstate(over="ignore"):
                             weights[end - length : end, : block.shape[1]] = block
                 weights[ids < 0] = 0
@@ -176,7 +178,7 @@ class Tokens(Assembly):
         self._zero_everywhere += int(zero_rows.sum()) if layers else 0
         if self._weights:
             self._order_by_weight(arrays, layers, places)
-        self._find_repeats(arrays, layers, places)
+        self._find_repeats(arrays, layers)
         self.spool.put(arrays)
         self.num_documents += len(documents)
         self._rows += num_tokens
@@ -268,8 +270,8 @@ class Tokens(Assembly):
                 ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
                 self.findings.count("(token, layer) rows were sorted by gate weight", len(rows))
 
-    def _find_repeats(self, arrays: Arrays, layers: list[int], places: _Places) -> None:
-        """Count tokens that are routed exactly like the one before them, in long runs."""
+    def _find_repeats(self, arrays: Arrays, layers: list[int]) -> None:
+        """Note long runs of tokens that are routed exactly like the one before them."""
         same = np.ones(len(arrays["document"]), bool)
         for layer in layers:
             ids = arrays[f"L{layer}"]
@@ -277,34 +279,30 @@ class Tokens(Assembly):
             same[0] &= last is not None and last.shape == ids[0].shape and bool((last == ids[0]).all())
             same[1:] &= (ids[1:] == ids[:-1]).all(axis=1)
         self._last = {layer: arrays[f"L{layer}"][-1].copy() for layer in layers}
-        breaks = np.flatnonzero(~same)
-        if not len(breaks):
-            self._run += len(same)
-            return
-        self._end_run(int(breaks[0]))
-        runs = np.diff(np.append(breaks, len(same)))
-        for run in np.flatnonzero(runs[:-1] >= REPEATED_ROWS):
-            self._run, self._run_place = 0, places.at(int(breaks[run]))
-            self._end_run(int(runs[run]))
-        self._run, self._run_place = int(runs[-1]), places.at(int(breaks[-1]))
+        self._end_runs(np.flatnonzero(~same) + self._rows)
 
-    def _end_run(self, more: int = 0) -> None:
-        if self._run + more >= REPEATED_ROWS:
-            self._repeated += self._run + more
-            self._repeated_place = self._repeated_place or self._run_place
-        self._run = 0
+    def _end_runs(self, starts: NDArray[np.int64]) -> None:
+        """Note those of the runs that end where others start that are long."""
+        edges = np.append(self._run_start, starts)
+        long = np.flatnonzero(np.diff(edges) >= REPEATED_ROWS)
+        self._repeats += [(int(edges[run]), int(edges[run + 1]) - 1) for run in long]
+        self._run_start = int(edges[-1])
 
     def finish(self, name: str) -> Header:
         """Close the last part and return the header, now that everything is known."""
         if self._waiting:
             self._flush()
+        self.check_excluded(name)
         if not self._rows:
             raise ImportMalformed(name, "holds no token")
-        self._end_run()
-        if self._repeated:
+        self._end_runs(np.array([self._rows]))
+        if self._repeats:
+            runs = ",".join(f"{first}-{last}" for first, last in self._repeats[:REPEATS_LISTED])
+            more = f", and of {len(self._repeats) - REPEATS_LISTED} more runs" * (len(self._repeats) > REPEATS_LISTED)
             self.findings.warn(
-                f"{self._repeated:,} tokens are routed exactly like the one before them, in runs of {REPEATED_ROWS:,} "
-                f"or more, the first at {self._repeated_place}; is it a warm-up?"
+                f"{sum(last + 1 - first for first, last in self._repeats):,} tokens are routed exactly like the one "
+                f"before them, in runs of {REPEATED_ROWS:,} or more; is it a warm-up? Of any command that reads this "
+                f"trace, --exclude tokens:{runs} leaves them out{more}"
             )
         kept = self._routed_layers(name)
         self.check_layers(kept, name)

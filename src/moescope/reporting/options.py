@@ -59,6 +59,26 @@ def format_option_for(*formats: str) -> Callable[[Command], Command]:
     return one_of("--format", formats, "How the result is written to stdout.")
 
 
+def _check_exclusion(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what cannot be left out of any trace. For ``callback=`` of an option."""
+    from moescope.trace.excluding import Exclusion
+
+    try:
+        Exclusion.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+    return value
+
+
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    callback=_check_exclusion,
+    metavar="WHAT",
+    help="Leave out documents by number, documents:3,17-20, or tokens by place, tokens:0-8191; may be repeated.",
+)
+"""``--exclude`` -> ``exclude``: items as of `moescope.open_trace`, which reads them."""
+
 format_option = format_option_for("text", "csv", "json", "latex")
 """The formats of a table."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import xarray as xr
 
+from moescope.reporting.visible import visible
 from moescope.tallying import Counted
 from moescope.trace import Trace
 from moescope.trace.cover import cover
+from moescope.trace.excluding import excluded
 
 
 def describe_choice(choice: str, top_k: int) -> str:
@@ -79,10 +81,11 @@ def describe_cover(fraction: float) -> str:
     return f"{percent if fraction in (0, 1) else min(99, max(1, percent))} % of the tokens recorded"
 
 
-def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> tuple[str, ...]:
-    """What to know of layers that cover only some of the tokens: a note, or none."""
+def cover_notes(trace: Trace, layers: Iterable[int] | None = None) -> Iterator[str]:
+    """What to know of a trace of which tokens were left out, or of whose layers some cover only some of the tokens."""
+    if items := excluded(trace.header):
+        yield f"Left out: {', '.join(map(visible, items))}."
     partial = [layer for layer in trace.select_layers(layers) if layer.partial]
-    if not partial:
-        return ()
-    covers = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
-    return (f"{covers}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out.",)
+    if partial:
+        covers = "; ".join(f"layer {layer.layer}: {describe_cover(cover(trace, layer))}" for layer in partial)
+        yield f"{covers}. A token that one of the layers lacks is in none of the numbers; --layers leaves layers out."

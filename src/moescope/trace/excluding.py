@@ -1,7 +1,7 @@
 """Documents and tokens that are left out of a trace, when another program's log is imported or when it is opened.
 
-``documents:3,17-20`` are documents by number, ``tokens:0-8191`` tokens by their place in the trace, from 0. What is left
-out is in no number; a token before a gap and the one after it are not neighbours.
+``documents:3,17-20`` are documents by number, ``tokens:0-8191`` tokens by their place in the trace, from 0. What is
+left out is in no number; a token before a gap and the one after it are not neighbours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import NoSuchDocument, NotRecorded
 from moescope.trace.counts import COUNTS_HINT
+from moescope.trace.header import Header
 from moescope.trace.kept_rows import KeptRows
 from moescope.trace.part_file import PartFile
 from moescope.trace.reader import Trace
@@ -71,6 +72,21 @@ class Exclusion:
             kept[max(0, run.start - first) : max(0, run.stop - first)] = False
         return kept
 
+    def missing(self, documents: NDArray[np.integer], num_tokens: int) -> str | None:
+        """What is to be left out and is not there, which is a mistake, and would pass for done; None if there is none.
+
+        Args:
+            documents: Numbers of the documents that there are.
+            num_tokens: Tokens that there are.
+        """
+        for run in self.documents:
+            if not ((documents >= run.start) & (documents < run.stop)).any():
+                return f"has no document {run.start} to leave out ({len(documents):,} others)"
+        for run in self.tokens:
+            if run.start >= num_tokens:
+                return f"has no token {run.start} to leave out ({num_tokens:,} from 0)"
+        return None
+
 
 def without(trace: Trace, exclude: Sequence[str]) -> Trace:
     """A trace without some of its documents or tokens; its `header.run` says which, under ``exclude``.
@@ -89,7 +105,7 @@ def without(trace: Trace, exclude: Sequence[str]) -> Trace:
         return trace
     if exclusion.tokens and trace.header.counts_only:
         raise NotRecorded(trace.path, "holds counts of assignments, and no token", COUNTS_HINT)
-    header = replace(trace.header, run={**trace.header.run, "exclude": [*_before(trace), *exclude]})
+    header = replace(trace.header, run={**trace.header.run, "exclude": [*excluded(trace.header), *exclude]})
     numbers: list[NDArray[np.int64]] = []
     parts: list[PartFile] = []
     first = 0
@@ -102,23 +118,14 @@ def without(trace: Trace, exclude: Sequence[str]) -> Trace:
             parts.append(file)
         elif kept.any():
             parts.append(KeptRows(file, header, trace.layers, kept))
-    _need(trace, exclusion, np.concatenate([np.zeros(0, np.int64), *numbers]), first)
+    if missing := exclusion.missing(np.concatenate([np.zeros(0, np.int64), *numbers]), first):
+        raise NoSuchDocument(trace.path, missing)
     if not parts:
         raise NoSuchDocument(trace.path, f"nothing is left without {', '.join(exclude)}")
     return replace(trace, header=header, parts=tuple(parts))
 
 
-def _before(trace: Trace) -> list[str]:
-    """What was left out of the trace already."""
-    items = trace.header.run.get("exclude", [])
+def excluded(header: Header) -> list[str]:
+    """What was left out of a trace, when it was imported or opened."""
+    items = header.run.get("exclude", [])
     return [str(item) for item in items] if isinstance(items, list) else []
-
-
-def _need(trace: Trace, exclusion: Exclusion, documents: NDArray[np.int64], num_tokens: int) -> None:
-    """Refuse to leave out what is not there: it is a mistake, and would pass for done."""
-    for run in exclusion.documents:
-        if not ((documents >= run.start) & (documents < run.stop)).any():
-            raise NoSuchDocument(trace.path, f"document {run.start} is not in the trace ({len(documents)} are)")
-    for run in exclusion.tokens:
-        if run.start >= num_tokens:
-            raise NoSuchDocument(trace.path, f"token {run.start} is not in the trace, which has {num_tokens:,}")

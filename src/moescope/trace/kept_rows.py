@@ -69,6 +69,8 @@ class KeptRows(PartFile):
         return replace(part, expert_ids=narrow)
 
     def read_counts(self) -> Counts:
-        """The kept rows of a part of a trace of counts."""
+        """The kept rows of a part of a trace of counts, and the names of their domains."""
         counts, kept = self._file.read_counts(), self._kept
-        return replace(counts, **{name: getattr(counts, name)[kept] for name in COUNT_COLUMNS})
+        columns = {name: getattr(counts, name)[kept] for name in COUNT_COLUMNS}
+        used, columns["domain"] = np.unique(columns["domain"], return_inverse=True)
+        return replace(counts, domain_names=tuple(counts.domain_names[code] for code in used), **columns)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from moescope.errors import NoSuchDocument, NoSuchDomain, NoSuchLayer, NotRecorded, TraceDamaged
 from moescope.trace import checksums, vocabulary
 from moescope.trace.counts import COUNTS_HINT, Counts
-from moescope.trace.gate import pass_gate
 from moescope.trace.header import Header, Layer
 from moescope.trace.part import Part
 from moescope.trace.part_file import PartFile
@@ -269,21 +268,6 @@ class Trace:
         return self.domains.index(name)
 
 
-def open_trace(path: Path | str) -> Trace:
-    """Open a trace, finished or not.
-
-    Args:
-        path: Folder of the trace.
-    Raises:
-        TraceNotFound: There is no trace at the path.
-        TraceNewer: It was written in a later version of the format.
-        TraceDamaged: A file is missing or contradicts the header.
-    """
-    path = Path(path)
-    opened = pass_gate(path)
-    return Trace(path, opened.header, opened.parts, opened.summary)
-
-
 def selected_layers(layers: tuple[Layer, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Layer, ...]:
     """Those of the layers that have the wanted indices, ascending; all of them for None; `path` is named in errors.
 
@@ -297,17 +281,3 @@ def selected_layers(layers: tuple[Layer, ...], wanted: Iterable[int] | None, pat
         have = ", ".join(str(layer.layer) for layer in layers)
         raise NoSuchLayer(path, f"layer {missing[0]} was not recorded; the trace has layers {have}")
     return tuple(layer for layer in layers if layer.layer in indices)
-
-
-def as_trace(source: Trace | Path | str) -> Trace:
-    """The trace itself, or that at a path: what every function that is given a trace begins with.
-
-    Raises:
-        TypeError: It is neither.
-        TraceNotFound: There is no trace at the path.
-    """
-    if isinstance(source, str | Path):
-        return open_trace(source)
-    if not isinstance(source, Trace):
-        raise TypeError(f"expected a trace or the path of one, not {type(source).__name__}")
-    return source

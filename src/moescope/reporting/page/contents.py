@@ -73,7 +73,7 @@ def contents(results: Results) -> Contents:
     """What the subjects show of their results; those that the trace cannot tell show nothing."""
     shown = Contents([], {}, {})
     sections: dict[PageSection, FilledSection] = {}
-    notes = cover_notes(results.trace)
+    notes = tuple(cover_notes(results.trace))
     for name, result in results.found.items():
         with guarded(name):
             if result is None or (subject := load(name)).blocks is None:
