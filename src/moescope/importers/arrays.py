@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from moescope.importers.documents import ModelFacts, TokenDocument
 from moescope.importers.findings import Findings, Options
 from moescope.importers.writing import write
-from moescope.trace import Trace, Vocabulary
+from moescope.trace import RowLabels, Trace, Vocabulary
 from moescope.trace.counts import run_starts
 
 
@@ -29,6 +29,10 @@ def from_arrays(
     sequences: ArrayLike | None = None,
     domains: str | Sequence[str] = "arrays",
     phases: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    margins: Mapping[int, ArrayLike] | ArrayLike | None = None,
+    masses: Mapping[int, ArrayLike] | ArrayLike | None = None,
     ranked: bool = False,
     model: str = "",
     vocabulary: Vocabulary | None = None,
@@ -50,6 +54,11 @@ def from_arrays(
         sequences: Sequence of each token, shape (token,); pairs of tokens never cross sequences.
         domains: The label of all documents, or one per token.
         phases: Whether a token was generated (1) or part of a prompt (0), shape (token,).
+        clusters: What the document of each token is a piece of (a book, a file, a repository), one per token.
+        labels: A label per token: its role, its modality, thinking or answer.
+        margins: Selection score of the last chosen expert minus that of the first not chosen, bias included, in the
+            router's unit: shape (layer, token), or for each layer an array of shape (token,).
+        masses: Router probability of a token's chosen experts together, from 0 to 1, shaped like `margins`.
         ranked: Whether choices are in order of gate weight; not needed with gate weights.
         model: Name of the model.
         vocabulary: Text pieces of the token ids.
@@ -76,9 +85,21 @@ def from_arrays(
     for name, column in columns.items():
         if column is not None and (column.shape != (num_tokens,) or column.dtype.kind not in "iub"):
             raise ValueError(f"{name} must be {num_tokens} whole numbers, found {column.dtype} of shape {column.shape}")
-    labels = None if isinstance(domains, str) else list(domains)
-    if labels is not None and len(labels) != num_tokens:
-        raise ValueError(f"domains must be one label, or {num_tokens}, found {len(labels)}")
+    names = {"domains": None if isinstance(domains, str) else domains, "clusters": clusters, "labels": labels}
+    named = {name: None if values is None else RowLabels.of(list(map(str, values))) for name, values in names.items()}
+    for name, of_tokens in named.items():
+        if of_tokens is not None and len(of_tokens.codes) != num_tokens:
+            raise ValueError(f"{name} must be one per token, {num_tokens}, found {len(of_tokens.codes)}")
+    scores: dict[str, dict[int, NDArray[Any]]] = {}
+    for name, array in (("margins", margins), ("masses", masses)):
+        scores[name] = {} if array is None else _by_layer(array, layers, "fiu")
+        for layer, of_layer in scores[name].items():
+            if of_layer.shape != (num_tokens,) or not np.isfinite(of_layer).all():
+                raise ValueError(f"{name} of layer {layer} must be {num_tokens} finite numbers")
+        if scores[name] and set(scores[name]) != set(shapes):
+            raise ValueError(f"{name} must be given for the layers of expert_ids")
+    if any(((array < 0) | (array > 1)).any() for array in scores["masses"].values()):
+        raise ValueError("masses are probabilities, from 0 to 1")
     if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
         raise ValueError("phases must be 0 (prompt) or 1 (generated)")
 
@@ -89,13 +110,19 @@ def from_arrays(
             raise ValueError("the tokens of a document must be contiguous")
         for start, end in pairwise(bounds.tolist()):
             rows = slice(start, end)
-            if labels is not None and any(label != labels[start] for label in labels[rows]):
-                raise ValueError(f"a document has one domain; tokens {start} to {end - 1} have several")
+            own_names = {name: None if labels is None else labels.rows(rows) for name, labels in named.items()}
+            for name in ("domains", "clusters"):
+                if (own_labels := own_names[name]) is not None and len(np.unique(own_labels.codes)) > 1:
+                    raise ValueError(f"a document has one of {name}; tokens {start} to {end - 1} have several")
+            domain, cluster = (
+                None if own_labels is None else own_labels.names[own_labels.codes[0]]
+                for own_labels in (own_names["domains"], own_names["clusters"])
+            )
             own = {name: None if column is None else column[rows] for name, column in columns.items()}
             sequence, phase = own["sequences"], own["phases"]
             yield TokenDocument(
                 f"arrays, tokens {start} to {end - 1}",
-                str(domains if labels is None else labels[start]),
+                str(domains) if domain is None else domain,
                 {layer: ids[rows] for layer, ids in by_layer.items()},
                 {layer: array[rows] for layer, array in weights.items()},
                 own["token_ids"],
@@ -104,6 +131,10 @@ def from_arrays(
                 ranked=ranked,
                 none_is_dropped=True,
                 model=ModelFacts(model, num_experts),
+                cluster=cluster,
+                label=own_names["labels"],
+                margins={layer: array[rows] for layer, array in scores["margins"].items()},
+                masses={layer: array[rows] for layer, array in scores["masses"].items()},
             )
 
     corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}

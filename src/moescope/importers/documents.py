@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportMalformed
+from moescope.trace import RowLabels
 
 Ids = NDArray[np.integer[Any]]
 ExpertId = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -60,6 +61,10 @@ class TokenDocument:
             Then -2 may stand for a choice that was not recorded.
         model: What the file states about the model.
         pieces: Text pieces of token ids, as far as the file has them.
+        cluster: What the document is a piece of, or None.
+        label: Label of each token, or None.
+        margins: For each layer the margin of each token's choice, as of `moescope.trace.Part`; empty if unknown.
+        masses: For each layer the mass of each token's choice; empty if unknown.
     """
 
     place: str
@@ -74,6 +79,10 @@ class TokenDocument:
     none_is_dropped: bool = False
     model: ModelFacts = NO_MODEL
     pieces: Mapping[int, bytes] = field(default_factory=dict)
+    cluster: str | None = None
+    label: RowLabels | None = None
+    margins: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    masses: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
     def only(self, kept: NDArray[np.bool_]) -> TokenDocument:
         """The tokens that are kept, shape (token,); one behind a gap begins a sequence."""
@@ -86,6 +95,9 @@ class TokenDocument:
             token_ids=None if self.token_ids is None else self.token_ids[kept],
             starts=starts[kept],
             phase=None if self.phase is None else self.phase[kept],
+            label=None if self.label is None else self.label.rows(kept),
+            margins={layer: margins[kept] for layer, margins in self.margins.items()},
+            masses={layer: masses[kept] for layer, masses in self.masses.items()},
         )
 
 

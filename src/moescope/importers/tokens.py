@@ -5,7 +5,7 @@ Unit: a token. Invalid input is refused; unusual input is imported with a warnin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moescope.errors import ImportMalformed, ImportTooLarge
 from moescope.importers.assembly import MAX_LAYERS, Arrays, Assembly
 from moescope.importers.documents import CountedDocument, TokenDocument
-from moescope.trace import Header, Layer, Part
+from moescope.trace import Header, Layer, Part, RowLabels
 from moescope.trace.columns import DROPPED, NOT_RECORDED
 from moescope.trace.header import ranges
 from moescope.trace.part_file import PART_TOKENS
@@ -29,6 +29,17 @@ MAX_PIECES = 1 << 21  # several times the largest vocabularies
 REPEATED_ROWS = 1000
 """Identical tokens in a row that suggest a warm-up: text does not route so many alike."""
 REPEATS_LISTED = 8  # a line that can be pasted
+
+
+_OPTIONAL: Mapping[str, Callable[[TokenDocument], bool]] = {
+    "token ids": lambda document: document.token_ids is not None,
+    "phases": lambda document: document.phase is not None,
+    "clusters": lambda document: document.cluster is not None,
+    "labels": lambda document: document.label is not None,
+    "margins": lambda document: set(document.margins) >= set(document.expert_ids),
+    "masses": lambda document: set(document.masses) >= set(document.expert_ids),
+}
+"""What a trace has if every document has it."""
 
 
 @dataclass
@@ -59,10 +70,9 @@ class Tokens(Assembly):
     _layers: dict[int, _LayerFacts] = field(default_factory=dict)
     _weights: bool = True
     _any_weights: bool = False
-    _token_ids: bool = True
-    _any_token_ids: bool = False
-    _phases: bool = True
-    _any_phases: bool = False
+    _all: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_OPTIONAL, True))
+    _any: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_OPTIONAL, False))
+    _labels: dict[str, dict[str, int]] = field(default_factory=lambda: {"cluster": {}, "label": {}})
     _ranked: bool = True
     _zero_everywhere: int = 0
     _run_start: int = 0
@@ -137,10 +147,10 @@ class Tokens(Assembly):
         self._any_weights |= any(d.gate_weights for d in documents)
         self._weights &= all_weights
         self._ranked &= all(d.ranked for d in documents)
-        self._token_ids &= all(d.token_ids is not None for d in documents)
-        self._any_token_ids |= any(d.token_ids is not None for d in documents)
-        self._phases &= all(d.phase is not None for d in documents)
-        self._any_phases |= any(d.phase is not None for d in documents)
+        for what, has in _OPTIONAL.items():
+            given = [has(document) for document in documents]
+            self._all[what] &= all(given)
+            self._any[what] |= any(given)
         zero_is_dense = all(d.zero_is_dense for d in documents)
         none_is_dropped = all(d.none_is_dropped for d in documents)
 
@@ -154,10 +164,20 @@ class Tokens(Assembly):
             "domain": np.repeat(np.array([self.code_of(d.domain, d.place) for d in documents]), lengths),
             "starts": starts,
         }
-        if self._token_ids:
+        if self._all["token ids"]:
             arrays["token_id"] = np.concatenate([np.asarray(d.token_ids) for d in documents]).astype(np.uint32)
-        if self._phases:
+        if self._all["phases"]:
             arrays["phase"] = np.concatenate([np.asarray(d.phase) for d in documents]).astype(np.uint8)
+        if self._all["clusters"]:
+            arrays["cluster"] = np.repeat(self._codes("cluster", [str(d.cluster) for d in documents]), lengths)
+        if self._all["labels"]:
+            labels = RowLabels.joined([d.label for d in documents if d.label is not None])
+            arrays["label"] = self._codes("label", labels.names)[labels.codes]
+        for what, prefix in (("margins", "M"), ("masses", "S")):
+            if self._all[what]:
+                for layer in layers:
+                    columns = [getattr(d, what)[layer] for d in documents]
+                    arrays[f"{prefix}{layer}"] = np.concatenate(columns).astype(np.float32)
         zero_rows = np.ones(num_tokens, bool)
         for layer in layers:
             blocks = [d.expert_ids.get(layer) for d in documents]
@@ -184,6 +204,11 @@ class Tokens(Assembly):
         self._rows += num_tokens
         self._largest_part = max(self._largest_part, num_tokens)
         self._tokens, self._widths = 0, {}
+
+    def _codes(self, column: str, labels: Sequence[str]) -> NDArray[np.int64]:
+        """The number of each label of a column, in the order in which they were first seen."""
+        known = self._labels[column]
+        return np.array([known.setdefault(label, len(known)) for label in labels], np.int64)
 
     def _joined(
         self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places, least: int
@@ -308,10 +333,9 @@ class Tokens(Assembly):
         self.check_layers(kept, name)
         if self._any_weights and not self._weights and not any("gate weights" in m for m in self.findings.messages()):
             self.findings.warn("gate weights were left out: not every token has them")
-        if self._any_token_ids and not self._token_ids:
-            self.findings.warn("token ids were left out: not every document has them")
-        if self._any_phases and not self._phases:
-            self.findings.warn("phases were left out: not every document distinguishes prefill and decode")
+        for what in _OPTIONAL:
+            if self._any[what] and not self._all[what]:
+                self.findings.warn(f"{what} were left out: not every document has them")
         num_experts = self.count_experts(max(self._layers[layer].largest for layer in kept))
         ranked = self._weights or self._ranked or self.options.ranked
         if not ranked:
@@ -349,9 +373,13 @@ class Tokens(Assembly):
             tuple(layers),
             weights=self._weights,
             model=self.described(),
-            tokenizer=numbered if self.pieces and self._token_ids else {},
-            token_ids=self._token_ids,
-            phases=self._phases,
+            tokenizer=numbered if self.pieces and self._all["token ids"] else {},
+            token_ids=self._all["token ids"],
+            phases=self._all["phases"],
+            clusters=self._all["clusters"],
+            labels=self._all["labels"],
+            margins=self._all["margins"],
+            masses=self._all["masses"],
         )
 
     def _routed_layers(self, name: str) -> list[int]:
@@ -407,6 +435,10 @@ class Tokens(Assembly):
                 ids,
                 weights,
                 arrays["phase"] if header.phases else None,
+                cluster=RowLabels(arrays["cluster"], tuple(self._labels["cluster"])) if header.clusters else None,
+                label=RowLabels(arrays["label"], tuple(self._labels["label"])) if header.labels else None,
+                margins={one.layer: arrays[f"M{one.layer}"] for one in header.layers if header.margins},
+                masses={one.layer: arrays[f"S{one.layer}"] for one in header.layers if header.masses},
             )
             yield part, {"documents": int(document[-1]) + 1}
 

@@ -149,11 +149,14 @@ class _SharedPart(PartFile):
         tokens: bool = True,
         predictions: bool = False,
         choices: bool = True,
+        scores: bool = False,
     ) -> Part:
         """The rows, as `PartFile.read` gives them."""
         layers = tuple(layers)
-        if not layers or not choices:
-            return self._file.read(layers, weights=weights, tokens=tokens, predictions=predictions, choices=choices)
+        if not layers or not choices or scores:
+            return self._file.read(
+                layers, weights=weights, tokens=tokens, predictions=predictions, choices=choices, scores=scores
+            )
         numbers = {layer.layer for layer in layers}
         part = self._shared.take(self._job, self._index, numbers)
         if weights or (tokens and self._shared.trace.header.token_ids):

@@ -36,7 +36,7 @@ class DocumentSample(Result):
 
     Attributes:
         layers: Layers held.
-        domain_names: Labels of the domains.
+        domain_names: RowLabels of the domains.
         document: Index of each document in the corpus, part by part, the parts by their first document, shape (G,).
         domain: Code of each document's domain, shape (G,).
         starts: Row at which each document starts, with T at the end, shape (G + 1,).
@@ -233,7 +233,7 @@ class DocumentSample(Result):
         layers = self.layers
         if layers != header.layers:  # a distance counts layers, so it means nothing among fewer
             layers = tuple(replace(layer, lookahead=(), num_predicted=0) for layer in layers)
-        held = replace(header, layers=layers, weights=False)
+        held = replace(header, layers=layers, weights=False, clusters=False, labels=False, margins=False, masses=False)
         bounds = [0, *np.cumsum(self.parts).tolist()]
         return Trace(path, held, tuple(_HeldPart(self, path, held, slice(*pair)) for pair in pairwise(bounds)), None)
 
@@ -255,11 +255,12 @@ class _HeldPart(PartFile):
         tokens: bool = True,
         predictions: bool = False,
         choices: bool = True,
+        scores: bool = False,
     ) -> Part:
         """The rows, as `PartFile.read` gives them."""
         layers = tuple(layers) if choices else ()
-        if weights or (predictions and any(layer.lookahead for layer in layers)):
-            what = "gate weights" if weights else "predictions of the routers of later layers"
+        if weights or scores or (predictions and any(layer.lookahead for layer in layers)):
+            what = "gate weights" if weights else "margins and masses" if scores else "predictions of later routers"
             raise NotRecorded(self.path, f"the counts hold no {what}", "give the trace itself")
         sample, rows = self._sample, self._rows
         lengths = np.diff(sample.starts)[self._documents]

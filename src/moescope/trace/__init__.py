@@ -11,7 +11,7 @@ from moescope.trace.columns import DROPPED, PHASES
 from moescope.trace.counts import COUNTS_HINT, Counts
 from moescope.trace.header import FORMAT_VERSION, Header, Layer
 from moescope.trace.opening import as_trace, open_trace
-from moescope.trace.part import Part
+from moescope.trace.part import Part, RowLabels
 from moescope.trace.part_file import PART_TOKENS, PartFile
 from moescope.trace.reader import Trace, selected_layers
 from moescope.trace.vocabulary import Vocabulary
@@ -28,6 +28,7 @@ __all__ = [
     "Layer",
     "Part",
     "PartFile",
+    "RowLabels",
     "Trace",
     "TraceWriter",
     "Vocabulary",

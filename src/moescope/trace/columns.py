@@ -1,9 +1,10 @@
 """The columns of a part: one table of name, exact Arrow type, nullability and range, for every writer and reader.
 
-``document, domain, sequence, position``, ``token_id`` and ``phase`` if the header says so, then ``L{layer}_{rank}``
-(chosen expert; null = none, see `DROPPED` and `NOT_RECORDED`) and, if recorded, ``W{layer}_{rank}`` (gate weight as
-executed) and ``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier). What relates several
-rows or columns stands in `rules`.
+``document, domain, sequence, position``, ``cluster``, ``token_id``, ``phase`` and ``label`` if the header says so, then
+``L{layer}_{rank}`` (chosen expert; null = none, see `DROPPED` and `NOT_RECORDED`) and, if recorded, ``W{layer}_{rank}``
+(gate weight as executed), ``M{layer}`` and ``S{layer}`` (margin and mass of the choice) and
+``P{layer}_{distance}_{rank}`` (expert predicted that many recorded layers earlier). What relates several rows or
+columns stands in `rules`.
 """
 
 from __future__ import annotations
@@ -55,25 +56,36 @@ class Column:
 
 def columns(header: Header) -> tuple[Column, ...]:
     """The columns of a part, in their order."""
-    return _COUNTS if header.counts_only else _of_tokens(header.layers, tuple(token_columns(header)), header.weights)
+    if header.counts_only:
+        return _COUNTS
+    names = tuple(token_columns(header))
+    return _of_tokens(header.layers, names, header.weights, header.margins, header.masses)
 
 
 @lru_cache(maxsize=16)
-def _of_tokens(layers: tuple[Layer, ...], names: tuple[str, ...], weights: bool) -> tuple[Column, ...]:
+def _of_tokens(
+    layers: tuple[Layer, ...], names: tuple[str, ...], weights: bool, margins: bool, masses: bool
+) -> tuple[Column, ...]:
     """Kept, because every read of a part asks for them, and a model has hundreds."""
-    weighted = layers if weights else ()
     return (
         *(column for column in _TOKENS if column.name in names),
         *(_ids(layer, name) for layer in layers for name in layer.expert_columns()),
-        *(Column(name, pa.float32(), _WEIGHT) for layer in weighted for name in layer.weight_columns()),
+        *(Column(name, pa.float32(), _WEIGHT) for layer in layers if weights for name in layer.weight_columns()),
+        *(Column(layer.margin_column, pa.float32(), _MARGIN) for layer in layers if margins),
+        *(Column(layer.mass_column, pa.float32(), _MASS) for layer in layers if masses),
         *(_ids(layer, name, predicted=True) for layer in layers for name in prediction_columns([layer])),
     )
 
 
 def token_columns(header: Header) -> list[str]:
     """Names of the columns that identify the token of a row."""
-    absent = {name for name, known in (("token_id", header.token_ids), ("phase", header.phases)) if not known}
-    return [column.name for column in _TOKENS if column.name not in absent]
+    known = {
+        "cluster": header.clusters,
+        "token_id": header.token_ids,
+        "phase": header.phases,
+        "label": header.labels,
+    }
+    return [column.name for column in _TOKENS if known.get(column.name, True)]
 
 
 def prediction_columns(layers: Iterable[Layer]) -> list[str]:
@@ -121,14 +133,18 @@ def _ids(layer: Layer, name: str, *, predicted: bool = False) -> Column:
 
 _CHOSEN = "L{layer}_{rank}: the expert that ran; NULL: none"
 _WEIGHT = "W{layer}_{rank}: its gate weight, as executed"
+_MARGIN = "M{layer}: selection score of the last chosen expert minus that of the first not chosen, bias included"
+_MASS = "S{layer}: router probability of the chosen experts together, before they are renormalised"
 _PREDICTED = "P{layer}_{distance}_{rank}: an expert predicted from so many recorded layers before"
 _TOKENS = (
     _number("document", pa.uint32(), "index of the record in the corpus"),
     Column("domain", pa.string(), "label that the corpus gives the document"),
     _number("sequence", pa.uint32(), "window within the document; pairs of tokens never cross one"),
     _number("position", pa.uint32(), "place within the window"),
+    Column("cluster", pa.string(), "what the document is a piece of, the unit of sampling"),
     _number("token_id", pa.uint32(), "vocabulary id"),
     Column("phase", pa.string(), "prefill (part of a prompt) or decode (generated)"),
+    Column("label", pa.string(), "the token's role, modality, or part of an answer"),
 )
 MOST_TOKEN_COLUMNS = len(_TOKENS)
 _COUNTS = (

@@ -28,7 +28,7 @@ class Counts:
     Attributes:
         document: The unit of counting, from 0, shape (row,).
         domain: Code of the domain, an index into `domain_names`, shape (row,).
-        domain_names: Labels of the domains.
+        domain_names: RowLabels of the domains.
         layer: Index in the whole model, shape (row,).
         expert: Expert id, shape (row,).
         count: Assignments that it received, at least 1, shape (row,).

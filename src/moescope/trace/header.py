@@ -82,6 +82,16 @@ class Layer:
         """Names of the columns of gate weights, rank 0 first: ``W15_0``, ``W15_1`` …"""
         return [f"W{self.layer}_{rank}" for rank in range(self.top_k)]
 
+    @property
+    def margin_column(self) -> str:
+        """Name of the column of margins: ``M15``."""
+        return f"M{self.layer}"
+
+    @property
+    def mass_column(self) -> str:
+        """Name of the column of masses: ``S15``."""
+        return f"S{self.layer}"
+
     def prediction_columns(self, distance: int) -> list[str]:
         """Names of the columns of experts predicted at a distance, rank 0 first: ``P15_1_0``, ``P15_1_1`` …"""
         return [f"P{self.layer}_{distance}_{rank}" for rank in range(self.num_predicted)]
@@ -101,6 +111,10 @@ class Header:
         token_ids: Whether vocabulary ids are known; some programs store routing without them.
         phases: Whether each token is marked as part of a prompt (prefill) or generated (decode).
         counts_only: Whether the source kept only how many assignments each expert received, and no token.
+        clusters: Whether each document names its cluster, the unit of sampling: its book, file or repository.
+        labels: Whether each token has a label: a role, a modality, thinking or answer.
+        margins: Whether each token has, for each layer, the margin of its choice.
+        masses: Whether each token has, for each layer, the router probability of its choices together.
     """
 
     layers: tuple[Layer, ...]
@@ -112,13 +126,17 @@ class Header:
     token_ids: bool = True
     phases: bool = False
     counts_only: bool = False
+    clusters: bool = False
+    labels: bool = False
+    margins: bool = False
+    masses: bool = False
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]
         if not indices or indices != sorted(set(indices)):
             raise ValueError(f"layers must be ascending, distinct and at least one, not {indices}")
-        if self.counts_only and (self.weights or self.token_ids or self.phases):
-            raise ValueError("a trace of counts has neither gate weights nor token ids nor phases")
+        if self.counts_only and any(getattr(self, name) for name in _OF_TOKENS):
+            raise ValueError(f"a trace of counts has none of {', '.join(_OF_TOKENS)}")
         for index, layer in enumerate(self.layers):
             if layer.lookahead and (self.counts_only or layer.lookahead[-1] > index):
                 raise ValueError(f"layer {layer.layer} has no recorded layer {layer.lookahead[-1]} before it")
@@ -130,12 +148,13 @@ class Header:
 
     def to_json(self) -> str:
         """The text of ``trace.json``."""
-        version = 3 if any(layer.partial for layer in self.layers) else 2 if self.lookahead else 1
+        latest = any(layer.partial for layer in self.layers) or any(getattr(self, name) for name in _SINCE)
+        version = 3 if latest else 2 if self.lookahead else 1
         document = {"format": FORMAT, "version": version, **asdict(self)}
-        for layer in document["layers"]:
-            for name in _SINCE:
-                if version < _SINCE[name]:
-                    del layer[name]
+        for values, since in ((document, _SINCE), *((layer, _SINCE_OF_LAYERS) for layer in document["layers"])):
+            for name in since:
+                if version < since[name]:
+                    del values[name]
         return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -207,8 +226,11 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-_SINCE = {"lookahead": 2, "num_predicted": 2, "partial": 3}
-"""The version of the format in which a key of a layer came; an earlier one has the default."""
+_SINCE = dict.fromkeys(("clusters", "labels", "margins", "masses"), 3)
+_SINCE_OF_LAYERS = {"lookahead": 2, "num_predicted": 2, "partial": 3}
+"""The version of the format in which a key, or one of a layer, came; an earlier one has the default."""
+
+_OF_TOKENS = ("weights", "token_ids", "phases", *_SINCE)
 
 _JSON_TYPES = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict, "tuple[int, ...]": list}
 

@@ -57,10 +57,13 @@ class KeptRows(PartFile):
         tokens: bool = True,
         predictions: bool = False,
         choices: bool = True,
+        scores: bool = False,
     ) -> Part:
         """The kept rows, as `PartFile.read` gives them."""
         as_stored = [self._as_stored[layer.layer] for layer in layers]
-        whole = self._file.read(as_stored, weights=weights, tokens=tokens, predictions=predictions, choices=choices)
+        whole = self._file.read(
+            as_stored, weights=weights, tokens=tokens, predictions=predictions, choices=choices, scores=scores
+        )
         part = whole.rows(self._kept)
         narrow: dict[int, NDArray[np.integer]] = {}
         for number, ids in part.expert_ids.items():

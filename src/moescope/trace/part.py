@@ -12,7 +12,42 @@ from numpy.typing import NDArray
 from moescope.trace.counts import run_starts
 
 _NUMBERS = ("document", "domain", "sequence", "position", "token_id")
-_BY_LAYER = ("expert_ids", "gate_weights", "predictions")
+_BY_LAYER = ("expert_ids", "gate_weights", "predictions", "margins", "masses")
+_LABELS = ("cluster", "label")
+
+
+@dataclass(frozen=True)
+class RowLabels:
+    """A label of each row.
+
+    Attributes:
+        codes: Index into `names`, shape (row,).
+        names: The labels.
+
+    Example:
+        >>> RowLabels.of(["b", "a", "b"])
+        RowLabels(codes=array([0, 1, 0]), names=('b', 'a'))
+    """
+
+    codes: NDArray[np.integer[Any]]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> RowLabels:
+        """The labels of rows."""
+        code = {name: place for place, name in enumerate(dict.fromkeys(labels))}
+        return cls(np.array([code[name] for name in labels], np.int64), tuple(code))
+
+    @classmethod
+    def joined(cls, several: Sequence[RowLabels]) -> RowLabels:
+        """Those of several parts, one after the other."""
+        code = {name: place for place, name in enumerate(dict.fromkeys(n for labels in several for n in labels.names))}
+        codes = [np.array([code[name] for name in labels.names], np.int64)[labels.codes] for labels in several]
+        return cls(np.concatenate(codes), tuple(code))
+
+    def rows(self, selected: slice | NDArray[Any]) -> RowLabels:
+        """Those of the selected rows."""
+        return replace(self, codes=self.codes[selected])
 
 
 @dataclass(frozen=True)
@@ -22,7 +57,7 @@ class Part:
     Attributes:
         document: Index of the record in the corpus, shape (token,).
         domain: Code of the domain, an index into `domain_names`, shape (token,).
-        domain_names: Labels of the domains.
+        domain_names: RowLabels of the domains.
         sequence: Window within the document, from 0, shape (token,).
         position: Place within the window, from 0, tokens added by the tokenizer not counted, shape (token,).
         token_id: Vocabulary id, shape (token,); all zero if the header says that they are unknown.
@@ -31,6 +66,12 @@ class Part:
         phase: Code of the phase, an index into `PHASES`, shape (token,); None if the header says that it is unknown.
         predictions: For each layer and distance the experts predicted at that distance, rank 0 first, shape
             (token, predicted); empty if not recorded, or not read.
+        cluster: What each document is a piece of; None if the header says that it is unknown.
+        label: Label of each token; None if there is none, or not read.
+        margins: For each layer the selection score of the last chosen expert minus that of the first not chosen, bias
+            included, in the router's unit, shape (token,); empty if not recorded, or not read.
+        masses: For each layer the router probability of the chosen experts together, shape (token,); empty if not
+            recorded, or not read.
     """
 
     document: NDArray[np.integer[Any]]
@@ -43,6 +84,10 @@ class Part:
     gate_weights: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
     phase: NDArray[np.integer[Any]] | None = None
     predictions: Mapping[tuple[int, int], NDArray[np.integer[Any]]] = field(default_factory=dict)
+    cluster: RowLabels | None = None
+    label: RowLabels | None = None
+    margins: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    masses: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +120,9 @@ class Part:
 
         phase = None if first.phase is None else column("phase")
         joined: dict[str, Any] = {name: column(name) for name in _NUMBERS} | {name: columns(name) for name in _BY_LAYER}
+        for name in _LABELS:
+            if getattr(first, name) is not None:
+                joined[name] = RowLabels.joined([getattr(part, name) for part in parts])
         return replace(first, **joined, phase=phase)
 
     def rows(self, selected: slice | NDArray[Any]) -> Part:
@@ -82,6 +130,9 @@ class Part:
         chosen: dict[str, Any] = {name: getattr(self, name)[selected] for name in _NUMBERS}
         for name in _BY_LAYER:
             chosen[name] = {key: column[selected] for key, column in getattr(self, name).items()}
+        for name in _LABELS:
+            if (labels := getattr(self, name)) is not None:
+                chosen[name] = labels.rows(selected)
         return replace(self, **chosen, phase=None if self.phase is None else self.phase[selected])
 
 

@@ -34,7 +34,7 @@ from moescope.trace.columns import (
 )
 from moescope.trace.counts import COUNTS_HINT, Counts, check_counts
 from moescope.trace.header import Header, Layer
-from moescope.trace.part import Part
+from moescope.trace.part import Part, RowLabels
 from moescope.trace.rules import check_rows
 
 PART_TOKENS = 65_536
@@ -111,8 +111,8 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
 
     Columns are required, not nullable, wherever no value can be missing: without definition levels a page is read a
     third faster. Expert columns are dictionary pages without a codec, which would save nothing; token ids and positions
-    gain from zstd; weights are float32, exact for every executed dtype of up to 32 bits, byte-stream-split + zstd, so
-    that the two empty bytes of a bf16 value compress away.
+    gain from zstd; weights and scores are float32, exact for every executed dtype of up to 32 bits, byte-stream-split +
+    zstd, so that the two empty bytes of a bf16 value compress away.
     """
     arrays: dict[str, pa.Array] = {
         "document": pa.array(part.document.astype(np.uint32)),
@@ -120,11 +120,15 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
         "sequence": pa.array(part.sequence.astype(np.uint32)),
         "position": pa.array(part.position.astype(np.uint32)),
     }
+    if part.cluster is not None:
+        arrays["cluster"] = _labels(part.cluster.codes, part.cluster.names)
     if header.token_ids:
         arrays["token_id"] = pa.array(part.token_id.astype(np.uint32))
     if part.phase is not None:
         arrays["phase"] = _labels(part.phase, PHASES)
-    weight_names: list[str] = []
+    if part.label is not None:
+        arrays["label"] = _labels(part.label.codes, part.label.names)
+    floats: list[str] = []
     for layer in header.layers:
         ids = part.expert_ids[layer.layer]
         missing = ids < 0 if ids.dtype.kind == "i" else None
@@ -139,14 +143,22 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
             weights = part.gate_weights[layer.layer]
             for rank, name in enumerate(layer.weight_columns()):
                 arrays[name] = pa.array(np.ascontiguousarray(weights[:, rank], np.float32))
-                weight_names.append(name)
+                floats.append(name)
+    for layer in header.layers:
+        for name, values in ((layer.margin_column, part.margins), (layer.mass_column, part.masses)):
+            if layer.layer in values:
+                arrays[name] = pa.array(np.ascontiguousarray(values[layer.layer], np.float32))
+                floats.append(name)
     for layer in header.layers:
         for distance in layer.lookahead:
             predicted = part.predictions[layer.layer, distance]
             for rank, name in enumerate(layer.prediction_columns(distance)):
                 arrays[name] = pa.array(np.ascontiguousarray(predicted[:, rank], id_dtype(layer)))
-    table = pa.table(arrays, pa.schema([column.field() for column in columns(header)]))
-    zstd = {"position": 3, **({"token_id": 9} if header.token_ids else {}), **dict.fromkeys(weight_names, 3)}
+    table = pa.table(
+        {column.name: arrays[column.name] for column in columns(header)},
+        pa.schema([column.field() for column in columns(header)]),
+    )
+    zstd = {"position": 3, **({"token_id": 9} if header.token_ids else {}), **dict.fromkeys(floats, 3)}
     with pq.ParquetWriter(
         file,
         table.schema,
@@ -154,7 +166,7 @@ def write_part(file: BinaryIO, part: Part, header: Header, progress: Mapping[str
         column_encoding={
             "position": "DELTA_BINARY_PACKED",
             **({"token_id": "PLAIN"} if header.token_ids else {}),
-            **dict.fromkeys(weight_names, "BYTE_STREAM_SPLIT"),
+            **dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
         },
         compression={name: "zstd" if name in zstd else "none" for name in arrays},
         compression_level=zstd,
@@ -292,15 +304,17 @@ class PartFile:
         tokens: bool = True,
         predictions: bool = False,
         choices: bool = True,
+        scores: bool = False,
     ) -> Part:
         """Read the token columns and the columns of some layers.
 
         Args:
             layers: Layers of the header.
             weights: Also read the gate weights.
-            tokens: Read the token ids and phases; otherwise `Part.token_id` is all zero and `Part.phase` None.
+            tokens: Read the token ids, phases and labels; else `Part.token_id` is all zero, and the others are None.
             predictions: Also read the predictions for these layers.
             choices: Read the chosen experts; otherwise `Part.expert_ids` is empty.
+            scores: Also read what was recorded of margins and masses.
         Raises:
             NotRecorded: It is a part of a trace of counts.
             TraceDamaged: A page fails its checksum, or a value is invalid.
@@ -308,11 +322,14 @@ class PartFile:
         if self._header.counts_only:
             raise NotRecorded(self.path, "holds counts of assignments, and no token", COUNTS_HINT)
         layers = tuple(layers)
-        wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase")]
+        wanted = [name for name in token_columns(self._header) if tokens or name not in ("token_id", "phase", "label")]
         wanted += [name for layer in layers for name in layer.expert_columns()] if choices else []
         wanted += [name for layer in layers for name in layer.weight_columns()] if weights else []
         wanted += prediction_columns(layers) if predictions else []
-        labels = [name for name in ("domain", "phase") if name in wanted]
+        margins = {layer.layer: layer.margin_column for layer in layers if scores and self._header.margins}
+        masses = {layer.layer: layer.mass_column for layer in layers if scores and self._header.masses}
+        wanted += [*margins.values(), *masses.values()]
+        labels = [name for name in ("domain", "cluster", "phase", "label") if name in wanted]
         num_rows = self._note["num_rows"]
         with _damage(self.path):
             with pq.ParquetFile(
@@ -337,6 +354,10 @@ class PartFile:
                     for layer in (layers if predictions else ())
                     for distance in layer.lookahead
                 },
+                RowLabels(*_codes(table, "cluster")) if "cluster" in wanted else None,
+                RowLabels(*_codes(table, "label")) if "label" in wanted else None,
+                {number: _numbers(table, name) for number, name in margins.items()},
+                {number: _numbers(table, name) for number, name in masses.items()},
             )
             check_rows(part, self._header)
             self._compare(part)

@@ -140,6 +140,7 @@ class Trace:
         domains: Iterable[str] | None = None,
         weights: bool = False,
         predictions: bool = False,
+        scores: bool = False,
     ) -> Iterator[Part]:
         """Read the trace part by part, with one part in memory.
 
@@ -148,6 +149,7 @@ class Trace:
             domains: Domains to read, or None for all.
             weights: Also read the gate weights.
             predictions: Also read the recorded predictions.
+            scores: Also read what was recorded of margins and masses.
         Yields:
             Parts whose domain codes index `domains` of the trace; none is empty.
         Raises:
@@ -160,7 +162,7 @@ class Trace:
         chosen = self.select_layers(layers)
         kept = None if domains is None else [self._domain_code(name) for name in domains]
         for file in self.parts:
-            part = self.with_trace_domains(file.read(chosen, weights=weights, predictions=predictions))
+            part = self.with_trace_domains(file.read(chosen, weights=weights, predictions=predictions, scores=scores))
             if kept is not None:
                 part = part.rows(np.isin(part.domain, kept))
             if part.num_tokens:

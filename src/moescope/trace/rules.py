@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moescope.trace.columns import DROPPED, MOST_TOKEN_COLUMNS, NOT_RECORDED, PHASES, columns, token_columns
 from moescope.trace.counts import run_starts
 from moescope.trace.header import Header, Layer
-from moescope.trace.part import Part
+from moescope.trace.part import Part, RowLabels
 
 
 def check(part: Part, header: Header) -> None:
@@ -30,8 +30,15 @@ def check(part: Part, header: Header) -> None:
         raise ValueError("tokens and their phases must be given if and only if the header declares them")
     if set(part.expert_ids) != {layer.layer for layer in header.layers}:
         raise ValueError(f"expert ids are given for layers {sorted(part.expert_ids)}, the header has others")
-    if header.weights != bool(part.gate_weights):
-        raise ValueError("gate weights must be given if and only if the header declares them")
+    for name, given, declared in (
+        ("gate weights", part.gate_weights, header.weights),
+        ("clusters", part.cluster, header.clusters),
+        ("labels", part.label, header.labels),
+        ("margins", part.margins, header.margins),
+        ("masses", part.masses, header.masses),
+    ):
+        if declared != bool(given):
+            raise ValueError(f"{name} must be given if and only if the header declares them")
     if set(part.predictions) != {(layer.layer, distance) for layer in header.layers for distance in layer.lookahead}:
         raise ValueError("predictions must be given for exactly the layers and distances of the header")
     check_rows(part, header)
@@ -47,7 +54,10 @@ def check_rows(part: Part, header: Header) -> None:
     most = {column.name: column.most for column in columns(header)[:MOST_TOKEN_COLUMNS]}
     names = {"domain": part.domain_names, "phase": PHASES}
     for name in token_columns(header):
-        if (values := getattr(part, name)) is not None:
+        values = getattr(part, name)
+        if isinstance(values, RowLabels):
+            _check_numbers(f"column {name}", values.codes, (part.num_tokens,), 0, len(values.names) - 1)
+        elif values is not None:
             highest = len(names[name]) - 1 if name in names else most[name]
             _check_numbers(f"column {name}", values, (part.num_tokens,), 0, highest)
     _check_order(part)
@@ -62,6 +72,9 @@ def check_rows(part: Part, header: Header) -> None:
                 row, rank = np.argwhere(~finite)[0]
                 name = layer.weight_columns()[rank]
                 raise ValueError(f"column {name}, row {row}: gate weight {weights[row, rank]} is not finite")
+        for name, of_layer in ((layer.margin_column, part.margins), (layer.mass_column, part.masses)):
+            if layer.layer in of_layer:
+                _check_scores(f"column {name}", of_layer[layer.layer], part.num_tokens)
         for distance in layer.lookahead:
             if (layer.layer, distance) in part.predictions:
                 shape = part.num_tokens, layer.num_predicted
@@ -80,6 +93,17 @@ def _check_numbers(what: str, values: NDArray[Any], shape: tuple[int, ...], low:
         wrong = (values < low) | (values > (np.iinfo(values.dtype).max if high is None else high))
         row = tuple(np.argwhere(wrong)[0])
         raise ValueError(f"{what}, row {row[0]}: {values[row]} lies outside {low}..{high}")
+
+
+def _check_scores(what: str, values: NDArray[Any], num_tokens: int) -> None:
+    """Finite, and of a mass, which is a probability, from 0 to 1."""
+    if values.shape != (num_tokens,):
+        raise ValueError(f"{what} has shape {values.shape}, expected {(num_tokens,)}")
+    wrong = ~np.isfinite(values) | (what.startswith("column S") & ((values < 0) | (values > 1)))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        expected = "0 to 1" if what.startswith("column S") else "a finite number"
+        raise ValueError(f"{what}, row {row}: {values[row]}, expected {expected}")
 
 
 def _check_ids(what: str, ids: NDArray[Any], layer: Layer, shape: tuple[int, int]) -> None:
@@ -124,3 +148,5 @@ def _check_order(part: Part) -> None:
         raise ValueError("the rows of a document must be in the order of its text")
     if not np.isin(run_starts(part.domain)[1:-1], documents).all():
         raise ValueError("a document has one domain")
+    if part.cluster is not None and not np.isin(run_starts(part.cluster.codes)[1:-1], documents).all():
+        raise ValueError("a document has one cluster")

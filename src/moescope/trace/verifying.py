@@ -92,7 +92,7 @@ def _check_part(part: PartFile, trace_header: Header) -> set[int]:
     if trace_header.counts_only:
         rows: Part | Counts = part.read_counts()
     else:
-        rows = part.read(trace_header.layers, weights=trace_header.weights, predictions=True)
+        rows = part.read(trace_header.layers, weights=trace_header.weights, predictions=True, scores=True)
     if PartContents.of(rows, trace_header) != part.contents:
         raise TraceDamaged(part.path, "holds other documents, sequences or tokens than are noted of it")
     return set(rows.document[rows.document_starts()[:-1]].tolist())
