@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moescope.tallying.counted import count_with
 from moescope.tallying.counter import Counter, CountOptions, R
-from moescope.trace import Counts, Header, Layer, Part, Trace, TraceWriter, Vocabulary, open_trace
+from moescope.trace import Counts, Header, Layer, Part, RowLabels, Trace, TraceWriter, Vocabulary, open_trace
 
 VOCABULARY = Vocabulary.from_pieces([f" w{i}".encode() for i in range(50)])
 
@@ -32,6 +32,7 @@ def make_part(
     domains: tuple[str, ...] = ("ArXiv", "Github", "Wikipedia (en)"),
     first_document: int = 0,
     weights: bool = False,
+    scores: bool = False,
     dropped: float = 0.0,
 ) -> Part:
     """Documents of the given lengths with random distinct experts a token; domains in turn."""
@@ -40,12 +41,21 @@ def make_part(
     offset = np.concatenate([np.arange(length) for length in lengths])
     expert_ids, gate_weights = {}, {}
     for layer in layers:
-        scores = rng.random((num_tokens, layer.num_ids)) * rng.random(layer.num_ids)
-        ids = np.argsort(-scores, axis=1)[:, : layer.top_k].astype(np.int64)
+        drawn = rng.random((num_tokens, layer.num_ids)) * rng.random(layer.num_ids)
+        ids = np.argsort(-drawn, axis=1)[:, : layer.top_k].astype(np.int64)
         if dropped:
             ids[rng.random(ids.shape) < dropped] = -1
         expert_ids[layer.layer] = ids
         gate_weights[layer.layer] = -np.sort(-rng.random(ids.shape).astype(np.float32), axis=1)
+    beside: dict[str, object] = {}
+    if scores:
+        numbers = [layer.layer for layer in layers]
+        beside = {
+            "cluster": RowLabels.of([f"book {(n + first_document) // 2}" for n in number.tolist()]),
+            "label": RowLabels.of(rng.choice(["thinking", "answer", ""], num_tokens).tolist()),
+            "margins": {layer: rng.normal(size=num_tokens).astype(np.float32) for layer in numbers},
+            "masses": {layer: rng.random(num_tokens).astype(np.float32) for layer in numbers},
+        }
     return Part(
         (number + first_document).astype(np.uint32),
         (number + first_document) % len(domains),
@@ -55,6 +65,7 @@ def make_part(
         rng.integers(0, 50, num_tokens).astype(np.uint32),
         expert_ids,
         gate_weights if weights else {},
+        **beside,
     )
 
 
@@ -74,6 +85,12 @@ def without_tokens(part: Part, mask: NDArray[np.bool_]) -> Part | None:
     return replace(rows, sequence=np.array(sequence, np.uint32), position=np.array(position, np.uint32))
 
 
+def scored(part: Part) -> dict[str, bool]:
+    """What a header says of the columns of `scores` that a part has."""
+    given = {"clusters": part.cluster, "labels": part.label, "margins": part.margins, "masses": part.masses}
+    return {name: bool(column) for name, column in given.items()}
+
+
 def make_trace(
     path: Path, parts: list[Part], layers: tuple[Layer, ...], *, finish: bool = True, token_ids: bool = True
 ) -> Trace:
@@ -84,6 +101,7 @@ def make_trace(
         weights=bool(parts[0].gate_weights),
         token_ids=token_ids,
         phases=parts[0].phase is not None,
+        **scored(parts[0]),
         model={"name": "synthetic"},
     )
     with TraceWriter(path, header, VOCABULARY) as writer:

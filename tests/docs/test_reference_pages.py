@@ -39,16 +39,17 @@ def page() -> str:
 
 def test_the_page_on_the_trace_format_names_the_columns_a_part_has(page: str, tmp_path: Path) -> None:
     layers = (trace.Layer(15, 8, 2), trace.Layer(16, 300, 1, lookahead=(1,), num_predicted=2))
-    part = make_part(np.random.default_rng(0), layers, [3], weights=True)
+    part = make_part(np.random.default_rng(0), layers, [3], weights=True, scores=True)
     part = replace(part, phase=np.array([0, 0, 1]), predictions={(16, 1): np.array([[1, 299]] * 3)})
     written = make_trace(tmp_path / "t.moe", [part], layers)
     schema = pq.read_schema(written.parts[0].path)
     documented = {name: kind for name, kind, _ in table_rows(page, "column")}
     for field in schema:
-        pattern = re.sub(r"(?<=^[LW])\d+_\d+$", "{layer}_{rank}", field.name)
+        pattern = re.sub(r"(?<=^[MS])\d+$", "{layer}", field.name)
+        pattern = re.sub(r"(?<=^[LW])\d+_\d+$", "{layer}_{rank}", pattern)
         pattern = re.sub(r"(?<=^P)\d+_\d+_\d+$", "{layer}_{distance}_{rank}", pattern)
         assert str(field.type) in documented[pattern], field
-    assert [name for name in documented if "{" not in name] == schema.names[:6]
+    assert [name for name in documented if "{" not in name] == schema.names[:8]
     vocabulary = pq.read_schema(written.path / "vocabulary.parquet")
     second = page[page.index("## `vocabulary.parquet`") :]
     assert [(row[0], row[1]) for row in table_rows(second, "column")] == [(f.name, str(f.type)) for f in vocabulary]
@@ -62,7 +63,7 @@ def test_the_page_on_the_trace_format_names_the_columns_of_counts(page: str, tmp
 
 
 def test_the_page_on_the_trace_format_names_the_keys_of_the_header(page: str) -> None:
-    header = json.loads(trace.Header((trace.Layer(0, 8, 2),)).to_json())
+    header = json.loads(trace.Header((trace.Layer(0, 8, 2),), clusters=True).to_json())
     assert [row[0] for row in table_rows(page, "key")] == list(header)
     assert [row[0] for row in table_rows(page, "key of a layer")] == [f.name for f in fields(trace.Layer)]
     assert f"# The trace format, version {trace.FORMAT_VERSION}" in page

@@ -79,14 +79,16 @@ COMMANDS: dict[str, list[str]] = {
 
 
 def write(path: Path, layers: tuple[Layer, ...], *, dropped: float = 0.0, finish: bool = True, **kinds: bool) -> None:
-    """A trace of two parts with what is asked for: weights, phases, masked, ahead."""
+    """A trace of two parts with what is asked for: weights, phases, masked, ahead, scores."""
     rng = np.random.default_rng(0)
-    header = Header(layers, weights=bool(kinds.get("weights")), phases=bool(kinds.get("phases")))
+    given = {name: bool(kinds.get("scores")) for name in ("clusters", "labels", "margins", "masses")}
+    header = Header(layers, weights=bool(kinds.get("weights")), phases=bool(kinds.get("phases")), **given)
     with TraceWriter(path, header, VOCABULARY) as writer:
         for number in range(2):
             part = make_part(
-                rng, layers, [9, 20, 5], first_document=3 * number, weights=header.weights, dropped=dropped
-            )
+                rng, layers, [9, 20, 5], first_document=3 * number, weights=header.weights, scores=header.margins,
+                dropped=dropped,
+            )  # fmt: skip
             if header.phases:
                 part = replace(part, phase=rng.integers(0, 2, part.num_tokens))
             if kinds.get("masked"):
@@ -104,6 +106,7 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "wide": lambda path: write(path, (Layer(0, 300, 4, num_null_experts=1, drops=True),), dropped=0.2),
     "partial": lambda path: write(path, (Layer(0, 8, 2, partial=True), Layer(2, 8, 1)), masked=True),
     "ahead": lambda path: write(path, (Layer(0, 8, 2), Layer(1, 8, 2, lookahead=(1,), num_predicted=3)), ahead=True),
+    "scored": lambda path: write(path, (Layer(0, 8, 2), Layer(1, 8, 2)), scores=True),
     "unfinished": lambda path: write(path, (Layer(0, 8, 2),), finish=False),
     "counts": lambda path: make_counts(path, {g: {0: {1: 3 + g, 5: 1}, 1: {2: 4 + g}} for g in range(4)}),
 }

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
+import moescope
 from moescope import errors
 from moescope.trace import PHASES, Header, Layer, Part, TraceWriter, Vocabulary, checksums, open_trace
 from moescope.trace.verifying import verify
@@ -584,6 +585,72 @@ def test_a_kept_trace_of_a_later_version_reads_as_it_was_written(version: int) -
     predicted = {(2, 1): [[299, 300, 1], [5, 6, 7], [0, 4, 2], [1, 2, 3]]} if version == 2 else {}
     assert {key: ids.tolist() for key, ids in part.predictions.items()} == predicted
     assert trace.vocabulary.text([5, 9, 7]) == "café"
+
+
+def test_a_kept_trace_with_clusters_labels_margins_and_masses_reads_as_it_was_written() -> None:
+    trace = open_trace(Path(__file__).parent / "kept" / "version-3-scores.moe")
+    assert trace.verify() == []
+    (part,) = trace.iter_parts(scores=True)
+    assert [part.cluster.names[code] for code in part.cluster.codes] == ["book é", "book é", "book é", "book b"]
+    assert [part.label.names[code] for code in part.label.codes] == ["answer", "", "", "answer"]
+    assert {layer: values.tolist() for layer, values in part.margins.items()} == {
+        1: [0.5, -0.25, 0, 2],
+        2: [1, 0, 0.125, 3],
+    }
+    assert {layer: values.tolist() for layer, values in part.masses.items()} == {
+        1: [0.5, 0.25, 1, 0],
+        2: [0.75, 0, 0.5, 1],
+    }
+    (plain,) = trace.iter_parts()
+    assert (plain.margins, plain.masses) == ({}, {})
+    frame = moescope.sql(trace, "SELECT cluster, label, M1, S2 FROM tokens WHERE M2 > 1")
+    assert frame.to_dict("list") == {"cluster": ["book b"], "label": ["answer"], "M1": [2.0], "S2": [1.0]}
+
+
+def test_clusters_labels_margins_and_masses_are_written_joined_and_selected(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [make_part(rng, LAYERS, [9, 20, 5], first_document=3 * n, scores=True) for n in range(2)]
+    trace = make_trace(tmp_path / "t.moe", parts, LAYERS)
+    assert '"version": 3' in (trace.path / "trace.json").read_text()
+    joined = Part.joined(list(trace.iter_parts(scores=True)))
+    for name in ("cluster", "label"):
+        labels = getattr(joined, name)
+        expected = [getattr(part, name).names[code] for part in parts for code in getattr(part, name).codes]
+        assert [labels.names[code] for code in labels.codes] == expected
+        assert labels.rows(slice(9, 40)).codes.tolist() == labels.codes[9:40].tolist()
+    for name in ("margins", "masses"):
+        for layer in LAYERS:
+            expected = np.concatenate([getattr(part, name)[layer.layer] for part in parts])
+            np.testing.assert_array_equal(getattr(joined, name)[layer.layer], expected)
+            assert getattr(joined.rows(joined.document == 4), name)[layer.layer].shape == (20,)
+    with pytest.raises(ValueError, match="clusters must be given if and only if"):
+        make_trace(tmp_path / "u.moe", [parts[0], replace(parts[1], cluster=None)], LAYERS)
+
+
+def test_arrays_may_have_clusters_labels_margins_and_masses(tmp_path: Path) -> None:
+    ids = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
+    given = {
+        "documents": [0, 0, 1, 2],
+        "clusters": ["x", "x", "y", "x"],
+        "labels": ["user", "answer", "user", "user"],
+        "margins": [[0.5, 1, 2, -1]],
+        "masses": {0: [1, 0.5, 0, 0.25]},
+    }
+    with pytest.warns(UserWarning, match="order of a token's choices"):
+        trace = moescope.from_arrays(tmp_path / "a.moe", [ids], num_experts=8, **given)
+    (part,) = trace.iter_parts(scores=True)
+    assert [part.cluster.names[code] for code in part.cluster.codes] == given["clusters"]
+    assert [part.label.names[code] for code in part.label.codes] == given["labels"]
+    assert (part.margins[0].tolist(), part.masses[0].tolist()) == ([0.5, 1, 2, -1], [1, 0.5, 0, 0.25])
+    for wrong, message in (
+        ({"clusters": ["x", "y", "y", "x"]}, "a document has one of clusters; tokens 0 to 1 have several"),
+        ({"labels": ["user"]}, "labels must be one per token, 4, found 1"),
+        ({"margins": [[0, 1, 2, float("nan")]]}, "margins of layer 0 must be 4 finite numbers"),
+        ({"masses": [[0, 1, 2, 0]]}, "masses are probabilities"),
+        ({"masses": {3: [0, 0, 0, 0]}}, "masses must be given for the layers of expert_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            moescope.from_arrays(tmp_path / "b.moe", [ids], num_experts=8, **{**given, **wrong})
 
 
 def test_a_trace_knows_the_part_and_the_domain_of_each_document(tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ LAYERS = (Layer(0, 8, 2), Layer(3, 300, 4, num_null_experts=1))
 
 def trace_of(path: Path, num_parts: int = 2, *, finish: bool = True) -> Trace:
     rng = np.random.default_rng(0)
-    parts = [make_part(rng, LAYERS, [5, 20, 7], first_document=3 * number, weights=True) for number in range(num_parts)]
+    parts = [
+        make_part(rng, LAYERS, [5, 20, 7], first_document=3 * number, weights=True, scores=True)
+        for number in range(num_parts)
+    ]
     return make_trace(path, parts, LAYERS, finish=finish)
 
 
@@ -83,6 +86,13 @@ FAULTS = {
     ),
     "a weight of NaN": (with_column("W0_1", first(float("nan"))), "column W0_1, row 0: gate weight nan is not finite"),
     "a weight of inf": (with_column("W3_0", first(float("inf"))), "column W3_0, row 0: gate weight inf is not finite"),
+    "a margin of NaN": (with_column("M0", first(float("nan"))), "column M0, row 0: nan, expected a finite number"),
+    "a mass above 1": (with_column("S3", first(1.5)), "column S3, row 0: 1.5, expected 0 to 1"),
+    "margins of 64 bits": (with_column("M3", lambda values: values, pa.float64()), "double, expected float"),
+    "a mass that is missing": (with_column("S0", first(None)), "column S0 has nulls"),
+    "a document of two clusters": (with_column("cluster", first("another book")), "a document has one cluster"),
+    "a label that is missing": (with_column("label", first(None)), "column label has nulls"),
+    "clusters as numbers": (with_column("cluster", lambda names: [1 for _ in names], pa.int32()), "int32, expected"),
     "token ids as text": (
         with_column("token_id", lambda ids: list(map(str, ids)), pa.string()),
         "string, expected uint32",
@@ -125,7 +135,7 @@ def test_a_part_rewritten_with_right_checksums_is_refused_by_name(tmp_path: Path
     assert found.subject.endswith("000001.parquet")
     if "noted" not in problem:  # what is noted of a part is compared by `verify`, for which rows are not read
         with pytest.raises(errors.TraceDamaged, match=problem):
-            list(open_trace(trace.path).iter_parts(weights=True))
+            list(open_trace(trace.path).iter_parts(weights=True, scores=True))
     result = CliRunner().invoke(main, ["sql", str(trace.path), "SELECT count(*) FROM tokens"])
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert "error[trace-damaged]" in result.stderr
