@@ -75,7 +75,13 @@ COMMANDS: dict[str, list[str]] = {
     "export-jsonl": ["TRACE", "-o", "OUT", "--force"],
     "export-vllm": ["TRACE", "-o", "OUT", "--force"],
     "export-hot-experts": ["TRACE", "-o", "OUT", "--force"],
+    "export-oracle-general": ["TRACE", "-o", "OUT", "--force"],
+    "placement": ["TRACE", "--devices", "2", "-o", "OUT", "--force"],
+    "saturation": ["TRACE", "TRACE"],
+    "repeats-exclude": ["TRACE", "--exclude", "documents:1"],
+    "report": ["TRACE", "-o", "OUT", "--force"],
 }
+SLOW = {"report"}
 
 
 def write(path: Path, layers: tuple[Layer, ...], *, dropped: float = 0.0, finish: bool = True, **kinds: bool) -> None:

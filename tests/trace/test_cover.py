@@ -18,6 +18,7 @@ from synthetic import VOCABULARY, make_part, without_tokens
 import moescope
 from moescope.cli import main
 from moescope.errors import NotExportable, NotRecorded
+from moescope.tallying.pair_tally import tally_pair
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, open_trace
 from moescope.trace.columns import DROPPED, NOT_RECORDED
 from moescope.trace.cover import cover, covered
@@ -209,3 +210,53 @@ def test_a_layer_that_was_logged_for_half_of_the_tokens_shows_what_was_logged(tm
     assert moescope.tally(trace, [1]).data["pairs"].sum() == 54
     nulls = found["excess"].sel(layer=1, null=["popularity", "document"])
     assert float(np.abs(nulls).max()) < 1e-12
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(seed=st.integers(0, 2**32 - 1), mine=gaps(), theirs=gaps(), token_ids=st.booleans(), edits=st.integers(0, 3))
+@pytest.mark.filterwarnings("ignore")
+def test_two_partly_recorded_traces_are_compared_over_the_tokens_that_both_recorded(
+    tmp_path_factory, seed, mine, theirs, token_ids, edits
+):
+    """The oracle looks each token of one up in the other, by document, sequence and position."""
+    folder = tmp_path_factory.mktemp("compare")
+    rng = np.random.default_rng(seed)
+    layers = tuple(replace(layer, partial=True) for layer in LAYERS)
+    text = make_part(rng, layers, LENGTHS)
+    other = make_part(rng, layers, LENGTHS)
+    changed = text.token_id.copy()
+    changed[rng.integers(0, len(changed), edits)] = 7
+    other = replace(other, token_id=changed)
+    traces = [
+        write(folder / f"{name}.moe", [masked(part, mask, layers)], layers)
+        for name, part, mask in (("a", text, mine), ("b", other, theirs))
+    ]
+    if not token_ids:
+        traces = [replace(trace, header=replace(trace.header, token_ids=False)) for trace in traces]
+    kept_a, kept_b = ~mine.any(axis=0), ~theirs.any(axis=0)
+    places = list(zip(text.document.tolist(), text.sequence.tolist(), text.position.tolist(), strict=True))
+    if not kept_a.any() or not kept_b.any():
+        return
+    last = [
+        {place[:2]: place[2] for place, kept in zip(places, keep, strict=True) if kept} for keep in (kept_a, kept_b)
+    ]
+    odd = {key[0] for key in last[0].keys() | last[1].keys() if last[0].get(key) != last[1].get(key)}
+    differs: set[tuple[int, int]] = set()
+    rows = []
+    for t, (document, sequence, _) in enumerate(places):
+        if kept_a[t] and kept_b[t]:
+            if token_ids and text.token_id[t] != changed[t]:
+                differs.add((document, sequence))
+            if (document, sequence) not in differs if token_ids else document not in odd:
+                rows.append(t)
+    counted = tally_pair(*(covered(trace, trace.layers) for trace in traces))
+    assert counted.matching.tokens == len(rows)
+    for layer in layers if rows else ():
+        ids = text.expert_ids[layer.layer][rows], other.expert_ids[layer.layer][rows]
+        shared = [len(set(x) & set(y)) for x, y in zip(*(of.tolist() for of in ids), strict=True)]
+        assert counted.data["shared"].sel(layer=layer.layer).sum() == sum(shared)
+        loads = np.bincount(ids[1].ravel(), minlength=layer.num_ids)
+        found = counted.data["loads_b"].sel(layer=layer.layer).sum("domain").values
+        assert found[: layer.num_ids].tolist() == loads.tolist()

@@ -107,6 +107,12 @@ def test_the_remaining_rows_can_be_exported(tmp_path: Path) -> None:
     assert len(rows) == 2 * (2 * sum(LENGTHS) - 50)
 
 
+def test_sql_refuses_a_trace_without_some_tokens_rather_than_answer_of_all(tmp_path: Path) -> None:
+    trace, *_ = two_parts(tmp_path, 0)
+    with pytest.raises(ValueError, match="leave rows out by WHERE"):
+        moescope.sql(open_trace(trace.path, exclude=["tokens:3"]), "SELECT count(*) FROM tokens")
+
+
 def log(path: Path) -> Path:
     """A log of three documents, the first 1,500 tokens of which are a warm-up."""
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 from moescope.errors import require
 from moescope.trace import Header, Trace, as_trace
 from moescope.trace.columns import Column, columns, token_columns
+from moescope.trace.kept_rows import KeptRows
 from moescope.trace.verifying import part_problems
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _ask(trace: Trace | str | Path, query: str) -> Iterator[Any]:
     """DuckDB's result of a query; errors within the block are raised as by `sql`."""
     duckdb = require("duckdb", extra="sql")
     opened = as_trace(trace)
+    if any(isinstance(part, KeptRows) for part in opened.parts):
+        raise ValueError("sql reads whole files; leave rows out by WHERE, not by `exclude`")
     connection = _connect(duckdb, opened)
     try:
         result = connection.execute(query)

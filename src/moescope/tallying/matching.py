@@ -1,8 +1,8 @@
 """Which tokens of two traces are the same tokens; the unit is the token.
 
 Two rows are the same token if document, sequence and position are equal and so are the ids of it and of every token
-before it in its sequence: then both models read the same context. Neither the sizes of the parts nor the order of the
-documents matter, and memory is that of one part of each trace.
+before it in its sequence that both traces hold: then both models read the same context. Neither the sizes of the parts
+nor the order of the documents matter, and memory is that of one part of each trace.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.trace import Part, Trace
+from moescope.trace.counts import run_starts
 
 Rows = NDArray[np.int64]
 
@@ -104,23 +105,23 @@ def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool)
         part_b: Its index, to be kept.
         by_token_id: Compare the token ids; otherwise the place alone.
     """
-    starts_a, starts_b = a.sequence_starts(), b.sequence_starts()
+    starts_a, starts_b = _sequence_starts(a), _sequence_starts(b)
     keys_a, keys_b = _sequence_keys(a, starts_a), _sequence_keys(b, starts_b)
     _, place_a, place_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
     order = np.argsort(place_a)
     place_a, place_b = place_a[order], place_b[order]
     if not by_token_id:  # then a place means a token only where both have cut the document into the same sequences
-        alike = np.diff(starts_a)[place_a] == np.diff(starts_b)[place_b]
+        alike = a.position[starts_a[1:] - 1][place_a] == b.position[starts_b[1:] - 1][place_b]
         place_a, place_b = place_a[alike], place_b[alike]
         odd = np.union1d(np.setdiff1d(keys_a, keys_a[place_a]), np.setdiff1d(keys_b, keys_b[place_b])) >> np.uint64(32)
         kept = ~np.isin(keys_a[place_a] >> np.uint64(32), odd)
         place_a, place_b = place_a[kept], place_b[kept]
-    lengths = np.minimum(np.diff(starts_a)[place_a], np.diff(starts_b)[place_b])
+    if _whole(a, starts_a) and _whole(b, starts_b):
+        lengths = np.minimum(np.diff(starts_a)[place_a], np.diff(starts_b)[place_b])
+        rows_a, rows_b = _ranges(starts_a[place_a], lengths), _ranges(starts_b[place_b], lengths)
+    else:
+        rows_a, rows_b, lengths = _at_same_positions(a, b, (starts_a, place_a), (starts_b, place_b))
     firsts = np.cumsum(lengths) - lengths
-    offset = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
-    rows_a, rows_b = (
-        np.repeat(starts[:-1][place], lengths) + offset for starts, place in ((starts_a, place_a), (starts_b, place_b))
-    )
     documents_differing = 0
     if by_token_id and len(rows_a):
         differs = a.token_id[rows_a] != b.token_id[rows_b]
@@ -142,6 +143,39 @@ def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool)
         documents_differing,
         int(relabelled.sum()),
     )
+
+
+def _sequence_starts(part: Part) -> Rows:
+    """Row at which each sequence starts, whatever is missing within it, with the number of rows at the end."""
+    return np.union1d(run_starts(part.document), run_starts(part.sequence))
+
+
+def _whole(part: Part, starts: Rows) -> bool:
+    """Whether no token is missing at the beginning of a sequence or within one."""
+    return not part.position[starts[:-1]].any() and len(starts) == len(part.sequence_starts())
+
+
+def _ranges(first: Rows, lengths: Rows) -> Rows:
+    """So many rows from each first one on, one range after the other."""
+    return np.arange(lengths.sum()) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
+
+
+def _at_same_positions(a: Part, b: Part, *sequences: tuple[Rows, Rows]) -> tuple[Rows, Rows, Rows]:
+    """Rows that have one position in sequences that belong together, and how many each such sequence has.
+
+    Args:
+        a: Part of the first trace.
+        b: Part of the second trace.
+        sequences: For each, the starts of its sequences, and which of these belong together, in the same order.
+    """
+    rows: list[Rows] = []
+    keys: list[Any] = []
+    for part, (starts, place) in zip((a, b), sequences, strict=True):
+        lengths = np.diff(starts)[place]
+        rows.append(_ranges(starts[place], lengths))
+        keys.append(np.repeat(np.arange(len(place)), lengths) << 32 | part.position[rows[-1]].astype(np.int64))
+    same, in_a, in_b = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
+    return rows[0][in_a], rows[1][in_b], np.bincount(same >> 32, minlength=len(sequences[0][1]))
 
 
 def _sequence_keys(part: Part, starts: NDArray[np.int64]) -> NDArray[np.uint64]:
