@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import xarray as xr
-from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -26,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moescope.reporting.colours import INK, MUTED, PAPER, RULE, domain_colours
+from moescope.reporting.figures import fonts
 from moescope.reporting.visible import shorten
 from moescope.reporting.wording import capital, describe_choice
 
@@ -93,7 +93,8 @@ def save(figure: Figure, folder: FilePath, name: str) -> None:
     with style():
         figure.savefig(folder / f"{name}.png", dpi=PNG_DOTS_PER_INCH)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        with mpl.rc_context({"font.sans-serif": fonts.families_in_pdf()}):
+            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -331,10 +332,9 @@ def panel_title(axes: Axes, title: str) -> None:
 
 @cache
 def _settings() -> Any:
-    installed = set(font_manager.get_font_names())
-    sans = [name for name in ("Helvetica", "Arial", "Liberation Sans") if name in installed][:1]
     return {
-        "font.family": [*sans, "DejaVu Sans"],
+        "font.family": "sans-serif",
+        "font.sans-serif": fonts.families(),
         "font.size": 8,
         "axes.titlesize": 8.5,
         "axes.titleweight": "bold",
