@@ -47,10 +47,10 @@ def part_of(
 def pair_tally(a: Part, b: Part, layer: Layer = LAYER) -> PairTally:
     """The sums of two parts in memory."""
     sums = _PairSums.zeros(len(a.domain_names), (layer,))
-    pair = match_rows(a, b, 0, 0, by_token_id=True)
+    pair = match_rows(a, b, by_token_id=True)
     shared = np.zeros(a.num_tokens, np.int64)
     sums.add(a, b, pair, (layer,), shared)
-    sums.add_tokens(a, pair, shared)
+    sums.by_token.add(a.document[pair.rows_a], a.token_id[pair.rows_a], shared)
 
     class Sizes:
         num_tokens, num_documents = a.num_tokens, len(np.unique(a.document))

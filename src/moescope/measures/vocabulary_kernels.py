@@ -29,8 +29,6 @@ def sort_rows(x_T: Rows, group_T: Rows, num_values: int, num_groups: int) -> tup
     Args:
         x_T: Place of the token's id among those in question; -1 for none.
         group_T: Group of the token's document.
-        num_values: X.
-        num_groups: G.
     Returns:
         First row of each (id, group), one id after the other, with R at the end; and the tokens.
     """
@@ -77,9 +75,6 @@ def count_ids(
     frequent, then the earlier.
 
     Args:
-        ids_RK: Of `gather`.
-        starts: Of `sort_rows`.
-        num_groups: G.
         sums_E: Added to, at the expert that most tokens of an id chose: their share.
         ids_E: Added to, at the same: ids.
         delta_GE: Added to, at the same: what the share changes if the group is left out; less the share if nothing is

@@ -10,7 +10,7 @@ from moescope.simulation.offloading import offloading
 from moescope.simulation.parallel import parallel
 from moescope.simulation.placements import Placement
 from moescope.simulation.placing import placement
-from moescope.simulation.playing import POLICIES
 from moescope.simulation.prefetch import prefetch
+from moescope.simulation.serving import POLICIES
 
 __all__ = ["POLICIES", "Placement", "cache", "offloading", "parallel", "placement", "prefetch"]

@@ -30,8 +30,8 @@ from moescope.measures.schema import (
     total_coordinates,
 )
 from moescope.measures.statistics import Numbers
-from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
-from moescope.simulation.serving import Server, Steps
+from moescope.simulation.playing import Caches, Plan
+from moescope.simulation.serving import POLICIES, Server, Settings, Steps, cache_sizes
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
@@ -99,7 +99,8 @@ def cache(
     trace = playable(trace, layers)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)
+    policies = (policies,) if isinstance(policies, str) else tuple(policies)
+    settings = Settings(chosen, policies, *cache_sizes(chosen, sizes), budget, batch, prefill, cold_sequences)
     threads = threads_to_use(threads, len(settings.sharing))
     num_domains = len(trace.domains)
     widest = max(layer.num_experts for layer in chosen)
@@ -116,10 +117,7 @@ def cache(
 
     plan = Plan.of(trace, settings, seeds, ready)
     library = plan.library if "matching" in settings.policies else None
-    servers = [
-        Server(chosen, batch=batch, prefill=prefill, cold=cold_sequences, groups=groups, seed=order, library=library)
-        for order in seeds
-    ]
+    servers = [Server(settings, groups=groups, seed=order, library=library) for order in seeds]
     caches = [
         [Caches(settings, layers, num_domains * groups, plan.library) for layers in settings.sharing] for _ in seeds
     ]
@@ -144,7 +142,7 @@ def cache(
             for steps in server.rest():
                 serve(run, steps)
     unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
-    counted = [_CacheCounts.of(settings, of_run, num_domains, groups).without(unfitted) for of_run in caches]
+    counted = [_CacheCounts.of(settings, of_run, num_domains, groups, unfitted) for of_run in caches]
     return _labelled(trace, settings, counted, tokens_D, seed)
 
 
@@ -156,19 +154,17 @@ class _CacheCounts:
     requests_DGL: Numbers
 
     @classmethod
-    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _CacheCounts:
+    def of(
+        cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int, unknown: set[str]
+    ) -> _CacheCounts:
+        """What the caches of a run counted; the hits of some policies are not known."""
         shape = (num_domains, groups, len(settings.layers))
-        hits = {
-            name: np.concatenate([shared.hits(name) for shared in caches], axis=1).reshape(*shape, len(settings.sizes))
-            for name in settings.policies
-        }
+        hits = {}
+        for name in settings.policies:
+            hits_CLZ = np.concatenate([shared.hits(name) for shared in caches], axis=1)
+            hits[name] = hits_CLZ.reshape(*shape, len(settings.sizes)) * (np.nan if name in unknown else 1)
         requests = np.concatenate([shared.requests() for shared in caches], axis=1)
         return cls(hits, requests.reshape(shape).astype(float))
-
-    def without(self, policies: set[str]) -> _CacheCounts:
-        """The same with the hits of some policies unknown."""
-        hits = {name: of_policy * (np.nan if name in policies else 1) for name, of_policy in self.hits.items()}
-        return _CacheCounts(hits, self.requests_DGL)
 
 
 def _labelled(

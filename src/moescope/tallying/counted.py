@@ -15,7 +15,7 @@ from typing import Any
 from moescope.errors import NotRecorded, TraceDamaged
 from moescope.tallying import array_file
 from moescope.tallying.balance import BalanceCounter
-from moescope.tallying.counter import Counter, CountOptions, R, Result, Stored, united
+from moescope.tallying.counter import Counter, CountOptions, R, Result, united
 from moescope.tallying.document_sample import DocumentCounter, DocumentSample
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.occurrences import WordCounter
@@ -184,8 +184,7 @@ def open_counted(path: Path | str) -> Counted:
                     name: tuple(fact) if isinstance(fact, list) else fact
                     for name, fact in counted[counter.name].items()
                 }
-                stored = Stored(mine, layers, domains, facts)
-                results[counter.name] = counter.result_type.restored(stored)
+                results[counter.name] = counter.result_type.restored(layers, domains, facts, mine)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise TraceDamaged(path, f"cannot be what was counted: {error}") from None
     return Counted(path, header, domains, layers, results, reasons)

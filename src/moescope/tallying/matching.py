@@ -61,8 +61,6 @@ class PairOfParts:
     """A part of each trace and the rows that are the same tokens, whole documents together.
 
     Attributes:
-        part_a: Index of the part in the first trace.
-        part_b: Index of the part in the second trace.
         rows_a: Rows of the first part, shape (token,), or all of them.
         rows_b: Rows of the second part, in the same order.
         documents: Documents with a matched token.
@@ -70,8 +68,6 @@ class PairOfParts:
         documents_relabelled: Documents with another domain.
     """
 
-    part_a: int
-    part_b: int
     rows_a: Rows | slice
     rows_b: Rows | slice
     documents: int
@@ -94,14 +90,12 @@ def pairs_of_parts(a: Trace, b: Trace) -> list[tuple[int, list[int]]]:
     return [(index, sorted(others)) for index, others in enumerate(partners)]
 
 
-def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool) -> PairOfParts:
+def match_rows(a: Part, b: Part, *, by_token_id: bool) -> PairOfParts:
     """Find the tokens that two parts share.
 
     Args:
         a: Part of the first trace, with the token columns.
         b: Part of the second trace.
-        part_a: Its index, to be kept.
-        part_b: Its index, to be kept.
         by_token_id: Compare the token ids; otherwise the place alone.
     """
     starts_a, starts_b = a.sequence_starts(), b.sequence_starts()
@@ -134,8 +128,6 @@ def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool)
     relabelled = names_a[a.domain[rows_a[row_of_a]]] != names_b[b.domain[rows_b[row_of_a]]]
     whole = (len(rows_a) == a.num_tokens == b.num_tokens) and bool((rows_a == rows_b).all())
     return PairOfParts(
-        part_a,
-        part_b,
         slice(None) if whole else rows_a,
         slice(None) if whole else rows_b,
         len(document_a),

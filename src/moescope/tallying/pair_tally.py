@@ -97,14 +97,13 @@ def tally_pair(
                     other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=weights and swapped)
                     part_a, part_b = (other, kept) if swapped else (kept, other)
                     if inner not in matched:
-                        places = (inner, outer) if swapped else (outer, inner)
-                        pair = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
-                        matched[inner] = pair, np.zeros(_num_rows(pair, part_a), np.int64)
+                        pair = matching.match_rows(part_a, part_b, by_token_id=by_token_id)
+                        matched[inner] = pair, np.zeros(len(part_a.document[pair.rows_a]), np.int64)
                     pair, shared_T = matched[inner]
                     if len(shared_T):
                         sums.add(part_a, part_b, pair, group, shared_T)
                         if by_token_id and group[-1] == chosen[-1]:
-                            sums.add_tokens(part_a, pair, shared_T)
+                            sums.by_token.add(part_a.document[pair.rows_a], part_a.token_id[pair.rows_a], shared_T)
             pairs += [pair for pair, _ in matched.values()]
             tokens += sum(len(shared_T) for _, shared_T in matched.values())
         return sums, pairs, tokens
@@ -151,10 +150,6 @@ def _read(trace: Trace, index: int, group: Sequence[Layer], *, tokens: bool, wei
     by_number = {layer.layer: layer for layer in trace.layers}
     part = trace.parts[index].read([by_number[layer.layer] for layer in group], tokens=tokens, weights=weights)
     return trace.with_trace_domains(part)
-
-
-def _num_rows(pair: PairOfParts, part_a: Part) -> int:
-    return part_a.num_tokens if isinstance(pair.rows_a, slice) else len(pair.rows_a)
 
 
 @dataclass(frozen=True)
@@ -218,10 +213,6 @@ class _PairSums:
                 np.add.at(self.weighed_LD9[place], domain_G, _weigh(a_KT, b_KT, weights_KT, starts_G, layer.ranked))
             sums_6DE = self.by_expert_L6DE[place][:, :, : layer.num_ids]
             pair_kernels.count_changes(a_KT, b_KT, starts_G, domain_G, sums_6DE)
-
-    def add_tokens(self, part_a: Part, pair: PairOfParts, shared_of_token: NDArray[np.int64]) -> None:
-        """Count by token id, once all layers of a pair of parts are counted."""
-        self.by_token.add(part_a.document[pair.rows_a], part_a.token_id[pair.rows_a], shared_of_token)
 
     def merge(self, other: _PairSums) -> None:
         for f in fields(self):
