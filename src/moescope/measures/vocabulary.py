@@ -20,13 +20,12 @@ from moescope.errors import NotRecorded
 from moescope.measures import explain_kernels, groups, schema, statistics
 from moescope.measures import vocabulary_kernels as kernels
 from moescope.measures.schema import FRACTION
-from moescope.measures.side_by_side import layer_by_layer
 from moescope.measures.statistics import Numbers
 from moescope.measures.vocabulary_ids import BY, IdRows, TokenIds
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
-from moescope.tallying.one_pass import threads_to_use
+from moescope.tallying.one_pass import layer_by_layer, threads_to_use
 from moescope.trace import Layer
 
 MIN_COUNT = 10

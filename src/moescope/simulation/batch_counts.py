@@ -36,10 +36,7 @@ class Setting:
     """What is simulated.
 
     Attributes:
-        layers: Layers.
-        domains: Domains of the trace.
         kinds: How batches are formed.
-        cluster: The devices.
         placements: For each fold of documents judged, the placements in one order.
         factors: Capacity factors, ascending.
     """
@@ -131,11 +128,9 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Rows of the tokens of a fold in the order of batches of a kind, with what is known of each row.
+    """Rows of the tokens of a fold in the order of batches of the s-th kind, with what is known of each row.
 
     Attributes:
-        s: Number of the kind.
-        fold: The fold.
         order: Of the fold's rows, shape (row in order,).
         cells: Where every row is counted.
         largest: Largest load of each batch, summed over layers, shape (placement, batch).
@@ -216,13 +211,7 @@ class BatchCounter:
 
 
 class NullTokens(NamedTuple):
-    """Tokens of a fold in the order of the batches of a null.
-
-    Attributes:
-        order: Of the tokens, in whole batches, shape (row in order,).
-        cell: Cell of each token.
-        ids: Their choices at a layer, shape (choice, token).
-    """
+    """Tokens in the order of the batches of a null, the cell of each, and at a layer their choices (choice, token)."""
 
     order: NDArray[np.int64]
     cell: NDArray[np.int64]

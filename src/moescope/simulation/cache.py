@@ -18,17 +18,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.measures import statistics
-from moescope.measures.schema import (
-    DIFFERENCE,
-    ENDINGS,
-    FRACTION,
-    add_total,
-    described,
-    labelled,
-    layer_coordinates,
-    total_coordinates,
-)
+from moescope.measures import schema, statistics
+from moescope.measures.schema import DIFFERENCE, ENDINGS, FRACTION
 from moescope.measures.statistics import Numbers
 from moescope.simulation.playing import Caches, Plan
 from moescope.simulation.serving import POLICIES, Server, Settings, Steps, cache_sizes
@@ -175,7 +166,7 @@ def _labelled(
     shape = (len(settings.policies), len(trace.domains) + 1, len(settings.layers), len(settings.sizes))
     by_layer = {name: np.full(shape, np.nan) for name in _BY_LAYER}
     model = {name: np.full((*shape[:2], shape[3]), np.nan) for name in _OF_MODEL}
-    tokens = add_total(tokens_D)
+    tokens = schema.add_total(tokens_D)
 
     def put(tables: dict[str, Numbers], name: str, estimate: tuple[Numbers, Numbers, Numbers]) -> None:
         for end, values in zip(("", "_low", "_high"), estimate, strict=True):
@@ -198,24 +189,24 @@ def _labelled(
             put(model, "closed", _quotient(together - lru, best - lru))
     num_experts = np.array([layer.num_experts for layer in settings.layers])
     uniform = np.minimum(1.0, np.array(settings.sizes) / num_experts[:, None])
-    requests_DL = add_total(observed.requests_DGL.sum(axis=1))
+    requests_DL = schema.add_total(observed.requests_DGL.sum(axis=1))
     uniform_DZ = statistics.ratio(requests_DL @ uniform, requests_DL.sum(axis=1)[:, None])
     documents = np.bincount(trace.document_domains, minlength=len(trace.domains))
     return xr.Dataset(
-        labelled(by_layer, dims, _BY_LAYER)
-        | labelled(model, (*dims[:2], dims[3]), _OF_MODEL)
+        schema.labelled(by_layer, dims, _BY_LAYER)
+        | schema.labelled(model, (*dims[:2], dims[3]), _OF_MODEL)
         | {
-            "hit_ratio_uniform": described(uniform, dims[2:], _UNIFORM, FRACTION, _ELISEEV),
-            "model_hit_ratio_uniform": described(
+            "hit_ratio_uniform": schema.described(uniform, dims[2:], _UNIFORM, FRACTION, _ELISEEV),
+            "model_hit_ratio_uniform": schema.described(
                 uniform_DZ, ("domain", "size"), f"{_UNIFORM}, all layers", FRACTION, _ELISEEV
             ),
-            "requests": described(requests_DL, dims[1:3], "requests", "requests"),
-            "tokens": described(tokens, ("domain",), "tokens served", "tokens"),
+            "requests": schema.described(requests_DL, dims[1:3], "requests", "requests"),
+            "tokens": schema.described(tokens, ("domain",), "tokens served", "tokens"),
         },
         coords={
             "policy": list(settings.policies),
-            **total_coordinates(trace.domains, documents),
-            **layer_coordinates(settings.layers),
+            **schema.total_coordinates(trace.domains, documents),
+            **schema.layer_coordinates(settings.layers),
             "size": list(settings.sizes),
         },
         attrs={

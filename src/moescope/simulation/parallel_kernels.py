@@ -36,7 +36,7 @@ class TokenCells(NamedTuple):
 
 
 class LayerSums(NamedTuple):
-    """The sums of a layer, all added to: those of `batch_counts.BatchCounts`, then those of `batch_counts.BatchRows`."""
+    """All added to: the sums of a layer of `batch_counts.BatchCounts`, then of `batch_counts.BatchRows`."""
 
     histogram_PB: Sums
     largest_PG: Sums

@@ -171,9 +171,7 @@ class _Plan:
         all_layers: Layers of the trace.
         places: Places among them of the layers to predict.
         predictors: In the order of `KINDS`, then of distance.
-        units: Documents in groups and folds.
         phase: Code of the phase, or None for all tokens.
-        domains: Domains of the trace.
         num_ids: Largest number of experts.
     """
 
@@ -284,8 +282,7 @@ class _LayerRows:
         place: Of the layer, among those of the trace.
         ids: Chosen experts of the layer and of those that predict it, by place, each of shape (choice, token).
         predicted: Recorded predictions by distance, each of shape (predicted, token).
-        units: Documents or stretches of the part.
-        domain: Of the units.
+        units: Documents or stretches of the part, with the `domain` of each.
         first: Tokens that begin a sequence.
     """
 

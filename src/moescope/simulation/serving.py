@@ -35,19 +35,12 @@ BLOCK_ASSIGNMENTS = 2**22
 
 @dataclass(frozen=True)
 class Settings:
-    """What is simulated, and how: the arguments of `moescope.cache`.
+    """What is simulated, and how: the arguments of `moescope.cache`, of which each is checked.
 
     Attributes:
-        layers: Layers of the trace.
-        policies: Of `POLICIES`.
         sizes: Experts a layer that the caches hold, ascending.
         s3_sizes: Those for which S3-FIFO is simulated.
-        budget: ``layer`` or ``global``.
-        batch: Sequences decoded at a time.
-        prefill: Tokens of a chunk of prefill, or None.
         cold: Whether each sequence starts with empty caches.
-    Raises:
-        ValueError: One is none that could be.
     """
 
     layers: tuple[Layer, ...]

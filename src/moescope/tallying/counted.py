@@ -259,20 +259,13 @@ def count_with(
     required: Sequence[type[Counter[Any]]] = (),
     threads: int | None = None,
 ) -> Counted:
-    """Count a trace with some counters in one pass.
+    """Count a trace with some counters in one pass, without what it does not hold; arguments and errors as of `count`.
 
     Args:
-        counters: The counters; what the trace does not hold is left out.
-        trace: The trace.
-        layers: Layers to count, or None for all.
         options: What the counters are asked for.
         required: Counters that must not be left out.
-        threads: Parts counted at a time; None for the number of processors.
     Raises:
-        NoSuchLayer: A layer was not recorded.
         NotRecorded: The trace does not hold what a required counter needs.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive, or an option is none that could be.
     """
     trace = covered(trace, trace.select_layers(layers))
     chosen = trace.select_layers(layers)

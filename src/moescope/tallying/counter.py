@@ -55,15 +55,11 @@ class CountOptions:
 
 
 def need_choice(path: Path | None, layers: Sequence[Layer], choice: str | None) -> None:
-    """Refuse to look at first choices where it is not known which they are.
+    """Refuse to look at first choices where it is not known which they are; `path` is for the message.
 
-    Args:
-        path: The trace, for the message.
-        layers: The layers to look at.
-        choice: "all" of a token's choices, which takes no order; or "first", as None.
     Raises:
         NotRecorded: A layer does not say which choice is the first.
-        ValueError: `choice` is neither.
+        ValueError: `choice` is neither "all" of a token's choices, which takes no order, nor "first", as None.
     """
     if choice not in CHOICES:
         raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")

@@ -294,9 +294,7 @@ class DocumentCounter(Counter[DocumentSample]):
     Attributes:
         sample: The sample; its columns are what is filled.
         first_row: By the first document of a part, kept or not, the row at which the part's kept documents start.
-        document: First document of the part at hand.
-        rows: Its rows of the sample.
-        kept: Its tokens that are kept.
+        document: First document of the part at hand, whose tokens that are `kept` go to `rows`.
     """
 
     name, result_type, reads_tokens = "documents", DocumentSample, True

@@ -91,13 +91,7 @@ def pairs_of_parts(a: Trace, b: Trace) -> list[tuple[int, list[int]]]:
 
 
 def match_rows(a: Part, b: Part, *, by_token_id: bool) -> PairOfParts:
-    """Find the tokens that two parts share.
-
-    Args:
-        a: Part of the first trace, with the token columns.
-        b: Part of the second trace.
-        by_token_id: Compare the token ids; otherwise the place alone.
-    """
+    """Find the tokens that two parts share, by token id, or else by place alone; the parts have their token columns."""
     starts_a, starts_b = a.sequence_starts(), b.sequence_starts()
     keys_a, keys_b = _sequence_keys(a, starts_a), _sequence_keys(b, starts_b)
     _, place_a, place_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)

@@ -154,3 +154,26 @@ def _with_layer_before(part: Part, before: Part) -> Part:
 def layer_groups(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Consecutive layers that are read together, at most `COLUMNS_A_READ` columns of ids or one layer."""
     return [[layers[n] for n in run] for run in runs((layer.top_k for layer in layers), COLUMNS_A_READ)]
+
+
+def layer_by_layer(
+    measure: Callable[[Layer], S],
+    layers: Sequence[Layer],
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[S]:
+    """What `measure`, called in any thread, gives of each layer; `progress` gets the number done and of all."""
+    done = 0
+
+    def measured(layer: Layer) -> S:
+        nonlocal done
+        result = measure(layer)
+        done += 1
+        if progress is not None:
+            progress(done, len(layers))
+        return result
+
+    if progress is not None:
+        progress(0, len(layers))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(measured, layers))

@@ -57,22 +57,15 @@ class PairTally:
 def tally_pair(
     a: Trace, b: Trace, layers: Iterable[int] | None = None, *, weights: bool = False, threads: int | None = None
 ) -> PairTally:
-    """Count two traces over their common tokens, in one pass over both.
+    """Count two traces over their common tokens, in one pass over both; arguments and errors as of `moescope.compare`.
 
     Memory is a part of each trace, at most `one_pass.COLUMNS_A_READ` columns of it, and the sums: 48 bytes for each
     (domain, layer, expert), so 12 MB a thread for 16 domains, 60 layers and 256 experts; and 56 bytes a token id seen.
 
     Args:
-        a: The first trace.
-        b: The second trace; the layers counted must have the same experts and the same top-k in both.
-        layers: Layers to count, or None for all that both traces have.
         weights: Weigh what is shared by the gate weights of A.
-        threads: Parts counted at a time; None for the number of processors.
     Raises:
-        NoSuchLayer: A layer was not recorded in both.
         NotRecorded: A trace holds counts only, or gate weights are asked for and A has none.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive, or layers have other experts or another top-k in the second trace.
     """
     a.need_tokens(weights=weights)
     b.need_tokens()
