@@ -143,11 +143,7 @@ class Estimate:
 
 
 def estimate(
-    x_R: NDArray[np.int32],
-    e_R: NDArray[np.int32],
-    starts_G: NDArray[np.int64],
-    num_values: int,
-    num_ids: int,
+    x_R: NDArray[np.int32], e_R: NDArray[np.int32], starts_G: NDArray[np.int64], num_values: int, num_ids: int
 ) -> Estimate:
     """Mutual information of values and experts, -1 = none, bias-corrected at the level of documents.
 

@@ -279,11 +279,7 @@ def _excess(
 
 
 def _labelled(
-    sample: DocumentSample,
-    drawn: _Drawn,
-    layers: Sequence[Layer],
-    lags: Sequence[int],
-    counted: Sequence[_Counted],
+    sample: DocumentSample, drawn: _Drawn, layers: Sequence[Layer], lags: Sequence[int], counted: Sequence[_Counted]
 ) -> xr.Dataset:
     num_domains = len(sample.domain_names)
     shape = (1 + num_domains, len(PAIRS), len(NULLS), len(layers), len(KINDS))

@@ -30,15 +30,7 @@ from moescope.simulation.batch_counts import (
 )
 from moescope.simulation.batches import BatchKind, tokens_together
 from moescope.simulation.parallel_kernels import BINS_PER_E
-from moescope.simulation.placements import (
-    ALGORITHMS,
-    DECODE_TOKENS,
-    FITTED,
-    PREFILL_TOKENS,
-    Cluster,
-    Placement,
-    place,
-)
+from moescope.simulation.placements import ALGORITHMS, DECODE_TOKENS, FITTED, PREFILL_TOKENS, Cluster, Placement, place
 from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile, profile
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
@@ -353,11 +345,7 @@ def _reached(
 
 
 def _drops(
-    setting: Setting,
-    counts: BatchCounts,
-    shuffled: BatchCounts,
-    uniform: BatchCounts,
-    documents_X: NDArray[np.int64],
+    setting: Setting, counts: BatchCounts, shuffled: BatchCounts, uniform: BatchCounts, documents_X: NDArray[np.int64]
 ) -> dict[str, Any]:
     """Dropped assignments by capacity factor."""
     num_kinds, num_layers, num_domains = counts.dropped_SLXGJ.shape[:3]

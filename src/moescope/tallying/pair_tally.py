@@ -169,12 +169,7 @@ class _PairSums:
         )
 
     def add(
-        self,
-        part_a: Part,
-        part_b: Part,
-        pair: PairOfParts,
-        group: Sequence[Layer],
-        shared_of_token: NDArray[np.int64],
+        self, part_a: Part, part_b: Part, pair: PairOfParts, group: Sequence[Layer], shared_of_token: NDArray[np.int64]
     ) -> None:
         """Count some layers of a pair of parts; `shared_of_token` is added to, shape (token,)."""
         document = part_a.document[pair.rows_a]

@@ -25,12 +25,7 @@ FIXED = 2**20
 
 @numba.njit(cache=True, nogil=True)
 def scan_text(
-    text_B: Bytes,
-    first_T: Sums,
-    keywords: NDArray[np.uint64],
-    indentation: int,
-    keyword: int,
-    command: int,
+    text_B: Bytes, first_T: Sums, keywords: NDArray[np.uint64], indentation: int, keyword: int, command: int
 ) -> Bits:
     """Bits of the tokens that share a byte with the indentation of a line, a keyword, or a command.
 
