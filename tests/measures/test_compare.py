@@ -19,7 +19,6 @@ from moescope.errors import NoSuchLayer, NotRecorded, TracesUnlike
 from moescope.measures.compare import agreement, changes
 from moescope.measures.schema import total
 from moescope.tallying.matching import match_rows
-from moescope.tallying.matching import total as matching_total
 from moescope.tallying.pair_tally import PairTally, _PairSums
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, open_trace
 
@@ -53,10 +52,10 @@ def pair_tally(a: Part, b: Part, layer: Layer = LAYER) -> PairTally:
     sums.by_token.add(a.document[pair.rows_a], a.token_id[pair.rows_a], shared)
 
     class Sizes:
-        num_tokens, num_documents = a.num_tokens, len(np.unique(a.document))
+        domains, num_tokens, num_documents = a.domain_names, a.num_tokens, len(np.unique(a.document))
 
-    found = matching_total([pair], a.num_tokens, Sizes, Sizes, by_token_id=True)  # type: ignore[arg-type]
-    return sums.labelled(a.domain_names, found, with_tokens=True)
+    sums.matched_4[:] = a.num_tokens, pair.documents, pair.documents_differing, pair.documents_relabelled
+    return sums.labelled(Sizes, Sizes, by_token_id=True)  # type: ignore[arg-type]
 
 
 def write(path: Path, part: Part, layers: tuple[Layer, ...] = (LAYER,), **model: object) -> Trace:

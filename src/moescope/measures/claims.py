@@ -531,12 +531,9 @@ class _Differences:
 
 
 def _differences(rates: xr.Dataset, names: Sequence[str], what: str) -> _Differences:
-    """Compare the domains.
+    """Compare the domains by a value and the ends of its interval, parts of 1; `what` names the largest difference.
 
-    Args:
-        rates: With dims domain and layer.
-        names: Of the value and the ends of its interval, parts of 1.
-        what: Name of the largest difference. Its interval allows for its being the largest of its layer (Bonferroni).
+    Its interval allows for its being the largest of its layer (Bonferroni).
     """
     value, low, high = (rates[name].transpose("layer", "domain").values for name in names)
     documents = rates["documents"].values

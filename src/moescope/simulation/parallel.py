@@ -246,32 +246,23 @@ def _loads(
         for against in range(asked):
             difference[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
             difference[1:, :, against, s] = _interval(largest_PG - largest_PG[against], made_G, devices, -np.inf)
-    loads = {
-        "over_subscription": value[:asked],
-        "over_subscription_low": ends[0],
-        "over_subscription_high": ends[1],
-        "over_subscription_own": value[own],
-        "over_subscription_null": by_layers(shuffled),
-        "over_subscription_uniform": by_layers(uniform),
-    }
+    endings = ("", "_low", "_high", "_own", "_null", "_uniform")
     quantiles = {
         "over_subscription_quantile": _quantiles(counts.histogram_SLPB[:, :, :asked]),
         "over_subscription_null_quantile": _quantiles(shuffled.histogram_SLPB),
     }
-    slowest = {
-        "slowest": all_value[:asked],
-        "slowest_low": all_ends[0],
-        "slowest_high": all_ends[1],
-        "slowest_own": all_value[own],
-        "slowest_null": all_layers(shuffled),
-        "slowest_uniform": all_layers(uniform),
-    }
+    over_subscription = value[:asked], *ends, value[own], by_layers(shuffled), by_layers(uniform)
+    slowest = all_value[:asked], *all_ends, all_value[own], all_layers(shuffled), all_layers(uniform)
+    loads, all_loads = (
+        {f"{name}{ending}": table for ending, table in zip(endings, tables, strict=True)}
+        for name, tables in (("over_subscription", over_subscription), ("slowest", slowest))
+    )
     slowest_quantile = {"slowest_quantile": _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0]}
     differences = {f"slowest_difference{end}": difference[n] for n, end in enumerate(("", "_low", "_high"))}
     return (
         schema.labelled(loads, by_layer, _OF_LOADS)
         | schema.labelled(quantiles, (*by_layer, "quantile"), _OF_LOADS)
-        | schema.labelled(slowest, over_all, _OF_LOADS)
+        | schema.labelled(all_loads, over_all, _OF_LOADS)
         | schema.labelled(slowest_quantile, (*over_all, "quantile"), _OF_LOADS)
         | schema.labelled(differences, ("placement", "against", "batch"), _OF_LOADS)
         | schema.labelled({"batches": counts.batches_S}, ("batch",), _OF_LOADS)

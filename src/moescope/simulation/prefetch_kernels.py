@@ -66,19 +66,6 @@ def count_transitions(source_KT: Ids, ids_KT: Ids, units: Units, count_FSE: NDAr
 
 
 @numba.njit(cache=True, nogil=True)
-def place_by_rank(ids_KT: Ids, units: Units, row_U: Sums, rank_RE: Sums, hits_GN: Sums, needed_G: Sums) -> None:
-    """Place the needed experts in one order a unit, that of its row of the places of experts; count them, too."""
-    counted_T, starts_U, group_U, _ = units
-    for u in range(group_U.size):
-        for k in range(ids_KT.shape[0]):
-            for t in range(starts_U[u], starts_U[u + 1]):
-                e = ids_KT[k, t]
-                if counted_T[t] and 0 <= e < rank_RE.shape[1]:
-                    hits_GN[group_U[u], rank_RE[row_U[u], e]] += 1
-                    needed_G[group_U[u]] += 1
-
-
-@numba.njit(cache=True, nogil=True)
 def place_by_previous(ids_KT: Ids, first_T: Mask, units: Units, rank_FE: Sums, ranked: bool, hits_GN: Sums) -> None:
     """Place the needed experts in the order: those of the token before, then the others by popularity.
 

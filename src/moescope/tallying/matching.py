@@ -7,7 +7,6 @@ documents matter, and memory is that of one part of each trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,18 +145,3 @@ def selected(columns: NDArray[Any], rows: Rows | slice) -> NDArray[Any]:
     """Rows of a table of shape (token, choice) as (choice, token), contiguous by choice."""
     by_choice = columns.T
     return by_choice if isinstance(rows, slice) else np.ascontiguousarray(by_choice[:, rows])
-
-
-def total(pairs: Sequence[PairOfParts], tokens: int, a: Trace, b: Trace, *, by_token_id: bool) -> Matching:
-    """The matching that all pairs of parts add up to."""
-    return Matching(
-        by_token_id,
-        tokens,
-        a.num_tokens,
-        b.num_tokens,
-        sum(pair.documents for pair in pairs),
-        a.num_documents,
-        b.num_documents,
-        sum(pair.documents_differing for pair in pairs),
-        sum(pair.documents_relabelled for pair in pairs),
-    )

@@ -78,10 +78,8 @@ def tally_pair(
     groups = layer_groups(chosen)
     swapped = len(a.parts) > len(b.parts)
 
-    def count(share: Sequence[tuple[int, list[int]]]) -> tuple[_PairSums, list[PairOfParts], int]:
+    def count(share: Sequence[tuple[int, list[int]]]) -> _PairSums:
         sums = _PairSums.zeros(len(a.domains), chosen)
-        pairs: list[PairOfParts] = []
-        tokens = 0
         for outer, inners in share:
             matched: dict[int, tuple[PairOfParts, NDArray[np.int64]]] = {}  # with the experts that each token shares
             for group in groups if inners else []:
@@ -97,20 +95,17 @@ def tally_pair(
                         sums.add(part_a, part_b, pair, group, shared_T)
                         if by_token_id and group[-1] == chosen[-1]:
                             sums.by_token.add(part_a.document[pair.rows_a], part_a.token_id[pair.rows_a], shared_T)
-            pairs += [pair for pair, _ in matched.values()]
-            tokens += sum(len(shared_T) for _, shared_T in matched.values())
-        return sums, pairs, tokens
+            for pair, shared_T in matched.values():
+                documents = pair.documents, pair.documents_differing, pair.documents_relabelled
+                sums.matched_4[:] += (len(shared_T), *documents)
+        return sums
 
     shares = [work[thread::threads] for thread in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        counted = list(pool.map(count, shares))
-    total = counted[0][0]
-    for sums, _, _ in counted[1:]:
+        total, *others = pool.map(count, shares)
+    for sums in others:
         total.merge(sums)
-    pairs = [pair for _, some, _ in counted for pair in some]
-    tokens = sum(number for _, _, number in counted)
-    in_common = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
-    return total.labelled(a.domains, in_common, with_tokens=by_token_id, with_weights=weights)
+    return total.labelled(a, b, by_token_id=by_token_id, with_weights=weights)
 
 
 def common_layers(a: Trace, b: Trace, layers: Iterable[int] | None = None) -> tuple[Layer, ...]:
@@ -147,9 +142,13 @@ def _read(trace: Trace, index: int, group: Sequence[Layer], *, tokens: bool, wei
 
 @dataclass(frozen=True)
 class _PairSums:
-    """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`."""
+    """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`.
+
+    `matched_4` is what `Matching` says of both: tokens, documents, those differing, those relabelled.
+    """
 
     layers: tuple[Layer, ...]
+    matched_4: NDArray[np.int64]
     by_domain_3D: NDArray[np.int64]
     agree_LD6: NDArray[np.int64]
     by_expert_L6DE: NDArray[np.int64]
@@ -161,6 +160,7 @@ class _PairSums:
         num_layers, num_ids = len(layers), max(layer.num_ids for layer in layers)
         return cls(
             tuple(layers),
+            np.zeros(4, np.int64),
             np.zeros((len(_BY_DOMAIN), num_domains), np.int64),
             np.zeros((num_layers, num_domains, len(_AGREE)), np.int64),
             np.zeros((num_layers, len(_BY_EXPERT), num_domains, num_ids), np.int64),
@@ -209,9 +209,10 @@ class _PairSums:
                 mine += theirs
         self.by_token.merge(other.by_token)
 
-    def labelled(
-        self, domains: Sequence[str], in_common: Matching, *, with_tokens: bool, with_weights: bool = False
-    ) -> PairTally:
+    def labelled(self, a: Trace, b: Trace, *, by_token_id: bool, with_weights: bool = False) -> PairTally:
+        tokens, *documents = self.matched_4.tolist()
+        sizes = a.num_documents, b.num_documents
+        in_common = Matching(by_token_id, tokens, a.num_tokens, b.num_tokens, documents[0], *sizes, *documents[1:])
         by_domain = dict(zip(_BY_DOMAIN, self.by_domain_3D, strict=True))
         used = np.flatnonzero(by_domain["tokens"])
         dims = ("domain", "layer", "expert")
@@ -230,7 +231,7 @@ class _PairSums:
                 },
             },
             {
-                "domain": [domains[code] for code in used.tolist()],
+                "domain": [a.domains[code] for code in used.tolist()],
                 "layer": [layer.layer for layer in self.layers],
                 "expert": np.arange(self.by_expert_L6DE.shape[3]),
                 **{
@@ -239,7 +240,7 @@ class _PairSums:
                 },
             },
         )
-        return PairTally(data, self.by_token.labelled() if with_tokens else None, in_common)
+        return PairTally(data, self.by_token.labelled() if by_token_id else None, in_common)
 
 
 def _weigh(
