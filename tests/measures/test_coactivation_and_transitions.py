@@ -17,7 +17,7 @@ from synthetic import make_counts, make_part, make_trace, result_of
 from moescope import from_arrays
 from moescope.errors import NotRecorded
 from moescope.measures import coactivation, transitions
-from moescope.measures.conditional_bernoulli import fit_weights, pair_probabilities
+from moescope.measures.coactivation import fit_weights, pair_probabilities
 from moescope.measures.transitions import mutual_information, path_summary
 from moescope.tallying import joint as module
 from moescope.tallying import one_pass as passes

@@ -19,7 +19,6 @@ from moescope.errors import NoSuchLayer, NotRecorded, TracesUnlike
 from moescope.measures.compare import agreement, changes
 from moescope.measures.schema import total
 from moescope.tallying.matching import match_rows
-from moescope.tallying.matching import total as matching_total
 from moescope.tallying.pair_tally import PairTally, _PairSums
 from moescope.trace import Header, Layer, Part, Trace, TraceWriter, open_trace
 
@@ -47,16 +46,16 @@ def part_of(
 def pair_tally(a: Part, b: Part, layer: Layer = LAYER) -> PairTally:
     """The sums of two parts in memory."""
     sums = _PairSums.zeros(len(a.domain_names), (layer,))
-    pair = match_rows(a, b, 0, 0, by_token_id=True)
+    pair = match_rows(a, b, by_token_id=True)
     shared = np.zeros(a.num_tokens, np.int64)
     sums.add(a, b, pair, (layer,), shared)
-    sums.add_tokens(a, pair, shared)
+    sums.by_token.add(a.document[pair.rows_a], a.token_id[pair.rows_a], shared)
 
     class Sizes:
-        num_tokens, num_documents = a.num_tokens, len(np.unique(a.document))
+        domains, num_tokens, num_documents = a.domain_names, a.num_tokens, len(np.unique(a.document))
 
-    found = matching_total([pair], a.num_tokens, Sizes, Sizes, by_token_id=True)  # type: ignore[arg-type]
-    return sums.labelled(a.domain_names, found, with_tokens=True)
+    sums.matched_4[:] = a.num_tokens, pair.documents, pair.documents_differing, pair.documents_relabelled
+    return sums.labelled(Sizes, Sizes, by_token_id=True)  # type: ignore[arg-type]
 
 
 def write(path: Path, part: Part, layers: tuple[Layer, ...] = (LAYER,), **model: object) -> Trace:

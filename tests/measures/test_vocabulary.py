@@ -326,7 +326,7 @@ def test_huge_ids_are_looked_up_as_small_ones_are() -> None:
         np.testing.assert_array_equal(one[name].values, other[name].values)
     known = one["top_token"].values >= 0
     np.testing.assert_array_equal(np.where(known, one["top_token"] * 10**8, -1), other["top_token"])
-    assert TokenIds.of(huge, "input").id_T.max() == 39 * 10**8
+    assert TokenIds.of(huge, "input", 1, ()).id_T.max() == 39 * 10**8
 
 
 def test_ids_too_rare_are_left_out_and_without_any_there_is_nothing_to_say(trace: Trace) -> None:

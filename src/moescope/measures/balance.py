@@ -14,16 +14,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.measures import groups, statistics
-from moescope.measures.schema import (
-    EXPERT_ID,
-    add_total,
-    described,
-    estimate,
-    labelled,
-    layer_coordinates,
-    total_coordinates,
-)
+from moescope.measures import groups, schema, statistics
+from moescope.measures.schema import EXPERT_ID
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.balance import WEIGHT_STATISTICS, BalanceCounter, BalanceCounts
@@ -92,7 +84,8 @@ def balance(
     """
     counts = counted(trace, BalanceCounter, layers=layers, threads=threads)[BalanceCounter]
     rng = np.random.default_rng(seed)
-    coordinates = layer_coordinates(counts.layers) | total_coordinates(counts.domains, counts.documents_DG.sum(axis=1))
+    coordinates = schema.total_coordinates(counts.domains, counts.documents_DG.sum(axis=1))
+    coordinates = schema.layer_coordinates(counts.layers) | coordinates
     rows = [
         _of_loads(loads_GE, layer, DRAWS_OF_A_DOMAIN if domain else NULL_DRAWS, rng)
         for domain in range(len(counts.domains) + 1)
@@ -100,7 +93,7 @@ def balance(
     ]
     shape = len(counts.domains) + 1, len(counts.layers)
     tables = {name: np.array([row[name] for row in rows]).reshape(shape) for name in rows[0]}
-    variables: dict[str, Any] = labelled(tables, ("domain", "layer"), _OF_LOADS)
+    variables: dict[str, Any] = schema.labelled(tables, ("domain", "layer"), _OF_LOADS)
     if counts.batch_sizes:
         variables |= _batches(counts, rng)
         coordinates |= {"batch": list(counts.batch_sizes), "quantile": list(QUANTILES)}
@@ -219,16 +212,11 @@ def _batches(counts: BalanceCounts, rng: np.random.Generator) -> dict[str, Any]:
     ]
     null_LSR = np.stack([_null_batches(counts, size, rng) for size in sizes], axis=1)
     dims = ("layer", "batch")
-    quantiles = {
-        "batch_imbalance_quantile": (np.array(seen), "imbalance within a batch, quantile"),
-        "batch_imbalance_null_quantile": (
-            np.moveaxis(np.quantile(null_LSR, QUANTILES, axis=2), 0, 2),
-            "quantile of tokens drawn independently",
-        ),
-    }
+    null_quantiles = np.moveaxis(np.quantile(null_LSR, QUANTILES, axis=2), 0, 2)
+    quantiles = {"batch_imbalance_quantile": np.array(seen), "batch_imbalance_null_quantile": null_quantiles}
     tokens_S = statistics.ratio(counts.token_sums_SB.sum(axis=1), counts.tokens_SB.sum(axis=1))
     return {
-        **estimate(
+        **schema.estimate(
             "batch_imbalance",
             dims,
             "imbalance within a batch, mean over batches",
@@ -240,10 +228,17 @@ def _batches(counts: BalanceCounts, rng: np.random.Generator) -> dict[str, Any]:
             high=mean + half,
             null=null_LSR.mean(axis=2),
         ),
-        **{name: described(values, (*dims, "quantile"), what, "1") for name, (values, what) in quantiles.items()},
-        "batches": described(number_LS.max(axis=0), ("batch",), "batches", "batches"),
-        "batch_tokens": described(tokens_S, ("batch",), "tokens of a batch, mean", "tokens"),
+        **schema.labelled(quantiles, (*dims, "quantile"), _OF_BATCHES),
+        **schema.labelled({"batches": number_LS.max(axis=0), "batch_tokens": tokens_S}, dims[1:], _OF_BATCHES),
     }
+
+
+_OF_BATCHES = {
+    "batch_imbalance_quantile": ("imbalance within a batch, quantile", "1"),
+    "batch_imbalance_null_quantile": ("quantile of tokens drawn independently", "1"),
+    "batches": ("batches", "batches"),
+    "batch_tokens": ("tokens of a batch, mean", "tokens"),
+}
 
 
 def _null_batches(counts: BalanceCounts, s: int, rng: np.random.Generator) -> Numbers:
@@ -279,7 +274,7 @@ def _weights(counts: BalanceCounts) -> dict[str, Any]:
     value, low, high = (np.full((num_domains + 1, num_layers, len(WEIGHT_STATISTICS)), np.nan) for _ in range(3))
     most_LW = np.array([[1.0, 1.0, np.log2(layer.top_k)] for layer in counts.layers])
     for layer in range(num_layers):
-        sums_DGW, n_DG = add_total(counts.weights_LDGW[layer]), add_total(counts.weighed_LDG[layer])
+        sums_DGW, n_DG = schema.add_total(counts.weights_LDGW[layer]), schema.add_total(counts.weighed_LDG[layer])
         for domain, (y_GW, n_G) in enumerate(zip(sums_DGW, n_DG, strict=True)):
             mean, error = groups.ratio_errors(y_GW, n_G)
             half = groups.student(int((n_G > 0).sum())) * error
@@ -293,6 +288,6 @@ def _weights(counts: BalanceCounts) -> dict[str, Any]:
     ] * most_LW[:, :, None]
     dims, units = ("domain", "layer", "statistic"), "1; entropy: bits"
     what = "statistic of a token's gate weights"
-    return estimate("weight", dims, f"{what}, mean over tokens", units, value=value, low=low, high=high) | {
-        "weight_quantile": described(np.array(quantiles), (*dims[1:], "quantile"), f"{what}, quantile", units)
+    return schema.estimate("weight", dims, f"{what}, mean over tokens", units, value=value, low=low, high=high) | {
+        "weight_quantile": schema.described(np.array(quantiles), (*dims[1:], "quantile"), f"{what}, quantile", units)
     }

@@ -225,13 +225,14 @@ def _topic(divergence: xr.Dataset, explained: xr.Dataset | None) -> _Draft:
     different = (q.values < SIGNIFICANT) & known
     large = (divergence["jsd_rest_low"].values > TOPIC_BITS) & known
     small = divergence["jsd_rest_high"].values < TOPIC_BITS
-    top = _largest(value)
+    top, of_layer = np.unravel_index(int(np.nanargmax(value.values)), value.shape)
+    place = str(value["domain"].values[top]), int(value["layer"].values[of_layer])
     evidence = (
         f"{int(different.sum())} of {int(known.sum())} domain-layer pairs differ from the other domains (false "
         f"discovery rate {_percent(SIGNIFICANT, 0)}); {int(large.sum())} of them by significantly more than "
         f"{TOPIC_BITS} bits, the size that shows in a figure."
     )
-    effects = [_divergence_effect(divergence, *top, float(np.nanmin(q.values)))]  # the least is that of Simes' test
+    effects = [_divergence_effect(divergence, *place, float(np.nanmin(q.values)))]  # the least is that of Simes' test
     if explained is not None and (bits := _bits_of_domain(explained)):
         effects += bits
         share = explained["share"].sel(source="domain")
@@ -312,7 +313,9 @@ def _first_and_last(divergence: xr.Dataset) -> _Draft:
     effects = []
     for end, layer in ((0, layers[0]), (-1, layers[-1])):
         beyond = float(above[end]) - middle
-        half, p_value = _normal(beyond, float(np.hypot(error[end], middle_error)))
+        of_both = float(np.hypot(error[end], middle_error))
+        half = float(stats.norm.ppf((1 + statistics.CONFIDENCE) / 2)) * of_both
+        p_value = float(2 * stats.norm.sf(abs(beyond) / of_both)) if of_both > 0 else None
         what = f"divergence of a domain, layer {layer} less the layers between"
         bounds = beyond - half, beyond + half
         effects.append(Effect(what, beyond, "bits", *bounds, "mean of the layers between", middle, p_value))
@@ -528,12 +531,9 @@ class _Differences:
 
 
 def _differences(rates: xr.Dataset, names: Sequence[str], what: str) -> _Differences:
-    """Compare the domains.
+    """Compare the domains by a value and the ends of its interval, parts of 1; `what` names the largest difference.
 
-    Args:
-        rates: With dims domain and layer.
-        names: Of the value and the ends of its interval, parts of 1.
-        what: Name of the largest difference. Its interval allows for its being the largest of its layer (Bonferroni).
+    Its interval allows for its being the largest of its layer (Bonferroni).
     """
     value, low, high = (rates[name].transpose("layer", "domain").values for name in names)
     documents = rates["documents"].values
@@ -625,16 +625,9 @@ def _points(
     what: str, rate: float, expected: float, low: float, high: float, null: str, p_value: float | None
 ) -> Effect:
     """A rate above its null, in points; `low` and `high` are of the difference."""
-    return Effect(
-        what,
-        100 * (rate - expected),
-        "points",
-        _known(100 * low),
-        _known(100 * high),
-        null,
-        _known(100 * expected),
-        None if p_value is None else _known(p_value),
-    )
+    low_points, high_points, null_points = (_known(100 * part) for part in (low, high, expected))
+    p_value = None if p_value is None else _known(p_value)
+    return Effect(what, 100 * (rate - expected), "points", low_points, high_points, null, null_points, p_value)
 
 
 def _divergence_effect(divergence: xr.Dataset, domain: str, layer: int, p_value: float | None) -> Effect:
@@ -673,12 +666,6 @@ def _standard_error(value: ArrayLike, low: ArrayLike, high: ArrayLike, documents
     return error
 
 
-def _normal(value: float, error: float) -> tuple[float, float | None]:
-    """Half of the 95 % interval, and the p-value of zero."""
-    half = float(stats.norm.ppf((1 + statistics.CONFIDENCE) / 2)) * error
-    return half, float(2 * stats.norm.sf(abs(value) / error)) if error > 0 else None
-
-
 def _student_p(value: float, error: float, degrees: int) -> float | None:
     return float(2 * stats.t.sf(abs(value) / error, max(degrees, 1))) if error > 0 else None
 
@@ -695,12 +682,6 @@ def _percent(share: float, digits: int = 1) -> str:
 
 def _known(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-def _largest(values: xr.DataArray) -> tuple[str, int]:
-    """Domain and layer of the largest value."""
-    domain, layer = np.unravel_index(int(np.nanargmax(values.values)), values.shape)
-    return str(values["domain"].values[domain]), int(values["layer"].values[layer])
 
 
 def _top_layer(by_layer: xr.DataArray) -> int:

@@ -15,17 +15,9 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from moescope.measures import statistics
+from moescope.measures import schema, statistics
 from moescope.measures.divergence import MEANINGS, divergence_of_samples, js_divergence
-from moescope.measures.schema import (
-    DIFFERENCE,
-    FRACTION,
-    described,
-    estimate,
-    layer_coordinates,
-    total_coordinates,
-    with_total,
-)
+from moescope.measures.schema import DIFFERENCE, FRACTION
 from moescope.measures.shares import shares
 from moescope.measures.statistics import Numbers
 from moescope.tallying import tally
@@ -157,11 +149,7 @@ def compare(
 
 
 def agreement(counted: PairTally) -> xr.Dataset:
-    """How often two traces agree: see `Comparison.agreement`.
-
-    Args:
-        counted: The sums over the tokens of both.
-    """
+    """How often two traces agree: see `Comparison.agreement`."""
     data = _with_total(counted.data)
     top_k, ranked = data["top_k"].values, data["ranked"].values
     most = np.stack([top_k, np.ones_like(top_k)], axis=-1)  # what a token can agree in, by kind
@@ -190,12 +178,13 @@ def agreement(counted: PairTally) -> xr.Dataset:
         )
     dims = ("domain", "layer", "kind")
     long_name = "chosen by both, of the choices of a token"
+    uniform = most / data["num_ids"].values[:, None]
     meanings = {"null": "agreement if B were dealt to the tokens at random"}
     kappa = "agreement beyond popularity, of what there was to gain"
     return xr.Dataset(
-        estimate("agreement", dims, long_name, FRACTION, OLMOE, meanings=meanings, **agreed, null=null)
-        | {"agreement_uniform": described(most / data["num_ids"].values[:, None], ("layer", "kind"), "k/E", FRACTION)}
-        | estimate("kappa", dims, kappa, "1", "Cohen 1960", value=value, low=low, high=high),
+        schema.estimate("agreement", dims, long_name, FRACTION, OLMOE, meanings=meanings, **agreed, null=null)
+        | {"agreement_uniform": schema.described(uniform, dims[1:], "k/E", FRACTION)}
+        | schema.estimate("kappa", dims, kappa, "1", "Cohen 1960", value=value, low=low, high=high),
         {"kind": list(KINDS)} | _coordinates(data),
     )
 
@@ -221,10 +210,10 @@ def changes(counted: PairTally) -> xr.Dataset:
     dims = ("domain", "layer", "expert")
     result = xr.Dataset(
         {
-            "share_a": described(statistics.ratio(a, n * top_k), dims, "share in the first trace", FRACTION),
-            "share_b": described(statistics.ratio(b, n * top_k), dims, "share in the second trace", FRACTION),
+            "share_a": schema.described(statistics.ratio(a, n * top_k), dims, "share in the first trace", FRACTION),
+            "share_b": schema.described(statistics.ratio(b, n * top_k), dims, "share in the second trace", FRACTION),
         }
-        | estimate(
+        | schema.estimate(
             "change",
             dims,
             "share in the second trace less that in the first",
@@ -242,11 +231,7 @@ def changes(counted: PairTally) -> xr.Dataset:
 
 
 def shared_weight(counted: PairTally) -> xr.Dataset:
-    """How much gate weight the shared experts carry, and how close the first choices were: see `Comparison.weights`.
-
-    Args:
-        counted: The sums over the tokens of both, with gate weights.
-    """
+    """How much gate weight the shared experts carry, and how close the first choices were: see `Comparison.weights`."""
     data = _with_total(counted.data)
     y, n, yy, yn, nn = (
         data[name].values for name in ("kept", "weighed", "kept_squared", "kept_by_weighed", "weighed_squared")
@@ -254,9 +239,9 @@ def shared_weight(counted: PairTally) -> xr.Dataset:
     kept = statistics.proportion(y, n, yy, yn, nn, data["documents"].values[:, None])
     dims = ("domain", "layer")
     return xr.Dataset(
-        estimate("kept", dims, "gate weight of A on experts that B chose, too", FRACTION, **kept)
+        schema.estimate("kept", dims, "gate weight of A on experts that B chose, too", FRACTION, **kept)
         | {
-            f"margin_{side}": described(
+            f"margin_{side}": schema.described(
                 statistics.ratio(data[f"margin_{side}"], data[f"num_{side}"]),
                 dims,
                 f"mean margin in A where the first choice {words}",
@@ -273,10 +258,6 @@ def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
 
     They are ordered by the upper end of the interval: ordered by the agreement itself, the first would be whichever
     rare id chance was hardest on.
-
-    Args:
-        counted: The sums over the tokens of both.
-        vocabulary: The text of the ids.
     """
     assert counted.by_token is not None
     known = counted.by_token
@@ -295,8 +276,8 @@ def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
     text = [vocabulary.piece(token_id).decode(errors="replace") for token_id in known["token_id"].values.tolist()]
     dims, long_name = ("token_id",), "chosen by both, of the choices in all layers"
     result = xr.Dataset(
-        estimate("agreement", dims, long_name, FRACTION, OLMOE, value=value, low=low, high=high)
-        | {"seen": described(known["seen"].values, dims, "matched tokens with this id", "tokens")},
+        schema.estimate("agreement", dims, long_name, FRACTION, OLMOE, value=value, low=low, high=high)
+        | {"seen": schema.described(known["seen"].values, dims, "matched tokens with this id", "tokens")},
         {
             "token_id": known["token_id"],
             "text": ("token_id", np.array(text, object)),
@@ -308,10 +289,10 @@ def lowest_agreement(counted: PairTally, vocabulary: Vocabulary) -> xr.Dataset:
 
 def _with_total(data: xr.Dataset) -> xr.Dataset:
     """The sums with those of all domains together before them."""
-    labels = with_total(data["domain"].values.tolist())
+    labels = schema.with_total(data["domain"].values.tolist())
     together = data.sum("domain", keepdims=True).assign_coords(domain=labels[:1])
     data = xr.concat([together, data], "domain", data_vars="minimal", coords="minimal", join="outer", compat="equals")
-    coordinates = total_coordinates(labels[1:], data["documents"].values[1:])
+    coordinates = schema.total_coordinates(labels[1:], data["documents"].values[1:])
     return data.assign_coords(total=coordinates["total"])
 
 
@@ -395,7 +376,7 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
     dims = ("domain", "layer")
     documents = sum((side["documents"].sel(domain=domains).values for side in sides), np.zeros(len(domains), np.int64))
     return xr.Dataset(
-        estimate(
+        schema.estimate(
             "jsd",
             dims,
             "Jensen-Shannon divergence between the shares",
@@ -410,11 +391,11 @@ def _distances(a: Trace, b: Trace, layers: list[int] | None) -> xr.Dataset:
             q=statistics.false_discovery_rate(p_value),
         )
         | {
-            "evenness_a": described(evenness[0], dims, "entropy of the shares over that of equal ones", "1"),
-            "evenness_b": described(evenness[1], dims, "the same in the second trace", "1"),
+            "evenness_a": schema.described(evenness[0], dims, "entropy of the shares over that of equal ones", "1"),
+            "evenness_b": schema.described(evenness[1], dims, "the same in the second trace", "1"),
         },
         {"domain": domains, "documents": ("domain", documents, {"units": "documents of both traces"})}
-        | layer_coordinates([own[number] for number in chosen]),
+        | schema.layer_coordinates([own[number] for number in chosen]),
     )
 
 

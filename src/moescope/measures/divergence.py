@@ -123,11 +123,8 @@ def _judged(
 ) -> dict[str, Numbers]:
     """Divergences of two sides, with what `divergence_of_samples` says of each, where it is known.
 
-    Args:
-        shares: Of each side, shape (..., expert); the leading dims broadcast to those of `known`.
-        variances: Of the shares.
-        documents: Of each side, without the dim of experts.
-        known: Which to judge.
+    Shares and their variances have the shape (..., expert), documents the same without that dim, `known` with the
+    leading dims to which they broadcast.
     """
     p, q, variance_p, variance_q = (np.broadcast_to(x, (*known.shape, x.shape[-1])) for x in (*shares, *variances))
     degrees_p, degrees_q = (np.broadcast_to(number, known.shape) - 1.0 for number in documents)

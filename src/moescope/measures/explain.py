@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from moescope.measures import explain_kernels as kernels
 from moescope.measures import schema, statistics
 from moescope.measures.schema import FRACTION
-from moescope.measures.side_by_side import layer_by_layer
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
-from moescope.tallying.one_pass import threads_to_use
+from moescope.tallying.one_pass import layer_by_layer, threads_to_use
 from moescope.trace import Layer
 
 SOURCES = ("domain", "token", "previous token", "previous expert", "position", "previous layer")
@@ -144,20 +143,10 @@ class Estimate:
 
 
 def estimate(
-    x_R: NDArray[np.int32],
-    e_R: NDArray[np.int32],
-    starts_G: NDArray[np.int64],
-    num_values: int,
-    num_ids: int,
+    x_R: NDArray[np.int32], e_R: NDArray[np.int32], starts_G: NDArray[np.int64], num_values: int, num_ids: int
 ) -> Estimate:
-    """Mutual information of values and experts, bias-corrected at the level of documents.
+    """Mutual information of values and experts, -1 = none, bias-corrected at the level of documents.
 
-    Args:
-        x_R: Value of each row, -1 = none.
-        e_R: Expert of each row, -1 = none.
-        starts_G: First row of each document, with the number of rows at the end.
-        num_values: Values there may be.
-        num_ids: Expert ids there may be.
     Returns:
         The estimate. `variance` is of `bits`: `between` documents, and a twelfth of the squared distance between the
         fitted and the held-out prediction with a quarter of the shrinkage, between which the truth lies; where rows are
@@ -213,13 +202,11 @@ class _Rows:
     @classmethod
     def of(cls, sample: DocumentSample, choice: str) -> _Rows:
         document_T = sample.document_of_token()
-        inner_T = np.ones(sample.num_tokens, np.bool_)
-        inner_T[sample.sequence_starts[:-1]] = False
         sources = {"domain": (sample.domain.astype(np.int32)[document_T], len(sample.domain_names))}
         if sample.token_id is not None:
             value_T, num_values = frequent(sample.token_id)
             sources["token"] = value_T, num_values
-            sources["previous token"] = _before(value_T, inner_T), num_values
+            sources["previous token"] = _before(value_T, sample), num_values
         sources["position"] = position_bins(sample.position), 33
         return cls(sample, 0 if choice == "all" else 1, document_T, sources)
 
@@ -231,12 +218,6 @@ class _Rows:
     def firsts(self, layer: Layer) -> NDArray[np.int32]:
         """The first choices, shape (T,)."""
         return self.sample.expert_ids[layer.layer][0].astype(np.int32)
-
-    def before(self, value_T: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The value of the token before in the sequence; -1 for the first."""
-        inner_T = np.ones(len(value_T), np.bool_)
-        inner_T[self.sample.sequence_starts[:-1]] = False
-        return _before(value_T, inner_T)
 
 
 def frequent(token_id: NDArray[np.int32], most: int = MAX_TOKEN_IDS) -> tuple[NDArray[np.int32], int]:
@@ -262,10 +243,10 @@ def position_bins(position: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.frexp(position.astype(np.float64))[1].astype(np.int32)
 
 
-def _before(value_T: NDArray[np.int32], inner_T: NDArray[np.bool_]) -> NDArray[np.int32]:
-    before = np.full(len(value_T), -1, np.int32)
-    before[1:] = value_T[:-1]
-    before[~inner_T] = -1
+def _before(value_T: NDArray[np.int32], sample: DocumentSample) -> NDArray[np.int32]:
+    """The value of the token before in the sequence; -1 for the first."""
+    before = np.roll(value_T, 1)
+    before[sample.sequence_starts[:-1]] = -1
     return before
 
 
@@ -315,7 +296,7 @@ def _explain_layer(
 def _sources(rows: _Rows, layer: Layer, before: Layer | None) -> dict[str, tuple[NDArray[np.int32], int]]:
     sources = dict(rows.sources)
     if layer.ranked:
-        sources["previous expert"] = rows.before(rows.firsts(layer)), layer.num_ids
+        sources["previous expert"] = _before(rows.firsts(layer), rows.sample), layer.num_ids
     if before is not None and before.ranked:
         sources["previous layer"] = rows.firsts(before), before.num_ids
     return sources
@@ -370,7 +351,7 @@ def _permuted_choices(
     def values(name: str, order_T: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         moved_KT = experts_KT[:, order_T]
         if name == "previous expert":
-            return _flat(rows.before(firsts_T[order_T]), moved_KT, starts_G)[:2]
+            return _flat(_before(firsts_T[order_T], rows.sample), moved_KT, starts_G)[:2]
         return fixed[name], np.ascontiguousarray(moved_KT.T).ravel()
 
     text_T = np.arange(num_tokens, dtype=np.int32)

@@ -4,7 +4,8 @@ A source gives each row a value x, a choice an expert e; -1 in either leaves the
 documents one after another; G documents; X values of the source; E expert ids; A strengths of shrinkage.
 
 A value's experts are predicted as (count(x, e) + a·p(e)) / (count(x) + a): what was seen with the value, shrunk to the
-popularity p of the experts as if `a` more rows had been seen.
+popularity p of the experts as if `a` more rows had been seen. starts_G is the first row of each document, with R at the
+end; joint_XE counts all rows, value_X and load_E are its margins.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X:
     """Plug-in mutual information of the rows, bits.
 
     Args:
-        x_R: Values.
-        e_R: Experts.
         xlogx: c·log2(c) for c = 0 … R.
         joint_XE: Workspace, all zero before and after; so are the next two.
         value_X: Workspace.
@@ -72,12 +71,6 @@ def bits_by_strength(
     """Bits that each strength of shrinkage saves: predicted from all documents, and from all others.
 
     Args:
-        x_R: Values.
-        e_R: Experts.
-        starts_G: First row of each document, with R at the end.
-        joint_XE: Counts of all rows, with their margins `value_X` and `load_E`.
-        value_X: Rows of each value.
-        load_E: Rows of each expert.
         step: Leave out each so-manieth document; the other documents are only counted.
         strength_A: Strengths to try.
         fitted_A: Added to: bits predicted from all documents.
@@ -127,13 +120,6 @@ def bits_by_document(
     """Bits that knowing the value saves in each document: predicted from all documents, and from all others.
 
     Args:
-        x_R: Values.
-        e_R: Experts.
-        starts_G: First row of each document, with R at the end.
-        joint_XE: Counts of all rows, with their margins `value_X` and `load_E`.
-        value_X: Rows of each value.
-        load_E: Rows of each expert.
-        strength: Strength of shrinkage.
         fitted_G: Set to: the document's bits predicted from all documents, itself among them.
         held_out_G: Set to: the same predicted from the other documents.
         rows_G: Set to: rows of the document that count.
@@ -204,13 +190,8 @@ def rotate_within(starts_G: Sums, x_T: Rows, order_T: Rows, state: NDArray[np.ui
     """Set the order to that of the text, each document rotated so that its ends meet at a random change of the value.
 
     There the value of neighbours differs anyway. Anywhere else the seam would cut a run of one value in two, which the
-    text never does, and choices that last would look tied to the value.
-
-    Args:
-        starts_G: First row of each document, with T at the end.
-        x_T: Values. A document's first row counts as a change: as it stands it is one of its rotations.
-        order_T: Set to the order.
-        state: Of the random numbers.
+    text never does, and choices that last would look tied to the value. A document's first row counts as a change: as
+    it stands it is one of its rotations.
     """
     for g in range(starts_G.size - 1):
         start, end = starts_G[g], starts_G[g + 1]

@@ -86,35 +86,14 @@ def error_under_null(error: Numbers, joint: Numbers, expected: Numbers, tokens: 
 
 
 def enough(one: Numbers, other: Numbers, both: Numbers, tokens: float, least: float = FEWEST_EXPECTED) -> Truths:
-    """Whether so many tokens are to be expected with both of two things, and ten with one alone, and with neither.
+    """Whether so many tokens, of shares of all, are to be expected with both of two things, and ten with one alone, and
+    with neither.
 
-    Args:
-        one: Shares of the tokens with the first.
-        other: Shares with the second.
-        both: Shares expected to have both.
-        tokens: What all are shares of.
-        least: Tokens with both: `FEWEST_EXPECTED` for a test, `FEWEST_FOR_INTERVAL` for an interval.
     Source:
         Cochran 1954, Some methods for strengthening the common χ² tests, Biometrics 10 (a least expectation a cell).
     """
     rest = np.minimum(np.minimum(one - both, other - both), 1 - one - other + both)
     return (both * tokens >= least) & (rest * tokens >= FEWEST_EXPECTED)
-
-
-def lift_interval(lift: Numbers, half: Numbers) -> tuple[Numbers, Numbers]:
-    """Ends of the interval of a lift, on the scale of logarithms, on which a ratio of small counts is less skewed.
-
-    Args:
-        lift: Seen over expected.
-        half: Half of the interval on the linear scale.
-
-    Example:
-        >>> [end.round(3).item() for end in lift_interval(np.array(2.0), np.array(1.0))]
-        [1.213, 3.297]
-    """
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        spread = np.exp(half / lift)
-        return lift / spread, lift * spread
 
 
 def student(groups: int, probability: float | Numbers = (1 + CONFIDENCE) / 2) -> float:

@@ -56,7 +56,9 @@ def lifts(
         p = 2 * stats.t.sf(np.abs(joint - null) / under_null, max(num_groups - 1, 1))
     shares = one_E[:, None], other_F, null, tokens
     half[~groups.enough(*shares, groups.FEWEST_FOR_INTERVAL)] = np.nan
-    low, high = groups.lift_interval(lift, half)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        spread = np.exp(half / lift)  # on the scale of logarithms a ratio of small counts is less skewed
+        low, high = lift / spread, lift * spread
     p[~groups.enough(*shares) | (num_groups < 2)] = np.nan
     return Lifts(dict(zip(TABLES, (joint, null, lift, low, high, p), strict=True)), error)
 

@@ -24,10 +24,9 @@ from moescope.measures import schema, statistics
 from moescope.measures.explain import frequent
 from moescope.measures.repeats import uniform_repeats
 from moescope.measures.schema import DIFFERENCE, FRACTION, described, estimate
-from moescope.measures.side_by_side import layer_by_layer
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
-from moescope.tallying.one_pass import threads_to_use
+from moescope.tallying.one_pass import layer_by_layer, threads_to_use
 from moescope.trace import Layer
 
 TABLE_5 = "arXiv 2401.04088, Table 5"
@@ -261,16 +260,11 @@ def _excess(
     expected_G: NDArray[np.float64],
     correction_G: NDArray[np.float64] | float = 0.0,
 ) -> _Excess:
-    """Compare what documents count with what a null expects of each.
+    """Compare what documents count with what a null expects of each; the correction is what each document adds to the
+    excess through a null that was estimated from it.
 
     The standard error of the difference is at least one pair: routing that does not vary between documents (experts
     that take turns) would otherwise have an interval of no width.
-
-    Args:
-        y_G: Repeats.
-        n_G: Pairs.
-        expected_G: Repeats expected.
-        correction_G: What each document adds to the excess through a null that was estimated from it.
     """
     n, documents = float(n_G.sum()), int(np.count_nonzero(n_G))
     if not n:
@@ -285,11 +279,7 @@ def _excess(
 
 
 def _labelled(
-    sample: DocumentSample,
-    drawn: _Drawn,
-    layers: Sequence[Layer],
-    lags: Sequence[int],
-    counted: Sequence[_Counted],
+    sample: DocumentSample, drawn: _Drawn, layers: Sequence[Layer], lags: Sequence[int], counted: Sequence[_Counted]
 ) -> xr.Dataset:
     num_domains = len(sample.domain_names)
     shape = (1 + num_domains, len(PAIRS), len(NULLS), len(layers), len(KINDS))

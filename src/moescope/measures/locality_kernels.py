@@ -4,6 +4,9 @@ Shape suffixes: T tokens, K choices, W words of 64 bits, G documents, Q sequence
 S 2 kinds (FIRST: the same first choice; ANY: the sets share an expert), I 2 classes of pairs (0: of different token
 ids, 1: of equal ones).
 
+order_T are the tokens sorted by group or id, then place, bounds_V where each of those starts, with T at the end;
+starts_G and starts_Q likewise the first rows of documents and sequences.
+
 A null is a rule that draws stand-ins for the two tokens of a pair; what they share is what the pair would share anyway.
 """
 
@@ -114,15 +117,7 @@ def count_equal_firsts(first_T: Rows, starts_G: Sums, num_ids: int, equal_G: Sum
 
 @numba.njit(cache=True, nogil=True)
 def draw_others(group_T: Rows, order_T: Rows, bounds_V: Sums, state: State, other_RT: Rows) -> None:
-    """Draw for each token another token of its group; -1 where there is none.
-
-    Args:
-        group_T: Group of each token.
-        order_T: Tokens sorted by group; `bounds_V` says where each group starts, with T at the end.
-        bounds_V: See above.
-        state: Of the random numbers.
-        other_RT: Set to the tokens drawn.
-    """
+    """Draw for each token another token of its group; -1 where there is none."""
     place_T = np.empty(order_T.size, np.int64)
     for place in range(order_T.size):
         place_T[order_T[place]] = place
@@ -154,11 +149,6 @@ def draw_same_ids(
 
     Args:
         value_T: Id of each token, from 0.
-        document_T: Document of each token, ascending.
-        order_T: Tokens sorted by id, then place; `bounds_V` says where each id starts, with T at the end.
-        bounds_V: See above.
-        starts_Q: First row of each sequence, with T at the end.
-        state: Of the random numbers.
         left_RT: Set to the stand-in of the earlier token, -1 where a token begins no pair.
         right_RT: Set to that of the later one.
     Returns:

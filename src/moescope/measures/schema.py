@@ -112,13 +112,7 @@ def estimate(
         units: Unit of all but the p-values: `FRACTION`, `DIFFERENCE`, "bits", "1" for ratios, or what is counted.
         source: Where the definition is from.
         meanings: By ending, what it is if `ENDINGS` does not say it well, such as the null hypothesis.
-        value: The value itself.
-        low: Low end of its 95 % interval.
-        high: High end.
-        error: Standard error.
-        null: What the null hypothesis gives.
-        p: p-value.
-        q: Adjusted p-value.
+        value: The value itself; the others are named by their endings.
     """
     beside = {"low": low, "high": high, "error": error, "null": null, "p": p, "q": q}
     definitions = ENDINGS | (meanings or {})

@@ -113,12 +113,7 @@ def proportion(
     """The proportion Σy / (`most` · Σn) of sums over documents, with its error and interval, clustered by document.
 
     Args:
-        y: As the following, of `ratio_standard_error`.
-        n: Σ of what could have been counted, over `most`.
-        yy: Σ of y².
-        yn: Σ of y·n.
-        nn: Σ of n².
-        documents: Number of documents.
+        y: As the following five, of `ratio_standard_error`; of n, what could have been counted over `most`.
         most: What `y` can be at most where `n` is 1.
         exists: Where there is such a proportion at all; NaN elsewhere.
     """

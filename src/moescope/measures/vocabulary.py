@@ -8,7 +8,6 @@ large by chance alone where an id is rare, so beside it stands the same of routi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +19,12 @@ from moescope.errors import NotRecorded
 from moescope.measures import explain_kernels, groups, schema, statistics
 from moescope.measures import vocabulary_kernels as kernels
 from moescope.measures.schema import FRACTION
-from moescope.measures.side_by_side import layer_by_layer
 from moescope.measures.statistics import Numbers
 from moescope.measures.vocabulary_ids import BY, IdRows, TokenIds
 from moescope.tallying import DocumentSample, Source
 from moescope.tallying.counted import documents_of, opened
 from moescope.tallying.counter import need_choice
-from moescope.tallying.one_pass import threads_to_use
+from moescope.tallying.one_pass import layer_by_layer, threads_to_use
 from moescope.trace import Layer
 
 MIN_COUNT = 10
@@ -151,25 +149,8 @@ def vocabulary(
     )
 
 
-def _sources(sample: DocumentSample, min_count: int, wanted: Sequence[int]) -> list[_Source]:
-    return [_Source.of(TokenIds.of(sample, by), min_count, wanted) for by in BY]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One way of looking: the ids, which tokens have one, and the tokens of the frequent ids and of those asked for."""
-
-    ids: TokenIds
-    counted_T: NDArray[np.bool_]
-    size_G: NDArray[np.int64]
-    frequent: IdRows
-    asked: IdRows
-
-    @classmethod
-    def of(cls, ids: TokenIds, min_count: int, wanted: Sequence[int]) -> _Source:
-        counted_T = ids.id_T >= 0
-        size_G = np.bincount(ids.group_T[counted_T], minlength=ids.num_groups)
-        return cls(ids, counted_T, size_G, ids.frequent(min_count), ids.rows(wanted))
+def _sources(sample: DocumentSample, min_count: int, wanted: Sequence[int]) -> list[TokenIds]:
+    return [TokenIds.of(sample, by, min_count, wanted) for by in BY]
 
 
 class _Measured(NamedTuple):
@@ -184,7 +165,7 @@ class _Measured(NamedTuple):
 def _test(
     sample: DocumentSample,
     layer: Layer,
-    sources: Sequence[_Source],
+    sources: Sequence[TokenIds],
     ranks: int | None,
     orders: Sequence[NDArray[np.int32]],
 ) -> list[float]:
@@ -212,7 +193,7 @@ def _rotations(sample: DocumentSample, copies: int, seed: int) -> list[NDArray[n
 
 
 def _rotated(
-    ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[_Source], orders: Sequence[NDArray[np.int32]]
+    ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[TokenIds], orders: Sequence[NDArray[np.int32]]
 ) -> Iterator[list[tuple[Numbers, NDArray[np.int64]]]]:
     """`_tops` of the choices in other orders."""
     moved_TK = np.empty(ids_KT.shape[::-1], ids_KT.dtype)
@@ -222,7 +203,7 @@ def _rotated(
 
 
 def _tops(
-    ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[_Source]
+    ids_KT: NDArray[np.integer[Any]], num_ids: int, sources: Sequence[TokenIds]
 ) -> list[tuple[Numbers, NDArray[np.int64]]]:
     """For each way of looking and expert: Σ of the shares of the ids whose most frequent expert it is, and the ids."""
     tops = [(np.zeros(num_ids), np.zeros(num_ids, np.int64)) for _ in sources]
@@ -240,7 +221,7 @@ def _gathered(ids_KT: NDArray[np.integer[Any]], rows: IdRows) -> NDArray[np.inte
 def _of_layer(
     ids_KT: NDArray[np.integer[Any]],
     num_ids: int,
-    source: _Source,
+    source: TokenIds,
     top: int,
     rotated: Sequence[tuple[Numbers, NDArray[np.int64]]],
     p_value: float,
@@ -257,7 +238,7 @@ def _of_layer(
         _gathered(ids_KT, rows), rows.starts, num_groups, sums_E, ids_E, delta_GE, dropped_GE, *lists
     )
     chosen_E = np.zeros(num_ids, np.int64)
-    made = kernels.count_choices(ids_KT, source.counted_T, chosen_E)
+    made = kernels.count_choices(ids_KT, source.id_T, chosen_E)
     popularity_E = statistics.ratio(chosen_E, made)
     # The layer, then each expert, without each group.
     sums, ids = np.append(sums_E.sum(), sums_E), np.append(ids_E.sum(), ids_E)
@@ -303,7 +284,7 @@ def _interval(value: Numbers, without_G: Numbers, size_G: NDArray[np.int64]) -> 
 
 
 def _listed(
-    ids_KT: NDArray[np.integer[Any]], source: _Source, best_EN: NDArray[np.int32], popularity_E: Numbers
+    ids_KT: NDArray[np.integer[Any]], source: TokenIds, best_EN: NDArray[np.int32], popularity_E: Numbers
 ) -> dict[str, NDArray[Any]]:
     """The best ids of each expert with their intervals."""
     num_ids, top = best_EN.shape
@@ -325,7 +306,7 @@ def _listed(
     return listed
 
 
-def _asked(ids_KT: NDArray[np.integer[Any]], source: _Source, num_ids: int) -> dict[str, NDArray[Any]]:
+def _asked(ids_KT: NDArray[np.integer[Any]], source: TokenIds, num_ids: int) -> dict[str, NDArray[Any]]:
     """The share of each expert among the tokens of the ids asked for."""
     num_asked = len(source.asked.ids)
     x_P, e_P = np.repeat(np.arange(num_asked), num_ids), np.tile(np.arange(num_ids), num_asked)
@@ -335,15 +316,11 @@ def _asked(ids_KT: NDArray[np.integer[Any]], source: _Source, num_ids: int) -> d
 
 
 def _shares(
-    ids_KT: NDArray[np.integer[Any]],
-    source: _Source,
-    rows: IdRows,
-    x_P: NDArray[np.int64],
-    e_P: NDArray[np.int64],
+    ids_KT: NDArray[np.integer[Any]], source: TokenIds, rows: IdRows, x_P: NDArray[np.int64], e_P: NDArray[np.int64]
 ) -> tuple[Numbers, Numbers, Numbers, NDArray[np.int64]]:
     """Share of the tokens of an id that chose an expert, with its interval and moments over documents."""
     moments = np.zeros((len(x_P), kernels.MOMENTS), np.int64)
-    kernels.pair_moments(ids_KT, rows.rows, rows.starts, rows.num_groups, source.ids.document_T, x_P, e_P, moments)
+    kernels.pair_moments(ids_KT, rows.rows, rows.starts, rows.num_groups, source.document_T, x_P, e_P, moments)
     y, n, yy, yn, nn, documents = moments.T
     share = statistics.ratio(y, n)
     error = statistics.ratio_standard_error(y, n, yy, yn, nn, documents)
@@ -396,7 +373,7 @@ _MEANINGS = {
 
 def _labelled(
     measured: Sequence[Sequence[_Measured]],
-    sources: Sequence[_Source],
+    sources: Sequence[TokenIds],
     layers: Sequence[Layer],
     wanted: list[int],
     top: int,

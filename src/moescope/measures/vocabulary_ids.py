@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,58 +25,44 @@ MOST_DIRECT_ID = 2**22
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens of a sample, read in one of the two ways.
+    """Ids of the tokens of a sample, read in one of the two ways, and the tokens of those that are looked at.
 
     Attributes:
         id_T: The id by which each token is counted; -1 for none, shape (token,).
-        group_T: Group of each token's document, shape (token,).
         document_T: Place of each token's document, shape (token,).
-        num_groups: Number of groups.
+        size_G: Tokens that have an id, by group of documents, shape (group,).
+        frequent: The tokens of the frequent ids.
+        asked: The tokens of the ids asked for.
     """
 
     id_T: NDArray[np.int64]
-    group_T: NDArray[np.int32]
     document_T: NDArray[np.int32]
-    num_groups: int
+    size_G: NDArray[np.int64]
+    frequent: IdRows
+    asked: IdRows
 
     @classmethod
-    def of(cls, sample: DocumentSample, by: str) -> TokenIds:
-        """The ids by one of `BY`; the sample must have token ids."""
+    def of(cls, sample: DocumentSample, by: str, min_count: int, wanted: Sequence[int]) -> TokenIds:
+        """The ids by one of `BY`: those that occur at least so often, and those asked for, different and ascending."""
         assert sample.token_id is not None
         id_T = sample.token_id.astype(np.uint32).astype(np.int64)
         if by == "next":
             id_T = np.append(id_T[1:], -1)
             id_T[sample.sequence_starts[1:] - 1] = -1
         used, place_G = np.unique(document_groups(sample.document), return_inverse=True)
-        lengths = np.diff(sample.starts)
-        group_T = np.repeat(place_G.astype(np.int32), lengths)
-        return cls(id_T, group_T, sample.document_of_token(), max(1, len(used)))
+        num_groups = max(1, len(used))
+        group_T = np.repeat(place_G.astype(np.int32), np.diff(sample.starts))
+        size_G = np.bincount(group_T[id_T >= 0], minlength=num_groups)
+        rows = (IdRows.of(id_T, ids_X, group_T, num_groups) for ids_X in (_frequent(id_T, min_count), wanted))
+        return cls(id_T, sample.document_of_token(), size_G, *rows)
 
-    def frequent(self, min_count: int) -> IdRows:
-        """The tokens of the ids that occur at least so often."""
-        counted = self.id_T[self.id_T >= 0]
-        if not len(counted):
-            return self.rows(())
-        if counted.max() < MOST_DIRECT_ID:
-            occurrences = np.bincount(counted)
-            return self.rows(np.flatnonzero(occurrences >= min_count))
-        ids, occurrences = np.unique(counted, return_counts=True)
-        return self.rows(ids[occurrences >= min_count])
 
-    def rows(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> IdRows:
-        """The tokens of some ids, which are different and ascending."""
-        ids_X = np.asarray(ids, np.int64)
-        if not len(ids_X):
-            x_T = np.full(len(self.id_T), -1, np.int32)
-        elif ids_X[-1] < MOST_DIRECT_ID:
-            place = np.full(int(ids_X[-1]) + 2, -1, np.int32)
-            place[ids_X] = np.arange(len(ids_X))
-            x_T = place[np.where((self.id_T >= 0) & (self.id_T <= ids_X[-1]), self.id_T, ids_X[-1] + 1)]
-        else:
-            place_T = np.minimum(np.searchsorted(ids_X, self.id_T), len(ids_X) - 1)
-            x_T = np.where(ids_X[place_T] == self.id_T, place_T, -1).astype(np.int32)
-        starts, rows_R = kernels.sort_rows(x_T, self.group_T, len(ids_X), self.num_groups)
-        return IdRows(ids_X, starts, rows_R, self.num_groups)
+def _frequent(id_T: NDArray[np.int64], min_count: int) -> NDArray[np.int64]:
+    counted = id_T[id_T >= 0]
+    if counted.max(initial=0) < MOST_DIRECT_ID:
+        return np.flatnonzero(np.bincount(counted) >= min_count)
+    ids, occurrences = np.unique(counted, return_counts=True)
+    return ids[occurrences >= min_count]
 
 
 @dataclass(frozen=True)
@@ -95,6 +80,28 @@ class IdRows:
     starts: NDArray[np.int64]
     rows: NDArray[np.int32]
     num_groups: int
+
+    @classmethod
+    def of(
+        cls,
+        id_T: NDArray[np.int64],
+        ids: Sequence[int] | NDArray[np.int64],
+        group_T: NDArray[np.int32],
+        num_groups: int,
+    ) -> IdRows:
+        """The tokens of some ids, which are different and ascending."""
+        ids_X = np.asarray(ids, np.int64)
+        if not len(ids_X):
+            x_T = np.full(len(id_T), -1, np.int32)
+        elif ids_X[-1] < MOST_DIRECT_ID:
+            place = np.full(int(ids_X[-1]) + 2, -1, np.int32)
+            place[ids_X] = np.arange(len(ids_X))
+            x_T = place[np.where((id_T >= 0) & (id_T <= ids_X[-1]), id_T, ids_X[-1] + 1)]
+        else:
+            place_T = np.minimum(np.searchsorted(ids_X, id_T), len(ids_X) - 1)
+            x_T = np.where(ids_X[place_T] == id_T, place_T, -1).astype(np.int32)
+        starts, rows_R = kernels.sort_rows(x_T, group_T, len(ids_X), num_groups)
+        return cls(ids_X, starts, rows_R, num_groups)
 
     @property
     def occurrences(self) -> NDArray[np.int64]:

@@ -29,8 +29,6 @@ def sort_rows(x_T: Rows, group_T: Rows, num_values: int, num_groups: int) -> tup
     Args:
         x_T: Place of the token's id among those in question; -1 for none.
         group_T: Group of the token's document.
-        num_values: X.
-        num_groups: G.
     Returns:
         First row of each (id, group), one id after the other, with R at the end; and the tokens.
     """
@@ -77,9 +75,6 @@ def count_ids(
     frequent, then the earlier.
 
     Args:
-        ids_RK: Of `gather`.
-        starts: Of `sort_rows`.
-        num_groups: G.
         sums_E: Added to, at the expert that most tokens of an id chose: their share.
         ids_E: Added to, at the same: ids.
         delta_GE: Added to, at the same: what the share changes if the group is left out; less the share if nothing is
@@ -157,14 +152,7 @@ def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_
 
 @numba.njit(cache=True, nogil=True)
 def pair_moments(
-    ids_KT: Ids,
-    rows_R: Rows,
-    starts: Sums,
-    num_groups: int,
-    document_T: Rows,
-    x_P: Sums,
-    e_P: Sums,
-    moments_P6: Sums,
+    ids_KT: Ids, rows_R: Rows, starts: Sums, num_groups: int, document_T: Rows, x_P: Sums, e_P: Sums, moments_P6: Sums
 ) -> None:
     """Set the moments over documents of how often the tokens of an id chose an expert; see `MOMENTS`."""
     moments_P6[:] = 0
@@ -187,11 +175,11 @@ def pair_moments(
 
 
 @numba.njit(cache=True, nogil=True)
-def count_choices(ids_KT: Ids, counted_T: NDArray[np.bool_], chosen_E: Sums) -> int:
-    """Add up which experts the counted tokens chose; the number of such tokens with a choice."""
+def count_choices(ids_KT: Ids, id_T: Sums, chosen_E: Sums) -> int:
+    """Add up which experts the tokens with an id chose; the number of such tokens with a choice."""
     n = 0
-    for t in range(counted_T.size):
-        if not counted_T[t]:
+    for t in range(id_T.size):
+        if id_T[t] < 0:
             continue
         made = False
         for k in range(ids_KT.shape[0]):

@@ -8,9 +8,8 @@ locality would give, and the optimum where there is one. Only the modules of ker
 from moescope.simulation.cache import cache
 from moescope.simulation.offloading import offloading
 from moescope.simulation.parallel import parallel
-from moescope.simulation.placements import Placement
-from moescope.simulation.placing import placement
-from moescope.simulation.playing import POLICIES
+from moescope.simulation.placements import Placement, placement
 from moescope.simulation.prefetch import prefetch
+from moescope.simulation.serving import POLICIES
 
 __all__ = ["POLICIES", "Placement", "cache", "offloading", "parallel", "placement", "prefetch"]

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +36,7 @@ class Setting:
     """What is simulated.
 
     Attributes:
-        layers: Layers.
-        domains: Domains of the trace.
         kinds: How batches are formed.
-        cluster: The devices.
         placements: For each fold of documents judged, the placements in one order.
         factors: Capacity factors, ascending.
     """
@@ -50,13 +48,10 @@ class Setting:
     placements: tuple[tuple[Placement, ...], ...]
     factors: tuple[float, ...]
 
-    def capacity(self, layer: Layer, kind: BatchKind, factor: float) -> int:
-        """Assignments of a batch that an expert takes: ⌈factor · tokens · top-k / experts⌉, exactly."""
-        return ceil(Fraction(factor) * kind.tokens * layer.top_k / layer.num_experts)
-
     def drops(self, layer: Layer, kind: BatchKind) -> NDArray[np.int64]:
         """Factors that drop an assignment before which i went to the same expert, shape (i,), i to a batch's tokens."""
-        capacity_F = [self.capacity(layer, kind, factor) for factor in self.factors]
+        mean_load = Fraction(kind.tokens * layer.top_k, layer.num_experts)
+        capacity_F = [ceil(Fraction(factor) * mean_load) for factor in self.factors]
         return np.searchsorted(capacity_F, np.arange(kind.tokens + 1), side="right")
 
     def tables(self, layer: Layer, fold: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -85,7 +80,7 @@ class BatchCounts:
         tokens_SLG: Tokens.
         dropped_SLXGJ: Assignments by how many capacity factors drop them.
         dropped_SLQGJ: The same by position.
-        loads: For each kind the experts of batches by their load, shape (layer, load).
+        loads: For each kind the experts of batches by their load, shape (layer, load); the last bin holds larger ones.
     """
 
     batches_S: NDArray[np.int64]
@@ -132,8 +127,8 @@ class BatchCounts:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of tokens in the order of their batches, with what is known of each row.
+class BatchRows:
+    """Rows of the tokens of a fold in the order of batches of the s-th kind, with what is known of each row.
 
     Attributes:
         order: Of the fold's rows, shape (row in order,).
@@ -142,49 +137,43 @@ class Rows:
         made: Assignments of each batch, summed over layers, shape (batch,).
     """
 
+    s: int
+    fold: int
     order: NDArray[np.int64]
     cells: kernels.TokenCells
     largest: NDArray[np.int64]
     made: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, setting: Setting, s: int, fold: int, order: NDArray[np.int64], cells: kernels.TokenCells) -> BatchRows:
+        """Rows, with empty sums over layers."""
+        batches = len(order) // setting.kinds[s].tokens
+        largest = np.zeros((len(setting.placements[0]), batches), np.int64)
+        return cls(s, fold, order, cells, largest, np.zeros(batches, np.int64))
 
-def make_rows(setting: Setting, kind: BatchKind, order: NDArray[np.int64], cells: kernels.TokenCells) -> Rows:
-    """Rows, with empty sums over layers."""
-    batches = len(order) // kind.tokens
-    largest = np.zeros((len(setting.placements[0]), batches), np.int64)
-    return Rows(order, cells, largest, np.zeros(batches, np.int64))
+    def count_layer(self, setting: Setting, counts: BatchCounts, number: int, ids_KT: NDArray[np.int32]) -> None:
+        """Count the layer of this number."""
+        s, layer, kind, cluster = self.s, setting.layers[number], setting.kinds[self.s], setting.cluster
+        device_PEC, replicas_PE = setting.tables(layer, self.fold)
+        kernels.count_batches(
+            ids_KT, self.order, kind.tokens, layer.num_experts, self.cells,
+            device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
+            kernels.LayerSums(
+                counts.histogram_SLPB[s, number], counts.largest_SLPG[s, number], counts.made_SLG[s, number],
+                counts.reached_SLPG2[s, number], counts.tokens_SLG[s, number], counts.dropped_SLXGJ[s, number],
+                counts.dropped_SLQGJ[s, number], counts.loads[s][number], self.largest, self.made,
+            ),
+        )  # fmt: skip
 
-
-def as_ids(ids_KT: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-    """In one type and order, so that the kernel is compiled once."""
-    return np.ascontiguousarray(ids_KT, np.int32)
-
-
-def count_layer(
-    setting: Setting, counts: BatchCounts, s: int, number: int, fold: int, ids_KT: NDArray[np.int32], rows: Rows
-) -> None:
-    """Count a layer of the batches of a fold: the kind and the layer of these numbers."""
-    layer, kind, cluster = setting.layers[number], setting.kinds[s], setting.cluster
-    device_PEC, replicas_PE = setting.tables(layer, fold)
-    kernels.count_batches(
-        ids_KT, rows.order, kind.tokens, layer.num_experts, rows.cells,
-        device_PEC, replicas_PE, cluster.devices, cluster.devices // cluster.nodes, setting.drops(layer, kind),
-        kernels.LayerSums(
-            counts.histogram_SLPB[s, number], counts.largest_SLPG[s, number], counts.made_SLG[s, number],
-            counts.reached_SLPG2[s, number], counts.tokens_SLG[s, number], counts.dropped_SLXGJ[s, number],
-            counts.dropped_SLQGJ[s, number], counts.loads[s][number], rows.largest, rows.made,
-        ),
-    )  # fmt: skip
-
-
-def finish(setting: Setting, counts: BatchCounts, s: int, rows: Rows) -> None:
-    """Note, once all layers are counted, what batches wait for over all of them."""
-    counts.batches_S[s] += len(rows.made)
-    full = rows.made > 0
-    value_PN = rows.largest[:, full] * setting.cluster.devices / rows.made[full]
-    bins_PN = np.minimum((np.log(value_PN) * kernels.BINS_PER_E).astype(np.int64), counts.slowest_SPB.shape[2] - 1)
-    for p, bins_N in enumerate(bins_PN):
-        np.add.at(counts.slowest_SPB[s, p], bins_N, 1)
+    def finish(self, setting: Setting, counts: BatchCounts) -> None:
+        """Note, once all layers are counted, what batches wait for over all of them."""
+        counts.batches_S[self.s] += len(self.made)
+        full = self.made > 0
+        value_PN = self.largest[:, full] * setting.cluster.devices / self.made[full]
+        last = counts.slowest_SPB.shape[2] - 1
+        bins_PN = np.minimum((np.log(value_PN) * kernels.BINS_PER_E).astype(np.int64), last)
+        for p, bins_N in enumerate(bins_PN):
+            np.add.at(counts.slowest_SPB[self.s, p], bins_N, 1)
 
 
 @dataclass
@@ -194,32 +183,39 @@ class BatchCounter:
     setting: Setting
     cells: Cells
     counts: BatchCounts
-    _rows: dict[tuple[int, int], Rows] = field(default_factory=dict)
+    _rows: list[BatchRows] = field(default_factory=list)
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Count some layers of a part."""
         if group[0] == self.setting.layers[0]:
-            self._begin(part)
+            cell_T, starts = self.cells.of_rows(part), part.sequence_starts()
+            cells = kernels.TokenCells(cell_T, part.domain.astype(np.int64), position_bins(part.position))
+            self._rows = [
+                BatchRows.of(
+                    self.setting, s, fold, batch_rows(kind, starts, cell_T % NUM_FOLDS == fold, part.phase), cells
+                )
+                for s, kind in enumerate(self.setting.kinds)
+                for fold in range(NUM_FOLDS)
+            ]
         for layer in group:
-            ids_KT = as_ids(part.expert_ids[layer.layer].T)
-            for (s, fold), rows in self._rows.items():
-                count_layer(self.setting, self.counts, s, self.setting.layers.index(layer), fold, ids_KT, rows)
+            ids_KT = _as_ids(part.expert_ids[layer.layer].T)
+            for rows in self._rows:
+                rows.count_layer(self.setting, self.counts, self.setting.layers.index(layer), ids_KT)
         if group[-1] == self.setting.layers[-1]:
-            for (s, _), rows in self._rows.items():
-                finish(self.setting, self.counts, s, rows)
-
-    def _begin(self, part: Part) -> None:
-        cell_T = self.cells.of_rows(part)
-        cells = kernels.TokenCells(cell_T, part.domain.astype(np.int64), position_bins(part.position))
-        starts = part.sequence_starts()
-        for s, kind in enumerate(self.setting.kinds):
-            for fold in range(NUM_FOLDS):
-                order = batch_rows(kind, starts, cell_T % NUM_FOLDS == fold, part.phase)
-                self._rows[s, fold] = make_rows(self.setting, kind, order, cells)
+            for rows in self._rows:
+                rows.finish(self.setting, self.counts)
 
     def merge(self, other: BatchCounter) -> None:
         """Add the counts of other documents, in place."""
         self.counts.merge(other.counts)
+
+
+class NullTokens(NamedTuple):
+    """Tokens in the order of the batches of a null, the cell of each, and at a layer their choices (choice, token)."""
+
+    order: NDArray[np.int64]
+    cell: NDArray[np.int64]
+    ids: Callable[[Layer], NDArray[np.integer[Any]]]
 
 
 def count_shuffled(
@@ -231,50 +227,50 @@ def count_shuffled(
     Each keeps its choices at all layers. A permutation is cut into batches, its rest is left out; if it is shorter than
     a batch, batches go on in the next one. Kinds of batches that are not `wanted` have none.
     """
-    counts = BatchCounts.empty(setting, domains=1)
-    for s, kind in ((s, kind) for s, kind in enumerate(setting.kinds) if wanted[s]):
-        for fold in range(NUM_FOLDS):
-            notes = profile.tokens.kept(fold, NOTE)[:, 0].astype(np.int64)
-            phase = notes % 3 - 1
-            tokens = np.flatnonzero((phase < 0) | (phase == PHASES.index(kind.phase)))
-            order = _permutations(tokens, kind, rng)
 
-            def read(layer: Layer, fold: int = fold) -> NDArray[np.integer[Any]]:
-                return profile.tokens.kept(fold, layer.layer).T
+    def shuffled(s: int, fold: int) -> NullTokens:
+        kind, notes = setting.kinds[s], profile.tokens.kept(fold, NOTE)[:, 0].astype(np.int64)
+        phase = notes % 3 - 1
+        tokens = np.flatnonzero((phase < 0) | (phase == PHASES.index(kind.phase)))
+        order = _permutations(tokens, kind, rng)
+        return NullTokens(order, notes // 3, lambda layer: profile.tokens.kept(fold, layer.layer).T)
 
-            _count_null(setting, counts, s, fold, order, notes // 3, read)
-    return counts
+    return _count_null(setting, wanted, shuffled)
 
 
 def count_uniform(setting: Setting, seed: int, wanted: NDArray[np.bool_]) -> BatchCounts:
     """Batches of tokens that choose uniformly, each layer on its own; of the kinds `wanted`."""
-    counts = BatchCounts.empty(setting, domains=1)
-    for s, kind in ((s, kind) for s, kind in enumerate(setting.kinds) if wanted[s]):
-        for fold in range(NUM_FOLDS):
-            order = np.arange(_null_tokens(kind))
 
-            def draw(layer: Layer, s: int = s, fold: int = fold, size: int = len(order)) -> NDArray[np.integer[Any]]:
-                rng = np.random.default_rng([seed, s, fold, layer.layer])
-                return kernels.draw_uniform(size, layer.top_k, layer.num_ids, rng)
+    def uniform(s: int, fold: int) -> NullTokens:
+        number = _null_tokens(setting.kinds[s])
 
-            _count_null(setting, counts, s, fold, order, np.full(len(order), fold), draw)
-    return counts
+        def draw(layer: Layer) -> NDArray[np.integer[Any]]:
+            rng = np.random.default_rng([seed, s, fold, layer.layer])
+            return kernels.draw_uniform(number, layer.top_k, layer.num_ids, rng)
+
+        return NullTokens(np.arange(number), np.full(number, fold), draw)
+
+    return _count_null(setting, wanted, uniform)
 
 
 def _count_null(
-    setting: Setting,
-    counts: BatchCounts,
-    s: int,
-    fold: int,
-    order: NDArray[np.int64],
-    cell: NDArray[np.int64],
-    ids: Callable[[Layer], NDArray[np.integer[Any]]],
-) -> None:
-    zeros = np.zeros(len(cell), np.int64)
-    rows = make_rows(setting, setting.kinds[s], order, kernels.TokenCells(cell, zeros, zeros))
-    for number, layer in enumerate(setting.layers):
-        count_layer(setting, counts, s, number, fold, as_ids(ids(layer)), rows)
-    finish(setting, counts, s, rows)
+    setting: Setting, wanted: NDArray[np.bool_], tokens_of: Callable[[int, int], NullTokens]
+) -> BatchCounts:
+    """The batches of the tokens that a null gives for a kind and a fold."""
+    counts = BatchCounts.empty(setting, domains=1)
+    for s, fold in product(np.flatnonzero(wanted).tolist(), range(NUM_FOLDS)):
+        tokens = tokens_of(s, fold)
+        zeros = np.zeros(len(tokens.cell), np.int64)
+        rows = BatchRows.of(setting, s, fold, tokens.order, kernels.TokenCells(tokens.cell, zeros, zeros))
+        for number, layer in enumerate(setting.layers):
+            rows.count_layer(setting, counts, number, _as_ids(tokens.ids(layer)))
+        rows.finish(setting, counts)
+    return counts
+
+
+def _as_ids(ids_KT: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    """In one type and order, so that the kernel is compiled once."""
+    return np.ascontiguousarray(ids_KT, np.int32)
 
 
 def _null_tokens(kind: BatchKind) -> int:

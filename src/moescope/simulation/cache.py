@@ -18,20 +18,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.measures import statistics
-from moescope.measures.schema import (
-    DIFFERENCE,
-    ENDINGS,
-    FRACTION,
-    add_total,
-    described,
-    labelled,
-    layer_coordinates,
-    total_coordinates,
-)
+from moescope.measures import schema, statistics
+from moescope.measures.schema import DIFFERENCE, ENDINGS, FRACTION
 from moescope.measures.statistics import Numbers
-from moescope.simulation.playing import POLICIES, Caches, Plan, Settings
-from moescope.simulation.serving import Server, Steps
+from moescope.simulation.playing import Caches, Plan
+from moescope.simulation.serving import POLICIES, Server, Settings, Steps, cache_sizes
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
 from moescope.tallying.document_groups import affordable_groups
@@ -99,7 +90,8 @@ def cache(
     trace = playable(trace, layers)
     trace.need_tokens()
     chosen = trace.select_layers(layers)
-    settings = Settings.checked(chosen, policies, sizes, budget, batch, prefill, cold_sequences)
+    policies = (policies,) if isinstance(policies, str) else tuple(policies)
+    settings = Settings(chosen, policies, *cache_sizes(chosen, sizes), budget, batch, prefill, cold_sequences)
     threads = threads_to_use(threads, len(settings.sharing))
     num_domains = len(trace.domains)
     widest = max(layer.num_experts for layer in chosen)
@@ -116,10 +108,7 @@ def cache(
 
     plan = Plan.of(trace, settings, seeds, ready)
     library = plan.library if "matching" in settings.policies else None
-    servers = [
-        Server(chosen, batch=batch, prefill=prefill, cold=cold_sequences, groups=groups, seed=order, library=library)
-        for order in seeds
-    ]
+    servers = [Server(settings, groups=groups, seed=order, library=library) for order in seeds]
     caches = [
         [Caches(settings, layers, num_domains * groups, plan.library) for layers in settings.sharing] for _ in seeds
     ]
@@ -144,7 +133,7 @@ def cache(
             for steps in server.rest():
                 serve(run, steps)
     unfitted = {"hot", "matching"} if (plan.loads_FN.sum(axis=1) == 0).any() else set()
-    counted = [_CacheCounts.of(settings, of_run, num_domains, groups).without(unfitted) for of_run in caches]
+    counted = [_CacheCounts.of(settings, of_run, num_domains, groups, unfitted) for of_run in caches]
     return _labelled(trace, settings, counted, tokens_D, seed)
 
 
@@ -156,19 +145,17 @@ class _CacheCounts:
     requests_DGL: Numbers
 
     @classmethod
-    def of(cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int) -> _CacheCounts:
+    def of(
+        cls, settings: Settings, caches: Sequence[Caches], num_domains: int, groups: int, unknown: set[str]
+    ) -> _CacheCounts:
+        """What the caches of a run counted; the hits of some policies are not known."""
         shape = (num_domains, groups, len(settings.layers))
-        hits = {
-            name: np.concatenate([shared.hits(name) for shared in caches], axis=1).reshape(*shape, len(settings.sizes))
-            for name in settings.policies
-        }
+        hits = {}
+        for name in settings.policies:
+            hits_CLZ = np.concatenate([shared.hits(name) for shared in caches], axis=1)
+            hits[name] = hits_CLZ.reshape(*shape, len(settings.sizes)) * (np.nan if name in unknown else 1)
         requests = np.concatenate([shared.requests() for shared in caches], axis=1)
         return cls(hits, requests.reshape(shape).astype(float))
-
-    def without(self, policies: set[str]) -> _CacheCounts:
-        """The same with the hits of some policies unknown."""
-        hits = {name: of_policy * (np.nan if name in policies else 1) for name, of_policy in self.hits.items()}
-        return _CacheCounts(hits, self.requests_DGL)
 
 
 def _labelled(
@@ -179,7 +166,7 @@ def _labelled(
     shape = (len(settings.policies), len(trace.domains) + 1, len(settings.layers), len(settings.sizes))
     by_layer = {name: np.full(shape, np.nan) for name in _BY_LAYER}
     model = {name: np.full((*shape[:2], shape[3]), np.nan) for name in _OF_MODEL}
-    tokens = add_total(tokens_D)
+    tokens = schema.add_total(tokens_D)
 
     def put(tables: dict[str, Numbers], name: str, estimate: tuple[Numbers, Numbers, Numbers]) -> None:
         for end, values in zip(("", "_low", "_high"), estimate, strict=True):
@@ -202,24 +189,24 @@ def _labelled(
             put(model, "closed", _quotient(together - lru, best - lru))
     num_experts = np.array([layer.num_experts for layer in settings.layers])
     uniform = np.minimum(1.0, np.array(settings.sizes) / num_experts[:, None])
-    requests_DL = add_total(observed.requests_DGL.sum(axis=1))
+    requests_DL = schema.add_total(observed.requests_DGL.sum(axis=1))
     uniform_DZ = statistics.ratio(requests_DL @ uniform, requests_DL.sum(axis=1)[:, None])
     documents = np.bincount(trace.document_domains, minlength=len(trace.domains))
     return xr.Dataset(
-        labelled(by_layer, dims, _BY_LAYER)
-        | labelled(model, (*dims[:2], dims[3]), _OF_MODEL)
+        schema.labelled(by_layer, dims, _BY_LAYER)
+        | schema.labelled(model, (*dims[:2], dims[3]), _OF_MODEL)
         | {
-            "hit_ratio_uniform": described(uniform, dims[2:], _UNIFORM, FRACTION, _ELISEEV),
-            "model_hit_ratio_uniform": described(
+            "hit_ratio_uniform": schema.described(uniform, dims[2:], _UNIFORM, FRACTION, _ELISEEV),
+            "model_hit_ratio_uniform": schema.described(
                 uniform_DZ, ("domain", "size"), f"{_UNIFORM}, all layers", FRACTION, _ELISEEV
             ),
-            "requests": described(requests_DL, dims[1:3], "requests", "requests"),
-            "tokens": described(tokens, ("domain",), "tokens served", "tokens"),
+            "requests": schema.described(requests_DL, dims[1:3], "requests", "requests"),
+            "tokens": schema.described(tokens, ("domain",), "tokens served", "tokens"),
         },
         coords={
             "policy": list(settings.policies),
-            **total_coordinates(trace.domains, documents),
-            **layer_coordinates(settings.layers),
+            **schema.total_coordinates(trace.domains, documents),
+            **schema.layer_coordinates(settings.layers),
             "size": list(settings.sizes),
         },
         attrs={

@@ -142,7 +142,6 @@ def lru_distances(requests: Requests, layers: int, stack: LruStack) -> None:
     that the processor does several at a time, and needs no list to be kept in order.
 
     Args:
-        requests: What is requested.
         layers: Layers that share the cache: groups a step, and objects a bin.
         stack: Changed: the time, the times of last use, and the counts.
     """
@@ -197,12 +196,10 @@ def stack_distances(
 
     Args:
         kind: LFU, AGED, TABLE or NEXT.
-        requests: What is requested.
-        layers: Layers that share the cache: groups a step, and objects a bin.
+        layers: As of `lru_distances`.
         next_R: For NEXT: group of the next use.
         tables: For TABLE.
         ageing: For AGED: steps after which all counts are halved, rounded down.
-        stack: Changed.
     """
     object_R, cell_R, starts_G, fresh_G = requests
     state, last_N, value_N, order_N, place_N, counts_CB = stack
@@ -305,10 +302,7 @@ class FifoQueues(NamedTuple):
         state: Lengths of the small, the main and the ghost queue.
         where_N: 0 nowhere, 1 small, 2 main, 3 ghost.
         uses_N: Hits since the object came, up to 3.
-        small_N: The queue, its tail first.
-        main_N: The same.
-        ghost_N: The same.
-        hits_C: Added to.
+        small_N: The queue, its tail first; as the two that follow.
     """
 
     capacity: int
@@ -452,8 +446,7 @@ def match_sequences(ids_LKT: Ids, offset_L: Sums, starts_Q: Sums, fold_Q: Sums, 
     Likeness is the cosine of the loads by layer and expert, of the tokens before this one against a document's.
 
     Args:
-        ids_LKT: Chosen experts; below 0 is none.
-        offset_L: Object that is expert 0 of each layer.
+        ids_LKT: As of `request_groups`, as `offset_L`.
         starts_Q: First token of each sequence, with the number of tokens at the end.
         fold_Q: Fold of the corpus whose documents each sequence is matched with.
         library: Those documents.

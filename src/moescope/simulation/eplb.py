@@ -64,11 +64,7 @@ def rebalance(
 def balanced_packing(weight_N: Floats, num_packs: int, pack_N: Integers, rank_N: Integers) -> None:
     """Put things into packs of equal number: the heaviest first, each into the lightest pack with room.
 
-    Args:
-        weight_N: Weights.
-        num_packs: Packs; they divide the number of things.
-        pack_N: Set: pack of each thing.
-        rank_N: Set: its place in the pack.
+    Sets the pack of each thing and its place in the pack; packs divide the number of things.
     """
     room = weight_N.size // num_packs
     if room == 1:
@@ -93,11 +89,7 @@ def balanced_packing(weight_N: Floats, num_packs: int, pack_N: Integers, rank_N:
 def replicate(weight_E: Floats, expert_S: Integers, replica_S: Integers, count_E: Integers) -> None:
     """Give each slot beyond the number of experts to the expert with the largest load a replica.
 
-    Args:
-        weight_E: Loads.
-        expert_S: Set: expert of each slot, in no order of devices.
-        replica_S: Set: which of its replicas.
-        count_E: Set: replicas of each expert.
+    Sets the expert of each slot, in no order of devices, which of its replicas, and the replicas of each expert.
     """
     count_E[:] = 1
     for s in range(expert_S.size):

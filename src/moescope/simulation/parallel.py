@@ -16,16 +16,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from moescope.measures import groups, statistics
-from moescope.measures.schema import (
-    FRACTION,
-    add_total,
-    described,
-    estimate,
-    labelled,
-    layer_coordinates,
-    total_coordinates,
-)
+from moescope.measures import groups, schema, statistics
+from moescope.measures.schema import FRACTION
 from moescope.measures.statistics import Numbers
 from moescope.simulation.batch_counts import (
     NULL_TOKENS,
@@ -38,8 +30,7 @@ from moescope.simulation.batch_counts import (
 )
 from moescope.simulation.batches import BatchKind, tokens_together
 from moescope.simulation.parallel_kernels import BINS_PER_E
-from moescope.simulation.placements import ALGORITHMS, FITTED, Cluster, Placement, place
-from moescope.simulation.placing import DECODE_TOKENS, PREFILL_TOKENS
+from moescope.simulation.placements import ALGORITHMS, DECODE_TOKENS, FITTED, PREFILL_TOKENS, Cluster, Placement, place
 from moescope.simulation.profile import NUM_CELLS, NUM_FOLDS, Cells, Profile, profile
 from moescope.tallying import Source
 from moescope.tallying.counted import playable
@@ -157,7 +148,7 @@ def parallel(
     wanted = (counter.counts.batches_S > 0) | (np.array([kind.tokens for kind in kinds]) <= NULL_TOKENS)
     shuffled, uniform = count_shuffled(null_setting, counted, rng, wanted), count_uniform(null_setting, seed, wanted)
     documents_X = counted.documents_XG.sum(axis=1)
-    by_domain = total_coordinates(trace.domains, documents_X)
+    by_domain = schema.total_coordinates(trace.domains, documents_X)
     variables = {
         **_loads(setting, names, counter.counts, shuffled, uniform),
         **_reached(setting, len(names), counter.counts, uniform, width),
@@ -172,7 +163,7 @@ def parallel(
             "batch": [kind.label for kind in kinds],
             "phase": ("batch", [kind.phase for kind in kinds]),
             "batch_tokens": ("batch", [kind.tokens for kind in kinds]),
-            **layer_coordinates(chosen),
+            **schema.layer_coordinates(chosen),
             "quantile": list(QUANTILES),
             **by_domain,
             "fitted_on": by_domain["domain"],
@@ -255,35 +246,26 @@ def _loads(
         for against in range(asked):
             difference[0, :, against, s] = all_value[:asked, s] - all_value[against, s]
             difference[1:, :, against, s] = _interval(largest_PG - largest_PG[against], made_G, devices, -np.inf)
-    loads = {
-        "over_subscription": value[:asked],
-        "over_subscription_low": ends[0],
-        "over_subscription_high": ends[1],
-        "over_subscription_own": value[own],
-        "over_subscription_null": by_layers(shuffled),
-        "over_subscription_uniform": by_layers(uniform),
-    }
+    endings = ("", "_low", "_high", "_own", "_null", "_uniform")
     quantiles = {
         "over_subscription_quantile": _quantiles(counts.histogram_SLPB[:, :, :asked]),
         "over_subscription_null_quantile": _quantiles(shuffled.histogram_SLPB),
     }
-    slowest = {
-        "slowest": all_value[:asked],
-        "slowest_low": all_ends[0],
-        "slowest_high": all_ends[1],
-        "slowest_own": all_value[own],
-        "slowest_null": all_layers(shuffled),
-        "slowest_uniform": all_layers(uniform),
-    }
+    over_subscription = value[:asked], *ends, value[own], by_layers(shuffled), by_layers(uniform)
+    slowest = all_value[:asked], *all_ends, all_value[own], all_layers(shuffled), all_layers(uniform)
+    loads, all_loads = (
+        {f"{name}{ending}": table for ending, table in zip(endings, tables, strict=True)}
+        for name, tables in (("over_subscription", over_subscription), ("slowest", slowest))
+    )
     slowest_quantile = {"slowest_quantile": _quantiles(counts.slowest_SPB[:, None, :asked])[:, :, 0]}
     differences = {f"slowest_difference{end}": difference[n] for n, end in enumerate(("", "_low", "_high"))}
     return (
-        labelled(loads, by_layer, _OF_LOADS)
-        | labelled(quantiles, (*by_layer, "quantile"), _OF_LOADS)
-        | labelled(slowest, over_all, _OF_LOADS)
-        | labelled(slowest_quantile, (*over_all, "quantile"), _OF_LOADS)
-        | labelled(differences, ("placement", "against", "batch"), _OF_LOADS)
-        | labelled({"batches": counts.batches_S}, ("batch",), _OF_LOADS)
+        schema.labelled(loads, by_layer, _OF_LOADS)
+        | schema.labelled(quantiles, (*by_layer, "quantile"), _OF_LOADS)
+        | schema.labelled(all_loads, over_all, _OF_LOADS)
+        | schema.labelled(slowest_quantile, (*over_all, "quantile"), _OF_LOADS)
+        | schema.labelled(differences, ("placement", "against", "batch"), _OF_LOADS)
+        | schema.labelled({"batches": counts.batches_S}, ("batch",), _OF_LOADS)
     )
 
 
@@ -341,32 +323,28 @@ def _reached(
             reached_PG = counts.reached_SLPG2[s, layer, :asked, :, n]
             low[:, s, layer], high[:, s, layer] = _interval(reached_PG, counts.tokens_SLG[s, layer], 1.0, 0.0)
         what = f"distinct {name} of the experts of a token, mean"
-        variables |= estimate(f"{name}_reached", dims, what, name, value=value, low=low, high=high)
-        variables[f"{name}_reached_uniform"] = described(means(uniform), dims, "of uniform routing", name)
+        variables |= schema.estimate(f"{name}_reached", dims, what, name, value=value, low=low, high=high)
+        variables[f"{name}_reached_uniform"] = schema.described(means(uniform), dims, "of uniform routing", name)
         mean.append(value)
     if width is not None:
         a_node = cluster.devices // cluster.nodes
         within, between = mean[0] * (1 - 1 / a_node), mean[1] * (1 - 1 / cluster.nodes)
         for name, copies in (("within", within), ("between", between)):
             what = f"of a token's hidden state, {name} nodes, on the way to its experts"
-            variables[f"bytes_{name}_nodes"] = described(copies * width, dims, what, "bytes a token and layer")
+            variables[f"bytes_{name}_nodes"] = schema.described(copies * width, dims, what, "bytes a token and layer")
     return variables
 
 
 def _drops(
-    setting: Setting,
-    counts: BatchCounts,
-    shuffled: BatchCounts,
-    uniform: BatchCounts,
-    documents_X: NDArray[np.int64],
+    setting: Setting, counts: BatchCounts, shuffled: BatchCounts, uniform: BatchCounts, documents_X: NDArray[np.int64]
 ) -> dict[str, Any]:
     """Dropped assignments by capacity factor."""
     num_kinds, num_layers, num_domains = counts.dropped_SLXGJ.shape[:3]
     shape = num_kinds, num_domains + 1, num_layers, len(setting.factors)
     value, low, high = np.full((3, *shape), np.nan)
-    documents = add_total(documents_X)
+    documents = schema.add_total(documents_X)
     for s, x, layer in np.ndindex(shape[:3]):
-        of_GJ = add_total(counts.dropped_SLXGJ[s, layer])[x]
+        of_GJ = schema.add_total(counts.dropped_SLXGJ[s, layer])[x]
         made_G = of_GJ.sum(axis=1)
         p, error = groups.ratio_errors(_at_least(of_GJ), made_G)
         value[s, x, layer] = p
@@ -388,10 +366,12 @@ def _drops(
     dropped = {"dropped": value, "dropped_low": low, "dropped_high": high}
     dims = ("batch", "layer", "capacity_factor")
     return (
-        labelled(dropped, ("batch", "domain", *dims[1:]), _OF_DROPS)
-        | labelled({"dropped_by_position": np.moveaxis(by_position, 2, 1)}, ("batch", "position", *dims[1:]), _OF_DROPS)
-        | labelled(nulls, dims, _OF_DROPS)
-        | labelled(sufficient, dims[:2], _OF_DROPS)
+        schema.labelled(dropped, ("batch", "domain", *dims[1:]), _OF_DROPS)
+        | schema.labelled(
+            {"dropped_by_position": np.moveaxis(by_position, 2, 1)}, ("batch", "position", *dims[1:]), _OF_DROPS
+        )
+        | schema.labelled(nulls, dims, _OF_DROPS)
+        | schema.labelled(sufficient, dims[:2], _OF_DROPS)
     )
 
 
@@ -444,7 +424,7 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
                 placed = place(name, cluster, counted.layers, fits)
                 for all_XGE, layer in zip(counted.loads_LXGE, counted.layers, strict=True):
                     loads_XGE = all_XGE[:, fold::NUM_FOLDS, : layer.num_experts]
-                    loads_XGD = add_total(loads_XGE) @ _device_shares(placed, layer.layer)
+                    loads_XGD = schema.add_total(loads_XGE) @ _device_shares(placed, layer.layer)
                     busiest_X = loads_XGD.sum(axis=1).argmax(axis=1)
                     for j, busiest in enumerate(busiest_X):
                         y[p, i, j, fold::NUM_FOLDS] += np.rint(loads_XGD[j, :, busiest] * _PARTS).astype(np.int64)
@@ -457,7 +437,7 @@ def _foreign(counted: Profile, cluster: Cluster, names: Sequence[str]) -> dict[s
     dims = ("foreign_placement", "fitted_on", "domain")
     what = "Σ over layers of the largest load of a device over Σ of the mean, all assignments of the domain together"
     return {
-        **estimate("foreign", dims, what, "1", value=value, low=low, high=high),
+        **schema.estimate("foreign", dims, what, "1", value=value, low=low, high=high),
         "foreign_placement": ("foreign_placement", list(names)),
     }
 

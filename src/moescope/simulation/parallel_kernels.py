@@ -36,20 +36,7 @@ class TokenCells(NamedTuple):
 
 
 class LayerSums(NamedTuple):
-    """The sums of a layer over batches, all added to.
-
-    Attributes:
-        histogram_PB: Batches by the logarithm of largest load / mean load of the devices.
-        largest_PG: Assignments on the most loaded device of their batch.
-        made_G: Assignments to routed experts.
-        reached_PG2: Distinct devices, and distinct nodes, of the experts of a token.
-        tokens_G: Tokens.
-        dropped_XGJ: Assignments by how many capacity factors drop them, by domain and group.
-        dropped_QGJ: The same by bin of position and group.
-        loads_I: Experts of batches by their load; the last bin holds larger ones.
-        largest_PN: Largest load of each batch.
-        made_N: Assignments of each batch.
-    """
+    """All added to: the sums of a layer of `batch_counts.BatchCounts`, then of `batch_counts.BatchRows`."""
 
     histogram_PB: Sums
     largest_PG: Sums
@@ -83,15 +70,11 @@ def count_batches(
         ids_KT: Chosen experts; what is no routed expert (dropped, null) loads no device.
         rows_R: Rows in the order of batches.
         size: Tokens a batch.
-        num_experts: Routed experts.
-        cells: Where each row is counted.
         device_PEC: Device of each replica of each expert.
         replicas_PE: Replicas of each expert. Its assignments within a batch are dealt out to them in turn, in the order
             of tokens and, of a token, of rank.
-        num_devices: Devices.
         devices_a_node: Devices of a node; nodes hold consecutive ones.
         drops_I: Capacity factors that drop an assignment before which so many went to the same expert in the batch.
-        sums: Added to.
     """
     group_T, domain_T, position_T = cells
     histogram_PB, largest_PG, made_G, reached_PG2, tokens_G, dropped_XGJ, dropped_QGJ = sums[:7]

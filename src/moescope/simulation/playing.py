@@ -1,4 +1,4 @@
-"""Caches of experts as they are simulated: the settings, what must be known before, and the caches themselves.
+"""Caches of experts as they are simulated: what must be known before, and the caches themselves.
 
 `Plan` is what a first pass over a trace finds; `Caches` serve steps and count hits, for every policy and size at once.
 Suffixes as in `cache_kernels`.
@@ -6,8 +6,7 @@ Suffixes as in `cache_kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,14 +14,9 @@ from numpy.typing import NDArray
 
 from moescope.measures.statistics import Numbers
 from moescope.simulation import cache_kernels as kernels
-from moescope.simulation.serving import Server, Steps, document_folds, object_offsets
+from moescope.simulation.serving import Server, Settings, Steps, document_folds, object_offsets
 from moescope.tallying.token_sample import token_hashes
-from moescope.trace import Layer, Part, Trace
-
-POLICIES = ("lru", "lfu", "aged-lfu", "s3-fifo", "hot", "matching", "belady")
-"""Evict the expert used longest ago; used least often; the same with counts halved every `AGEING` steps; by three FIFO
-queues; the coldest in other documents; the least used by the other document that this sequence resembles; the one used
-again last, which is the optimum."""
+from moescope.trace import Part, Trace
 
 AGEING = 64
 """Steps after which aged LFU halves its counts."""
@@ -33,9 +27,6 @@ LIBRARY = 64
 LIBRARY_TOKENS = 32
 """Tokens that such a document has at least."""
 
-S3_SIZES = 8
-"""Sizes, evenly spread, for which S3-FIFO is simulated unless sizes are given: it needs a pass a size."""
-
 _KINDS = {
     "lfu": kernels.LFU,
     "aged-lfu": kernels.AGED,
@@ -43,98 +34,6 @@ _KINDS = {
     "matching": kernels.TABLE,
     "belady": kernels.NEXT,
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is simulated, and how.
-
-    Attributes:
-        layers: Layers of the trace.
-        policies: Of `POLICIES`.
-        sizes: Experts a layer that the caches hold, ascending.
-        s3_sizes: Those for which S3-FIFO is simulated.
-        budget: ``layer`` or ``global``.
-        batch: Sequences decoded at a time.
-        prefill: Tokens of a chunk of prefill, or None.
-        cold: Whether each sequence starts with empty caches.
-    """
-
-    layers: tuple[Layer, ...]
-    policies: tuple[str, ...]
-    sizes: tuple[int, ...]
-    s3_sizes: tuple[int, ...]
-    budget: str
-    batch: int
-    prefill: int | None
-    cold: bool
-
-    @property
-    def fitted(self) -> bool:
-        """Whether a policy needs the loads of other documents."""
-        return "hot" in self.policies or "matching" in self.policies
-
-    @property
-    def foresees(self) -> bool:
-        """Whether a policy needs the uses to come."""
-        return "belady" in self.policies
-
-    @property
-    def sharing(self) -> list[slice]:
-        """The layers that share a cache, as slices of `layers`."""
-        num_layers = len(self.layers)
-        return [slice(0, num_layers)] if self.budget == "global" else [slice(n, n + 1) for n in range(num_layers)]
-
-    @classmethod
-    def checked(
-        cls,
-        layers: tuple[Layer, ...],
-        policies: Sequence[str],
-        sizes: Iterable[int] | None,
-        budget: str,
-        batch: int,
-        prefill: int | None,
-        cold: bool,
-    ) -> Settings:
-        """The settings of `moescope.cache`, of whose arguments each is checked.
-
-        Raises:
-            ValueError: One is none that could be.
-        """
-        policies = (policies,) if isinstance(policies, str) else tuple(policies)
-        if not policies or len(set(policies)) < len(policies) or not set(policies) <= set(POLICIES):
-            raise ValueError(f"policies must be distinct and of {', '.join(POLICIES)}, not {policies}")
-        if budget not in ("layer", "global"):
-            raise ValueError(f"budget must be 'layer' or 'global', not {budget!r}")
-        if batch < 1 or (prefill is not None and prefill < 1):
-            raise ValueError(f"batch and prefill must be at least 1, not {batch} and {prefill}")
-        if prefill is not None and batch > 1:
-            raise ValueError("prefill serves one sequence at a time; choose a batch to decode or a chunk of prefill")
-        if cold and batch > 1:
-            raise ValueError(
-                "sequences decoded together share a cache, so it cannot start cold for each of them; choose a batch or "
-                "cold caches"
-            )
-        most = max(layer.num_experts for layer in layers)
-        widest = max(layers, key=lambda layer: layer.top_k)
-        least = min(widest.top_k, most)
-        every = tuple(range(least, most + 1))
-        if sizes is None:
-            places = np.unique(np.rint(np.linspace(0, len(every) - 1, min(S3_SIZES, len(every)))).astype(int))
-            return cls(layers, policies, every, tuple(every[p] for p in places), budget, batch, prefill, cold)
-        kept = tuple(sorted(set(sizes)))
-        if not kept:
-            raise ValueError("sizes must hold at least one")
-        if kept[0] < least:
-            raise ValueError(
-                f"a cache of {kept[0]} cannot hold the {widest.top_k} experts that a token needs at once in layer "
-                f"{widest.layer}; choose sizes from {least} to {most}"
-            )
-        if kept[-1] > most:
-            raise ValueError(
-                f"a cache of {kept[-1]} is larger than a layer's {most} experts; choose sizes up to {most}"
-            )
-        return cls(layers, policies, kept, kept, budget, batch, prefill, cold)
 
 
 class Plan:
@@ -156,7 +55,7 @@ class Plan:
         plan = cls(settings, seeds)
         if not settings.fitted and not settings.foresees:
             return plan
-        servers = [Server(settings.layers, batch=settings.batch, prefill=settings.prefill, seed=seed) for seed in seeds]
+        servers = [Server(settings, seed=seed) for seed in seeds]
         for part_file in trace.parts:
             part = part_file.read(settings.layers, tokens=False)
             if settings.fitted:

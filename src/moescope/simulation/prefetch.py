@@ -171,9 +171,7 @@ class _Plan:
         all_layers: Layers of the trace.
         places: Places among them of the layers to predict.
         predictors: In the order of `KINDS`, then of distance.
-        units: Documents in groups and folds.
         phase: Code of the phase, or None for all tokens.
-        domains: Domains of the trace.
         num_ids: Largest number of experts.
     """
 
@@ -284,8 +282,7 @@ class _LayerRows:
         place: Of the layer, among those of the trace.
         ids: Chosen experts of the layer and of those that predict it, by place, each of shape (choice, token).
         predicted: Recorded predictions by distance, each of shape (predicted, token).
-        units: Documents or stretches of the part.
-        domain: Of the units.
+        units: Documents or stretches of the part, with the `domain` of each.
         first: Tokens that begin a sequence.
     """
 
@@ -339,7 +336,7 @@ class _Learnt:
 
     Attributes:
         rank: By place of the layer, the place of each expert by popularity, shape (fold, expert).
-        domain_rank: The same by domain, shape (fold x domain, expert).
+        domain_rank: The same by domain, shape (fold, domain, expert).
         table: By place of the layer and distance, P(e | i), shape (fold, source expert, expert).
     """
 
@@ -386,7 +383,7 @@ def _learn(trace: Trace, plan: _Plan, threads: int) -> _Learnt:
         others_FE = others_FDE.sum(axis=1)
         learnt.rank[place] = rank_FE = _ranks(others_FE, np.zeros_like(others_FE))
         if by_domain:
-            learnt.domain_rank[place] = _ranks(others_FDE, rank_FE[:, None, :]).reshape(count.shape)
+            learnt.domain_rank[place] = _ranks(others_FDE, rank_FE[:, None, :])
         total_F1 = others_FE.sum(axis=1, keepdims=True)
         num_experts = others_FE.shape[1]
         share_FE = np.where(total_F1 > 0, others_FE / np.maximum(total_F1, 1), 1 / num_experts)
@@ -425,6 +422,8 @@ class _Hits:
 def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
     num_groups, num_domains = plan.units.num_groups, max(1, len(plan.domains))
     foretold = any(predictor.kind == "lookahead" for predictor in plan.predictors)
+    group_G = np.arange(num_groups)[:, None]
+    fold_G = np.arange(num_groups) % plan.units.num_folds
 
     def make() -> _Hits:
         shape = (num_groups, len(plan.predictors), len(plan.places), plan.num_ids)
@@ -434,14 +433,18 @@ def _count(trace: Trace, plan: _Plan, learnt: _Learnt, threads: int) -> _Hits:
         for rows in _rows(trace, plan, index, predictions=foretold):
             place, ids, number = rows.place, rows.ids[rows.place], plan.places.index(rows.place)
             layer, units, rank = plan.all_layers[place], rows.units, learnt.rank[place]
-            needed_G = sums.needed_GL[:, number]
+            loads_GDE = np.zeros((num_groups, num_domains, rank.shape[1]), np.int64)
+            row_U = units.group_U * num_domains + rows.domain
+            kernels.count_popularity(ids, units, row_U, loads_GDE.reshape(-1, rank.shape[1]))
+            sums.needed_GL[:, number] += loads_GDE.sum(axis=(1, 2))
             for p, predictor in enumerate(plan.predictors):
                 hits_GN, distance = sums.hits_GPLN[:, p, number], predictor.distance
-                if predictor.kind == "popularity":
-                    kernels.place_by_rank(ids, units, units.fold_U, rank, hits_GN, needed_G)
-                elif predictor.kind == "domain":
-                    row = units.fold_U * num_domains + rows.domain
-                    kernels.place_by_rank(ids, units, row, learnt.domain_rank[place], hits_GN, np.zeros_like(needed_G))
+                if predictor.kind in ("popularity", "domain"):
+                    whole = predictor.kind == "popularity"  # one order for all domains
+                    rank_FDE = rank[:, None] if whole else learnt.domain_rank[place]
+                    ordered_GDE = loads_GDE.sum(axis=1, keepdims=True) if whole else loads_GDE
+                    for d in range(ordered_GDE.shape[1]):
+                        hits_GN[group_G, rank_FDE[fold_G, d]] += ordered_GDE[:, d]
                 elif predictor.kind == "previous":
                     kernels.place_by_previous(ids, rows.first, units, rank, layer.ranked, hits_GN)
                 elif predictor.kind == "transitions" and distance <= place:

@@ -2,8 +2,8 @@
 
 Shape suffixes: T tokens, K choices a token, M predicted experts a token, E routed experts of the layer, S those of the
 source layer, U units (documents, or stretches of the only one), G groups of units, F folds of units, D domains, R rows
-of a table of ranks, N places in a predictor's order, from 0. An id outside 0 .. E - 1 is a dropped assignment or a null
-expert: nothing is loaded for it, and it predicts nothing.
+of a table of ranks, N places in a predictor's order, from 0; at them the needed experts are added to hits_GN. An id
+outside 0 .. E - 1 is a dropped assignment or a null expert: nothing is loaded for it, and it predicts nothing.
 """
 
 from __future__ import annotations
@@ -63,28 +63,6 @@ def count_transitions(source_KT: Ids, ids_KT: Ids, units: Units, count_FSE: NDAr
                     e = ids_KT[k, t]
                     if 0 <= e < count_FSE.shape[2]:
                         count_FSE[fold_U[u], s, e] += 1
-
-
-@numba.njit(cache=True, nogil=True)
-def place_by_rank(ids_KT: Ids, units: Units, row_U: Sums, rank_RE: Sums, hits_GN: Sums, needed_G: Sums) -> None:
-    """Place the needed experts in one order a unit.
-
-    Args:
-        ids_KT: The needed experts.
-        units: The units of the part.
-        row_U: Row of `rank_RE` that the unit uses.
-        rank_RE: Place of each expert in the order of the row.
-        hits_GN: Added to: needed experts by place.
-        needed_G: Added to: needed experts.
-    """
-    counted_T, starts_U, group_U, _ = units
-    for u in range(group_U.size):
-        for k in range(ids_KT.shape[0]):
-            for t in range(starts_U[u], starts_U[u + 1]):
-                e = ids_KT[k, t]
-                if counted_T[t] and 0 <= e < rank_RE.shape[1]:
-                    hits_GN[group_U[u], rank_RE[row_U[u], e]] += 1
-                    needed_G[group_U[u]] += 1
 
 
 @numba.njit(cache=True, nogil=True)

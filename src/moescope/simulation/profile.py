@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from moescope.simulation import parallel_kernels as kernels
 from moescope.simulation.batches import BatchKind, batch_rows, tokens_together
-from moescope.simulation.placements import Fit
 from moescope.tallying.document_groups import document_groups
 from moescope.tallying.one_pass import one_pass
 from moescope.tallying.token_sample import HashSample, part_hashes
@@ -33,12 +32,23 @@ SAMPLED_BATCHES = 128
 """Batches of each fold whose loads are kept."""
 
 
-class Cells:
-    """The cell of each document of a trace.
+@dataclass(frozen=True)
+class Fit:
+    """What a placement of one layer is fitted on.
 
-    Args:
-        trace: The trace.
+    Attributes:
+        loads: Assignments of each expert, shape (expert,).
+        pairs: Tokens with both experts, shape (expert, expert); the diagonal is not read. Only for affinity.
+        batches: Loads of some batches, shape (batch, expert). Only for affinity; if there is none, the loads serve.
     """
+
+    loads: NDArray[np.int64]
+    pairs: NDArray[np.integer] | None = None
+    batches: NDArray[np.integer] | None = None
+
+
+class Cells:
+    """The cell of each document of a trace."""
 
     def __init__(self, trace: Trace) -> None:
         numbers, domains = trace.document_numbers, trace.document_domains
@@ -185,20 +195,7 @@ class Profile:
 def profile(
     trace: Trace, layers: Sequence[Layer], kind: BatchKind, cells: Cells, *, pairs: bool, threads: int | None = None
 ) -> Profile:
-    """Count what placements are fitted on, in one pass.
-
-    Args:
-        trace: The trace.
-        layers: Layers to count.
-        kind: How the sampled batches are formed.
-        cells: The cells of its documents.
-        pairs: Count pairs of experts of a token, too.
-        threads: Parts counted at a time; None for the number of processors.
-    Raises:
-        NotRecorded: The trace holds counts only.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive.
-    """
+    """Count what placements are fitted on, in one pass: with `pairs`, those of the experts of a token, too."""
     (total,) = one_pass(
         trace,
         layers,

@@ -8,7 +8,7 @@ come in the order of the trace, a bounded number of tokens at a time.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,10 +18,97 @@ from numpy.typing import NDArray
 
 from moescope.simulation import cache_kernels as kernels
 from moescope.tallying.document_groups import document_groups
+from moescope.tallying.one_pass import runs
 from moescope.trace import Layer, Part
+
+POLICIES = ("lru", "lfu", "aged-lfu", "s3-fifo", "hot", "matching", "belady")
+"""Evict the expert used longest ago; used least often; the same with counts halved every `AGEING` steps; by three FIFO
+queues; the coldest in other documents; the least used by the other document that this sequence resembles; the one used
+again last, which is the optimum."""
+
+S3_SIZES = 8
+"""Sizes, evenly spread, for which S3-FIFO is simulated unless sizes are given: it needs a pass a size."""
 
 BLOCK_ASSIGNMENTS = 2**22
 """Assignments gathered at a time; a sequence is never divided."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is simulated, and how: the arguments of `moescope.cache`, of which each is checked.
+
+    Attributes:
+        sizes: Experts a layer that the caches hold, ascending.
+        s3_sizes: Those for which S3-FIFO is simulated.
+        cold: Whether each sequence starts with empty caches.
+    """
+
+    layers: tuple[Layer, ...]
+    policies: tuple[str, ...]
+    sizes: tuple[int, ...]
+    s3_sizes: tuple[int, ...]
+    budget: str
+    batch: int
+    prefill: int | None
+    cold: bool
+
+    def __post_init__(self) -> None:
+        policies = self.policies
+        if not policies or len(set(policies)) < len(policies) or not set(policies) <= set(POLICIES):
+            raise ValueError(f"policies must be distinct and of {', '.join(POLICIES)}, not {policies}")
+        if self.budget not in ("layer", "global"):
+            raise ValueError(f"budget must be 'layer' or 'global', not {self.budget!r}")
+        if self.batch < 1 or (self.prefill is not None and self.prefill < 1):
+            raise ValueError(f"batch and prefill must be at least 1, not {self.batch} and {self.prefill}")
+        if self.prefill is not None and self.batch > 1:
+            raise ValueError("prefill serves one sequence at a time; choose a batch to decode or a chunk of prefill")
+        if self.cold and self.batch > 1:
+            raise ValueError(
+                "sequences decoded together share a cache, so it cannot start cold for each of them; choose a batch or "
+                "cold caches"
+            )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a policy needs the loads of other documents."""
+        return "hot" in self.policies or "matching" in self.policies
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a policy needs the uses to come."""
+        return "belady" in self.policies
+
+    @property
+    def sharing(self) -> list[slice]:
+        """The layers that share a cache, as slices of `layers`."""
+        num_layers = len(self.layers)
+        return [slice(0, num_layers)] if self.budget == "global" else [slice(n, n + 1) for n in range(num_layers)]
+
+
+def cache_sizes(layers: Sequence[Layer], sizes: Iterable[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes asked for, or all that could be; and those for which S3-FIFO is simulated.
+
+    Raises:
+        ValueError: There is none, or one is out of range.
+    """
+    most = max(layer.num_experts for layer in layers)
+    widest = max(layers, key=lambda layer: layer.top_k)
+    least = min(widest.top_k, most)
+    if sizes is None:
+        every = tuple(range(least, most + 1))
+        places = np.unique(np.rint(np.linspace(0, len(every) - 1, min(S3_SIZES, len(every)))).astype(int))
+        return every, tuple(every[p] for p in places)
+    kept = tuple(sorted(set(sizes)))
+    if not kept:
+        raise ValueError("sizes must hold at least one")
+    if kept[0] < least:
+        raise ValueError(
+            f"a cache of {kept[0]} cannot hold the {widest.top_k} experts that a token needs at once in layer "
+            f"{widest.layer}; choose sizes from {least} to {most}"
+        )
+    if kept[-1] > most:
+        raise ValueError(f"a cache of {kept[-1]} is larger than a layer's {most} experts; choose sizes up to {most}")
+    return kept, kept
 
 
 @dataclass(frozen=True)
@@ -55,33 +142,21 @@ class Server:
     """Turns parts into steps.
 
     Args:
-        layers: Layers served, ascending.
-        batch: Sequences decoded at a time.
-        prefill: Tokens of a chunk of prefill, or None to decode.
-        cold: Whether the caches are emptied before each sequence.
+        settings: What is simulated.
         groups: Groups of documents a domain.
         seed: Of the permutation of the tokens within each document; None leaves them as they are.
         library: What sequences are matched with, or None.
     """
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        *,
-        batch: int = 1,
-        prefill: int | None = None,
-        cold: bool = False,
-        groups: int = 1,
-        seed: int | None = None,
-        library: kernels.Library | None = None,
+        self, settings: Settings, *, groups: int = 1, seed: int | None = None, library: kernels.Library | None = None
     ) -> None:
-        self.layers = tuple(layers)
-        self.batch, self.prefill, self.cold = batch, prefill, cold
+        self.settings, self.layers = settings, settings.layers
         self.groups, self.seed, self.library = groups, seed, library
-        self.top_k = max(layer.top_k for layer in layers)
-        self.offset_L = object_offsets(layers)
+        self.top_k = max(layer.top_k for layer in self.layers)
+        self.offset_L = object_offsets(self.layers)
         self._served = 0
-        self._free = [(0, slot) for slot in range(batch)]
+        self._free = [(0, slot) for slot in range(settings.batch)]
         self._waiting: dict[str, NDArray[Any]] = {}
 
     def steps(self, part: Part) -> Iterator[Steps]:
@@ -92,16 +167,16 @@ class Server:
         cell_G = part.domain[starts_G[:-1]].astype(np.int64) * self.groups + document_groups(document, self.groups)
         cell_T, fold_T = np.repeat(cell_G, lengths), np.repeat(document_folds(document), lengths)
         starts_Q = part.sequence_starts()
-        for first, last in _blocks(starts_Q, max(1, BLOCK_ASSIGNMENTS // (len(self.layers) * self.top_k))):
-            starts = starts_Q[first : last + 1] - starts_Q[first]
-            block = slice(int(starts_Q[first]), int(starts_Q[last]))
+        for run in runs(np.diff(starts_Q).tolist(), BLOCK_ASSIGNMENTS // (len(self.layers) * self.top_k)):
+            starts = starts_Q[run.start : run.stop + 1] - starts_Q[run.start]
+            block = slice(int(starts_Q[run.start]), int(starts_Q[run.stop]))
             ids_LKT = self._ids(part, order_T[block])  # of the same documents as the tokens that stood there
             fold = row = fold_T[block]
             if self.library is not None:
                 other_Q = 1 - fold[starts[:-1]]
                 row = kernels.match_sequences(ids_LKT, self.offset_L, starts, other_Q, self.library)
             tokens = {"ids": ids_LKT, "cell": cell_T[block], "fold": fold, "row": row}
-            if self.batch == 1:
+            if self.settings.batch == 1:
                 yield self._one_by_one(tokens, starts)
             else:
                 yield from self._interleaved(tokens, starts)
@@ -125,11 +200,11 @@ class Server:
         """The steps of a token each, or of a chunk of prefill."""
         num_tokens = int(starts_Q[-1])
         starts_S = np.arange(num_tokens + 1)
-        if self.prefill is not None:
+        if self.settings.prefill is not None:
             place_T = np.arange(num_tokens) - np.repeat(starts_Q[:-1], np.diff(starts_Q))
-            starts_S = np.append(np.flatnonzero(place_T % self.prefill == 0), num_tokens)
+            starts_S = np.append(np.flatnonzero(place_T % self.settings.prefill == 0), num_tokens)
         fresh_S = np.zeros(len(starts_S) - 1, np.bool_)
-        if self.cold:
+        if self.settings.cold:
             fresh_S[np.searchsorted(starts_S, starts_Q[:-1])] = True
         return self._numbered(tokens, starts_S, fresh_S)
 
@@ -186,13 +261,3 @@ def _permuted(part: Part, seed: int) -> NDArray[np.int64]:
         for start, end in pairwise(starts_G.tolist())
     ]
     return np.concatenate(orders)
-
-
-def _blocks(starts_Q: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
-    """Runs of sequences with at most so many tokens together, or of one that has more."""
-    first, number = 0, len(starts_Q) - 1
-    while first < number:
-        last = int(np.searchsorted(starts_Q, starts_Q[first] + most, side="right")) - 1
-        last = max(last, first + 1)
-        yield first, last
-        first = last

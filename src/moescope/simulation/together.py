@@ -35,13 +35,8 @@ class Job:
 
 
 def run_together(trace: Trace, jobs: Sequence[Job]) -> list[Any]:
-    """Run the jobs at the same time.
+    """What each job gave; they run at the same time, and each reads the parts in ascending order on every pass.
 
-    Args:
-        trace: The trace.
-        jobs: The jobs; each reads the parts in ascending order on every pass, whatever the number of its threads.
-    Returns:
-        What each gave.
     Raises:
         Exception: What a job raised, the first of them; the others have come to their end.
     """

@@ -26,14 +26,9 @@ WEIGHT_BINS = 200
 
 
 class BatchSums(NamedTuple):
-    """The sums of the batches of a layer, all added to.
+    """The sums of the batches of a layer, all added to, as in `balance.BalanceCounts`.
 
-    Attributes:
-        imbalances_SB: Batches by the logarithm of their imbalance.
-        imbalance_S: Σ imbalance over batches, in units of 1 / FIXED.
-        imbalance_squared_S: Σ of its square, in the same units.
-        tokens_SB: Batches by the logarithm of their tokens. Empty to count none.
-        token_sums_SB: Tokens of the same.
+    Tables of tokens without bins count none: the tokens of a batch are the same at all layers.
     """
 
     imbalances_SB: Sums
@@ -59,7 +54,6 @@ def count_sequences(
     """Count loads by group of documents, and the imbalance of every batch that lies whole in the part.
 
     Args:
-        ids_KT: Chosen experts.
         starts_Q: First row of each sequence, with the number of rows at the end.
         group_Q: Group of each sequence.
         first_sequence: Number of the part's first sequence in the whole trace; batches are counted from there.

@@ -15,7 +15,7 @@ from typing import Any
 from moescope.errors import NotRecorded, TraceDamaged
 from moescope.tallying import array_file
 from moescope.tallying.balance import BalanceCounter
-from moescope.tallying.counter import Counter, CountOptions, R, Result, Stored, united
+from moescope.tallying.counter import Counter, CountOptions, R, Result, united
 from moescope.tallying.document_sample import DocumentCounter, DocumentSample
 from moescope.tallying.joint import CoactivationCounter, TransitionCounter
 from moescope.tallying.occurrences import WordCounter
@@ -184,8 +184,7 @@ def open_counted(path: Path | str) -> Counted:
                     name: tuple(fact) if isinstance(fact, list) else fact
                     for name, fact in counted[counter.name].items()
                 }
-                stored = Stored(mine, layers, domains, facts)
-                results[counter.name] = counter.result_type.restored(stored)
+                results[counter.name] = counter.result_type.restored(layers, domains, facts, mine)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise TraceDamaged(path, f"cannot be what was counted: {error}") from None
     return Counted(path, header, domains, layers, results, reasons)
@@ -260,20 +259,13 @@ def count_with(
     required: Sequence[type[Counter[Any]]] = (),
     threads: int | None = None,
 ) -> Counted:
-    """Count a trace with some counters in one pass.
+    """Count a trace with some counters in one pass, without what it does not hold; arguments and errors as of `count`.
 
     Args:
-        counters: The counters; what the trace does not hold is left out.
-        trace: The trace.
-        layers: Layers to count, or None for all.
         options: What the counters are asked for.
         required: Counters that must not be left out.
-        threads: Parts counted at a time; None for the number of processors.
     Raises:
-        NoSuchLayer: A layer was not recorded.
         NotRecorded: The trace does not hold what a required counter needs.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive, or an option is none that could be.
     """
     trace = covered(trace, trace.select_layers(layers))
     chosen = trace.select_layers(layers)

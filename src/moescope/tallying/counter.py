@@ -55,15 +55,11 @@ class CountOptions:
 
 
 def need_choice(path: Path | None, layers: Sequence[Layer], choice: str | None) -> None:
-    """Refuse to look at first choices where it is not known which they are.
+    """Refuse to look at first choices where it is not known which they are; `path` is for the message.
 
-    Args:
-        path: The trace, for the message.
-        layers: The layers to look at.
-        choice: "all" of a token's choices, which takes no order; or "first", as None.
     Raises:
         NotRecorded: A layer does not say which choice is the first.
-        ValueError: `choice` is neither.
+        ValueError: `choice` is neither "all" of a token's choices, which takes no order, nor "first", as None.
     """
     if choice not in CHOICES:
         raise ValueError(f"choice must be 'first' or 'all', not {choice!r}")
@@ -230,18 +226,17 @@ class Result(ABC):
         return arrays
 
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
-        """The result of the arrays and facts of a file.
+    def restored(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
+        """The result of the arrays and facts of a file; none is taken without a look at type, shape and bounds.
 
         Raises:
             ValueError: They are not of such a result; it says which array, what was expected and what was found.
         """
-        if set(stored.facts) != set(cls.facts):
-            raise ValueError(f"holds the facts {sorted(stored.facts)}, expected {sorted(cls.facts)}")
-        declared = cls.declared(stored.layers, stored.domains, stored.facts)
-        sizes: dict[str, int] = {}
-        arrays = {name: stored.take(name, array, sizes) for name, array in declared.items()}
-        return cls.of_arrays(stored.layers, stored.domains, stored.facts, arrays)
+        if set(facts) != set(cls.facts):
+            raise ValueError(f"holds the facts {sorted(facts)}, expected {sorted(cls.facts)}")
+        declared, sizes = cls.declared(layers, domains, facts), dict[str, int]()
+        checked = {name: _checked(name, arrays, array, sizes) for name, array in declared.items()}
+        return cls.of_arrays(layers, domains, facts, checked)
 
     def known_facts(self) -> dict[str, Any]:
         """The facts by name."""
@@ -293,49 +288,25 @@ class Result(ABC):
                     array += _by_name(f.name, theirs)[name]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What a file holds of a result; nothing is taken from it without a look at type, shape and bounds.
-
-    Attributes:
-        arrays: By name.
-        layers: Layers counted.
-        domains: Domains counted.
-        facts: By name.
-    """
-
-    arrays: Mapping[str, NDArray[Any]]
-    layers: tuple[Layer, ...]
-    domains: tuple[str, ...]
-    facts: Mapping[str, Any]
-
-    def take(self, name: str, declared: Array, sizes: dict[str, int]) -> NDArray[Any]:
-        """One array.
-
-        Args:
-            name: Its name.
-            declared: What it must be.
-            sizes: By axis, sizes found in other arrays; added to.
-        Raises:
-            ValueError: It is missing or not like that.
-        """
-        if name not in self.arrays:
-            raise ValueError(f"{name} is missing")
-        array = self.arrays[name]
-        if array.dtype not in declared.dtypes:
-            allowed = " or ".join(str(np.dtype(dtype)) for dtype in declared.dtypes)
-            raise ValueError(f"{name} holds {array.dtype}, expected {allowed}")
-        shape = [
-            sizes.get(axis) if size is None else size for axis, size in zip(declared.axes, declared.shape, strict=True)
-        ]
-        if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-            raise ValueError(f"{name} has shape {array.shape}, expected {tuple(shape)}")
-        sizes.update(zip(declared.axes, array.shape, strict=True))
-        for bound, is_least in ((declared.least, True), (declared.most, False)):
-            extreme = None if bound is None or not array.size else array.min() if is_least else array.max()
-            if extreme is not None and not (extreme >= bound if is_least else extreme <= bound):
-                raise ValueError(f"{name} holds {extreme}, expected at {'least' if is_least else 'most'} {bound}")
-        return array
+def _checked(name: str, arrays: Arrays, declared: Array, sizes: dict[str, int]) -> NDArray[Any]:
+    """An array that is as declared; `sizes`, those of axes found in other arrays, are added to."""
+    if name not in arrays:
+        raise ValueError(f"{name} is missing")
+    array = arrays[name]
+    if array.dtype not in declared.dtypes:
+        allowed = " or ".join(str(np.dtype(dtype)) for dtype in declared.dtypes)
+        raise ValueError(f"{name} holds {array.dtype}, expected {allowed}")
+    shape = [
+        sizes.get(axis) if size is None else size for axis, size in zip(declared.axes, declared.shape, strict=True)
+    ]
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} has shape {array.shape}, expected {tuple(shape)}")
+    sizes.update(zip(declared.axes, array.shape, strict=True))
+    for bound, is_least in ((declared.least, True), (declared.most, False)):
+        extreme = None if bound is None or not array.size else array.min() if is_least else array.max()
+        if extreme is not None and not (extreme >= bound if is_least else extreme <= bound):
+            raise ValueError(f"{name} holds {extreme}, expected at {'least' if is_least else 'most'} {bound}")
+    return array
 
 
 def _by_name(name: str, value: Any) -> dict[str, NDArray[Any]]:

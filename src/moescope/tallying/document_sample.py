@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotRecorded
-from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Places, Result, Stored, united
+from moescope.tallying.counter import Array, Arrays, Counter, CountOptions, Facts, Places, Result, united
 from moescope.tallying.token_sample import token_hashes
 from moescope.trace import PHASES, Header, Layer, Part, PartFile, Trace
 from moescope.trace.columns import id_dtype
@@ -192,9 +192,9 @@ class DocumentSample(Result):
         return {name: column for name, column in super().arrays().items() if name != "sequence_starts"}
 
     @classmethod
-    def restored(cls, stored: Stored) -> Self:
+    def restored(cls, layers: Sequence[Layer], domains: Sequence[str], facts: Facts, arrays: Arrays) -> Self:
         """The sample of a file."""
-        sample = super().restored(stored)
+        sample = super().restored(layers, domains, facts, arrays)
         document, starts, position = sample.document, sample.starts, sample.position
         ends = len(starts) == len(document) + 1 and (starts[0], starts[-1]) == (0, len(position))
         if not ends or (np.diff(starts) < 1).any():
@@ -288,101 +288,79 @@ class _HeldPart(PartFile):
         )
 
 
-@dataclass(frozen=True)
-class SampleMemory:
-    """The memory of a sample, which the counters of all threads fill, each its own rows.
+@dataclass
+class DocumentCounter(Counter[DocumentSample]):
+    """The counter that keeps documents; those of a pass share the memory of one sample, where each part has its rows.
 
     Attributes:
         sample: The sample; its columns are what is filled.
         first_row: By the first document of a part, kept or not, the row at which the part's kept documents start.
+        document: First document of the part at hand, whose tokens that are `kept` go to `rows`.
     """
-
-    sample: DocumentSample
-    first_row: dict[int, int]
-
-    @classmethod
-    def for_documents(
-        cls, trace: Trace, layers: tuple[Layer, ...], max_bytes: int = MAX_BYTES, ranks: int | None = None
-    ) -> SampleMemory:
-        """Memory for the documents, and their first `ranks` choices, that fit in so many bytes; all empty."""
-        held = {layer: len(range(layer.top_k)[:ranks]) for layer in layers}
-        fraction = _fraction(layers, list(held.values()), max_bytes, trace.num_tokens)
-        number, owner, length = trace.document_numbers, trace.document_parts, trace.document_tokens
-        begins = np.flatnonzero(np.diff(owner, prepend=-1))  # of each part
-        parts = np.split(np.arange(len(number)), begins[1:])
-        order = np.argsort(number[begins], kind="stable")
-        rows = np.concatenate([np.zeros(0, np.int64), *(parts[part] for part in order.tolist())])
-        keep = _kept(number, fraction)
-        kept = rows[keep[rows]]
-        starts = np.concatenate([[0], np.cumsum(length[kept])]).astype(np.int64)
-        tokens_P = np.bincount(owner[kept], length[kept], minlength=len(trace.parts)).astype(np.int64)
-        documents_P = np.bincount(owner[kept], minlength=len(trace.parts))[owner[begins[order]]].astype(np.int64)
-        first_row, row = {}, 0
-        for first in begins[order].tolist():
-            first_row[int(number[first])] = row
-            row += int(tokens_P[owner[first]])
-        sample = DocumentSample(
-            layers,
-            trace.domains,
-            number[kept],
-            trace.document_domains[kept],
-            starts,
-            np.zeros(0, np.int64),
-            np.zeros(row, np.int32),
-            np.zeros(row, np.int32) if trace.header.token_ids else None,
-            {layer.layer: np.zeros((number, row), _id_dtype(layer)) for layer, number in held.items()},
-            fraction,
-            trace.num_tokens,
-            max_bytes,
-            documents_P[documents_P > 0],
-            np.zeros(row, np.uint8) if trace.header.phases else None,
-        )
-        return cls(sample, first_row)
-
-    @property
-    def filled(self) -> DocumentSample:
-        """The sample, once the pass is over."""
-        sequence_starts = consecutive_starts(self.sample.starts, self.sample.position)
-        return replace(self.sample, sequence_starts=sequence_starts)
-
-
-@dataclass
-class DocumentCounter(Counter[DocumentSample]):
-    """The counter that keeps documents: each part goes to its place in the memory that all counters share."""
 
     name, result_type, reads_tokens = "documents", DocumentSample, True
 
-    memory: SampleMemory
+    sample: DocumentSample
+    first_row: dict[int, int]
     document: int = -1
     rows: slice = field(default_factory=lambda: slice(0, 0))
     kept: NDArray[np.bool_] | slice = field(default_factory=lambda: slice(None))
 
     @classmethod
     def prepare(cls, trace: Trace, layers: Sequence[Layer], options: CountOptions) -> Callable[[], Self]:
-        """What makes counters that share the memory of the sample."""
+        """What makes counters that share memory for the documents, and their first choices, that fit in the bytes."""
         max_bytes = MAX_BYTES if options.max_bytes is None else options.max_bytes
-        memory = SampleMemory.for_documents(trace, tuple(layers), max_bytes, options.ranks)
-        return lambda: cls(memory)
+        ranks = [len(range(layer.top_k)[: options.ranks]) for layer in layers]
+        fraction = _fraction(layers, ranks, max_bytes, trace.num_tokens)
+        number, owner, length = trace.document_numbers, trace.document_parts, trace.document_tokens
+        begins = np.flatnonzero(np.diff(owner, prepend=-1))  # of each part
+        parts = np.split(np.arange(len(number)), begins[1:])
+        order = np.argsort(number[begins], kind="stable")
+        rows = np.concatenate([np.zeros(0, np.int64), *(parts[part] for part in order.tolist())])
+        kept = rows[_kept(number, fraction)[rows]]
+        starts = np.concatenate([[0], np.cumsum(length[kept])]).astype(np.int64)
+        num_tokens, first_P = int(starts[-1]), begins[order]
+        documents_P, tokens_P = (
+            np.bincount(owner[kept], weights, minlength=len(trace.parts))[owner[first_P]].astype(np.int64)
+            for weights in (None, length[kept])
+        )
+        sample = DocumentSample(
+            tuple(layers),
+            trace.domains,
+            number[kept],
+            trace.document_domains[kept],
+            starts,
+            np.zeros(0, np.int64),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32) if trace.header.token_ids else None,
+            {a.layer: np.zeros((held, num_tokens), _id_dtype(a)) for a, held in zip(layers, ranks, strict=True)},
+            fraction,
+            trace.num_tokens,
+            max_bytes,
+            documents_P[documents_P > 0],
+            np.zeros(num_tokens, np.uint8) if trace.header.phases else None,
+        )
+        first_row = dict(zip(number[first_P].tolist(), (np.cumsum(tokens_P) - tokens_P).tolist(), strict=True))
+        return lambda: cls(sample, first_row)
 
     def result(self) -> DocumentSample:
         """The sample, once the pass is over."""
-        return self.memory.filled
+        return replace(self.sample, sequence_starts=consecutive_starts(self.sample.starts, self.sample.position))
 
     def add(self, part: Part, group: Sequence[Layer]) -> None:
         """Keep the layers of `group` of a part's documents."""
-        sample = self.memory.sample
         if int(part.document[0]) != self.document:
             self._start(part)
         for layer in group:
-            held_KT = sample.expert_ids[layer.layer]
+            held_KT = self.sample.expert_ids[layer.layer]
             held_KT[:, self.rows] = part.expert_ids[layer.layer].T[: len(held_KT), self.kept]
 
     def _start(self, part: Part) -> None:
-        sample, starts = self.memory.sample, part.document_starts()
+        sample, starts = self.sample, part.document_starts()
         self.document = int(part.document[0])
         keep_G = _kept(part.document[starts[:-1]].astype(np.int64), sample.fraction)
         self.kept = slice(None) if keep_G.all() else np.repeat(keep_G, np.diff(starts))
-        first = self.memory.first_row[self.document]
+        first = self.first_row[self.document]
         self.rows = slice(first, first + int(np.diff(starts)[keep_G].sum()))
         sample.position[self.rows] = part.position[self.kept]
         if sample.token_id is not None:

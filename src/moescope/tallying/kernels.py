@@ -2,7 +2,9 @@
 
 Shape suffixes: T tokens, K choices a token, E expert ids of the layer (null experts included), D domains, G documents
 of the part, Q sequences of the part, M measures of repetition. C = K + 1 choices: 0 is all ranks together ("all"),
-1 .. K are the ranks. Ids outside 0 .. E - 1 are dropped assignments: they add to no expert and repeat nothing.
+1 .. K are the ranks. Ids, rank 0 first, outside 0 .. E - 1 are dropped assignments: they add to no expert and repeat
+nothing. starts_G and starts_Q are the first row of each document and sequence, with the number of rows at the end;
+domain_G is the domain code of each document.
 
 Every kernel adds to the sums it is given. The moments are sums over documents of y² and y·n, where y is what a document
 counts and n what it could have counted; with Σy, Σn and Σn² they give the linearised variance of the ratio Σy / Σn.
@@ -44,14 +46,7 @@ class RepeatSums(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def count_loads(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums) -> None:
-    """Count the assignments each expert received and the assignments made, with their document moments.
-
-    Args:
-        ids_KT: Chosen experts, rank 0 first.
-        starts_G: First row of each document, with the number of rows at the end, shape (G + 1,).
-        domain_G: Domain code of each document.
-        sums: Added to.
-    """
+    """Count the assignments each expert received and the assignments made, with their document moments."""
     num_choices = ids_KT.shape[0]
     num_ids = sums.loads_DCE.shape[2]
     count_CE = np.zeros((num_choices + 1, num_ids), np.int64)
@@ -69,12 +64,7 @@ def count_loads(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums) -> 
 def count_loads_and_pairs(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums, pair_DEE: Sums) -> None:
     """`count_loads` for two choices of few experts, none dropped: one increment a token in a table of pairs.
 
-    Args:
-        ids_KT: Chosen experts, rank 0 first.
-        starts_G: As of `count_loads`, as the next two.
-        domain_G: Domain code of each document.
-        sums: Added to.
-        pair_DEE: Added to: tokens by first and second choice. Its E may be at most 16.
+    The table, of tokens by first and second choice, has at most 16 experts.
     """
     num_ids = sums.loads_DCE.shape[2]
     count_CE = np.zeros((3, num_ids), np.int64)
@@ -131,13 +121,11 @@ def _add_document(count_CE: Sums, d: int, sums: LoadSums) -> None:
 def count_repeats(
     ids_KT: Ids, num_ids: int, starts_Q: Sums, document_Q: Sums, domain_G: Sums, pairs_G: Sums, sums: RepeatSums
 ) -> None:
-    """Count the pairs of consecutive tokens that repeat an expert, with their document moments.
+    """Count the pairs of consecutive tokens of a sequence that repeat an expert, with their document moments.
 
     Args:
-        starts_Q: First row of each sequence, with the number of rows at the end; no pair crosses a sequence.
         document_Q: Document of the part that a sequence belongs to, ascending.
         pairs_G: Pairs of consecutive tokens in each document (n).
-        sums: Added to.
     """
     num_choices = ids_KT.shape[0]
     y_M = np.zeros(3, np.int64)

@@ -7,7 +7,6 @@ nor the order of the documents matter, and memory is that of one part of each tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +61,6 @@ class PairOfParts:
     """A part of each trace and the rows that are the same tokens, whole documents together.
 
     Attributes:
-        part_a: Index of the part in the first trace.
-        part_b: Index of the part in the second trace.
         rows_a: Rows of the first part, shape (token,), or all of them.
         rows_b: Rows of the second part, in the same order.
         documents: Documents with a matched token.
@@ -71,8 +68,6 @@ class PairOfParts:
         documents_relabelled: Documents with another domain.
     """
 
-    part_a: int
-    part_b: int
     rows_a: Rows | slice
     rows_b: Rows | slice
     documents: int
@@ -95,16 +90,8 @@ def pairs_of_parts(a: Trace, b: Trace) -> list[tuple[int, list[int]]]:
     return [(index, sorted(others)) for index, others in enumerate(partners)]
 
 
-def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool) -> PairOfParts:
-    """Find the tokens that two parts share.
-
-    Args:
-        a: Part of the first trace, with the token columns.
-        b: Part of the second trace.
-        part_a: Its index, to be kept.
-        part_b: Its index, to be kept.
-        by_token_id: Compare the token ids; otherwise the place alone.
-    """
+def match_rows(a: Part, b: Part, *, by_token_id: bool) -> PairOfParts:
+    """Find the tokens that two parts share, by token id, or else by place alone; the parts have their token columns."""
     starts_a, starts_b = _sequence_starts(a), _sequence_starts(b)
     keys_a, keys_b = _sequence_keys(a, starts_a), _sequence_keys(b, starts_b)
     _, place_a, place_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
@@ -135,8 +122,6 @@ def match_rows(a: Part, b: Part, part_a: int, part_b: int, *, by_token_id: bool)
     relabelled = names_a[a.domain[rows_a[row_of_a]]] != names_b[b.domain[rows_b[row_of_a]]]
     whole = (len(rows_a) == a.num_tokens == b.num_tokens) and bool((rows_a == rows_b).all())
     return PairOfParts(
-        part_a,
-        part_b,
         slice(None) if whole else rows_a,
         slice(None) if whole else rows_b,
         len(document_a),
@@ -194,18 +179,3 @@ def selected(columns: NDArray[Any], rows: Rows | slice) -> NDArray[Any]:
     """Rows of a table of shape (token, choice) as (choice, token), contiguous by choice."""
     by_choice = columns.T
     return by_choice if isinstance(rows, slice) else np.ascontiguousarray(by_choice[:, rows])
-
-
-def total(pairs: Sequence[PairOfParts], tokens: int, a: Trace, b: Trace, *, by_token_id: bool) -> Matching:
-    """The matching that all pairs of parts add up to."""
-    return Matching(
-        by_token_id,
-        tokens,
-        a.num_tokens,
-        b.num_tokens,
-        sum(pair.documents for pair in pairs),
-        a.num_documents,
-        b.num_documents,
-        sum(pair.documents_differing for pair in pairs),
-        sum(pair.documents_relabelled for pair in pairs),
-    )

@@ -197,12 +197,9 @@ INDENTATION_PATTERN = re.compile(rb"\n([ \t]+)(?=[^ \t\r\n])")
 
 @dataclass
 class WordCounter(Counter[WordOccurrences]):
-    """The counter that finds words, and the choices of their tokens.
+    """The counter that finds words, by their patterns, and the choices of their tokens.
 
     Attributes:
-        patterns: By word.
-        layers: Layers counted.
-        pieces: Of the trace's vocabulary.
         found: For each part, by its first document, the occurrences of each word.
     """
 

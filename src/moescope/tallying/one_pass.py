@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, Self, TypeVar
@@ -68,7 +68,7 @@ def one_pass(
         TraceDamaged: A page fails its checksum.
         ValueError: `threads` is not positive.
     """
-    blocks = _blocks([part.num_tokens for part in trace.parts], together)
+    blocks = runs([part.num_tokens for part in trace.parts], together)
     threads = threads_to_use(threads, len(blocks))
     trace.need_tokens(weights=weights)
 
@@ -122,23 +122,23 @@ def sums_by_thread(work: Sequence[W], threads: int, make: Callable[[], S], add: 
     return made or [make()]
 
 
-def _blocks(sizes: Sequence[int], together: int) -> list[range]:
-    """Runs of consecutive parts of at most so many tokens, or of one part.
+def runs(sizes: Iterable[int], most: int) -> list[range]:
+    """Runs of consecutive things whose sizes add up to `most` at most, or of one that is larger.
 
     Example:
-        >>> _blocks([3, 4, 9, 1, 1], 7)
+        >>> runs([3, 4, 9, 1, 1], 7)
         [range(0, 2), range(2, 3), range(3, 5)]
     """
-    blocks: list[range] = []
+    found: list[range] = []
     held = 0
     for n, size in enumerate(sizes):
-        if blocks and held + size <= together:
-            blocks[-1] = range(blocks[-1].start, n + 1)
+        if found and held + size <= most:
+            found[-1] = range(found[-1].start, n + 1)
             held += size
         else:
-            blocks.append(range(n, n + 1))
+            found.append(range(n, n + 1))
             held = size
-    return blocks
+    return found
 
 
 def _with_layer_before(part: Part, before: Part) -> Part:
@@ -153,12 +153,27 @@ def _with_layer_before(part: Part, before: Part) -> Part:
 
 def layer_groups(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Consecutive layers that are read together, at most `COLUMNS_A_READ` columns of ids or one layer."""
-    groups: list[list[Layer]] = [[]]
-    columns = 0
-    for layer in layers:
-        if groups[-1] and columns + layer.top_k > COLUMNS_A_READ:
-            groups.append([])
-            columns = 0
-        groups[-1].append(layer)
-        columns += layer.top_k
-    return groups
+    return [[layers[n] for n in run] for run in runs((layer.top_k for layer in layers), COLUMNS_A_READ)]
+
+
+def layer_by_layer(
+    measure: Callable[[Layer], S],
+    layers: Sequence[Layer],
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[S]:
+    """What `measure`, called in any thread, gives of each layer; `progress` gets the number done and of all."""
+    done = 0
+
+    def measured(layer: Layer) -> S:
+        nonlocal done
+        result = measure(layer)
+        done += 1
+        if progress is not None:
+            progress(done, len(layers))
+        return result
+
+    if progress is not None:
+        progress(0, len(layers))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(measured, layers))

@@ -57,22 +57,15 @@ class PairTally:
 def tally_pair(
     a: Trace, b: Trace, layers: Iterable[int] | None = None, *, weights: bool = False, threads: int | None = None
 ) -> PairTally:
-    """Count two traces over their common tokens, in one pass over both.
+    """Count two traces over their common tokens, in one pass over both; arguments and errors as of `moescope.compare`.
 
     Memory is a part of each trace, at most `one_pass.COLUMNS_A_READ` columns of it, and the sums: 48 bytes for each
     (domain, layer, expert), so 12 MB a thread for 16 domains, 60 layers and 256 experts; and 56 bytes a token id seen.
 
     Args:
-        a: The first trace.
-        b: The second trace; the layers counted must have the same experts and the same top-k in both.
-        layers: Layers to count, or None for all that both traces have.
         weights: Weigh what is shared by the gate weights of A.
-        threads: Parts counted at a time; None for the number of processors.
     Raises:
-        NoSuchLayer: A layer was not recorded in both.
         NotRecorded: A trace holds counts only, or gate weights are asked for and A has none.
-        TraceDamaged: A page fails its checksum.
-        ValueError: `threads` is not positive, or layers have other experts or another top-k in the second trace.
     """
     a.need_tokens(weights=weights)
     b.need_tokens()
@@ -85,10 +78,8 @@ def tally_pair(
     groups = layer_groups(chosen)
     swapped = len(a.parts) > len(b.parts)
 
-    def count(share: Sequence[tuple[int, list[int]]]) -> tuple[_PairSums, list[PairOfParts], int]:
+    def count(share: Sequence[tuple[int, list[int]]]) -> _PairSums:
         sums = _PairSums.zeros(len(a.domains), chosen)
-        pairs: list[PairOfParts] = []
-        tokens = 0
         for outer, inners in share:
             matched: dict[int, tuple[PairOfParts, NDArray[np.int64]]] = {}  # with the experts that each token shares
             for group in groups if inners else []:
@@ -97,28 +88,24 @@ def tally_pair(
                     other = _read(a if swapped else b, inner, group, tokens=by_token_id, weights=weights and swapped)
                     part_a, part_b = (other, kept) if swapped else (kept, other)
                     if inner not in matched:
-                        places = (inner, outer) if swapped else (outer, inner)
-                        pair = matching.match_rows(part_a, part_b, *places, by_token_id=by_token_id)
-                        matched[inner] = pair, np.zeros(_num_rows(pair, part_a), np.int64)
+                        pair = matching.match_rows(part_a, part_b, by_token_id=by_token_id)
+                        matched[inner] = pair, np.zeros(len(part_a.document[pair.rows_a]), np.int64)
                     pair, shared_T = matched[inner]
                     if len(shared_T):
                         sums.add(part_a, part_b, pair, group, shared_T)
                         if by_token_id and group[-1] == chosen[-1]:
-                            sums.add_tokens(part_a, pair, shared_T)
-            pairs += [pair for pair, _ in matched.values()]
-            tokens += sum(len(shared_T) for _, shared_T in matched.values())
-        return sums, pairs, tokens
+                            sums.by_token.add(part_a.document[pair.rows_a], part_a.token_id[pair.rows_a], shared_T)
+            for pair, shared_T in matched.values():
+                documents = pair.documents, pair.documents_differing, pair.documents_relabelled
+                sums.matched_4[:] += (len(shared_T), *documents)
+        return sums
 
     shares = [work[thread::threads] for thread in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        counted = list(pool.map(count, shares))
-    total = counted[0][0]
-    for sums, _, _ in counted[1:]:
+        total, *others = pool.map(count, shares)
+    for sums in others:
         total.merge(sums)
-    pairs = [pair for _, some, _ in counted for pair in some]
-    tokens = sum(number for _, _, number in counted)
-    in_common = matching.total(pairs, tokens, a, b, by_token_id=by_token_id)
-    return total.labelled(a.domains, in_common, with_tokens=by_token_id, with_weights=weights)
+    return total.labelled(a, b, by_token_id=by_token_id, with_weights=weights)
 
 
 def common_layers(a: Trace, b: Trace, layers: Iterable[int] | None = None) -> tuple[Layer, ...]:
@@ -153,15 +140,15 @@ def _read(trace: Trace, index: int, group: Sequence[Layer], *, tokens: bool, wei
     return trace.with_trace_domains(part)
 
 
-def _num_rows(pair: PairOfParts, part_a: Part) -> int:
-    return part_a.num_tokens if isinstance(pair.rows_a, slice) else len(pair.rows_a)
-
-
 @dataclass(frozen=True)
 class _PairSums:
-    """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`."""
+    """Arrays that are added to. L layers, D domains, E ids; moments over documents as in `PairTally`.
+
+    `matched_4` is what `Matching` says of both: tokens, documents, those differing, those relabelled.
+    """
 
     layers: tuple[Layer, ...]
+    matched_4: NDArray[np.int64]
     by_domain_3D: NDArray[np.int64]
     agree_LD6: NDArray[np.int64]
     by_expert_L6DE: NDArray[np.int64]
@@ -173,6 +160,7 @@ class _PairSums:
         num_layers, num_ids = len(layers), max(layer.num_ids for layer in layers)
         return cls(
             tuple(layers),
+            np.zeros(4, np.int64),
             np.zeros((len(_BY_DOMAIN), num_domains), np.int64),
             np.zeros((num_layers, num_domains, len(_AGREE)), np.int64),
             np.zeros((num_layers, len(_BY_EXPERT), num_domains, num_ids), np.int64),
@@ -181,12 +169,7 @@ class _PairSums:
         )
 
     def add(
-        self,
-        part_a: Part,
-        part_b: Part,
-        pair: PairOfParts,
-        group: Sequence[Layer],
-        shared_of_token: NDArray[np.int64],
+        self, part_a: Part, part_b: Part, pair: PairOfParts, group: Sequence[Layer], shared_of_token: NDArray[np.int64]
     ) -> None:
         """Count some layers of a pair of parts; `shared_of_token` is added to, shape (token,)."""
         document = part_a.document[pair.rows_a]
@@ -219,10 +202,6 @@ class _PairSums:
             sums_6DE = self.by_expert_L6DE[place][:, :, : layer.num_ids]
             pair_kernels.count_changes(a_KT, b_KT, starts_G, domain_G, sums_6DE)
 
-    def add_tokens(self, part_a: Part, pair: PairOfParts, shared_of_token: NDArray[np.int64]) -> None:
-        """Count by token id, once all layers of a pair of parts are counted."""
-        self.by_token.add(part_a.document[pair.rows_a], part_a.token_id[pair.rows_a], shared_of_token)
-
     def merge(self, other: _PairSums) -> None:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
@@ -230,9 +209,10 @@ class _PairSums:
                 mine += theirs
         self.by_token.merge(other.by_token)
 
-    def labelled(
-        self, domains: Sequence[str], in_common: Matching, *, with_tokens: bool, with_weights: bool = False
-    ) -> PairTally:
+    def labelled(self, a: Trace, b: Trace, *, by_token_id: bool, with_weights: bool = False) -> PairTally:
+        tokens, *documents = self.matched_4.tolist()
+        sizes = a.num_documents, b.num_documents
+        in_common = Matching(by_token_id, tokens, a.num_tokens, b.num_tokens, documents[0], *sizes, *documents[1:])
         by_domain = dict(zip(_BY_DOMAIN, self.by_domain_3D, strict=True))
         used = np.flatnonzero(by_domain["tokens"])
         dims = ("domain", "layer", "expert")
@@ -251,7 +231,7 @@ class _PairSums:
                 },
             },
             {
-                "domain": [domains[code] for code in used.tolist()],
+                "domain": [a.domains[code] for code in used.tolist()],
                 "layer": [layer.layer for layer in self.layers],
                 "expert": np.arange(self.by_expert_L6DE.shape[3]),
                 **{
@@ -260,7 +240,7 @@ class _PairSums:
                 },
             },
         )
-        return PairTally(data, self.by_token.labelled() if with_tokens else None, in_common)
+        return PairTally(data, self.by_token.labelled() if by_token_id else None, in_common)
 
 
 def _weigh(

@@ -29,9 +29,6 @@ def count_activations(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_Q: Sums, le
     segments that are left until it falls again; so a token costs k additions and k subtractions, whatever E and m are.
 
     Args:
-        ids_KT: Chosen experts.
-        num_ids: E.
-        starts_Q: First row of each sequence, with the number of rows at the end.
         row_Q: Row of the sums that each sequence adds to.
         length: m, tokens of a segment.
         at_least_RV: Added to: pairs with at least v activations, v from 1.
@@ -209,9 +206,6 @@ def expect_activations(
     holds one of c, whatever the place of the segment: no permutation has to be drawn.
 
     Args:
-        ids_KT: Chosen experts.
-        num_ids: E.
-        starts_G: First row of each document, with the number of rows at the end.
         row_G: Row of the sums that each document adds to.
         segments_GM: Segments of each length in each document.
         lengths_M: The lengths.

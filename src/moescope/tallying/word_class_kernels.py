@@ -25,18 +25,12 @@ FIXED = 2**20
 
 @numba.njit(cache=True, nogil=True)
 def scan_text(
-    text_B: Bytes,
-    first_T: Sums,
-    keywords: NDArray[np.uint64],
-    indentation: int,
-    keyword: int,
-    command: int,
+    text_B: Bytes, first_T: Sums, keywords: NDArray[np.uint64], indentation: int, keyword: int, command: int
 ) -> Bits:
     """Bits of the tokens that share a byte with the indentation of a line, a keyword, or a command.
 
     Args:
-        text_B: Of `text.Pieces.join`.
-        first_T: Of `text.Pieces.join`.
+        text_B: Of `text.Pieces.join`, as `first_T`.
         keywords: The keywords, each as the number that its bytes, at most eight, make, the first the highest.
         indentation: Bit of the spaces and tabs at the start of a line that holds something else.
         keyword: Bit of words that are keywords; a word is a run of ASCII letters, digits, ``_`` and bytes above ASCII.
@@ -92,8 +86,6 @@ def pieces_in_place(
     """Put what a token's piece, the piece before it and the text say of its classes together.
 
     Args:
-        piece_T: Place of each token's piece.
-        document_starts_D: First token of each document, with the number of tokens at the end.
         pieces: Of each piece: the classes it decides alone; whether it is blank, begins with a letter, ends with one,
             is capitalised, and begins with a space.
         classes: Bits of indentation, which only blanks are, continuations and capitalised words.
@@ -162,11 +154,8 @@ def count_classes(
     A document whose tokens are all of a class, or none, says nothing about that class and is left out of it.
 
     Args:
-        ids_KT: Choices; -1 is none.
         kind_T: Kind of each token: tokens of one kind are of the same classes.
         bits_M: Classes of each kind.
-        starts_D: First token of each document, with the number of tokens at the end.
-        group_D: Group of each document.
         counts_XCE: Added to: choices of the tokens of a class.
         expected_XCE: Added to, in units of 1 / FIXED: what they would be if they were shared out as the choices of the
             other tokens of the document are.

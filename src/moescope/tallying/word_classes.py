@@ -196,7 +196,6 @@ class ClassCounter(Counter[ClassCounts]):
     """The counter that fills `ClassCounts`.
 
     Attributes:
-        counts: What is counted.
         described: The pieces of the trace's vocabulary.
         kind: Kind of each token of the part at hand: those of a kind are of the same classes.
         bits: Classes of each kind.
