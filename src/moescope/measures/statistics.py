@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 
@@ -146,7 +146,7 @@ def noncentral_interval(statistic: float, df: float, df_error: float) -> tuple[f
 
     def end(quantile: float) -> float:
         def excess(noncentrality: float) -> float:
-            return float(stats.ncf.cdf(statistic, df, df_error, noncentrality)) - quantile
+            return float(special.ncfdtr(df, df_error, noncentrality, statistic)) - quantile
 
         if not excess(0.0) > 0:
             return 0.0
