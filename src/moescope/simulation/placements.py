@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import NoSuchDomain
 from moescope.simulation import eplb
 from moescope.simulation.batches import BatchKind
 from moescope.simulation.parallel_kernels import bring_together
@@ -198,9 +197,7 @@ def placement(
     if domain is not None and algorithm == "affinity":
         raise ValueError("affinity is fitted on all domains together; eplb and eplb-replicated can be on one")
     trace.need_tokens()
-    if domain is not None and domain not in trace.domains:
-        raise NoSuchDomain(trace.path, f"no domain {domain!r}; the trace has {', '.join(trace.domains)}")
-    code = None if domain is None else trace.domains.index(domain)
+    code = None if domain is None else trace.domain_code(domain)
     if algorithm not in FITTED:
         return place(algorithm, cluster, chosen, {}, seed=seed)
     kind = BatchKind("prefill", batch_tokens)

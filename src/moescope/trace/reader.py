@@ -160,7 +160,7 @@ class Trace:
         """
         self.need_tokens(weights=weights)
         chosen = self.select_layers(layers)
-        kept = None if domains is None else [self._domain_code(name) for name in domains]
+        kept = None if domains is None else [self.domain_code(name) for name in domains]
         for file in self.parts:
             part = self.with_trace_domains(file.read(chosen, weights=weights, predictions=predictions, scores=scores))
             if kept is not None:
@@ -264,7 +264,12 @@ class Trace:
         if weights and not self.header.weights:
             raise NotRecorded(self.path, "gate weights were not recorded", "record again with --weights")
 
-    def _domain_code(self, name: str) -> int:
+    def domain_code(self, name: str) -> int:
+        """The place of a domain among `domains`.
+
+        Raises:
+            NoSuchDomain: The domain is not in the trace.
+        """
         if name not in self.domains:
             raise NoSuchDomain(self.path, f"no domain {name!r}; the trace has {', '.join(self.domains)}")
         return self.domains.index(name)

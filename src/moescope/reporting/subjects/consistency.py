@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from moescope.errors import NoSuchDomain
 from moescope.measures import schema
 from moescope.measures.consistency import consistency
 from moescope.measures.schema import FRACTION
@@ -71,8 +70,8 @@ def command(
     """
     trace.need_tokens()
     shown = shown_layers(trace, layers)
-    if domain is not None and domain not in trace.domains:
-        raise NoSuchDomain(trace.path, f"no domain {domain!r}; the trace has {', '.join(trace.domains)}")
+    if domain is not None:
+        trace.domain_code(domain)
     result = consistency(trace)
     yield consistency_table(result, shown, domain)
     yield Drawing(file="consistency", draw=lambda: drawn.consistency.draw_consistency(result))
