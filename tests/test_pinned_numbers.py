@@ -139,6 +139,7 @@ RESULTS: dict[str, Callable[[Trace, Trace], object]] = {
     "explain": lambda trace, _: moescope.explain(trace, permutations=19, threads=1),
     "explain each choice": lambda trace, _: moescope.explain(trace, choice="all", permutations=9, threads=1),
     "locality": lambda trace, _: moescope.locality(trace, lags=(1, 4, 16), threads=1),
+    "distinct": lambda trace, _: moescope.distinct(trace, threads=1),
     "balance": lambda trace, _: moescope.balance(trace, threads=1),
     "coactivation": lambda trace, _: moescope.coactivation(trace, threads=1),
     "transitions": lambda trace, _: moescope.transitions(trace, threads=1),

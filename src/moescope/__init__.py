@@ -22,8 +22,8 @@ _NAMES = {
     "engines.transformers.routers": "Router",
     "exporting": "export export_placement sql",
     "importers": "from_arrays import_trace",
-    "measures": "balance claims coactivation compare consistency divergence explain locality repeats saturation shares"
-    " syntax transitions vocabulary words",
+    "measures": "balance claims coactivation compare consistency distinct divergence explain locality repeats"
+    " saturation shares syntax transitions vocabulary words",
     "measures.compare": "Comparison",
     "recording": "record",
     "reporting": "report",
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from moescope.measures.compare import Comparison as Comparison
     from moescope.measures.compare import compare as compare
     from moescope.measures.consistency import consistency as consistency
+    from moescope.measures.distinct import distinct as distinct
     from moescope.measures.divergence import divergence as divergence
     from moescope.measures.explain import explain as explain
     from moescope.measures.locality import locality as locality

@@ -32,6 +32,7 @@ RESULTS: dict[str, Callable[[Trace], xr.Dataset]] = {
     "cache": moescope.cache,
     "coactivation": moescope.coactivation,
     "consistency": lambda trace: moescope.consistency(trace, lengths=(4, 16)),
+    "distinct": moescope.distinct,
     "explain": lambda trace: moescope.explain(trace, permutations=3),
     "explain, all choices": lambda trace: moescope.explain(trace, choice="all", permutations=3),
     "locality": lambda trace: moescope.locality(trace, lags=(1, 4)),

@@ -280,7 +280,7 @@ def test_every_figure_has_its_caption_and_says_how_to_read_it_and_what_it_cannot
         *("shares", "divergence", "choices", "", "repeats"),  # the coloured text has its own place
         *("explained", "nulls", "distance", "consistency", "vocabulary", "classes"),
         *("balance", "coactivation", "transitions", "pairs"),
-        *("cache", "prefetch", "parallel"),
+        *("distinct", "cache", "prefetch", "parallel"),
     ]
     for name, figure in figures:
         for heading in ("How to read it.", "What it cannot tell."):

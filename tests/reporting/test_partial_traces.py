@@ -23,7 +23,7 @@ from moescope.tallying import tally
 from moescope.trace import Layer, Trace
 
 LAYERS = (Layer(0, 8, 2), Layer(3, 8, 2), Layer(5, 8, 2))
-OF_TOKENS = {"topics", "repeats", "bits", "locality", "balance", "coactivation", "transitions"}
+OF_TOKENS = {"distinct", "topics", "repeats", "bits", "locality", "balance", "coactivation", "transitions"}
 OF_TOKENS |= {"worth", "caches", "prefetch", "devices"}
 
 
@@ -141,7 +141,7 @@ def test_a_report_leaves_out_what_the_trace_cannot_tell_and_says_so(
     expected = {"claims", "shares", "divergence", "balance"}
     if kind != "counts":
         expected |= {"repeats", "explain", "locality", "lags", "consistency", "coactivation", "batches", "domain_pairs"}
-        expected |= {"information_between_layers", "transitions"}
+        expected |= {"information_between_layers", "transitions", "distinct"}
         expected |= {"cache", "cache_layers", "cache_domains", "prefetch", "prefetch_by_layer"}
         expected |= {"parallel", "drops", "reach", "foreign", "drop_places"}
     if kind == "no token ids":

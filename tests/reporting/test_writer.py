@@ -18,13 +18,14 @@ FIGURES = (
     *("figure7-shares", "figure8-tokens", "figure9-choices", "figure10-repeats", "divergence"),
     *("explained", "explained-by-layer", "repeats-above-nulls", "repeats-by-distance", "consistency"),
     *("balance", "coactivation", "transitions", "domain-pairs"),
-    *("vocabulary", "word-classes", "cache", "prefetch", "parallel"),
+    *("vocabulary", "word-classes", "distinct-experts", "cache", "prefetch", "parallel"),
 )
 TABLES = (
     *("claims", "shares", "repeats", "words", "divergence", "explain", "locality", "lags", "runs", "consistency"),
     *("balance", "batches", "weights", "coactivation", "information_between_layers", "transitions", "paths"),
     *("domain_pairs", "vocabulary", "expert_tokens", "word_classes", "word_class_experts"),
     *(
+        "distinct",
         "cache",
         "cache_layers",
         "cache_domains",

@@ -37,6 +37,7 @@ MEASURES = {
     "vocabulary": lambda source: moescope.vocabulary(source, permutations=3, min_count=2),
     "syntax": moescope.syntax,
     "consistency": moescope.consistency,
+    "distinct": moescope.distinct,
     "balance": moescope.balance,
     "coactivation": moescope.coactivation,
     "transitions": moescope.transitions,

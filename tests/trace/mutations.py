@@ -59,6 +59,7 @@ COMMANDS: dict[str, list[str]] = {
     "text": ["TRACE"],
     "locality": ["TRACE", "--layers", "0"],
     "consistency": ["TRACE"],
+    "distinct": ["TRACE"],
     "balance": ["TRACE"],
     "coactivation": ["TRACE"],
     "transitions": ["TRACE"],

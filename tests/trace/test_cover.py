@@ -76,6 +76,7 @@ MEASURES = {
     "divergence": lambda trace: moescope.divergence(trace),
     "locality": lambda trace: moescope.locality(trace),
     "consistency": lambda trace: moescope.consistency(trace, lengths=(4, 16)),
+    "distinct": moescope.distinct,
     "balance": moescope.balance,
     "coactivation": moescope.coactivation,
     "transitions": moescope.transitions,

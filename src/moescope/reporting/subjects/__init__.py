@@ -34,6 +34,7 @@ MEASURES: Mapping[str, str] = {
     "coactivation": "Show which experts are chosen for the same token.",
     "transitions": "Show how the choice of experts goes on from layer to layer.",
     "pairs": "",
+    "distinct": "Show how many experts a few tokens need together.",
 }
 SIMULATIONS: Mapping[str, str] = {
     "cache": "Show what caches of experts would hit.",
