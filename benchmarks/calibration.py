@@ -220,6 +220,17 @@ def of_consistency(case: Case) -> dict[str, Found]:
     return rows
 
 
+def of_distinct(case: Case) -> dict[str, Found]:
+    of = moescope.distinct(case.trace, [1], lengths=LENGTHS, threads=1).sel(layer=1).isel(domain=0)
+    rows = {}
+    for length in LENGTHS:
+        at = of.sel(length=length)
+        rows[f"distinct({length})"] = Found(*(float(at[f"distinct{end}"]) for end in ("", "_low", "_high")))
+        names = "excess", "excess_low", "excess_high", "excess_p"
+        rows[f"distinct({length}), less any order"] = Found(*(float(at[name]) for name in names))
+    return rows
+
+
 def of_words(case: Case) -> dict[str, Found]:
     of = moescope.words(case.trace, ["self", "Question"], layers=[1]).sel(layer=1)
     word, two = of.sel(word="self"), of.sel(word="Question")
@@ -269,6 +280,7 @@ MEASURES: dict[str, Callable[[Case], dict[str, Found]]] = {
     "explain": of_explain,
     "locality": of_locality,
     "consistency": of_consistency,
+    "distinct": of_distinct,
     "words": of_words,
     "compare": of_compare,
 }
@@ -479,10 +491,14 @@ def of_many(generator: Generator, seed: int) -> dict[str, Truth]:
     if kind in ANY_ORDER:
         rows["locality, above document (any)"] = Truth(0.0, True)
     for length in LENGTHS:
-        srp = srp_of(ids_TK, many.starts_G, experts, length)
-        rows[f"SRP({length})"] = Truth(srp)
-        order = 0.0 if kind in ANY_ORDER else srp - srp_in_any_order(ids_TK, many.starts_G, experts, length)
-        rows[f"SRP({length}), beyond any order"] = Truth(order, kind in ANY_ORDER)
+        seen_V = activations(ids_TK, many.starts_G, experts, length)
+        shuffled_V = None if kind in ANY_ORDER else activations_in_any_order(ids_TK, many.starts_G, experts, length)
+        for name, value_of in (("SRP({}){}", best_f1), ("distinct({}){}", lambda v: distinct_of(v, experts))):
+            value = value_of(seen_V)
+            excess = 0.0 if shuffled_V is None else value - value_of(shuffled_V)
+            order = ", beyond any order" if value_of is best_f1 else ", less any order"
+            rows[name.format(length, "")] = Truth(value)
+            rows[name.format(length, order)] = Truth(excess, kind in ANY_ORDER)
     for batch in (1, 16):
         rows[f"balance, imbalance in batches of {batch}"] = Truth(imbalance_of_batches(many, experts, batch))
     return rows
@@ -501,8 +517,8 @@ def above_any_order(many: Draw, first_T: NDArray[np.int64], experts: int, lag: i
     return (repeated - expected) / pairs
 
 
-def srp_of(ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], experts: int, length: int) -> float:
-    """SRP by its definition: the activations of every expert in every segment."""
+def activations(ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], experts: int, length: int) -> Numbers:
+    """Pairs of a segment and an expert by how many tokens of the segment choose the expert, one segment a start."""
     number_V = np.zeros(length + 1)
     for start, end in pairwise(starts_G):
         if end - start < length:
@@ -511,10 +527,12 @@ def srp_of(ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], experts: int,
         active[np.arange(1, end - start + 1)[:, None], ids_TK[start:end]] = 1
         sums = np.cumsum(active, axis=0)
         number_V += np.bincount((sums[length:] - sums[:-length]).ravel(), minlength=length + 1)
-    return best_f1(number_V)
+    return number_V
 
 
-def srp_in_any_order(ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], experts: int, length: int) -> float:
+def activations_in_any_order(
+    ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], experts: int, length: int
+) -> Numbers:
     """The same if each document is as likely in any order: activations in a segment are hypergeometric."""
     segments: Counter[tuple[int, int]] = Counter()
     for start, end in pairwise(starts_G):
@@ -524,7 +542,12 @@ def srp_in_any_order(ids_TK: NDArray[np.int64], starts_G: NDArray[np.int64], exp
     for (tokens, load), number in segments.items():
         if number:
             number_V += number * stats.hypergeom.pmf(v, tokens, load, length)
-    return best_f1(number_V)
+    return number_V
+
+
+def distinct_of(number_V: Numbers, experts: int) -> float:
+    """Experts that a segment holds at all, on average."""
+    return float(experts * number_V[1:].sum() / number_V.sum())
 
 
 def best_f1(number_V: Numbers) -> float:
@@ -818,7 +841,7 @@ def all_cells(
                 if m in asked
                 and (m != "balance" or (kind, shape) in BALANCED)
                 and (m != "compare" or kind in ("even", "popular"))
-                and (not shape.endswith("short") or m in ("explain", "locality", "consistency"))
+                and (not shape.endswith("short") or m in ("explain", "locality", "consistency", "distinct"))
             )
             if measures and kind in KINDS_OF_SHAPE[shape]:
                 cells.append(Cell(kind, shape, draws, documents, measures))
