@@ -1,7 +1,7 @@
 """What documents of tokens and of counts have in common when they become a trace: one model, domains, layers, parts.
 
 A trace's header precedes its parts but is known only after the last document, so parts are kept in a folder beside the
-trace, one of them in memory.
+trace.
 """
 
 from __future__ import annotations
@@ -28,28 +28,20 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass
 class ArraySpool:
-    """Bundles of arrays, in order; all but the first on disk."""
+    """Bundles of arrays on disk, in order."""
 
     folder: Path
     length: int = 0
-    _first: Arrays = field(default_factory=dict)
 
     def put(self, arrays: Arrays) -> None:
         """Store the next bundle."""
-        if self.length == 0:
-            self._first = arrays
-        else:
-            with (self.folder / f"{self.length}.npz").open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(self.folder / f"{self.length}.npz", **arrays)  # type: ignore[arg-type]
         self.length += 1
 
     def __iter__(self) -> Iterator[Arrays]:
         for index in range(self.length):
-            if index == 0:
-                yield self._first
-            else:
-                with np.load(self.folder / f"{index}.npz", allow_pickle=False) as arrays:
-                    yield dict(arrays)
+            with np.load(self.folder / f"{index}.npz", allow_pickle=False) as arrays:
+                yield dict(arrays)
 
 
 @dataclass
