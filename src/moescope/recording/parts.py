@@ -36,11 +36,8 @@ def cut(portion: Portion, engine: Engine) -> list[Window]:
 def record_part(engine: Engine, portion: Portion, number: int, advance: Callable[[int], None] = lambda _: None) -> Part:
     """Record one part; what it holds depends on nothing that was recorded before it.
 
-    Args:
-        engine: Open, inside its ``with`` block.
-        portion: The documents.
-        number: Number of the part in the recording, from 0.
-        advance: Called after every forward pass with the tokens it read.
+    The engine is inside its ``with`` block, and `advance` called after every forward pass with the tokens it read.
+
     Raises:
         RouterNotFinite: A gate weight is NaN or infinite; its place in the corpus is named.
         MoescopeError: The model is at fault.

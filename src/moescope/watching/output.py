@@ -94,7 +94,7 @@ class TraceOutput:
                 gate_weights={},
             )
             for experts, layer, pair in zip(self._experts, header.layers, choices, strict=True):
-                ids, weights = (tensor.cpu().numpy() for tensor in pair)
+                ids, weights = pair[0].int().cpu().numpy(), pair[1].float().cpu().numpy()
                 _check(experts, layer, ids[recorded.reshape(-1)], weights[recorded.reshape(-1)])
                 step.expert_ids[experts.layer] = ids.reshape(*call.shape, -1)
                 if self._weights:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from moescope.engines.transformers.hooks import listen
+from moescope.engines.transformers.hooks import listen, ranked
 from moescope.engines.transformers.routers import Experts
 from moescope.errors import RouterSilent
 from moescope.watching.calls import Call, Pass, Stack
@@ -114,7 +114,7 @@ class Passes:
                 f"expected once with {num_tokens}",
             )
         with torch.inference_mode(False), torch.no_grad():
-            current.chosen[place] = _ranked(ids, weights) if self._output is not None else None
+            current.chosen[place] = ranked(ids, weights.detach()) if self._output is not None else None
             self._tally.count(current.counts, place, ids, weights, current.counted_on(ids.device))
 
     def end(self, stack: Stack, output: Any) -> None:
@@ -186,12 +186,6 @@ class Passes:
             if running is not None:
                 counted = running if counted is None else counted & running
         return Pass(call, counted, past, starts)
-
-
-def _ranked(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Choices by falling gate weight, equal ones in the order of the router; shapes (token, choice)."""
-    weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order).to(torch.int32), weights.float()
 
 
 def _cache_of(output: Any, given: Any) -> Any:

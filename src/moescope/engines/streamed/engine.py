@@ -56,14 +56,7 @@ RUN_KEY, RUN_VALUE = "engine", "streamed"
 
 
 def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: bool) -> bool:
-    """Whether a recording goes layer by layer: as asked, else as it was begun, else if the checkpoint does not fit.
-
-    Args:
-        model: The checkpoint.
-        out: The trace to be.
-        options: What the user asked for.
-        force: Whether a trace that was begun does not matter, since it will be replaced.
-    """
+    """Whether a recording goes layer by layer: as asked, else as it was begun, else if the checkpoint does not fit."""
     if options.stream is not None:
         return options.stream
     if has_work(out):
@@ -243,9 +236,6 @@ class _Table:
 def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
     """Ready a checkpoint to be streamed; everything that can be refused is refused before its layers are read.
 
-    Args:
-        path: Folder of a checkpoint, or its name in the local Hugging Face cache.
-        options: What is read of it, and how.
     Raises:
         ModelNotStreamable: It is quantized, an encoder-decoder, not in safetensors files, or a small model of its
             family comes out differently.

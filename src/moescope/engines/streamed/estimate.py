@@ -27,13 +27,7 @@ _MEASURE_SECONDS = 0.1  # enough for the best of several products, and nobody no
 
 
 def fits(folder: Path, dtype: str, available: int) -> bool:
-    """Whether a checkpoint can be loaded whole.
-
-    Args:
-        folder: The checkpoint.
-        dtype: What it would be loaded in.
-        available: Bytes of memory that recording may take.
-    """
+    """Whether a checkpoint can be loaded whole, in a dtype, if recording may take so many bytes of memory."""
     return _WHOLE_FACTOR * model_bytes(folder, dtype) + BASE_BYTES <= available
 
 

@@ -107,9 +107,7 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def keys(self, layer: int | None, *, bare: bool = False) -> list[str]:
         """Names, in the checkpoint, of a layer's tensors; for None, of all that lie in no layer.
 
-        Args:
-            layer: Index of the layer.
-            bare: Without those of its routed experts.
+        Those of its routed experts are left out if `bare`.
         """
         inside = self._names_within(layer, bare=bare)
         return [key for key, target in self._targets.items() if inside(target)]
@@ -141,9 +139,8 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def check(self, last: int, *, bare: bool) -> None:
         """See that the checkpoint holds every tensor up to a layer in its shape, before hours are spent on the others.
 
-        Args:
-            last: The last layer that will be loaded.
-            bare: Whether that one will do without its routed experts.
+        The last one will be loaded without its routed experts if `bare`.
+
         Raises:
             ModelDamaged: A tensor is missing or misshapen.
         """

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from moescope.engines import work
 from moescope.engines.interrupts import despite_interrupts
+from moescope.engines.transformers.hooks import tensors_in
 from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
@@ -41,7 +42,7 @@ class Chosen(NamedTuple):
     """What a layer chose for every token of the corpus, shapes (token, choice); weights are None if not recorded."""
 
     expert_ids: NDArray[np.integer[Any]]
-    gate_weights: NDArray[np.float32] | None
+    gate_weights: NDArray[np.float32] | None = None
 
 
 class States:
@@ -204,7 +205,7 @@ class Spool(AbstractContextManager["Spool"]):
     ) -> None:
         self.path, self._num_layers = path, num_layers
         self._recorded = tuple(layer.layer for layer in plan.layers)
-        self._with_weights = plan.weights
+        self._kinds = ("choices", "weights") if plan.weights else ("choices",)
         self._memory = _Memory(memory)
         self._lock = ExitStack()
         self._behind = ThreadPoolExecutor(1, "commit")
@@ -240,10 +241,7 @@ class Spool(AbstractContextManager["Spool"]):
     def commit(self, layer: int, states: States | None, chosen: Chosen | None) -> None:
         """Finish a layer; its files are synced and listed while the next layer runs.
 
-        Args:
-            layer: Index of the layer.
-            states: What it returned, from `states_of`; None for the last layer.
-            chosen: What it chose; None if it is not recorded.
+        The last layer has no states, and one that is not recorded nothing chosen.
         """
         try:
             self.settle()
@@ -269,7 +267,7 @@ class Spool(AbstractContextManager["Spool"]):
             arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in self._files(layer)]
         except (OSError, ValueError) as error:
             raise work.damaged(self.path, f"what layer {layer} chose cannot be read: {error}") from None
-        return Chosen(arrays[0], arrays[1] if self._with_weights else None)
+        return Chosen(*arrays)
 
     def close(self) -> None:
         """Release the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
@@ -287,34 +285,30 @@ class Spool(AbstractContextManager["Spool"]):
         self.close()
 
     def _commit(self, layer: int, states: States | None, chosen: Chosen | None, before: States | None) -> None:
-        for name, array in zip((_choices(layer), _weights(layer)), chosen or (), strict=False):
+        for name, array in zip(self._files(layer), chosen or (), strict=False):
             if array is not None:
-                checksums.commit(self.path, name, partial(_save, array=array))
+                checksums.commit(self.path, name, partial(np.save, arr=array, allow_pickle=False))
         if states is not None:
             checksums.enlist(self.path, states.name, states.seal())
         if before is not None:
             (self.path / before.name).unlink(missing_ok=True)
 
-    def _differences(self, plan: Header, tokens: str) -> list[str]:
+    def _begin(self, plan: Header, tokens: str) -> None:
         if not (self.path / PLAN).exists():
-            return []
+            checksums.rewrite(self.path, {})
+            text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
+            checksums.commit_bytes(self.path, PLAN, text.encode())
+            return
         begun = work.read_plan(self.path)
         differences = plan.differences(Header.from_json(json.dumps(begun["header"]), self.path))
         if not differences and begun.get("tokens") != tokens:
             differences = ["the tokens of the corpus"]
-        return differences
-
-    def _begin(self, plan: Header, tokens: str) -> None:
-        if differences := self._differences(plan, tokens):
+        if differences:
             raise TraceMismatch(
                 self.path,
                 "holds the unfinished work of another recording: " + "; ".join(differences[:4]),
                 "run the command it was started with, choose another output, or --force to record it anew",
             )
-        if not (self.path / PLAN).exists():
-            checksums.rewrite(self.path, {})
-            text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
-            checksums.commit_bytes(self.path, PLAN, text.encode())
 
     def _resume(self, plan: Header, tokens: str) -> int:
         """Drop what a kill left unfinished; open the states of the last finished layer and return the one after it."""
@@ -341,9 +335,8 @@ class Spool(AbstractContextManager["Spool"]):
         return finished + 1
 
     def _files(self, layer: int) -> list[str]:
-        if layer not in self._recorded:
-            return []
-        return [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
+        """Names of the files of what a layer chose."""
+        return [f"{kind}-{layer:06d}.npy" for kind in self._kinds] if layer in self._recorded else []
 
 
 class _Memory:
@@ -374,21 +367,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(_nbytes(item) for item in value) if isinstance(value, tuple | list) else 0
-
-
-def _save(file: BinaryIO, array: NDArray[Any]) -> None:
-    np.save(file, array, allow_pickle=False)
-
-
-def _choices(layer: int) -> str:
-    return f"choices-{layer:06d}.npy"
-
-
-def _weights(layer: int) -> str:
-    return f"weights-{layer:06d}.npy"
+    return sum(tensor.nbytes for tensor in tensors_in(value))
 
 
 def _states(layer: int) -> str:

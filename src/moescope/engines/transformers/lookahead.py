@@ -12,7 +12,7 @@ sees the run, and only if the hidden states are all that it is called with. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moescope.engines.transformers.adapters import Read
-from moescope.engines.transformers.hooks import RouterWatch
+from moescope.engines.transformers.hooks import RouterWatch, ranked, tensors_in
 from moescope.engines.transformers.replacing import attribute_set
 from moescope.engines.transformers.routers import Experts, check_call, layer_index
 from moescope.errors import ModelUnsupported, NoSuchLayer, RouterSilent
@@ -86,8 +86,7 @@ class LoneRouter:
         args = tuple(hidden if place == self.place else value for place, value in enumerate(self.args))
         kwargs = {name: hidden if name == self.place else value for name, value in self.kwargs.items()}
         output = self.module.forward(*args, **kwargs)
-        ids, weights = check_call(self.experts, *self.read(args, kwargs, output))
-        return ids.gather(1, weights.sort(dim=1, descending=True, stable=True).indices) if ids.shape[1] > 1 else ids
+        return ranked(*check_call(self.experts, *self.read(args, kwargs, output)))[0]
 
 
 class Lookahead:
@@ -169,12 +168,8 @@ class Lookahead:
 
 
 def check_distances(distances: Sequence[int], num_layers: int, subject: object) -> tuple[int, ...]:
-    """The distances, ascending.
+    """The distances, ascending, if they fit the number of layers to record.
 
-    Args:
-        distances: As asked for.
-        num_layers: Layers to record.
-        subject: What errors call the model.
     Raises:
         ValueError: One is no whole number from 1.
         NoSuchLayer: No two of the layers are so far apart.
@@ -194,12 +189,9 @@ def find_lookahead(
 ) -> Lookahead:
     """Find the routers of a model, and make sure, on a few tokens, that they can be run by themselves.
 
-    Args:
-        body: The model.
-        experts: The layers to record, ascending.
-        distances: How many of them to look ahead, as `check_distances` returned them.
-        inputs: ``input_ids`` of a few tokens, shape (1, token).
-        subject: What errors call the model.
+    The experts are those of the layers to record, ascending, the distances as `check_distances` returned them, and the
+    inputs ``input_ids`` of a few tokens, shape (1, token).
+
     Raises:
         ModelUnsupported: A router is no module of its own, needs more than hidden states, or does not repeat itself.
     """
@@ -320,7 +312,7 @@ def _giver(experts: Experts, calls: Sequence[_Seen], ids: Tensor, weights: Tenso
         return None if call is None else (call, experts.read)
     num_choices = ids.shape[1]
     for call in calls:
-        given = list(_tensors(call.output))
+        given = list(tensors_in(call.output))
         index = next((index for index, tensor in enumerate(given) if _same(tensor, ids)), None)
         if index is None:
             continue
@@ -336,7 +328,7 @@ def _reader(index: int, rank_index: int | None, num_choices: int) -> Read:
     """Reads the ids, and what they rank by, from two places of an output; without the latter they keep their order."""
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-        given = list(_tensors(output))
+        given = list(tensors_in(output))
         width = given[index].shape[-1] if given[index].dim() > 1 else num_choices
         ids = given[index].reshape(-1, width)
         if rank_index is None:
@@ -361,16 +353,6 @@ def _longer(router: LoneRouter, hidden: Tensor) -> LoneRouter:
         return router
     distinct = ids.sort(dim=1).values.diff(dim=1).ne(0).all()
     return longer if ids.shape[1] == wanted and bool(distinct) else router
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
 
 
 def _same(given: Tensor, received: Tensor) -> bool:
