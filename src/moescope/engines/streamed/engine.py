@@ -88,7 +88,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         self._first_rows: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        self.undo.enter_context(self._layerwise)
+        self.undo.callback(self._layerwise.close)
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +120,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         spool = Spool(
             work_folder(plan.out), plan.header, plan.tokens, num_layers=num_layers, memory=memory, force=plan.force
         )
-        self.undo.enter_context(spool)
+        self.undo.callback(spool.close)
         num_tokens = [unit.num_tokens for unit in units]
         total, first = sum(num_tokens), spool.next_layer
         taken = self._estimate(total, first, num_layers, memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def model_bytes(folder: Path, dtype: str) -> int:
     if not any(file.suffix == ".safetensors" for file in files):
         return sum(file.stat().st_size for file in files)
     try:
-        with Shards(folder) as shards:
+        with closing(Shards(folder)) as shards:
             wanted = None if dtype == "auto" else getattr(torch, dtype).itemsize
             return sum(
                 tensor.nbytes // tensor.dtype.itemsize * wanted

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class _LayerDone(BaseException):
     """Ends a forward pass after one layer; no ``except Exception`` of a model may swallow it."""
 
 
-class Layerwise(AbstractContextManager["Layerwise"]):
+class Layerwise:
     """The body of a model whose layers are loaded and run one at a time.
 
     Args:
@@ -215,9 +215,6 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def close(self) -> None:
         """Close the files."""
         self.shards.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _find_targets(self) -> dict[str, str]:
         """For each tensor of the checkpoint that the body has, the name it has there; one of several if it is split."""

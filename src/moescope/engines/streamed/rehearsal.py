@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _run_streamed(
     routing: Routing = [{} for _ in inputs]
     states: list[Any] = [None for _ in inputs]
     widths = 0.0
-    with small, ready_to_record(Model(small.body, checkpoint.tokenizer, small.experts, {})):
+    with closing(small), ready_to_record(Model(small.body, checkpoint.tokenizer, small.experts, {})):
         small.load(None)
         last = small.experts[-1].layer
         for layer in range(last + 1):

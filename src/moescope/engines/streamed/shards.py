@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ class StoredTensor:
             self._shard.read(out.view(-1).view(torch.uint8).numpy().data, self._start)
 
 
-class Shards(AbstractContextManager["Shards"]):
-    """The safetensors files of a checkpoint, opened for reading.
+class Shards:
+    """The safetensors files of a checkpoint, opened for reading until `close`.
 
     Attributes:
         tensors: Every tensor by its name.
@@ -128,9 +127,6 @@ class Shards(AbstractContextManager["Shards"]):
         self._ahead.shutdown(cancel_futures=True)
         for shard in self._files:
             shard.file.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Shard:

@@ -19,7 +19,7 @@ import json
 import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -178,8 +178,8 @@ class States:
             done += count
 
 
-class Spool(AbstractContextManager["Spool"]):
-    """The work folder, created or resumed, locked while it is open.
+class Spool:
+    """The work folder, created or resumed, locked until `close`.
 
     Args:
         path: The folder.
@@ -280,9 +280,6 @@ class Spool(AbstractContextManager["Spool"]):
         self._lock.close()
         if interrupt is not None:
             raise interrupt
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _commit(self, layer: int, states: States | None, chosen: Chosen | None, before: States | None) -> None:
         for name, array in zip(self._files(layer), chosen or (), strict=False):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -69,11 +69,11 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         output = outputs.__dict__.pop("last", None)
-        tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+        tell(*_read(experts, args, kwargs, output))
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if called is None:
-            tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+            tell(*_read(experts, args, kwargs, output))
         else:
             outputs.last = output
 
@@ -85,7 +85,7 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
     return handles
 
 
-def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Any, Any]:
+def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor]:
     try:
         ids, weights = experts.read(args, kwargs, output)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -93,7 +93,7 @@ def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
             experts.name,
             f"layer {experts.layer} is called, or answers, in another way than its reading knows: {error!r}",
         ) from error
-    return ids, weights
+    return check_call(experts, ids, weights)
 
 
 class RouterWatch:
@@ -112,21 +112,18 @@ class RouterWatch:
         self._stop_at = stop_at
         self._lookahead = lookahead
         self._calls: list[tuple[Experts, Tensor, Tensor]] = []
-        self.handles: list[RemovableHandle] = []
+        self.undo = ExitStack()
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
-            self.handles += listen(experts, self.note(experts))
+            for handle in listen(experts, self.note(experts)):
+                self.undo.callback(handle.remove)
         if self._lookahead is not None:
-            self._lookahead.__enter__()
+            self.undo.enter_context(self._lookahead)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        if self._lookahead is not None:
-            self._lookahead.__exit__()
+        self.undo.close()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they chose.

@@ -94,16 +94,16 @@ class Lookahead:
 
     Args:
         routers: By layer.
-        targets: For each layer to predict from, the distances and layers to predict.
+        targets: The layer to predict from, the distance and the layer to predict, of each prediction.
     """
 
-    def __init__(self, routers: Mapping[int, LoneRouter], targets: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+    def __init__(self, routers: Mapping[int, LoneRouter], targets: Sequence[tuple[int, int, int]]) -> None:
         self.routers, self.targets = routers, targets
-        self._predicted: dict[int, dict[int, Tensor]] = {}
+        self._predicted: dict[tuple[int, int], Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Lookahead:
-        for layer in self.targets:
+        for layer in {source for source, _, _ in self.targets}:
             module = self.routers[layer].module
             self._handles.append(module.register_forward_pre_hook(self._predict(layer), with_kwargs=True))
         return self
@@ -123,32 +123,30 @@ class Lookahead:
         """
         predictions, self._predicted = self._predicted, {}
         taken: dict[int, dict[int, NDArray[np.int16]]] = {}
-        for source, targets in self.targets.items():
-            for distance, target in targets:
-                router = self.routers[target]
-                ids = predictions.get(target, {}).get(distance)
-                if ids is None or ids.shape != (num_tokens, router.num_predicted):
-                    raise RouterSilent(
-                        f"layer {source}",
-                        f"its router gave {'nothing' if ids is None else tuple(ids.shape)} to predict layer {target} "
-                        f"from, expected {num_tokens} rows",
-                        "an implementation or kernel may bypass the module; load the model without it",
-                    )
-                predicted = ids.to(torch.int16).cpu().numpy()
-                limit = router.experts.num_experts + router.experts.num_null_experts
-                if predicted.min() < 0 or predicted.max() >= limit:
-                    raise ModelUnsupported(
-                        router.experts.name, f"predicts experts outside 0..{limit - 1}: {predicted.max()}", _HINT
-                    )
-                taken.setdefault(target, {})[distance] = predicted
+        for source, distance, target in self.targets:
+            router = self.routers[target]
+            ids = predictions.get((target, distance))
+            if ids is None or ids.shape != (num_tokens, router.num_predicted):
+                raise RouterSilent(
+                    f"layer {source}",
+                    f"its router gave {'nothing' if ids is None else tuple(ids.shape)} to predict layer {target} "
+                    f"from, expected {num_tokens} rows",
+                    "an implementation or kernel may bypass the module; load the model without it",
+                )
+            predicted = ids.to(torch.int16).cpu().numpy()
+            limit = router.experts.num_experts + router.experts.num_null_experts
+            if predicted.min() < 0 or predicted.max() >= limit:
+                raise ModelUnsupported(
+                    router.experts.name, f"predicts experts outside 0..{limit - 1}: {predicted.max()}", _HINT
+                )
+            taken.setdefault(target, {})[distance] = predicted
         return taken
 
     def described(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         """The layers of a header, with what is predicted of each."""
         distances: dict[int, list[int]] = {}
-        for targets in self.targets.values():
-            for distance, target in targets:
-                distances.setdefault(target, []).append(distance)
+        for _, distance, target in self.targets:
+            distances.setdefault(target, []).append(distance)
         return tuple(
             replace(layer, lookahead=tuple(sorted(ahead)), num_predicted=self.routers[layer.layer].num_predicted)
             if (ahead := distances.get(layer.layer))
@@ -161,8 +159,9 @@ class Lookahead:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[router.place] if isinstance(router.place, int) else kwargs[router.place]
-            for distance, target in self.targets[layer]:
-                self._predicted.setdefault(target, {})[distance] = _run(self.routers[target], hidden, layer)
+            for source, distance, target in self.targets:
+                if source == layer:
+                    self._predicted[target, distance] = _run(self.routers[target], hidden, layer)
 
         return before
 
@@ -200,20 +199,20 @@ def find_lookahead(
         finder.run(body, inputs)
     kept = {id(tensor) for tensors in (body.parameters(), body.buffers()) for tensor in tensors}
     routers = {block.layer: _router(block, finder, kept, f"{subject} ({family})") for block in experts}
-    targets: dict[int, list[tuple[int, int]]] = {}
-    for place, block in enumerate(experts):
-        for distance in distances:
-            if place + distance < len(experts):
-                targets.setdefault(block.layer, []).append((distance, experts[place + distance].layer))
-    for source, later in targets.items():
-        for _, target in later:
-            if not routers[target].alone:
-                raise ModelUnsupported(
-                    f"{subject} ({family})",
-                    f"the router of layer {target} is called with more than hidden states and cannot be asked earlier",
-                    _HINT,
-                )
-            _run(routers[target], finder.hidden[source], source)
+    targets = [
+        (block.layer, distance, experts[place + distance].layer)
+        for place, block in enumerate(experts)
+        for distance in distances
+        if place + distance < len(experts)
+    ]
+    for source, _, target in targets:
+        if not routers[target].alone:
+            raise ModelUnsupported(
+                f"{subject} ({family})",
+                f"the router of layer {target} is called with more than hidden states and cannot be asked earlier",
+                _HINT,
+            )
+        _run(routers[target], finder.hidden[source], source)
     return Lookahead(routers, targets)
 
 
@@ -256,7 +255,7 @@ class _Finder(RouterWatch):
             see = self._see(experts.layer)
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
-                    self.handles.append(module.register_forward_hook(see, with_kwargs=True))
+                    self.undo.callback(module.register_forward_hook(see, with_kwargs=True).remove)
         super().__enter__()
         return self
 
