@@ -19,17 +19,10 @@ from moescope.watching.sequences import DECODE, PREFILL, Labels, Sequences, Step
 
 
 class TraceOutput:
-    """Records forward passes; each method may be called from any thread.
+    """Records forward passes of one stack of layers; each method may be called from any thread.
 
-    Args:
-        path: Folder of the trace.
-        experts: The layers, one stack of them.
-        header: Makes the header from the layers; called once, with whether token ids are known.
-        vocabulary: Makes the vocabulary; called once.
-        labels: Domains and documents of the sequences that begin.
-        weights: Whether gate weights are recorded.
-        part_tokens: Tokens of a part.
-        force: Replace what is at `path`, if it is a trace.
+    Header, made from the layers and whether token ids are known, and vocabulary are asked for once.
+
     Raises:
         TraceExists: There is something at the path.
     """

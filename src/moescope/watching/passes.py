@@ -31,16 +31,9 @@ BYPASSED = (
 
 
 class Passes:
-    """Follows the forward passes of a model while its ``with`` block lasts.
+    """Follows the forward passes of a model, out of its wrappers, while its ``with`` block lasts.
 
-    Args:
-        model: The model, out of its wrappers.
-        name: What errors call it.
-        stacks: Its stacks of layers.
-        experts: The layers watched.
-        tally: Counts what they choose.
-        output: The trace that is written; None for none.
-        added_ids: Ids in front of a text that are not counted.
+    What the layers choose is counted and, if there is an output, recorded; ids added in front of a text are not.
 
     Attributes:
         paused: Whether nothing is counted now.
@@ -90,7 +83,7 @@ class Passes:
     def begin(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins; one that an exception ended before is forgotten."""
         self.seen = True
-        self._open.__dict__[stack.name] = None if self.paused else self._prepare(stack, Call.read(stack, args, kwargs))
+        self._open.__dict__[stack.name] = None if self.paused else self._prepare(Call.read(stack, args, kwargs))
 
     def note(self, place: int, ids: Tensor, weights: Tensor) -> None:
         """A layer has chosen."""
@@ -172,7 +165,7 @@ class Passes:
 
         return torch.compiler.disable(before), torch.compiler.disable(after)  # type: ignore[no-untyped-call]
 
-    def _prepare(self, stack: Stack, call: Call) -> Pass:
+    def _prepare(self, call: Call) -> Pass:
         counted = call.real()
         past, starts = None, None
         if self._output is not None or self._added_ids:
