@@ -67,16 +67,10 @@ class Assembly:
 
     def learn(self, model: ModelFacts, place: str) -> None:
         """Merge what a document states about the model into what is known; a contradiction is refused."""
-        if model is self.model or model == NO_MODEL:
-            return
         known = self.model
         merged = {}
-        for name, description in (
-            ("num_experts", "experts"),
-            ("top_k", "experts per token"),
-            ("num_layers", "layers"),
-            ("num_moe_layers", "layers with routed experts"),
-        ):
+        described = {"num_experts": "experts", "top_k": "experts per token", "num_layers": "layers"}
+        for name, description in described.items():
             value, earlier = getattr(model, name), getattr(known, name)
             if value is not None and earlier is not None and value != earlier:
                 raise ImportMalformed(place, f"says {value} {description}; an option or an earlier file says {earlier}")
@@ -137,7 +131,7 @@ class Assembly:
         """Compare the layers that have routing with what is known of the model."""
         if not layers:
             raise ImportMalformed(name, "has no layer with routing: every value is zero or padding")
-        expected = self.model.num_moe_layers or (None if self.options.layers is None else len(self.options.layers))
+        expected = None if self.options.layers is None else len(self.options.layers)
         if expected is not None and expected != len(layers):
             self.findings.warn(f"{len(layers)} layers have routing, expected {expected}")
         elif expected is None and self.model.num_layers not in (None, len(layers)):

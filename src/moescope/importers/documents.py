@@ -30,14 +30,12 @@ class ModelFacts:
         num_experts: Routed experts of a layer.
         top_k: Experts chosen per token.
         num_layers: Layers, dense ones included.
-        num_moe_layers: Layers with routed experts.
     """
 
     name: str = ""
     num_experts: int | None = None
     top_k: int | None = None
     num_layers: int | None = None
-    num_moe_layers: int | None = None
 
 
 NO_MODEL = ModelFacts()

@@ -141,9 +141,8 @@ class Tokens(Assembly):
         spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
         places = _Places([d.place for d in documents], ends)
         layers = sorted({layer for d in documents for layer in d.expert_ids})
-        all_weights = all(set(d.gate_weights) == set(d.expert_ids) for d in documents)
         self._any_weights |= any(d.gate_weights for d in documents)
-        self._weights &= all_weights
+        self._weights &= all(set(d.gate_weights) == set(d.expert_ids) for d in documents)
         self._ranked &= all(d.ranked for d in documents)
         for what, has in _OPTIONAL.items():
             given = [has(document) for document in documents]
@@ -191,9 +190,7 @@ class Tokens(Assembly):
                             weights[span, : block.shape[1]] = block
                 weights[ids < 0] = 0
                 arrays[f"W{layer}"] = weights
-        if not any(f"W{layer}" in arrays for layer in layers):
-            self._weights = False
-        self._zero_everywhere += int(zero_rows.sum()) if layers else 0
+        self._zero_everywhere += int(zero_rows.sum())
         if self._weights:
             self._order_by_weight(arrays, layers, places)
         self._find_repeats(arrays, layers)
@@ -246,20 +243,18 @@ class Tokens(Assembly):
                 f"{places.at(int(np.flatnonzero(ids[:, width - 1] >= 0)[0]))}, layer {layer}",
                 f"has {width} experts per token, expected {self.model.top_k}",
             )
-        if ids.shape[1] > 1 and width:
-            ordered = np.sort(ids[:, :width], axis=1)
-            twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-            if twice.any():
-                if zero_is_dense:
-                    zero = (ids[:, :width] == 0).all(axis=1)
-                    twice &= ~zero
-                if twice.any():
-                    row = int(np.flatnonzero(twice)[0])
-                    raise ImportMalformed(
-                        f"{places.at(row)}, layer {layer}",
-                        f"chooses an expert twice ({_row(ids[row])}), expected {width} different ones",
-                    )
-                ids[zero] = -1
+        ordered = np.sort(ids[:, :width], axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+        if zero_is_dense and twice.any():
+            zero = (ids[:, :width] == 0).all(axis=1)
+            twice &= ~zero
+            ids[zero] = DROPPED
+        if twice.any():
+            row = int(np.flatnonzero(twice)[0])
+            raise ImportMalformed(
+                f"{places.at(row)}, layer {layer}",
+                f"chooses an expert twice ({_row(ids[row])}), expected {width} different ones",
+            )
         facts.zero_rows += int(zero.sum())
         facts.width = max(facts.width, width)
         facts.largest = max(facts.largest, int(ids.max()))

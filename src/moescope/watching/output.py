@@ -53,7 +53,6 @@ class TraceOutput:
         """Record a forward pass.
 
         Args:
-            current: The pass.
             choices: For each layer ids and gate weights, by falling weight, shape (token, choice).
             cache: The cache that holds what was read; None if nothing can follow.
             generation: The call of ``generate`` that runs; None if none does.

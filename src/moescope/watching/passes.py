@@ -133,8 +133,12 @@ class Passes:
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """``generate`` runs in this block."""
         generation = Generation.read(model, args, kwargs)
-        if self._output is not None and not self.paused:
-            generation.check_can_be_followed()
+        if self._output is not None and not self.paused and generation.unlike is not None:
+            raise ValueError(
+                f"generate with {generation.unlike} cannot be followed in a trace: it reads tokens that are thrown "
+                "away, or the same ones again; generate without it, or watch without a trace, which counts all that "
+                "runs"
+            )
         before, self._generations.now = self._generation, generation
         whole = False
         try:

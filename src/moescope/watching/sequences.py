@@ -148,7 +148,6 @@ class Sequences:
         """Add what a forward pass read; `settle` writes it once it is due.
 
         Args:
-            step: It.
             cache: The cache that holds it now; None if there is none, so that nothing can follow.
             past: Tokens that the cache held before.
             subject: What errors call the model.

@@ -70,12 +70,8 @@ def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: 
 class StreamedEngine(ModelEngine, CorpusEngine):
     """Runs a model layer by layer over all units, then returns what each layer chose.
 
-    Args:
-        model: As in memory, its layers empty.
-        layerwise: Loads and runs its layers.
-        rehearsal: What the small model taught.
-        read_rate: Bytes a second at which its first weights were read.
-        options: What is read of it; `memory` None for half of what is available.
+    The model is as in memory, its layers empty; `read_rate` is in bytes a second, that of its first weights. If the
+    options say no memory, half of what is available is taken.
     """
 
     def __init__(

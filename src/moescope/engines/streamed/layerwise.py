@@ -178,14 +178,11 @@ class Layerwise:
         self._spare, self._stacked = list(self._stacked.values()), {}
 
     def run(self, layer: int, inputs: Mapping[str, Tensor], before: Any) -> Any:
-        """Run one layer, which must be loaded.
+        """Run one layer, which must be loaded, and return what it returns.
 
         Args:
-            layer: Index of the layer.
             inputs: Of the whole model: ``input_ids`` of shape (sequence, token), and ``attention_mask`` if need be.
             before: What the layer before it returned; None for the first.
-        Returns:
-            What the layer returned.
         Raises:
             ModelNotStreamable: The model did not come to this layer.
         """

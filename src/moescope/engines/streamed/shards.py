@@ -135,7 +135,7 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = path.open("rb", buffering=0)
+            self.file = path.open("rb")
         except OSError as error:
             raise ModelDamaged(path, f"cannot be opened: {error}") from error
         self.size = os.fstat(self.file.fileno()).st_size
@@ -143,18 +143,15 @@ class _Shard:
         self._lock = threading.Lock()
 
     def read(self, into: memoryview, start: int) -> None:
-        done = 0
         with self._lock:
             try:
                 self.file.seek(start)
-                while done < len(into):
-                    count = self.file.readinto(into[done:])
-                    if not count:
-                        raise ModelDamaged(self.path, f"ends at byte {start + done}, within a tensor")
-                    done += count
+                count = self.file.readinto(into)
             except OSError as error:
                 raise ModelDamaged(self.path, f"cannot be read: {error}") from error
-            self.bytes_read += done
+            if count < len(into):
+                raise ModelDamaged(self.path, f"ends at byte {start + count}, within a tensor")
+            self.bytes_read += count
 
     def read_header(self) -> dict[str, StoredTensor]:
         """Its tensors by name; each lies within the file and is as long as its shape says."""

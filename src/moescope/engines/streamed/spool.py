@@ -20,6 +20,7 @@ import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -62,7 +63,7 @@ class States:
         self._path = folder / (name + checksums.TEMPORARY)
         self._out: BinaryIO | None = self._path.open("wb", buffering=0)
         # A file of its own has a position of its own: `seal` writes while another thread reads.
-        self._file = self._path.open("rb", buffering=0)
+        self._file = self._path.open("rb")
 
     @classmethod
     def reopen(cls, folder: Path, name: str, memory: _Memory) -> States:
@@ -74,7 +75,7 @@ class States:
         states = cls.__new__(cls)
         states.name, states._memory, states._kept, states._out = name, memory, {}, None
         states._path = folder / name
-        states._file = states._path.open("rb", buffering=0)
+        states._file = states._path.open("rb")
         states.nbytes = os.fstat(states._file.fileno()).st_size
         try:
             length = int.from_bytes(states._read(states.nbytes - 8, 8), "little")
@@ -86,10 +87,9 @@ class States:
     def append(self, value: Any) -> None:
         """Write what the layer returned for the next batch: a tensor, or tuples of tensors and plain values."""
         value = move(value, torch.device("cpu"))
-        start = self.nbytes
         self._index.append(self._write_value(value))
-        nbytes = self.nbytes - start
-        if self._memory.take(nbytes):
+        if (nbytes := _nbytes(value)) <= self._memory.left:
+            self._memory.left -= nbytes
             self._kept[len(self._index) - 1] = value
 
     def take(self, index: int) -> Any:
@@ -100,7 +100,7 @@ class States:
         """
         if index in self._kept:
             value = self._kept.pop(index)
-            self._memory.give_back(_nbytes(value))
+            self._memory.left += _nbytes(value)
             return value
         try:
             return self._read_value(self._index[index])
@@ -118,8 +118,7 @@ class States:
 
     def close(self) -> None:
         """Close the file and release the memory."""
-        for value in self._kept.values():
-            self._memory.give_back(_nbytes(value))
+        self._memory.left += _nbytes(list(self._kept.values()))
         self._kept.clear()
         self._file.close()
         if self._out is not None:
@@ -169,13 +168,10 @@ class States:
     def _read_into(self, data: memoryview, start: int) -> None:
         if start < 0:
             raise ValueError(f"starts at {start}")
-        done = 0
         self._file.seek(start)
-        while done < len(data):
-            count = self._file.readinto(data[done:])
-            if not count:
-                raise ValueError(f"ends after {start + done} bytes")
-            done += count
+        count = self._file.readinto(data)
+        if count < len(data):
+            raise ValueError(f"ends after {start + count} bytes")
 
 
 class Spool:
@@ -336,20 +332,11 @@ class Spool:
         return [f"{kind}-{layer:06d}.npy" for kind in self._kinds] if layer in self._recorded else []
 
 
+@dataclass
 class _Memory:
-    """How much of what is spooled may still be kept in memory."""
+    """How many bytes of what is spooled may still be kept in memory."""
 
-    def __init__(self, left: int) -> None:
-        self._left = left
-
-    def take(self, nbytes: int) -> bool:
-        if nbytes > self._left:
-            return False
-        self._left -= nbytes
-        return True
-
-    def give_back(self, nbytes: int) -> None:
-        self._left += nbytes
+    left: int
 
 
 def move(value: Any, device: torch.device) -> Any:

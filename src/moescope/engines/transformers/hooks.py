@@ -63,8 +63,6 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
         ModelUnsupported: From within the forward pass, if what comes by is not ids and gate weights.
     """
     called, router = experts.called, experts.router
-    if called is None and router is None:
-        raise ValueError(f"{experts.name} says no module to listen to")
     outputs = threading.local()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
