@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -675,7 +676,7 @@ def test_hostile_safetensors_files_end_in_a_clear_error(tmp_path: Path) -> None:
             content[chance.randrange(length + 8)] = chance.randrange(256)
         path.write_bytes(content)
         try:
-            with Shards(folder) as opened:
+            with closing(Shards(folder)) as opened:
                 for stored in opened.tensors.values():
                     assert stored[...].shape == stored.shape
         except MoescopeError:
@@ -690,7 +691,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(mixtral: Path) -> None
 
 
 def test_a_stored_tensor_is_what_the_safetensors_library_reads(mixtral: Path) -> None:
-    with Shards(mixtral) as opened:
+    with closing(Shards(mixtral)) as opened:
         for path in mixtral.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dict
@@ -700,7 +701,7 @@ def test_a_stored_tensor_is_what_the_safetensors_library_reads(mixtral: Path) ->
 def test_fetching_ahead_brings_the_files_into_the_page_cache(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, start, length, advice: asked.append((start, length)))
-    with Shards(mixtral) as opened:
+    with closing(Shards(mixtral)) as opened:
         names = [name for name in opened.tensors if ".layers.1." in name]
         opened.fetch_ahead(names)
         opened._ahead.shutdown()

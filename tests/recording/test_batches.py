@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moescope.corpus import Document
 from moescope.engines.transformers.batches import batches
-from moescope.recording.portions import num_characters, plan, portions, windows
+from moescope.recording.portions import num_characters, portions, summed, windows
 
 
 def encode(text: str) -> np.ndarray:
@@ -65,13 +65,12 @@ def test_empty_documents_are_counted_in_the_part_they_come_before() -> None:
     assert found == [(2, 1), (4, 1)]
 
 
-def test_a_plan_numbers_the_parts_with_tokens_and_goes_on_after_those_that_are_recorded() -> None:
-    parts = list(plan(portions(documents(["", "abc", "d", "efg", ""]), encode, 3)))
-    assert [(part.number, len(part.portion.documents)) for part in parts] == [(0, 1), (1, 2), (2, 0)]
-    assert [part.before["tokens"] for part in parts] == [0, 3, 7]
-    assert parts[-1].totals == {"documents_read": 5, "documents_empty": 2, "tokens": 7, "characters": 7}
-    (resumed, *_) = plan([parts[1].portion], [parts[0].portion.note()])
-    assert resumed == parts[1]
+def test_only_the_last_portion_can_be_without_a_token_and_notes_add_up() -> None:
+    parts = list(portions(documents(["", "abc", "d", "efg", ""]), encode, 3))
+    assert [len(part.documents) for part in parts] == [1, 2, 0]
+    notes = [part.note() for part in parts]
+    assert summed(notes) == {"documents_read": 5, "documents_empty": 2, "tokens": 7, "characters": 7}
+    assert summed([]) == dict.fromkeys(notes[0], 0)
 
 
 def test_a_long_document_becomes_consecutive_windows() -> None:

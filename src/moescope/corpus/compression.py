@@ -26,7 +26,6 @@ def chunks(
     """Yield the decompressed bytes of a file, piece by piece.
 
     Args:
-        path: The file.
         compressed_bytes: Bytes of a zstd file read at a time; hostile data can expand 30,000-fold.
         max_window_bytes: Largest window that a zstd file may request.
     Raises:

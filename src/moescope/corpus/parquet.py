@@ -17,9 +17,7 @@ BUFFER_BYTES = 1 << 20  # read at a time from a column; without it pyarrow reads
 def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
     """Yield the record of each row; where the file cannot be read further, an ``Unreadable`` is the last.
 
-    Args:
-        path: A Parquet file.
-        fields: Columns to read, with a dotted path for a part of a struct; None reads all.
+    The fields are columns to read, with a dotted path for a part of a struct; None reads all.
     """
     try:
         with (

@@ -34,11 +34,8 @@ class Problems:
         self.first.clear()
 
     def report(self, place: str, problem: str) -> None:
-        """Register a record that is left out.
+        """Register a record that is left out, with its file and line and what is wrong there.
 
-        Args:
-            place: The file and the line in it.
-            problem: What is wrong there.
         Raises:
             CorpusMalformed: The corpus is read strictly.
         """

@@ -34,18 +34,13 @@ def open_engine(
         if (options.dtype, options.device, options.device_map) != (DTYPES[0], DEVICE, None):
             raise ValueError("the dtype and the devices of a loaded model are what they are")
         return TransformersEngine(adopt_model(*model, options), options)
-    if options.device_map is None:
-        find_device(options.device)
-    elif options.device != DEVICE:
-        raise ValueError(f"a device ({options.device}) and a device map exclude each other")
-    elif options.stream:
-        raise ValueError("a model is streamed through one device, or spread by a device map, not both")
     if options.routers is not None:
         raise ValueError("routers describe a model that you loaded: pass (model, tokenizer)")
     if options.device_map is None:
         from moescope.engines.streamed.engine import must_stream, open_streamed
         from moescope.engines.streamed.layerwise import NO_STREAM
 
+        find_device(options.device)
         if must_stream(model, out, options, force=force):
             if options.lookahead:
                 problem = "looking ahead needs the routers of later layers, which are not loaded yet"
@@ -53,5 +48,9 @@ def open_engine(
             if options.trust_remote_code:
                 raise ValueError("a model that brings its own code cannot be streamed: --no-stream loads it whole")
             return open_streamed(model, options)
+    elif options.device != DEVICE:
+        raise ValueError(f"a device ({options.device}) and a device map exclude each other")
+    elif options.stream:
+        raise ValueError("a model is streamed through one device, or spread by a device map, not both")
     options = replace(options, offload_folder=options.offload_folder or out.parent)
     return TransformersEngine(load_model(model, options), options)

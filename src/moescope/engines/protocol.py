@@ -142,7 +142,6 @@ class Engine(ABC):
         """Read the sequences of a unit.
 
         Args:
-            unit: The unit.
             advance: Called now and then with the number of tokens read since the last call.
         Raises:
             NotFinite: A gate weight is not a number.

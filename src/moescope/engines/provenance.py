@@ -47,14 +47,7 @@ class ModelProvenance:
 def describe_run(
     *, device: str, attn_implementation: str, experts_implementation: str, libraries: Sequence[str]
 ) -> dict[str, Any]:
-    """Provenance of a run.
-
-    Args:
-        device: Kind of device.
-        attn_implementation: Which code computes attention.
-        experts_implementation: Which code computes the experts.
-        libraries: Modules whose versions decide what is computed; they are imported already.
-    """
+    """Provenance of a run; its libraries, imported already, are those whose versions decide what is computed."""
     return {
         "device": device,
         "attn_implementation": attn_implementation,

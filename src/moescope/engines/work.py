@@ -36,9 +36,7 @@ def has_work(out: Path) -> bool:
 def remove_work(out: Path, finished: Header | None = None) -> None:
     """Remove what a streamed recording left, unless another process is at it.
 
-    Args:
-        out: The trace.
-        finished: Header of what is recorded there; the work of any other recording is kept. None keeps none.
+    With the header of what is recorded there, the work of any other recording is kept.
     """
     path = work_folder(out)
     if not (path.is_dir() and is_work(path)):

@@ -60,10 +60,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
 def _next_requests(objects: np.ndarray, done: int, last: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The next request for the object of each, within these; and (earlier request, its next) for earlier objects.
 
-    Args:
-        objects: Object of each request.
-        done: Requests before these.
-        last: Last request of each object before these; changed.
+    Before these there were `done` requests, the last for each object those in `last`, which is brought up to date.
     """
     following = np.full(len(objects), NOT_AGAIN, np.int64)
     order = np.argsort(objects, kind="stable")

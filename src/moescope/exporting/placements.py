@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.errors import NotExportable
 from moescope.exporting.hot_experts import expert_loads
@@ -21,8 +22,6 @@ from moescope.trace import Trace
 
 if TYPE_CHECKING:
     from moescope.simulation import Placement
-
-FORMATS = ("sglang", "sglang-counts", "eplb")
 
 
 def export_placement(
@@ -62,15 +61,17 @@ def export_placement(
         sizes = " and ".join(f"{slots} slots of {experts} experts" for experts, slots in sorted(shapes))
         raise NotExportable(trace.path, f"its layers differ: {sizes}", "--layers selects layers of the same size")
     with new_output(out, apart_from=trace.path, force=force) as beside:
-        if format == "eplb":
-            _write_arrays(beside, _eplb(placement), as_json=out.suffix == ".json")
+        arrays = FORMATS[format](placement, trace)
+        if format == "eplb" and out.suffix != ".json":
+            with beside.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
         else:
-            content = _sglang(placement, trace) if format == "sglang" else _counts(placement, trace)
-            beside.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+            lists = {name: array.tolist() for name, array in arrays.items()}
+            beside.write_text(json.dumps(lists, separators=(",", ":")) + "\n", encoding="utf-8")
     return out
 
 
-def _eplb(placement: Placement) -> dict[str, Any]:
+def _eplb(placement: Placement, _: Trace) -> dict[str, NDArray[np.int64]]:
     numbers = [layer.layer for layer in placement.layers]
     count = np.array([placement.num_replicas(layer) for layer in numbers], np.int64)
     return {
@@ -81,24 +82,19 @@ def _eplb(placement: Placement) -> dict[str, Any]:
     }
 
 
-def _write_arrays(path: Path, arrays: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        lists = {name: array.tolist() for name, array in arrays.items()}
-        path.write_text(json.dumps(lists, separators=(",", ":")) + "\n", encoding="utf-8")
-        return
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def _sglang(placement: Placement, trace: Trace) -> dict[str, Any]:
+def _sglang(placement: Placement, trace: Trace) -> dict[str, NDArray[np.int64]]:
     first = placement.layers[0]
-    plain = (np.arange(len(placement.experts[first.layer])) % first.num_experts).tolist()
-    placed = {layer: experts.tolist() for layer, experts in placement.experts.items()}
-    return {"physical_to_logical_map": [placed.get(layer, plain) for layer in range(num_model_layers(trace))]}
+    plain = np.arange(len(placement.experts[first.layer])) % first.num_experts
+    layers = range(num_model_layers(trace))
+    return {"physical_to_logical_map": np.array([placement.experts.get(layer, plain) for layer in layers])}
 
 
-def _counts(placement: Placement, trace: Trace) -> dict[str, Any]:
+def _counts(placement: Placement, trace: Trace) -> dict[str, NDArray[np.int64]]:
     table = np.zeros((num_model_layers(trace), placement.layers[0].num_experts), np.int64)
     for layer, loads in expert_loads(trace, placement.layers).items():
         table[layer] = loads
-    return {"logical_count": table.tolist()}
+    return {"logical_count": table}
+
+
+FORMATS = {"sglang": _sglang, "sglang-counts": _counts, "eplb": _eplb}
+"""By name, the function that makes the arrays of a placement, given the trace."""

@@ -10,6 +10,7 @@ never runs; a trace holds it, and so do these arrays.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -77,8 +78,7 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, name: str) -> Non
             _write_arrays(trace, layers, (num_layers, top_k), dtype, member, spooled)
             spooled.seek(0)
             with member(SEQUENCES) as file:
-                while block := spooled.read(2**20):
-                    file.write(block)
+                shutil.copyfileobj(spooled, file)
             with member(MARKER) as file:
                 file.write(_json(layout))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,39 +104,37 @@ def from_arrays(
     if columns["phases"] is not None and not np.isin(columns["phases"], (0, 1)).all():
         raise ValueError("phases must be 0 (prompt) or 1 (generated)")
 
+    sequence, phase = columns["sequences"], columns["phases"]
+    whole = TokenDocument(
+        "arrays",
+        domains if isinstance(domains, str) else "",
+        by_layer,
+        weights,
+        columns["token_ids"],
+        None if sequence is None else np.append(True, np.diff(sequence) != 0),
+        None if phase is None else phase.astype(np.uint8),
+        ranked=ranked,
+        none_is_dropped=True,
+        model=ModelFacts(model, num_experts),
+        label=named["labels"],
+        margins=scores["margins"],
+        masses=scores["masses"],
+    )
+
     def read() -> Generator[TokenDocument, None, None]:
         numbers = columns["documents"]
         bounds = np.array([0, num_tokens]) if numbers is None else run_starts(numbers)
         if numbers is not None and len(np.unique(numbers[bounds[:-1]])) != len(bounds) - 1:
             raise ValueError("the tokens of a document must be contiguous")
         for start, end in pairwise(bounds.tolist()):
-            rows = slice(start, end)
-            own_names = {name: None if labels is None else labels.rows(rows) for name, labels in named.items()}
-            for name in ("domains", "clusters"):
-                if (own_labels := own_names[name]) is not None and len(np.unique(own_labels.codes)) > 1:
-                    raise ValueError(f"a document has one of {name}; tokens {start} to {end - 1} have several")
-            domain, cluster = (
-                None if own_labels is None else own_labels.names[own_labels.codes[0]]
-                for own_labels in (own_names["domains"], own_names["clusters"])
-            )
-            own = {name: None if column is None else column[rows] for name, column in columns.items()}
-            sequence, phase = own["sequences"], own["phases"]
-            yield TokenDocument(
-                f"arrays, tokens {start} to {end - 1}",
-                str(domains) if domain is None else domain,
-                {layer: ids[rows] for layer, ids in by_layer.items()},
-                {layer: array[rows] for layer, array in weights.items()},
-                own["token_ids"],
-                None if sequence is None else np.append(True, np.diff(sequence) != 0),
-                None if phase is None else phase.astype(np.uint8),
-                ranked=ranked,
-                none_is_dropped=True,
-                model=ModelFacts(model, num_experts),
-                cluster=cluster,
-                label=own_names["labels"],
-                margins={layer: array[rows] for layer, array in scores["margins"].items()},
-                masses={layer: array[rows] for layer, array in scores["masses"].items()},
-            )
+            own = replace(whole.rows(slice(start, end)), place=f"arrays, tokens {start} to {end - 1}")
+            for name, field in (("domains", "domain"), ("clusters", "cluster")):
+                if (labels := named[name]) is not None:
+                    codes = labels.codes[start:end]
+                    if (codes != codes[0]).any():
+                        raise ValueError(f"a document has one of {name}; tokens {start} to {end - 1} have several")
+                    own = replace(own, **{field: labels.names[codes[0]]})
+            yield own
 
     corpus = {"name": "arrays", "format": "arrays", "fingerprint": None}
     run = {"importer": "arrays", "source": "numpy"}

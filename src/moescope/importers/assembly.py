@@ -1,7 +1,7 @@
 """What documents of tokens and of counts have in common when they become a trace: one model, domains, layers, parts.
 
 A trace's header precedes its parts but is known only after the last document, so parts are kept in a folder beside the
-trace, one of them in memory.
+trace.
 """
 
 from __future__ import annotations
@@ -28,28 +28,20 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass
 class ArraySpool:
-    """Bundles of arrays, in order; all but the first on disk."""
+    """Bundles of arrays on disk, in order."""
 
     folder: Path
     length: int = 0
-    _first: Arrays = field(default_factory=dict)
 
     def put(self, arrays: Arrays) -> None:
         """Store the next bundle."""
-        if self.length == 0:
-            self._first = arrays
-        else:
-            with (self.folder / f"{self.length}.npz").open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(self.folder / f"{self.length}.npz", **arrays)  # type: ignore[arg-type]
         self.length += 1
 
     def __iter__(self) -> Iterator[Arrays]:
         for index in range(self.length):
-            if index == 0:
-                yield self._first
-            else:
-                with np.load(self.folder / f"{index}.npz", allow_pickle=False) as arrays:
-                    yield dict(arrays)
+            with np.load(self.folder / f"{index}.npz", allow_pickle=False) as arrays:
+                yield dict(arrays)
 
 
 @dataclass
@@ -75,16 +67,10 @@ class Assembly:
 
     def learn(self, model: ModelFacts, place: str) -> None:
         """Merge what a document states about the model into what is known; a contradiction is refused."""
-        if model is self.model or model == NO_MODEL:
-            return
         known = self.model
         merged = {}
-        for name, description in (
-            ("num_experts", "experts"),
-            ("top_k", "experts per token"),
-            ("num_layers", "layers"),
-            ("num_moe_layers", "layers with routed experts"),
-        ):
+        described = {"num_experts": "experts", "top_k": "experts per token", "num_layers": "layers"}
+        for name, description in described.items():
             value, earlier = getattr(model, name), getattr(known, name)
             if value is not None and earlier is not None and value != earlier:
                 raise ImportMalformed(place, f"says {value} {description}; an option or an earlier file says {earlier}")
@@ -145,7 +131,7 @@ class Assembly:
         """Compare the layers that have routing with what is known of the model."""
         if not layers:
             raise ImportMalformed(name, "has no layer with routing: every value is zero or padding")
-        expected = self.model.num_moe_layers or (None if self.options.layers is None else len(self.options.layers))
+        expected = None if self.options.layers is None else len(self.options.layers)
         if expected is not None and expected != len(layers):
             self.findings.warn(f"{len(layers)} layers have routing, expected {expected}")
         elif expected is None and self.model.num_layers not in (None, len(layers)):

@@ -34,7 +34,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         documents = DocumentNumbers()
         domain = options.domain or stem(path)
         events = _events(path, cells, columns, documents, domain)
-        yield from gather(batches(events), documents, Meaning("weight" in columns, True, model), findings)
+        yield from gather(batches(events), documents, Meaning("weight" in columns, ranked=True, model=model), findings)
 
 
 def _events(

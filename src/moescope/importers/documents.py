@@ -30,14 +30,12 @@ class ModelFacts:
         num_experts: Routed experts of a layer.
         top_k: Experts chosen per token.
         num_layers: Layers, dense ones included.
-        num_moe_layers: Layers with routed experts.
     """
 
     name: str = ""
     num_experts: int | None = None
     top_k: int | None = None
     num_layers: int | None = None
-    num_moe_layers: int | None = None
 
 
 NO_MODEL = ModelFacts()
@@ -84,21 +82,21 @@ class TokenDocument:
     margins: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
     masses: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
+    def rows(self, selected: slice | NDArray[np.bool_]) -> TokenDocument:
+        """The document of the selected tokens."""
+        columns: dict[str, Any] = {
+            name: None if (column := getattr(self, name)) is None else column[selected]
+            for name in ("token_ids", "starts", "phase")
+        }
+        for name in ("expert_ids", "gate_weights", "margins", "masses"):
+            columns[name] = {layer: column[selected] for layer, column in getattr(self, name).items()}
+        return replace(self, **columns, label=None if self.label is None else self.label.rows(selected))
+
     def only(self, kept: NDArray[np.bool_]) -> TokenDocument:
         """The tokens that are kept, shape (token,); one behind a gap begins a sequence."""
         starts = np.zeros(len(kept), np.bool_) if self.starts is None else self.starts.copy()
         starts[1:] |= ~kept[:-1]
-        return replace(
-            self,
-            expert_ids={layer: ids[kept] for layer, ids in self.expert_ids.items()},
-            gate_weights={layer: weights[kept] for layer, weights in self.gate_weights.items()},
-            token_ids=None if self.token_ids is None else self.token_ids[kept],
-            starts=starts[kept],
-            phase=None if self.phase is None else self.phase[kept],
-            label=None if self.label is None else self.label.rows(kept),
-            margins={layer: margins[kept] for layer, margins in self.margins.items()},
-            masses={layer: masses[kept] for layer, masses in self.masses.items()},
-        )
+        return replace(self, starts=starts).rows(kept)
 
 
 @dataclass(frozen=True)

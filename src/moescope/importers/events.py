@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +105,11 @@ def gather(
 
 def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
     """Events as arrays, a hundred thousand at a time."""
-    waiting: list[Event] = []
-    for event in events:
-        waiting.append(event)
-        if len(waiting) == 100_000:  # 3 MB as an array
-            yield _array(waiting)
-            waiting = []
-    if waiting:
-        yield _array(waiting)
-
-
-def _array(events: list[Event]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite and is reported as such
-        return np.array(events, EVENT)
+    remaining = iter(events)
+    while taken := list(islice(remaining, 100_000)):  # 3 MB as an array
+        with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite and is reported as such
+            batch = np.array(taken, EVENT)
+        yield batch
 
 
 class _EventSpool:

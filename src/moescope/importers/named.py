@@ -185,15 +185,13 @@ def read_events(
     columns: Columns,
     options: Options,
     findings: Findings,
-    *,
     model: ModelFacts = NO_MODEL,
-    ranked: bool = False,
 ) -> Generator[TokenDocument, None, None]:
     """Gather the rows of a table into documents."""
     documents = DocumentNumbers()
     weights = bool(columns.weights or columns.weight)
     events = _events(path, table, columns, documents, options, findings)
-    yield from gather(batches(events), documents, Meaning(weights, ranked, model), findings)
+    yield from gather(batches(events), documents, Meaning(weights, ranked=False, model=model), findings)
 
 
 def _events(

@@ -65,7 +65,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
         model = ModelFacts(header.model_name, header.num_experts, header.top_k, header.num_layers)
         if scores is not None:
             findings.warn("scores were taken as gate weights; the file does not state whether they are those executed")
-        yield from read_events(path, chain([first], table), columns, options, findings, model=model)
+        yield from read_events(path, chain([first], table), columns, options, findings, model)
 
 
 def _name(key: str, row: Row) -> str:

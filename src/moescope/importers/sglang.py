@@ -37,7 +37,7 @@ def read(
         value = TorchFile(path).value
         domain = options.domain or stem(path)
         if isinstance(value, dict) and isinstance(value.get("logical_count"), TorchTensor):
-            yield from _passes(path, value["logical_count"], domain, findings)
+            yield from _passes(path, value["logical_count"], domain)
         elif isinstance(value, dict) and isinstance(value.get("records"), list):
             yield from _records(path, value, domain, findings, seen)
         else:
@@ -45,7 +45,7 @@ def read(
             raise ImportMalformed(path, f"holds {keys or 'nothing'}, expected logical_count or records")
 
 
-def _passes(path: Path, counts: TorchTensor, domain: str, findings: Findings) -> Generator[CountedDocument, None, None]:
+def _passes(path: Path, counts: TorchTensor, domain: str) -> Generator[CountedDocument, None, None]:
     """Modes stat and stat_approx: counts [pass, layer, expert]; older files have no passes."""
     if len(counts.shape) not in (2, 3) or counts.dtype.kind not in "iu":
         raise ImportMalformed(path, f"logical_count is {counts.dtype} of shape {counts.shape}, expected [pass, L, E]")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class _Safetensors:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            length = int.from_bytes(start, "little") if len(start) == 8 else size
             if length > MAX_HEADER_BYTES and length <= size:
                 raise ImportTooLarge(path, f"has a header of {length:,} bytes")
             if length > size - 8:

@@ -5,8 +5,10 @@ Unit: a token. Invalid input is refused; unusual input is imported with a warnin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,14 +34,14 @@ REPEATS_LISTED = 8  # a line that can be pasted
 
 
 _OPTIONAL: Mapping[str, Callable[[TokenDocument], bool]] = {
-    "token ids": lambda document: document.token_ids is not None,
+    "token_ids": lambda document: document.token_ids is not None,
     "phases": lambda document: document.phase is not None,
     "clusters": lambda document: document.cluster is not None,
     "labels": lambda document: document.label is not None,
     "margins": lambda document: set(document.margins) >= set(document.expert_ids),
     "masses": lambda document: set(document.masses) >= set(document.expert_ids),
 }
-"""What a trace has if every document has it."""
+"""What a trace has if every document has it, by the field of the header that says so."""
 
 
 @dataclass
@@ -49,13 +51,8 @@ class _LayerFacts:
     largest: int = -1  # largest id; -1 if there is none
     zero_rows: int = 0  # tokens whose ids are all zero, which is not routing
     width: int = 0  # slots used: one more than the last that holds an expert of any token
-    filled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))  # tokens by number of experts
+    filled: Counter[int] = field(default_factory=Counter)  # tokens by number of experts
     recorded: int = 0  # tokens whose choice in the layer was recorded, even if no expert ran
-
-    def add(self, chosen: NDArray[np.int64]) -> None:
-        filled = np.bincount(chosen, minlength=len(self.filled))
-        filled[: len(self.filled)] += self.filled
-        self.filled = filled
 
 
 @dataclass
@@ -70,7 +67,7 @@ class Tokens(Assembly):
     _layers: dict[int, _LayerFacts] = field(default_factory=dict)
     _weights: bool = True
     _any_weights: bool = False
-    _all: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_OPTIONAL, True))
+    _all: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_OPTIONAL, True))
     _any: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_OPTIONAL, False))
     _labels: dict[str, dict[str, int]] = field(default_factory=lambda: {"cluster": {}, "label": {}})
     _ranked: bool = True
@@ -138,14 +135,14 @@ class Tokens(Assembly):
     def _flush(self) -> None:
         """Join the waiting documents to one part, check and store it."""
         documents, self._waiting = self._waiting, []
-        lengths = np.array([next(iter(d.expert_ids.values())).shape[0] for d in documents])
+        lengths = [len(next(iter(d.expert_ids.values()))) for d in documents]
         ends = np.cumsum(lengths)
         num_tokens = int(ends[-1])
+        spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
         places = _Places([d.place for d in documents], ends)
         layers = sorted({layer for d in documents for layer in d.expert_ids})
-        all_weights = all(set(d.gate_weights) == set(d.expert_ids) for d in documents)
         self._any_weights |= any(d.gate_weights for d in documents)
-        self._weights &= all_weights
+        self._weights &= all(set(d.gate_weights) == set(d.expert_ids) for d in documents)
         self._ranked &= all(d.ranked for d in documents)
         for what, has in _OPTIONAL.items():
             given = [has(document) for document in documents]
@@ -155,16 +152,16 @@ class Tokens(Assembly):
         none_is_dropped = all(d.none_is_dropped for d in documents)
 
         starts = np.zeros(num_tokens, bool)
-        for d, end, length in zip(documents, ends, lengths, strict=True):
+        for d, span in zip(documents, spans, strict=True):
             if d.starts is not None:
-                starts[end - length : end] = d.starts
-            starts[end - length] = True
+                starts[span] = d.starts
+            starts[span.start] = True
         arrays: Arrays = {
             "document": np.repeat(np.arange(self.num_documents, self.num_documents + len(documents)), lengths),
             "domain": np.repeat(np.array([self.code_of(d.domain, d.place) for d in documents]), lengths),
             "starts": starts,
         }
-        if self._all["token ids"]:
+        if self._all["token_ids"]:
             arrays["token_id"] = np.concatenate([np.asarray(d.token_ids) for d in documents]).astype(np.uint32)
         if self._all["phases"]:
             arrays["phase"] = np.concatenate([np.asarray(d.phase) for d in documents]).astype(np.uint8)
@@ -181,21 +178,19 @@ class Tokens(Assembly):
         zero_rows = np.ones(num_tokens, bool)
         for layer in layers:
             blocks = [d.expert_ids.get(layer) for d in documents]
-            ids = self._joined(layer, blocks, lengths, places, NOT_RECORDED if none_is_dropped else DROPPED)
+            ids = self._joined(layer, blocks, spans, places, NOT_RECORDED if none_is_dropped else DROPPED)
             zero = self._check_ids(layer, ids, places, zero_is_dense, none_is_dropped)
             zero_rows &= zero
             arrays[f"L{layer}"] = ids
             if self._weights:
                 weights = np.zeros(ids.shape, np.float32)
-                for d, end, length in zip(documents, ends, lengths, strict=True):
+                for d, span in zip(documents, spans, strict=True):
                     if (block := d.gate_weights.get(layer)) is not None:
                         with np.errstate(over="ignore"):
-                            weights[end - length : end, : block.shape[1]] = block
+                            weights[span, : block.shape[1]] = block
                 weights[ids < 0] = 0
                 arrays[f"W{layer}"] = weights
-        if not any(f"W{layer}" in arrays for layer in layers):
-            self._weights = False
-        self._zero_everywhere += int(zero_rows.sum()) if layers else 0
+        self._zero_everywhere += int(zero_rows.sum())
         if self._weights:
             self._order_by_weight(arrays, layers, places)
         self._find_repeats(arrays, layers)
@@ -211,27 +206,25 @@ class Tokens(Assembly):
         return np.array([known.setdefault(label, len(known)) for label in labels], np.int64)
 
     def _joined(
-        self, layer: int, blocks: list[NDArray[Any] | None], lengths: NDArray[np.int64], places: _Places, least: int
+        self, layer: int, blocks: list[NDArray[Any] | None], spans: list[slice], places: _Places, least: int
     ) -> NDArray[Any]:
         """Ids of one layer, shape (token, choice), `NOT_RECORDED` where a document lacks it; none is out of bounds."""
         width = max(block.shape[1] for block in blocks if block is not None)
         highest = (self.model.num_experts or 2**16) - 1
-        ids = np.full((int(lengths.sum()), width), NOT_RECORDED, np.int16 if highest < 2**15 else np.int32)
-        end = 0
-        for block, length in zip(blocks, lengths.tolist(), strict=True):
-            end += length
+        ids = np.full((spans[-1].stop, width), NOT_RECORDED, np.int16 if highest < 2**15 else np.int32)
+        for block, span in zip(blocks, spans, strict=True):
             if block is None:
                 continue
             if block.min() < least or block.max() > highest:
                 row = int(np.flatnonzero((block < least).any(axis=1) | (block > highest).any(axis=1))[0])
                 wrong_id = next(int(expert) for expert in block[row] if not least <= expert <= highest)
                 raise ImportMalformed(
-                    f"{places.at(end - length + row)}, layer {layer}",
+                    f"{places.at(span.start + row)}, layer {layer}",
                     f"has expert id {wrong_id}, expected 0 to {highest}",
                     "is the number of experts right, and do the ids include shared experts?",
                 )
-            ids[end - length : end] = DROPPED
-            ids[end - length : end, : block.shape[1]] = block
+            ids[span] = DROPPED
+            ids[span, : block.shape[1]] = block
         return ids
 
     def _check_ids(
@@ -250,24 +243,22 @@ class Tokens(Assembly):
                 f"{places.at(int(np.flatnonzero(ids[:, width - 1] >= 0)[0]))}, layer {layer}",
                 f"has {width} experts per token, expected {self.model.top_k}",
             )
-        if ids.shape[1] > 1 and width:
-            ordered = np.sort(ids[:, :width], axis=1)
-            twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-            if twice.any():
-                if zero_is_dense:
-                    zero = (ids[:, :width] == 0).all(axis=1)
-                    twice &= ~zero
-                if twice.any():
-                    row = int(np.flatnonzero(twice)[0])
-                    raise ImportMalformed(
-                        f"{places.at(row)}, layer {layer}",
-                        f"chooses an expert twice ({_row(ids[row])}), expected {width} different ones",
-                    )
-                ids[zero] = -1
+        ordered = np.sort(ids[:, :width], axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+        if zero_is_dense and twice.any():
+            zero = (ids[:, :width] == 0).all(axis=1)
+            twice &= ~zero
+            ids[zero] = DROPPED
+        if twice.any():
+            row = int(np.flatnonzero(twice)[0])
+            raise ImportMalformed(
+                f"{places.at(row)}, layer {layer}",
+                f"chooses an expert twice ({_row(ids[row])}), expected {width} different ones",
+            )
         facts.zero_rows += int(zero.sum())
         facts.width = max(facts.width, width)
         facts.largest = max(facts.largest, int(ids.max()))
-        facts.add((ids >= 0).sum(axis=1))
+        facts.filled.update(dict(enumerate(np.bincount((ids >= 0).sum(axis=1)).tolist())))
         # A log has no line, or a line of padding, where a layer was not logged; arrays say themselves which is which.
         not_recorded = (ids == NOT_RECORDED).any(axis=1) if none_is_dropped else (ids < 0).all(axis=1)
         ids[not_recorded] = NOT_RECORDED
@@ -335,7 +326,7 @@ class Tokens(Assembly):
             self.findings.warn("gate weights were left out: not every token has them")
         for what in _OPTIONAL:
             if self._any[what] and not self._all[what]:
-                self.findings.warn(f"{what} were left out: not every document has them")
+                self.findings.warn(f"{what.replace('_', ' ')} were left out: not every document has them")
         num_experts = self.count_experts(max(self._layers[layer].largest for layer in kept))
         ranked = self._weights or self._ranked or self.options.ranked
         if not ranked:
@@ -348,7 +339,7 @@ class Tokens(Assembly):
             top_k = self.model.top_k or facts.width
             if top_k > num_experts:
                 raise ImportMalformed(f"{name}, layer {index}", f"has {top_k} experts per token, of {num_experts}")
-            missing = self._rows - (int(facts.filled[top_k]) if top_k < len(facts.filled) else 0)
+            missing = self._rows - facts.filled[top_k]
             without = self._rows - facts.recorded
             if without:
                 self.findings.warn(
@@ -373,13 +364,8 @@ class Tokens(Assembly):
             tuple(layers),
             weights=self._weights,
             model=self.described(),
-            tokenizer=numbered if self.pieces and self._all["token ids"] else {},
-            token_ids=self._all["token ids"],
-            phases=self._all["phases"],
-            clusters=self._all["clusters"],
-            labels=self._all["labels"],
-            margins=self._all["margins"],
-            masses=self._all["masses"],
+            tokenizer=numbered if self.pieces and self._all["token_ids"] else {},
+            **self._all,
         )
 
     def _routed_layers(self, name: str) -> list[int]:

@@ -29,19 +29,10 @@ def write(
     vocabulary: Vocabulary | None = None,
     force: bool = False,
 ) -> Trace:
-    """Check the documents and write them as a trace.
+    """Check the documents, all of one kind, and write them as a trace.
 
-    Args:
-        out: Folder of the trace.
-        documents: All of one kind; read once, one at a time.
-        options: What the user states about the model.
-        findings: Collects warnings, which are issued at the end and stored in the trace.
-        corpus: Provenance of the text.
-        run: Provenance of the recording.
-        vocabulary: Text pieces of the token ids, if known.
-        force: Replace a finished trace.
-    Returns:
-        The finished trace.
+    They are read once, one at a time; the warnings found are issued at the end and stored in the trace.
+
     Raises:
         ForeignTraceError: The documents are invalid.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,11 +36,8 @@ def cut(portion: Portion, engine: Engine) -> list[Window]:
 def record_part(engine: Engine, portion: Portion, number: int, advance: Callable[[int], None] = lambda _: None) -> Part:
     """Record one part; what it holds depends on nothing that was recorded before it.
 
-    Args:
-        engine: Open, inside its ``with`` block.
-        portion: The documents.
-        number: Number of the part in the recording, from 0.
-        advance: Called after every forward pass with the tokens it read.
+    The engine is inside its ``with`` block, and `advance` called after every forward pass with the tokens it read.
+
     Raises:
         RouterNotFinite: A gate weight is NaN or infinite; its place in the corpus is named.
         MoescopeError: The model is at fault.
@@ -50,12 +47,12 @@ def record_part(engine: Engine, portion: Portion, number: int, advance: Callable
         routed = engine.record(unit, advance)
     except NotFinite as error:
         raise not_finite(error, portion, engine) from None
-    return _part(portion, cut(portion, engine), routed)
+    return _part(portion, engine, routed)
 
 
 def not_finite(error: NotFinite, portion: Portion, engine: Engine) -> RouterNotFinite:
     """The error that says where in the corpus a gate weight is not a number."""
-    part = _part(portion, cut(portion, engine), Routed({}, {}, {}))
+    part = _part(portion, engine, Routed({}, {}, {}))
     document, sequence, position = (
         int(getattr(part, name)[error.row]) for name in ("document", "sequence", "position")
     )
@@ -66,7 +63,8 @@ def not_finite(error: NotFinite, portion: Portion, engine: Engine) -> RouterNotF
     )
 
 
-def _part(portion: Portion, sequences: Sequence[Window], routed: Routed) -> Part:
+def _part(portion: Portion, engine: Engine, routed: Routed) -> Part:
+    sequences = cut(portion, engine)
     lengths = [len(token_ids) for _, token_ids in portion.documents]
     domains = {document.domain: None for document, _ in portion.documents}
     codes = {domain: code for code, domain in enumerate(domains)}

@@ -6,7 +6,7 @@ model reads in one go; a document longer than the window becomes several, each a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,35 +72,6 @@ def portions(documents: Iterable[Document], encode: Encode, part_tokens: int) ->
             portion = Portion()
     if portion.num_read:
         yield portion
-
-
-@dataclass(frozen=True)
-class PlannedPart:
-    """A part in its place in the recording.
-
-    Attributes:
-        number: Its number in the trace, from 0; documents without a token get none, and the next part has the number.
-        portion: Its documents.
-        before: What the trace notes of all portions before it, summed.
-    """
-
-    number: int
-    portion: Portion
-    before: Mapping[str, int]
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """What the trace notes, this portion included."""
-        return summed([self.before, self.portion.note()])
-
-
-def plan(portions: Iterable[Portion], notes: Sequence[Mapping[str, int]] = ()) -> Iterator[PlannedPart]:
-    """Number the parts of a recording, after those whose notes are given, and sum what the trace notes of them."""
-    number, totals = len(notes), summed(notes)
-    for portion in portions:
-        part = PlannedPart(number, portion, totals)
-        yield part
-        number, totals = number + bool(portion.documents), part.totals
 
 
 def summed(notes: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from moescope.engines.protocol import CorpusEngine, CorpusPlan, Engine, EngineTo
 from moescope.engines.work import has_work, remove_work, without_top_k, work_folder
 from moescope.errors import CorpusEmpty, TraceError, TraceExists
 from moescope.recording.parts import not_finite, record_part, unit_of
-from moescope.recording.portions import Encode, Portion, num_characters, plan, portions, summed
+from moescope.recording.portions import Encode, Portion, num_characters, portions, summed
 from moescope.recording.progress import Meter, Progress
 from moescope.recording.threads import WriteBehind, read_ahead
 from moescope.trace import Header, Part, Trace, TraceWriter, open_trace
@@ -199,7 +199,7 @@ def _prepare(
         refuse_other(out, without_top_k(header), without_top_k(read_header(out)))
     cut = portions(documents, engine.tokenizer.encode, header.run["part_tokens"])
     read = [_without_text(portion) for portion in cut]
-    units = [unit_of(part.portion, part.number, engine) for part in plan(read) if part.portion.documents]
+    units = [unit_of(portion, number, engine) for number, portion in enumerate(read) if portion.documents]
     if not units:
         raise _empty(header, sum(portion.num_read for portion in read))
     num_tokens = sum(unit.num_tokens for unit in units)
@@ -247,14 +247,14 @@ def _record_parts(
         meter = Meter(lambda _: None, 0, 0, None)  # progress was reported while the engine read
         source = nullcontext(prepared[len(notes) :])
     with source as upcoming, WriteBehind(write) as written:
-        for part in plan(upcoming, notes):
-            portion, totals = part.portion, part.totals
-            if portion.documents:
+        for number, portion in enumerate(upcoming, len(notes)):
+            totals = summed([totals, portion.note()])
+            if portion.documents:  # those after the last token make no part
 
                 def advance(tokens: int, portion: Portion = portion) -> None:
                     meter.add(tokens, portion.num_characters * tokens / portion.num_tokens)
 
-                written.put((record_part(engine, portion, part.number, advance), portion.note()))
+                written.put((record_part(engine, portion, number, advance), portion.note()))
     if not totals["tokens"]:
         raise _empty(writer.header, totals["documents_read"])
     problems = getattr(documents, "problems", None)

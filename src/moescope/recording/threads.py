@@ -83,11 +83,7 @@ def read_ahead(
 
 
 class WriteBehind(Generic[Item]):
-    """Writes items on a thread, in their order: one is being written and one waits.
-
-    Args:
-        write: Called on the thread with one item after the other; after an error with none.
-    """
+    """Writes items on a thread, in their order: one is being written and one waits; after an error none is."""
 
     def __init__(self, write: Callable[[Item], None]) -> None:
         self._write = write

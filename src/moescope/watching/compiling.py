@@ -33,12 +33,9 @@ _LISTENERS: weakref.WeakValueDictionary[int, Listener] = weakref.WeakValueDictio
 
 
 def teller(listener: Listener, place: int, device: torch.device) -> Tell:
-    """What passes the choices of a layer to a listener; inside a compiled graph it is one opaque operator of it.
+    """What passes the choices of the layer at a place to a listener, which it does not keep alive.
 
-    Args:
-        listener: It is not kept alive.
-        place: Place of the layer among those watched.
-        device: Where the layer is.
+    Inside a compiled graph it is one opaque operator of it.
     """
     note, key = _note_operator(), id(listener)
     anchor = torch.zeros((), device=device)

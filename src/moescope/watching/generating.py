@@ -62,18 +62,6 @@ class Generation:
         end_ids = [] if end_ids is None or unlike else end_ids
         return cls(unlike, tuple(end_ids) if isinstance(end_ids, list | tuple) else (int(end_ids),))
 
-    def check_can_be_followed(self) -> None:
-        """Refuse what a trace cannot hold.
-
-        Raises:
-            ValueError: The method reads tokens that are in no sequence in the end, or reads them again.
-        """
-        if self.unlike is not None:
-            raise ValueError(
-                f"generate with {self.unlike} cannot be followed in a trace: it reads tokens that are thrown away, or "
-                "the same ones again; generate without it, or watch without a trace, which counts all that runs"
-            )
-
     def running(self, call: Call) -> Tensor | None:
         """Rows whose sequence has not ended, shape (sequence, 1); None if all run."""
         started, self.started = self.started, True

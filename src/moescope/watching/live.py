@@ -126,16 +126,11 @@ class LiveTally:
                 shape = len(self._experts), self._width
                 counts[ids.device] = torch.zeros(shape, dtype=torch.int64, device=ids.device)
             bins = ids.to(torch.int64).clamp(-1, _num_ids(self._experts[place])).add(1)
-            if counted is None:
-                ones = torch.ones(1, dtype=torch.int64, device=ids.device).expand(bins.numel())
-            else:
-                ones = counted.to(ids.device, torch.int64).unsqueeze(1).expand_as(bins).reshape(-1)
+            ones = bins.new_ones(len(bins)) if counted is None else counted.to(ids.device, torch.int64)
             row = counts[ids.device][place]
-            row.scatter_add_(0, bins.reshape(-1), ones)
+            row.scatter_add_(0, bins.reshape(-1), ones.unsqueeze(1).expand_as(bins).reshape(-1))
             not_finite = ~weights.isfinite().reshape(len(ids), -1).all(1)
-            if counted is not None:
-                not_finite &= counted.to(ids.device, torch.bool)
-            row[-1] += not_finite.sum()
+            row[-1] += (ones * not_finite).sum()
 
     def commit(self, counts: Mapping[torch.device, Tensor]) -> None:
         """Add the sums of a whole forward pass."""

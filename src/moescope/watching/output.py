@@ -19,17 +19,10 @@ from moescope.watching.sequences import DECODE, PREFILL, Labels, Sequences, Step
 
 
 class TraceOutput:
-    """Records forward passes; each method may be called from any thread.
+    """Records forward passes of one stack of layers; each method may be called from any thread.
 
-    Args:
-        path: Folder of the trace.
-        experts: The layers, one stack of them.
-        header: Makes the header from the layers; called once, with whether token ids are known.
-        vocabulary: Makes the vocabulary; called once.
-        labels: Domains and documents of the sequences that begin.
-        weights: Whether gate weights are recorded.
-        part_tokens: Tokens of a part.
-        force: Replace what is at `path`, if it is a trace.
+    Header, made from the layers and whether token ids are known, and vocabulary are asked for once.
+
     Raises:
         TraceExists: There is something at the path.
     """
@@ -60,7 +53,6 @@ class TraceOutput:
         """Record a forward pass.
 
         Args:
-            current: The pass.
             choices: For each layer ids and gate weights, by falling weight, shape (token, choice).
             cache: The cache that holds what was read; None if nothing can follow.
             generation: The call of ``generate`` that runs; None if none does.
@@ -94,7 +86,7 @@ class TraceOutput:
                 gate_weights={},
             )
             for experts, layer, pair in zip(self._experts, header.layers, choices, strict=True):
-                ids, weights = (tensor.cpu().numpy() for tensor in pair)
+                ids, weights = pair[0].int().cpu().numpy(), pair[1].float().cpu().numpy()
                 _check(experts, layer, ids[recorded.reshape(-1)], weights[recorded.reshape(-1)])
                 step.expert_ids[experts.layer] = ids.reshape(*call.shape, -1)
                 if self._weights:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from moescope.engines.transformers.hooks import listen
+from moescope.engines.transformers.hooks import listen, ranked
 from moescope.engines.transformers.routers import Experts
 from moescope.errors import RouterSilent
 from moescope.watching.calls import Call, Pass, Stack
@@ -31,16 +31,9 @@ BYPASSED = (
 
 
 class Passes:
-    """Follows the forward passes of a model while its ``with`` block lasts.
+    """Follows the forward passes of a model, out of its wrappers, while its ``with`` block lasts.
 
-    Args:
-        model: The model, out of its wrappers.
-        name: What errors call it.
-        stacks: Its stacks of layers.
-        experts: The layers watched.
-        tally: Counts what they choose.
-        output: The trace that is written; None for none.
-        added_ids: Ids in front of a text that are not counted.
+    What the layers choose is counted and, if there is an output, recorded; ids added in front of a text are not.
 
     Attributes:
         paused: Whether nothing is counted now.
@@ -90,7 +83,7 @@ class Passes:
     def begin(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins; one that an exception ended before is forgotten."""
         self.seen = True
-        self._open.__dict__[stack.name] = None if self.paused else self._prepare(stack, Call.read(stack, args, kwargs))
+        self._open.__dict__[stack.name] = None if self.paused else self._prepare(Call.read(stack, args, kwargs))
 
     def note(self, place: int, ids: Tensor, weights: Tensor) -> None:
         """A layer has chosen."""
@@ -114,7 +107,7 @@ class Passes:
                 f"expected once with {num_tokens}",
             )
         with torch.inference_mode(False), torch.no_grad():
-            current.chosen[place] = _ranked(ids, weights) if self._output is not None else None
+            current.chosen[place] = ranked(ids, weights.detach()) if self._output is not None else None
             self._tally.count(current.counts, place, ids, weights, current.counted_on(ids.device))
 
     def end(self, stack: Stack, output: Any) -> None:
@@ -140,8 +133,12 @@ class Passes:
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """``generate`` runs in this block."""
         generation = Generation.read(model, args, kwargs)
-        if self._output is not None and not self.paused:
-            generation.check_can_be_followed()
+        if self._output is not None and not self.paused and generation.unlike is not None:
+            raise ValueError(
+                f"generate with {generation.unlike} cannot be followed in a trace: it reads tokens that are thrown "
+                "away, or the same ones again; generate without it, or watch without a trace, which counts all that "
+                "runs"
+            )
         before, self._generations.now = self._generation, generation
         whole = False
         try:
@@ -172,7 +169,7 @@ class Passes:
 
         return torch.compiler.disable(before), torch.compiler.disable(after)  # type: ignore[no-untyped-call]
 
-    def _prepare(self, stack: Stack, call: Call) -> Pass:
+    def _prepare(self, call: Call) -> Pass:
         counted = call.real()
         past, starts = None, None
         if self._output is not None or self._added_ids:
@@ -186,12 +183,6 @@ class Passes:
             if running is not None:
                 counted = running if counted is None else counted & running
         return Pass(call, counted, past, starts)
-
-
-def _ranked(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Choices by falling gate weight, equal ones in the order of the router; shapes (token, choice)."""
-    weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order).to(torch.int32), weights.float()
 
 
 def _cache_of(output: Any, given: Any) -> Any:

@@ -74,7 +74,7 @@ class SequenceBatch:
     cache: Callable[[], Any] = lambda: None
 
     def sequences(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The sequences with a recorded token, each with its domain and its columns."""
+        """The sequences with a recorded token, each with its domain and its columns in a part."""
         recorded, starts, token_ids = (
             np.concatenate([getattr(step, name) for step in self.steps], 1)
             for name in ("recorded", "starts", "token_ids")
@@ -87,8 +87,9 @@ class SequenceBatch:
             for number in np.unique(sequence[row, recorded[row]]):
                 rows = np.flatnonzero(recorded[row] & (sequence[row] == number))
                 columns = {
-                    "token_id": token_ids[row, rows],
-                    "phase": phase[rows],
+                    "position": np.arange(len(rows), dtype=np.uint32),
+                    "token_id": token_ids[row, rows].astype(np.uint32),
+                    "phase": phase[rows].astype(np.uint8),
                     "expert_ids": {layer: ids[row, rows] for layer, ids in expert_ids.items()},
                     "gate_weights": {layer: weights[row, rows] for layer, weights in gate_weights.items()},
                 }
@@ -108,11 +109,8 @@ class Labels:
         self.block: DocumentBlock | None = None
 
     def batch(self, num_rows: int, *, generated: bool) -> SequenceBatch:
-        """A batch of sequences that begin now.
+        """A batch of sequences that begin now; those that ``generate`` makes may be several of each prompt.
 
-        Args:
-            num_rows: How many.
-            generated: Whether ``generate`` makes them, perhaps several of each prompt.
         Raises:
             ValueError: There is not a domain for each.
         """
@@ -127,12 +125,7 @@ class Labels:
 
 
 class Sequences:
-    """Collects sequences and writes those that are whole.
-
-    Args:
-        writer: The trace.
-        part_tokens: Tokens of a part, at least.
-    """
+    """Collects sequences and writes those that are whole, in parts of at least so many tokens."""
 
     def __init__(self, writer: TraceWriter, part_tokens: int) -> None:
         self._writer = writer
@@ -155,7 +148,6 @@ class Sequences:
         """Add what a forward pass read; `settle` writes it once it is due.
 
         Args:
-            step: It.
             cache: The cache that holds it now; None if there is none, so that nothing can follow.
             past: Tokens that the cache held before.
             subject: What errors call the model.
@@ -242,30 +234,28 @@ class Sequences:
             self._writer.finish({"documents": self.documents, "tokens": self.tokens})
 
     def _take(self, domain: str, windows: list[dict[str, Any]]) -> None:
-        lengths = [len(columns["token_id"]) for columns in windows]
         code = self._domains.setdefault(domain, len(self._domains))
-        self._whole.append(
-            Part(
-                document=np.full(sum(lengths), self.documents, np.uint32),
-                domain=np.full(sum(lengths), code),
-                domain_names=(),  # known once the part is full
-                sequence=np.repeat(np.arange(len(windows), dtype=np.uint32), lengths),
-                position=np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
-                token_id=np.concatenate([columns["token_id"] for columns in windows]).astype(np.uint32),
-                phase=np.concatenate([columns["phase"] for columns in windows]).astype(np.uint8),
-                expert_ids=_joined([columns["expert_ids"] for columns in windows], 0),
-                gate_weights=_joined([columns["gate_weights"] for columns in windows], 0),
+        for sequence, columns in enumerate(windows):
+            length = len(columns["position"])
+            self._whole.append(
+                Part(
+                    document=np.full(length, self.documents, np.uint32),
+                    domain=np.full(length, code),
+                    domain_names=(),  # known once the part is full
+                    sequence=np.full(length, sequence, np.uint32),
+                    **columns,
+                )
             )
-        )
+            self._waiting += length
         self.documents += 1
-        self._waiting += sum(lengths)
 
     def _write(self) -> None:
         part = replace(Part.joined(self._whole), domain_names=tuple(self._domains))
-        self._writer.write(part, {"documents": len(self._whole), "tokens": part.num_tokens})
+        num_documents = len(part.document_starts()) - 1
+        self._writer.write(part, {"documents": num_documents, "tokens": part.num_tokens})
         self._whole, self._domains, self._waiting = [], {}, 0  # only now: after an error the next part has them, too
         self.tokens += part.num_tokens
 
 
-def _joined(pieces: Sequence[dict[int, NDArray[Any]]], axis: int = 1) -> dict[int, NDArray[Any]]:
-    return {layer: np.concatenate([piece[layer] for piece in pieces], axis) for layer in pieces[0]}
+def _joined(pieces: Sequence[dict[int, NDArray[Any]]]) -> dict[int, NDArray[Any]]:
+    return {layer: np.concatenate([piece[layer] for piece in pieces], 1) for layer in pieces[0]}

@@ -56,14 +56,7 @@ RUN_KEY, RUN_VALUE = "engine", "streamed"
 
 
 def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: bool) -> bool:
-    """Whether a recording goes layer by layer: as asked, else as it was begun, else if the checkpoint does not fit.
-
-    Args:
-        model: The checkpoint.
-        out: The trace to be.
-        options: What the user asked for.
-        force: Whether a trace that was begun does not matter, since it will be replaced.
-    """
+    """Whether a recording goes layer by layer: as asked, else as it was begun, else if the checkpoint does not fit."""
     if options.stream is not None:
         return options.stream
     if has_work(out):
@@ -77,12 +70,8 @@ def must_stream(model: Path | str, out: Path, options: EngineOptions, *, force: 
 class StreamedEngine(ModelEngine, CorpusEngine):
     """Runs a model layer by layer over all units, then returns what each layer chose.
 
-    Args:
-        model: As in memory, its layers empty.
-        layerwise: Loads and runs its layers.
-        rehearsal: What the small model taught.
-        read_rate: Bytes a second at which its first weights were read.
-        options: What is read of it; `memory` None for half of what is available.
+    The model is as in memory, its layers empty; `read_rate` is in bytes a second, that of its first weights. If the
+    options say no memory, half of what is available is taken.
     """
 
     def __init__(
@@ -95,7 +84,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         self._first_rows: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        self.undo.enter_context(self._layerwise)
+        self.undo.callback(self._layerwise.close)
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -127,7 +116,7 @@ class StreamedEngine(ModelEngine, CorpusEngine):
         spool = Spool(
             work_folder(plan.out), plan.header, plan.tokens, num_layers=num_layers, memory=memory, force=plan.force
         )
-        self.undo.enter_context(spool)
+        self.undo.callback(spool.close)
         num_tokens = [unit.num_tokens for unit in units]
         total, first = sum(num_tokens), spool.next_layer
         taken = self._estimate(total, first, num_layers, memory)
@@ -243,9 +232,6 @@ class _Table:
 def open_streamed(path: Path | str, options: EngineOptions) -> StreamedEngine:
     """Ready a checkpoint to be streamed; everything that can be refused is refused before its layers are read.
 
-    Args:
-        path: Folder of a checkpoint, or its name in the local Hugging Face cache.
-        options: What is read of it, and how.
     Raises:
         ModelNotStreamable: It is quantized, an encoder-decoder, not in safetensors files, or a small model of its
             family comes out differently.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -27,13 +28,7 @@ _MEASURE_SECONDS = 0.1  # enough for the best of several products, and nobody no
 
 
 def fits(folder: Path, dtype: str, available: int) -> bool:
-    """Whether a checkpoint can be loaded whole.
-
-    Args:
-        folder: The checkpoint.
-        dtype: What it would be loaded in.
-        available: Bytes of memory that recording may take.
-    """
+    """Whether a checkpoint can be loaded whole, in a dtype, if recording may take so many bytes of memory."""
     return _WHOLE_FACTOR * model_bytes(folder, dtype) + BASE_BYTES <= available
 
 
@@ -49,7 +44,7 @@ def model_bytes(folder: Path, dtype: str) -> int:
     if not any(file.suffix == ".safetensors" for file in files):
         return sum(file.stat().st_size for file in files)
     try:
-        with Shards(folder) as shards:
+        with closing(Shards(folder)) as shards:
             wanted = None if dtype == "auto" else getattr(torch, dtype).itemsize
             return sum(
                 tensor.nbytes // tensor.dtype.itemsize * wanted

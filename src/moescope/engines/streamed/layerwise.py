@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class _LayerDone(BaseException):
     """Ends a forward pass after one layer; no ``except Exception`` of a model may swallow it."""
 
 
-class Layerwise(AbstractContextManager["Layerwise"]):
+class Layerwise:
     """The body of a model whose layers are loaded and run one at a time.
 
     Args:
@@ -107,9 +107,7 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def keys(self, layer: int | None, *, bare: bool = False) -> list[str]:
         """Names, in the checkpoint, of a layer's tensors; for None, of all that lie in no layer.
 
-        Args:
-            layer: Index of the layer.
-            bare: Without those of its routed experts.
+        Those of its routed experts are left out if `bare`.
         """
         inside = self._names_within(layer, bare=bare)
         return [key for key, target in self._targets.items() if inside(target)]
@@ -141,9 +139,8 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def check(self, last: int, *, bare: bool) -> None:
         """See that the checkpoint holds every tensor up to a layer in its shape, before hours are spent on the others.
 
-        Args:
-            last: The last layer that will be loaded.
-            bare: Whether that one will do without its routed experts.
+        The last one will be loaded without its routed experts if `bare`.
+
         Raises:
             ModelDamaged: A tensor is missing or misshapen.
         """
@@ -181,14 +178,11 @@ class Layerwise(AbstractContextManager["Layerwise"]):
         self._spare, self._stacked = list(self._stacked.values()), {}
 
     def run(self, layer: int, inputs: Mapping[str, Tensor], before: Any) -> Any:
-        """Run one layer, which must be loaded.
+        """Run one layer, which must be loaded, and return what it returns.
 
         Args:
-            layer: Index of the layer.
             inputs: Of the whole model: ``input_ids`` of shape (sequence, token), and ``attention_mask`` if need be.
             before: What the layer before it returned; None for the first.
-        Returns:
-            What the layer returned.
         Raises:
             ModelNotStreamable: The model did not come to this layer.
         """
@@ -218,9 +212,6 @@ class Layerwise(AbstractContextManager["Layerwise"]):
     def close(self) -> None:
         """Close the files."""
         self.shards.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _find_targets(self) -> dict[str, str]:
         """For each tensor of the checkpoint that the body has, the name it has there; one of several if it is split."""

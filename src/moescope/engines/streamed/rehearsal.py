@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from moescope.engines.streamed.layerwise import NO_STREAM, Layerwise
 from moescope.engines.streamed.shrinking import MIN_LAYERS, shrink
 from moescope.engines.streamed.spool import move
-from moescope.engines.transformers.hooks import Choices, RouterWatch
+from moescope.engines.transformers.hooks import Choices, RouterWatch, tensors_in
 from moescope.engines.transformers.model import Checkpoint, Model, quiet, ready_to_record
 from moescope.engines.transformers.routers import Experts, find_experts
 from moescope.errors import ModelNotStreamable, MoescopeError
@@ -46,12 +47,8 @@ class Rehearsal:
 
 
 def rehearse(checkpoint: Checkpoint, experts: Sequence[Experts], dtype: torch.dtype) -> Rehearsal:
-    """Stream a small model of a checkpoint's family and compare it with its own forward pass.
+    """Stream a small model, made from a checkpoint's configuration alone, and compare it with its own forward pass.
 
-    Args:
-        checkpoint: The checkpoint; only its configuration is used.
-        experts: The experts of its layers, ascending.
-        dtype: What it will be streamed in.
     Raises:
         ModelNotStreamable: The choices or gate weights differ, or no small model can be made to tell.
     """
@@ -141,7 +138,7 @@ def _run_streamed(
     routing: Routing = [{} for _ in inputs]
     states: list[Any] = [None for _ in inputs]
     widths = 0.0
-    with small, ready_to_record(Model(small.body, checkpoint.tokenizer, small.experts, {})):
+    with closing(small), ready_to_record(Model(small.body, checkpoint.tokenizer, small.experts, {})):
         small.load(None)
         last = small.experts[-1].layer
         for layer in range(last + 1):
@@ -152,7 +149,7 @@ def _run_streamed(
                     choices, states[index] = run_layer(small, watch, layer, batch, states[index])
                     routing[index] |= choices
             if layer == 0 and last:
-                state_numbers = sum(tensor.numel() for tensor in _tensors(states[0]))
+                state_numbers = sum(tensor.numel() for tensor in tensors_in(states[0]))
                 widths = state_numbers / inputs[0]["input_ids"].numel() / small.hidden_size
             small.free(layer)
     return routing, widths
@@ -161,14 +158,8 @@ def _run_streamed(
 def run_layer(
     layerwise: Layerwise, watch: RouterWatch, layer: int, inputs: Mapping[str, Tensor], before: Any
 ) -> tuple[dict[int, Choices], Any]:
-    """Run a loaded layer over a batch.
+    """Run a loaded layer over a batch: inputs of the whole model, and what the layer before returned, on the CPU.
 
-    Args:
-        layerwise: The model.
-        watch: Watches the routers of the layer.
-        layer: Index of the layer.
-        inputs: Of the whole model.
-        before: What the layer before returned, on the CPU.
     Returns:
         What it chose, and what it returned, on the CPU; None if the watch stopped it before that.
     """
@@ -193,12 +184,6 @@ def _first_difference(left: Routing, right: Routing) -> int | None:
                 if a.tobytes() != b.tobytes() or a.shape != b.shape:
                     return layer
     return None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
 
 
 def _no_small_model(checkpoint: Checkpoint, error: Exception) -> ModelNotStreamable:

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ class StoredTensor:
             self._shard.read(out.view(-1).view(torch.uint8).numpy().data, self._start)
 
 
-class Shards(AbstractContextManager["Shards"]):
-    """The safetensors files of a checkpoint, opened for reading.
+class Shards:
+    """The safetensors files of a checkpoint, opened for reading until `close`.
 
     Attributes:
         tensors: Every tensor by its name.
@@ -129,9 +128,6 @@ class Shards(AbstractContextManager["Shards"]):
         for shard in self._files:
             shard.file.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _Shard:
     """One file; reads may come from several threads."""
@@ -139,7 +135,7 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = path.open("rb", buffering=0)
+            self.file = path.open("rb")
         except OSError as error:
             raise ModelDamaged(path, f"cannot be opened: {error}") from error
         self.size = os.fstat(self.file.fileno()).st_size
@@ -147,18 +143,15 @@ class _Shard:
         self._lock = threading.Lock()
 
     def read(self, into: memoryview, start: int) -> None:
-        done = 0
         with self._lock:
             try:
                 self.file.seek(start)
-                while done < len(into):
-                    count = self.file.readinto(into[done:])
-                    if not count:
-                        raise ModelDamaged(self.path, f"ends at byte {start + done}, within a tensor")
-                    done += count
+                count = self.file.readinto(into)
             except OSError as error:
                 raise ModelDamaged(self.path, f"cannot be read: {error}") from error
-            self.bytes_read += done
+            if count < len(into):
+                raise ModelDamaged(self.path, f"ends at byte {start + count}, within a tensor")
+            self.bytes_read += count
 
     def read_header(self) -> dict[str, StoredTensor]:
         """Its tensors by name; each lies within the file and is as long as its shape says."""

@@ -36,11 +36,8 @@ _TOKEN_ID = re.compile(r"\w+_token_(id|index)")
 
 
 def shrink(config: Any, num_layers: int = MIN_LAYERS) -> Any:
-    """A copy of a configuration of transformers, shrunk.
+    """A copy of a configuration of transformers, shrunk to at most so many layers, the first ones.
 
-    Args:
-        config: The configuration; it is left as it is.
-        num_layers: Most layers that remain, the first ones.
     Returns:
         One of the same class, of a model small enough to be made, saved and run in a second or two.
     """

@@ -19,7 +19,8 @@ import json
 import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from moescope.engines import work
 from moescope.engines.interrupts import despite_interrupts
+from moescope.engines.transformers.hooks import tensors_in
 from moescope.engines.work import PLAN
 from moescope.errors import ModelNotStreamable, TraceDamaged, TraceExists, TraceMismatch
 from moescope.trace import Header, checksums
@@ -41,7 +43,7 @@ class Chosen(NamedTuple):
     """What a layer chose for every token of the corpus, shapes (token, choice); weights are None if not recorded."""
 
     expert_ids: NDArray[np.integer[Any]]
-    gate_weights: NDArray[np.float32] | None
+    gate_weights: NDArray[np.float32] | None = None
 
 
 class States:
@@ -61,7 +63,7 @@ class States:
         self._path = folder / (name + checksums.TEMPORARY)
         self._out: BinaryIO | None = self._path.open("wb", buffering=0)
         # A file of its own has a position of its own: `seal` writes while another thread reads.
-        self._file = self._path.open("rb", buffering=0)
+        self._file = self._path.open("rb")
 
     @classmethod
     def reopen(cls, folder: Path, name: str, memory: _Memory) -> States:
@@ -73,7 +75,7 @@ class States:
         states = cls.__new__(cls)
         states.name, states._memory, states._kept, states._out = name, memory, {}, None
         states._path = folder / name
-        states._file = states._path.open("rb", buffering=0)
+        states._file = states._path.open("rb")
         states.nbytes = os.fstat(states._file.fileno()).st_size
         try:
             length = int.from_bytes(states._read(states.nbytes - 8, 8), "little")
@@ -85,10 +87,9 @@ class States:
     def append(self, value: Any) -> None:
         """Write what the layer returned for the next batch: a tensor, or tuples of tensors and plain values."""
         value = move(value, torch.device("cpu"))
-        start = self.nbytes
         self._index.append(self._write_value(value))
-        nbytes = self.nbytes - start
-        if self._memory.take(nbytes):
+        if (nbytes := _nbytes(value)) <= self._memory.left:
+            self._memory.left -= nbytes
             self._kept[len(self._index) - 1] = value
 
     def take(self, index: int) -> Any:
@@ -99,7 +100,7 @@ class States:
         """
         if index in self._kept:
             value = self._kept.pop(index)
-            self._memory.give_back(_nbytes(value))
+            self._memory.left += _nbytes(value)
             return value
         try:
             return self._read_value(self._index[index])
@@ -117,8 +118,7 @@ class States:
 
     def close(self) -> None:
         """Close the file and release the memory."""
-        for value in self._kept.values():
-            self._memory.give_back(_nbytes(value))
+        self._memory.left += _nbytes(list(self._kept.values()))
         self._kept.clear()
         self._file.close()
         if self._out is not None:
@@ -168,17 +168,14 @@ class States:
     def _read_into(self, data: memoryview, start: int) -> None:
         if start < 0:
             raise ValueError(f"starts at {start}")
-        done = 0
         self._file.seek(start)
-        while done < len(data):
-            count = self._file.readinto(data[done:])
-            if not count:
-                raise ValueError(f"ends after {start + done} bytes")
-            done += count
+        count = self._file.readinto(data)
+        if count < len(data):
+            raise ValueError(f"ends after {start + count} bytes")
 
 
-class Spool(AbstractContextManager["Spool"]):
-    """The work folder, created or resumed, locked while it is open.
+class Spool:
+    """The work folder, created or resumed, locked until `close`.
 
     Args:
         path: The folder.
@@ -204,7 +201,7 @@ class Spool(AbstractContextManager["Spool"]):
     ) -> None:
         self.path, self._num_layers = path, num_layers
         self._recorded = tuple(layer.layer for layer in plan.layers)
-        self._with_weights = plan.weights
+        self._kinds = ("choices", "weights") if plan.weights else ("choices",)
         self._memory = _Memory(memory)
         self._lock = ExitStack()
         self._behind = ThreadPoolExecutor(1, "commit")
@@ -240,10 +237,7 @@ class Spool(AbstractContextManager["Spool"]):
     def commit(self, layer: int, states: States | None, chosen: Chosen | None) -> None:
         """Finish a layer; its files are synced and listed while the next layer runs.
 
-        Args:
-            layer: Index of the layer.
-            states: What it returned, from `states_of`; None for the last layer.
-            chosen: What it chose; None if it is not recorded.
+        The last layer has no states, and one that is not recorded nothing chosen.
         """
         try:
             self.settle()
@@ -269,7 +263,7 @@ class Spool(AbstractContextManager["Spool"]):
             arrays = [np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in self._files(layer)]
         except (OSError, ValueError) as error:
             raise work.damaged(self.path, f"what layer {layer} chose cannot be read: {error}") from None
-        return Chosen(arrays[0], arrays[1] if self._with_weights else None)
+        return Chosen(*arrays)
 
     def close(self) -> None:
         """Release the folder once what was committed is on disk, whatever Ctrl-C says; it can be resumed."""
@@ -283,38 +277,31 @@ class Spool(AbstractContextManager["Spool"]):
         if interrupt is not None:
             raise interrupt
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _commit(self, layer: int, states: States | None, chosen: Chosen | None, before: States | None) -> None:
-        for name, array in zip((_choices(layer), _weights(layer)), chosen or (), strict=False):
+        for name, array in zip(self._files(layer), chosen or (), strict=False):
             if array is not None:
-                checksums.commit(self.path, name, partial(_save, array=array))
+                checksums.commit(self.path, name, partial(np.save, arr=array, allow_pickle=False))
         if states is not None:
             checksums.enlist(self.path, states.name, states.seal())
         if before is not None:
             (self.path / before.name).unlink(missing_ok=True)
 
-    def _differences(self, plan: Header, tokens: str) -> list[str]:
+    def _begin(self, plan: Header, tokens: str) -> None:
         if not (self.path / PLAN).exists():
-            return []
+            checksums.rewrite(self.path, {})
+            text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
+            checksums.commit_bytes(self.path, PLAN, text.encode())
+            return
         begun = work.read_plan(self.path)
         differences = plan.differences(Header.from_json(json.dumps(begun["header"]), self.path))
         if not differences and begun.get("tokens") != tokens:
             differences = ["the tokens of the corpus"]
-        return differences
-
-    def _begin(self, plan: Header, tokens: str) -> None:
-        if differences := self._differences(plan, tokens):
+        if differences:
             raise TraceMismatch(
                 self.path,
                 "holds the unfinished work of another recording: " + "; ".join(differences[:4]),
                 "run the command it was started with, choose another output, or --force to record it anew",
             )
-        if not (self.path / PLAN).exists():
-            checksums.rewrite(self.path, {})
-            text = json.dumps({"header": json.loads(plan.to_json()), "tokens": tokens}, indent=1) + "\n"
-            checksums.commit_bytes(self.path, PLAN, text.encode())
 
     def _resume(self, plan: Header, tokens: str) -> int:
         """Drop what a kill left unfinished; open the states of the last finished layer and return the one after it."""
@@ -341,25 +328,15 @@ class Spool(AbstractContextManager["Spool"]):
         return finished + 1
 
     def _files(self, layer: int) -> list[str]:
-        if layer not in self._recorded:
-            return []
-        return [_choices(layer), _weights(layer)] if self._with_weights else [_choices(layer)]
+        """Names of the files of what a layer chose."""
+        return [f"{kind}-{layer:06d}.npy" for kind in self._kinds] if layer in self._recorded else []
 
 
+@dataclass
 class _Memory:
-    """How much of what is spooled may still be kept in memory."""
+    """How many bytes of what is spooled may still be kept in memory."""
 
-    def __init__(self, left: int) -> None:
-        self._left = left
-
-    def take(self, nbytes: int) -> bool:
-        if nbytes > self._left:
-            return False
-        self._left -= nbytes
-        return True
-
-    def give_back(self, nbytes: int) -> None:
-        self._left += nbytes
+    left: int
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -374,21 +351,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(_nbytes(item) for item in value) if isinstance(value, tuple | list) else 0
-
-
-def _save(file: BinaryIO, array: NDArray[Any]) -> None:
-    np.save(file, array, allow_pickle=False)
-
-
-def _choices(layer: int) -> str:
-    return f"choices-{layer:06d}.npy"
-
-
-def _weights(layer: int) -> str:
-    return f"weights-{layer:06d}.npy"
+    return sum(tensor.nbytes for tensor in tensors_in(value))
 
 
 def _states(layer: int) -> str:

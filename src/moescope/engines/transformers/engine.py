@@ -23,12 +23,7 @@ from moescope.trace import Layer
 
 
 class ModelEngine(Engine):
-    """What is common to the engines that run a model of transformers, whole or layer by layer.
-
-    Args:
-        model: The model; how much of it is loaded is the engine's own affair.
-        options: What is read of it.
-    """
+    """What is common to the engines that run a model of transformers, whole or layer by layer."""
 
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self.tokenizer, self.description = model.tokenizer, model.description

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from moescope.engines.transformers.routers import Experts, check_call
 from moescope.errors import ModelUnsupported, RouterSilent
 from moescope.trace.columns import DROPPED
+
+if TYPE_CHECKING:
+    from moescope.engines.transformers.lookahead import Lookahead
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,6 @@ class Choices:
     expert_ids: NDArray[np.int16]
     gate_weights: NDArray[np.float32]
     predicted: Mapping[int, NDArray[np.int16]] = field(default_factory=dict)
-
-
-class PredictingHooks(Protocol):
-    """What predicts choices during a forward pass, before they are made; its hooks last as long as those of a watch."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def take(self, num_tokens: int) -> Mapping[int, Mapping[int, NDArray[np.int16]]]:
-        """What was predicted in the last pass: for each layer and distance ids of shape (token, predicted)."""
 
 
 class _LastRouterCalled(BaseException):
@@ -71,17 +63,15 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
         ModelUnsupported: From within the forward pass, if what comes by is not ids and gate weights.
     """
     called, router = experts.called, experts.router
-    if called is None and router is None:
-        raise ValueError(f"{experts.name} says no module to listen to")
     outputs = threading.local()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         output = outputs.__dict__.pop("last", None)
-        tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+        tell(*_read(experts, args, kwargs, output))
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if called is None:
-            tell(*check_call(experts, *_read(experts, args, kwargs, output)))
+            tell(*_read(experts, args, kwargs, output))
         else:
             outputs.last = output
 
@@ -93,7 +83,7 @@ def listen(experts: Experts, tell: Tell) -> list[RemovableHandle]:
     return handles
 
 
-def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Any, Any]:
+def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor]:
     try:
         ids, weights = experts.read(args, kwargs, output)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -101,7 +91,7 @@ def _read(experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
             experts.name,
             f"layer {experts.layer} is called, or answers, in another way than its reading knows: {error!r}",
         ) from error
-    return ids, weights
+    return check_call(experts, ids, weights)
 
 
 class RouterWatch:
@@ -110,31 +100,28 @@ class RouterWatch:
     Args:
         experts: The layers to watch.
         stop_at: Layer whose experts need not run any more, because it chooses last; None lets the pass run to its end.
-        lookahead: Predicts choices before they are made; None for no predictions.
+        lookahead: Predicts choices before they are made, with hooks that last as long; None for no predictions.
     """
 
     def __init__(
-        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: PredictingHooks | None = None
+        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: Lookahead | None = None
     ) -> None:
         self.experts = tuple(experts)
         self._stop_at = stop_at
         self._lookahead = lookahead
         self._calls: list[tuple[Experts, Tensor, Tensor]] = []
-        self.handles: list[RemovableHandle] = []
+        self.undo = ExitStack()
 
     def __enter__(self) -> RouterWatch:
         for experts in self.experts:
-            self.handles += listen(experts, self.note(experts))
+            for handle in listen(experts, self.note(experts)):
+                self.undo.callback(handle.remove)
         if self._lookahead is not None:
-            self._lookahead.__enter__()
+            self.undo.enter_context(self._lookahead)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        if self._lookahead is not None:
-            self._lookahead.__exit__()
+        self.undo.close()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[int, Choices]:
         """Run one forward pass and return what each watched layer chose, in the order in which they chose.
@@ -178,12 +165,11 @@ class RouterWatch:
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
         choices = {}
-        predicted: Mapping[int, Mapping[int, NDArray[np.int16]]]
         predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
                 ids, weights = _without_start(ids, num_sequences), _without_start(weights, num_sequences)
-            choices[experts.layer] = _ranked(experts, ids, weights, predicted.get(experts.layer, {}))
+            choices[experts.layer] = _choices(experts, ids, weights, predicted.get(experts.layer, {}))
         return choices
 
     def note(self, experts: Experts) -> Tell:
@@ -217,10 +203,23 @@ def _without_start(rows: Tensor, num_sequences: int) -> Tensor:
     return rows.view(num_sequences, -1, rows.shape[1])[:, 1:].reshape(-1, rows.shape[1])
 
 
-def _ranked(experts: Experts, ids: Tensor, weights: Tensor, predicted: Mapping[int, NDArray[np.int16]]) -> Choices:
-    if ids.shape[1] > 1:
-        weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        ids = ids.gather(-1, order)
+def ranked(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of ids and gate weights by falling weight, equal ones in the router's order; shapes (token, choice)."""
+    weights, order = weights.sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order), weights
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module returned, in their order, whatever tuples, lists and mappings they are in."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def _choices(experts: Experts, ids: Tensor, weights: Tensor, predicted: Mapping[int, NDArray[np.int16]]) -> Choices:
+    ids, weights = ranked(ids, weights)
     expert_ids, gate_weights = ids.to(torch.int16).cpu().numpy(), weights.float().cpu().numpy()
     limit, least = experts.num_experts + experts.num_null_experts, DROPPED if experts.drops else 0
     if expert_ids.min() < least or expert_ids.max() >= limit:

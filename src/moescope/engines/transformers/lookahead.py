@@ -12,7 +12,7 @@ sees the run, and only if the hidden states are all that it is called with. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moescope.engines.transformers.adapters import Read
-from moescope.engines.transformers.hooks import RouterWatch
+from moescope.engines.transformers.hooks import RouterWatch, ranked, tensors_in
 from moescope.engines.transformers.replacing import attribute_set
 from moescope.engines.transformers.routers import Experts, check_call, layer_index
 from moescope.errors import ModelUnsupported, NoSuchLayer, RouterSilent
@@ -86,8 +86,7 @@ class LoneRouter:
         args = tuple(hidden if place == self.place else value for place, value in enumerate(self.args))
         kwargs = {name: hidden if name == self.place else value for name, value in self.kwargs.items()}
         output = self.module.forward(*args, **kwargs)
-        ids, weights = check_call(self.experts, *self.read(args, kwargs, output))
-        return ids.gather(1, weights.sort(dim=1, descending=True, stable=True).indices) if ids.shape[1] > 1 else ids
+        return ranked(*check_call(self.experts, *self.read(args, kwargs, output)))[0]
 
 
 class Lookahead:
@@ -95,16 +94,16 @@ class Lookahead:
 
     Args:
         routers: By layer.
-        targets: For each layer to predict from, the distances and layers to predict.
+        targets: The layer to predict from, the distance and the layer to predict, of each prediction.
     """
 
-    def __init__(self, routers: Mapping[int, LoneRouter], targets: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+    def __init__(self, routers: Mapping[int, LoneRouter], targets: Sequence[tuple[int, int, int]]) -> None:
         self.routers, self.targets = routers, targets
-        self._predicted: dict[int, dict[int, Tensor]] = {}
+        self._predicted: dict[tuple[int, int], Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Lookahead:
-        for layer in self.targets:
+        for layer in {source for source, _, _ in self.targets}:
             module = self.routers[layer].module
             self._handles.append(module.register_forward_pre_hook(self._predict(layer), with_kwargs=True))
         return self
@@ -124,32 +123,30 @@ class Lookahead:
         """
         predictions, self._predicted = self._predicted, {}
         taken: dict[int, dict[int, NDArray[np.int16]]] = {}
-        for source, targets in self.targets.items():
-            for distance, target in targets:
-                router = self.routers[target]
-                ids = predictions.get(target, {}).get(distance)
-                if ids is None or ids.shape != (num_tokens, router.num_predicted):
-                    raise RouterSilent(
-                        f"layer {source}",
-                        f"its router gave {'nothing' if ids is None else tuple(ids.shape)} to predict layer {target} "
-                        f"from, expected {num_tokens} rows",
-                        "an implementation or kernel may bypass the module; load the model without it",
-                    )
-                predicted = ids.to(torch.int16).cpu().numpy()
-                limit = router.experts.num_experts + router.experts.num_null_experts
-                if predicted.min() < 0 or predicted.max() >= limit:
-                    raise ModelUnsupported(
-                        router.experts.name, f"predicts experts outside 0..{limit - 1}: {predicted.max()}", _HINT
-                    )
-                taken.setdefault(target, {})[distance] = predicted
+        for source, distance, target in self.targets:
+            router = self.routers[target]
+            ids = predictions.get((target, distance))
+            if ids is None or ids.shape != (num_tokens, router.num_predicted):
+                raise RouterSilent(
+                    f"layer {source}",
+                    f"its router gave {'nothing' if ids is None else tuple(ids.shape)} to predict layer {target} "
+                    f"from, expected {num_tokens} rows",
+                    "an implementation or kernel may bypass the module; load the model without it",
+                )
+            predicted = ids.to(torch.int16).cpu().numpy()
+            limit = router.experts.num_experts + router.experts.num_null_experts
+            if predicted.min() < 0 or predicted.max() >= limit:
+                raise ModelUnsupported(
+                    router.experts.name, f"predicts experts outside 0..{limit - 1}: {predicted.max()}", _HINT
+                )
+            taken.setdefault(target, {})[distance] = predicted
         return taken
 
     def described(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         """The layers of a header, with what is predicted of each."""
         distances: dict[int, list[int]] = {}
-        for targets in self.targets.values():
-            for distance, target in targets:
-                distances.setdefault(target, []).append(distance)
+        for _, distance, target in self.targets:
+            distances.setdefault(target, []).append(distance)
         return tuple(
             replace(layer, lookahead=tuple(sorted(ahead)), num_predicted=self.routers[layer.layer].num_predicted)
             if (ahead := distances.get(layer.layer))
@@ -162,19 +159,16 @@ class Lookahead:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[router.place] if isinstance(router.place, int) else kwargs[router.place]
-            for distance, target in self.targets[layer]:
-                self._predicted.setdefault(target, {})[distance] = _run(self.routers[target], hidden, layer)
+            for source, distance, target in self.targets:
+                if source == layer:
+                    self._predicted[target, distance] = _run(self.routers[target], hidden, layer)
 
         return before
 
 
 def check_distances(distances: Sequence[int], num_layers: int, subject: object) -> tuple[int, ...]:
-    """The distances, ascending.
+    """The distances, ascending, if they fit the number of layers to record.
 
-    Args:
-        distances: As asked for.
-        num_layers: Layers to record.
-        subject: What errors call the model.
     Raises:
         ValueError: One is no whole number from 1.
         NoSuchLayer: No two of the layers are so far apart.
@@ -194,12 +188,9 @@ def find_lookahead(
 ) -> Lookahead:
     """Find the routers of a model, and make sure, on a few tokens, that they can be run by themselves.
 
-    Args:
-        body: The model.
-        experts: The layers to record, ascending.
-        distances: How many of them to look ahead, as `check_distances` returned them.
-        inputs: ``input_ids`` of a few tokens, shape (1, token).
-        subject: What errors call the model.
+    The experts are those of the layers to record, ascending, the distances as `check_distances` returned them, and the
+    inputs ``input_ids`` of a few tokens, shape (1, token).
+
     Raises:
         ModelUnsupported: A router is no module of its own, needs more than hidden states, or does not repeat itself.
     """
@@ -208,20 +199,20 @@ def find_lookahead(
         finder.run(body, inputs)
     kept = {id(tensor) for tensors in (body.parameters(), body.buffers()) for tensor in tensors}
     routers = {block.layer: _router(block, finder, kept, f"{subject} ({family})") for block in experts}
-    targets: dict[int, list[tuple[int, int]]] = {}
-    for place, block in enumerate(experts):
-        for distance in distances:
-            if place + distance < len(experts):
-                targets.setdefault(block.layer, []).append((distance, experts[place + distance].layer))
-    for source, later in targets.items():
-        for _, target in later:
-            if not routers[target].alone:
-                raise ModelUnsupported(
-                    f"{subject} ({family})",
-                    f"the router of layer {target} is called with more than hidden states and cannot be asked earlier",
-                    _HINT,
-                )
-            _run(routers[target], finder.hidden[source], source)
+    targets = [
+        (block.layer, distance, experts[place + distance].layer)
+        for place, block in enumerate(experts)
+        for distance in distances
+        if place + distance < len(experts)
+    ]
+    for source, _, target in targets:
+        if not routers[target].alone:
+            raise ModelUnsupported(
+                f"{subject} ({family})",
+                f"the router of layer {target} is called with more than hidden states and cannot be asked earlier",
+                _HINT,
+            )
+        _run(routers[target], finder.hidden[source], source)
     return Lookahead(routers, targets)
 
 
@@ -264,7 +255,7 @@ class _Finder(RouterWatch):
             see = self._see(experts.layer)
             for name, module in self.body.named_modules():
                 if name.startswith(block) and (module is experts.router or not f"{name}.".startswith(own)):
-                    self.handles.append(module.register_forward_hook(see, with_kwargs=True))
+                    self.undo.callback(module.register_forward_hook(see, with_kwargs=True).remove)
         super().__enter__()
         return self
 
@@ -320,7 +311,7 @@ def _giver(experts: Experts, calls: Sequence[_Seen], ids: Tensor, weights: Tenso
         return None if call is None else (call, experts.read)
     num_choices = ids.shape[1]
     for call in calls:
-        given = list(_tensors(call.output))
+        given = list(tensors_in(call.output))
         index = next((index for index, tensor in enumerate(given) if _same(tensor, ids)), None)
         if index is None:
             continue
@@ -336,7 +327,7 @@ def _reader(index: int, rank_index: int | None, num_choices: int) -> Read:
     """Reads the ids, and what they rank by, from two places of an output; without the latter they keep their order."""
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-        given = list(_tensors(output))
+        given = list(tensors_in(output))
         width = given[index].shape[-1] if given[index].dim() > 1 else num_choices
         ids = given[index].reshape(-1, width)
         if rank_index is None:
@@ -361,16 +352,6 @@ def _longer(router: LoneRouter, hidden: Tensor) -> LoneRouter:
         return router
     distinct = ids.sort(dim=1).values.diff(dim=1).ne(0).all()
     return longer if ids.shape[1] == wanted and bool(distinct) else router
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
 
 
 def _same(given: Tensor, received: Tensor) -> bool:

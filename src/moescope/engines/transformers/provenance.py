@@ -26,15 +26,7 @@ LIBRARIES = ("torch", "transformers")
 def describe_body(
     body: Any, experts: Sequence[Experts], name: str, fingerprint: str, left_out: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Provenance of a model.
-
-    Args:
-        body: The model without its head; any module whose configuration may be unknown.
-        experts: The layers that are recorded.
-        name: What a trace calls it.
-        fingerprint: From one of the functions below.
-        left_out: Paths of routed blocks that are not recorded.
-    """
+    """Provenance of a model without its head, or of a module that has no configuration."""
     config = getattr(body, "config", None)
     architectures = getattr(config, "architectures", None) or [type(body).__name__]
     return provenance.ModelProvenance(
@@ -70,13 +62,7 @@ def _router(body: nn.Module, experts: Experts) -> str | None:
 
 
 def describe_run(body: Any, experts: Experts, device: torch.device) -> dict[str, Any]:
-    """Provenance of a run, as the model is set up now.
-
-    Args:
-        body: The model.
-        experts: One of its layers.
-        device: Where inputs go.
-    """
+    """Provenance of a run, as the model and one of its layers are set up now."""
     config = text_config(getattr(body, "config", None))
     experts_config = getattr(experts.module, "config", config)
     return provenance.describe_run(
