@@ -158,6 +158,24 @@ def sglang_csv(folder: Path, rng: np.random.Generator) -> Foreign:
     )
 
 
+def counted_rows(folder: Path, rng: np.random.Generator) -> Foreign:
+    """As llama.cpp's moe-trace: a row an assignment, and no token."""
+    path = folder / "moe_trace.csv"
+    expected = {(0, layer, int(e)): int(rng.integers(1, 9)) * 2 for layer in (0, 1) for e in rng.permutation(8)[:5]}
+    path.write_text("layer,expert\n" + "".join(f"{a},{e}\n" * n for (_, a, e), n in expected.items()))
+    return Foreign("counts", [path], {"top_k": 2, "num_experts": 8}, counts=expected, domains=["moe_trace"])
+
+
+def counted_lists(folder: Path, rng: np.random.Generator) -> Foreign:
+    """A list of the counts of all experts of a layer and document."""
+    path = folder / "counts.jsonl"
+    table = rng.integers(0, 50, (2, 3, 8)) * 2
+    rows = [{"doc_id": n, "layer": a, "counts": table[n, a].tolist(), "domain": "x"} for n in (0, 1) for a in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {cell: int(n) for cell, n in np.ndenumerate(table) if n}
+    return Foreign("counts", [path], {"top_k": 2}, counts=expected, domains=["x"] * 2)
+
+
 def sglang_returned(folder: Path, rng: np.random.Generator) -> Foreign:
     num_layers, top_k = 3, 2
     prompt, output = [5, 6, 7], [8, 9]
@@ -593,6 +611,8 @@ WRITERS: tuple[Callable[[Path, np.random.Generator], Foreign], ...] = (
     sglang_per_pass,
     sglang_stat,
     sglang_csv,
+    counted_rows,
+    counted_lists,
     sglang_returned,
     sglang_raw,
     sglang_base64,

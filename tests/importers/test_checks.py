@@ -126,7 +126,7 @@ def test_logits_are_never_taken_for_gate_weights(logits: list[float], words: str
 
 def test_negative_gate_weights_look_like_logits(tmp_path: Path) -> None:
     path = events(tmp_path / "a.jsonl", [{"weights": [3.5, -1.0]}])
-    assert "layer 0 has gate weights below 0; are they router logits?" in warned(
+    assert "layer 0: gate weights are below 0; are they router logits?" in warned(
         "jsonl", [path], tmp_path / "o.moe", num_experts=4
     )
 
@@ -257,7 +257,7 @@ def test_zeros_are_dense_layers_or_tokens_not_recorded_only_where_programs_write
 def test_a_top_1_layer_of_zeros_stays_and_is_told_of(tmp_path: Path) -> None:
     ids = np.zeros((2, 6, 1), int)
     ids[1, :, 0] = [0, 1, 2, 3, 0, 1]
-    with pytest.warns(UserWarning, match="layer 0 sends every token to expert 0; is it a dense layer"):
+    with pytest.warns(UserWarning, match="layer 0: every token goes to expert 0; is it a dense layer"):
         trace = moescope.from_arrays(tmp_path / "a.moe", ids, num_experts=4, ranked=True)
     assert len(trace.layers) == 2
 

@@ -44,14 +44,18 @@ def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     metavar="WHAT=NAME",
     help="Name of a column (jsonl, csv, parquet), such as experts=topk; may be repeated.",
 )
+@click.option("--restarts", is_flag=True, help="A token number below the one before it begins a document.")
+@click.option(
+    "--document-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a document, where no column divides them."
+)
 @exclude_option
 @force_option
 def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any) -> None:
     """Make a trace of what another program recorded.
 
     FORMAT is one of sglang, sglang-csv, sglang-returned, vllm, imatrix, bigmoeonedge, gpt-oss, jsonl, csv, parquet,
-    moe-policylang, megatron, tensorrt-llm, olmoe. FILES are what the program wrote; text may be compressed with gzip or
-    zstd. Nothing of a file is ever executed. What looks odd is imported, warned of, and kept in the trace.
+    counts, moe-policylang, megatron, tensorrt-llm, olmoe. FILES are what the program wrote; text may be compressed with
+    gzip or zstd. Nothing of a file is ever executed. What looks odd is imported, warned of, and kept in the trace.
 
     \b
     Examples:

@@ -63,6 +63,7 @@ class TokenDocument:
         label: Label of each token, or None.
         margins: For each layer the margin of each token's choice, as of `moescope.trace.Part`; empty if unknown.
         masses: For each layer the mass of each token's choice; empty if unknown.
+        skipped: Tokens before the first, whose routing the source left out; they shift the positions.
     """
 
     place: str
@@ -81,6 +82,7 @@ class TokenDocument:
     label: RowLabels | None = None
     margins: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
     masses: Mapping[int, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    skipped: int = 0
 
     def rows(self, selected: slice | NDArray[np.bool_]) -> TokenDocument:
         """The document of the selected tokens."""

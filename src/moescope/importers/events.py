@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ class DocumentNumbers:
 
     places: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
+    clusters: list[str | None] = field(default_factory=list)
     _numbers: dict[tuple[object, ...], int] = field(default_factory=dict)
 
-    def number(self, key: tuple[object, ...], domain: str, place: str) -> int:
+    def number(self, key: tuple[object, ...], domain: str, place: str, cluster: str | None = None) -> int:
         """The number of a document, from 0 in order of appearance."""
         number = self._numbers.get(key)
         if number is None:
@@ -65,6 +66,7 @@ class DocumentNumbers:
                 )
             self.places.append(place)
             self.domains.append(domain)
+            self.clusters.append(cluster)
         return number
 
 
@@ -100,7 +102,8 @@ def gather(
             starts = np.flatnonzero(np.diff(bucket["document"], prepend=-1))
             for events in np.split(bucket, starts[1:]):
                 number = int(events["document"][0])
-                yield _document(events, documents.domains[number], documents.places[number], meaning, findings)
+                document = _document(events, documents.domains[number], documents.places[number], meaning, findings)
+                yield replace(document, cluster=documents.clusters[number])
 
 
 def batches(events: Iterable[Event]) -> Iterator[NDArray[Any]]:
@@ -183,7 +186,8 @@ def _document(events: NDArray[Any], domain: str, place: str, meaning: Meaning, f
         raise ImportMalformed(
             f"{place}, token {token[first_twice]}, layer {layer[first_twice]}",
             "occurs twice in one document",
-            "does the file hold several recordings, or is there a field that separates documents?",
+            "if the numbers of tokens start again for each document, --restarts begins one there; or does a field "
+            "separate documents?",
         )
     new_token = np.append(True, token[1:] != token[:-1])
     row = np.cumsum(new_token) - 1

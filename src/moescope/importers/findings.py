@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moescope.errors import ImportIncomplete
+from moescope.trace.header import ranges
 
 REPORTED = 50
 """Warnings reported individually; more than this have a common cause, and are only counted."""
@@ -18,6 +19,7 @@ class Findings:
 
     _messages: dict[str, None] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
+    _layers: dict[str, list[int]] = field(default_factory=dict)
     _omitted: int = 0
 
     def warn(self, message: str) -> None:
@@ -34,10 +36,18 @@ class Findings:
         if number:
             self._counts[what] = self._counts.get(what, 0) + number
 
+    def warn_of_layer(self, layer: int, message: str) -> None:
+        """Add a warning of a layer; those of several that say the same become one."""
+        self._layers.setdefault(message, []).append(layer)
+
     def messages(self) -> list[str]:
         """All warnings, for the summary of the trace."""
         more = [f"{self._omitted:,} more warnings like these"] if self._omitted else []
-        return [*self._messages, *more, *(f"{number:,} {what}" for what, number in self._counts.items())]
+        of_layers = [
+            f"layer{'s' * (len(layers) > 1)} {ranges(layers)}: {message}"
+            for message, layers in ((message, sorted(set(layers))) for message, layers in self._layers.items())
+        ]
+        return [*self._messages, *more, *of_layers, *(f"{number:,} {what}" for what, number in self._counts.items())]
 
     def emit(self) -> None:
         """Issue all warnings."""
@@ -58,6 +68,8 @@ class Options:
     ranked: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    restarts: bool = False
+    document_tokens: int | None = None
 
     def need(self, name: str, place: object) -> int:
         """The number given for ``top_k`` or ``num_layers``.

@@ -90,6 +90,13 @@ FORMATS: Mapping[str, Format] = {
         "named:read_parquet",
         "*.parquet",
     ),
+    "counts": Format(
+        "any logger",
+        "CSV, JSON lines or Parquet of layer and expert, such as llama.cpp's `moe-trace`",
+        "counts",
+        "as a column says, else file",
+        "named:read_counts",
+    ),
     "moe-policylang": Format(
         "moe-policylang", "JSON lines with a header line, Parquet", "tokens", "prompt", "policylang:read"
     ),
@@ -115,7 +122,7 @@ FORMATS: Mapping[str, Format] = {
 
 def import_trace(
     format: str,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     num_experts: int | None = None,
@@ -127,6 +134,8 @@ def import_trace(
     ranked: bool = False,
     fields: Mapping[str, str] | None = None,
     exclude: Sequence[str] = (),
+    restarts: bool = False,
+    document_tokens: int | None = None,
     vocabulary: Vocabulary | None = None,
     force: bool = False,
 ) -> Trace:
@@ -134,7 +143,7 @@ def import_trace(
 
     Args:
         format: One of `FORMATS`.
-        files: Files, or folders where the format allows them.
+        files: A file or several, or folders where the format allows them.
         out: Folder of the trace to write.
         num_experts: Routed experts of a layer, if the files do not state it.
         top_k: Experts chosen per token, if the files do not state it.
@@ -146,6 +155,8 @@ def import_trace(
         fields: Names of columns by what they hold (`named.NAMES`), for jsonl, csv and parquet.
         exclude: What is left out, as of `moescope.open_trace`; numbers are those of the trace that would be made
             without it.
+        restarts: Whether a number of a token below the one before it begins a document, for jsonl, csv and parquet.
+        document_tokens: Tokens of a document, for those of jsonl, csv and parquet that do not divide them.
         vocabulary: Text pieces of the token ids.
         force: Replace a finished trace.
     Returns:
@@ -160,14 +171,16 @@ def import_trace(
     for name, value in (("num_experts", num_experts), ("top_k", top_k), ("num_layers", num_layers)):
         if value is not None and not 1 <= value <= 2**16:
             raise ValueError(f"{name} is {value}, expected 1 to 65536")
+    if document_tokens is not None and document_tokens < 1:
+        raise ValueError(f"document_tokens is {document_tokens}, expected at least 1")
     if layers is not None and (not layers or sorted(set(layers)) != list(layers) or not 0 <= layers[-1] < 2**16):
         raise ValueError(f"layers must be ascending, distinct and at least one, found {list(layers)[:20]}")
     chosen = FORMATS[format]
-    paths = [Path(file) for file in files]
+    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     inputs = find(paths, chosen.folder or None)
     options = Options(
         num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {},
-        tuple(exclude),
+        tuple(exclude), restarts, document_tokens,
     )  # fmt: skip
     findings = Findings()
     given = {name: value for name, value in vars(options).items() if value and name not in ("domain", "model")}

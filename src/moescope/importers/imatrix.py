@@ -40,9 +40,7 @@ def read(paths: Sequence[Path], options: Options, findings: Findings) -> Generat
                     raise ImportMalformed(f"{path}, {name}", f"counts {values.max()} tokens")
                 whole = values.astype(np.int64)
                 if layer in counts and not np.array_equal(counts[layer], whole):
-                    findings.warn(
-                        f"{path}: the projections of layer {layer} differ in their counts; the first was used"
-                    )
+                    findings.warn_of_layer(layer, f"{path}: the projections differ in their counts; the first was used")
                 counts.setdefault(layer, whole)
                 if (values >= 2**24).any():  # float32 has 24 bits of mantissa
                     findings.warn(f"{path}: counts of 16,777,216 and more are rounded to float32")

@@ -1,7 +1,8 @@
 """Tables with named columns, as many loggers write them: JSON lines, CSV or Parquet; one row per token and layer.
 
 A row holds a token's experts of a layer as a list or, in long form, a single expert. Names are looked up among those
-that loggers use (`NAMES`), or given. A document is identified by domain and document field, or else by its file.
+that loggers use (`NAMES`), or given. A document is identified by domain and document field, or else by its file. Files
+that differ in the number of a layer in their names hold one recording, a layer each.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from moescope.errors import ImportIncomplete, ImportMalformed
+from moescope.errors import ImportIncomplete, ImportMalformed, ImportTooLarge
 from moescope.importers import parquet_probe
-from moescope.importers.documents import NO_MODEL, ModelFacts, TokenDocument
-from moescope.importers.events import UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
+from moescope.importers.documents import NO_MODEL, CountedDocument, ModelFacts, TokenDocument, integers
+from moescope.importers.events import MAX_DOCUMENTS, UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
 from moescope.importers.files import decode, find, lines, number, real, stem, table
 from moescope.importers.findings import Findings, Options
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     content: tuple(names.split())
     for content, names in {
-        "experts": "experts selected_experts expert_ids topk_experts topk_ids top_experts expert_indices",
+        "experts": "experts selected_experts expert_ids topk_experts topk_ids top_experts expert_indices indices",
         "expert": "expert expert_id expert_idx",
         "weights": "weights gating_probs gate_weights routing_weights topk_weights selected_probs scores probs",
         "weight": "weight gating_prob gate_weight routing_weight prob score",
@@ -39,9 +42,11 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "token_id": "token_id input_id",
         "layer": "layer layer_idx layer_id layer_index",
         "slot": "slot rank topk_rank expert_rank",
-        "document": "document problem_id document_id doc_id sequence_id seq_id request_id prompt_idx sample_id",
+        "document": "document problem_id document_id doc_id sequence_id seq_id request_id req_id prompt_idx sample_id",
         "domain": "domain dataset dataset_source category",
+        "cluster": "cluster",
         "phase": "phase is_decode",
+        "count": "count counts tokens_per_expert",
     }.items()
 }
 """Names of a field in files, in order of preference."""
@@ -53,6 +58,23 @@ BATCH_ROWS = 1 << 12  # of Parquet at a time; few, because they become Python ob
 MAX_PARQUET_BYTES = 3 << 29
 """Memory in which a Parquet file must be decodable: 1.6 GB, of the 2 GB of an import."""
 
+FACTS: Mapping[str, tuple[str, ...]] = {
+    fact: tuple(names.split())
+    for fact, names in {
+        "name": "model model_id model_name",
+        "num_experts": "num_experts n_experts n_expert num_local_experts n_routed_experts",
+        "top_k": "top_k topk num_experts_per_tok n_expert_used",
+        "num_layers": "num_layers n_layers n_layer num_hidden_layers",
+    }.items()
+}
+"""What a header line says of the model, by names of its fields."""
+
+_FROM_FILE = {"layer": "it was read from the name of each file", "token": "rows were taken to be tokens in order"}
+
+MOST_HEADERS = 16
+"""Lines before the first row of routing."""
+
+_LAYER_IN_NAME = re.compile(r"layer[-_. ]?(\d{1,5})", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+0-9.eE]+|nan|NaN|inf")
 
 Row = Mapping[str, Any]
@@ -110,20 +132,115 @@ def parquet_rows(path: Path, wanted: Iterable[str] = ()) -> Iterator[tuple[str, 
         raise ImportMalformed(path, f"cannot be read as Parquet: {str(error)[:200]}") from None
 
 
+def read_counts(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
+    """Documents of counts: a row is a layer and an expert, counted once or as a column says, or a layer and a list."""
+    for path in find(paths):
+        with path.open("rb") as file:
+            head = file.read(4)
+        read_rows = parquet_rows if head == b"PAR1" else _json_rows if head[:1] in (b"{", b"[") else _csv_rows
+        table = _opened(path, read_rows(path), options, findings, needed=("expert", "layer"))
+        yield from _counted(table, options)
+
+
 def _read(
     paths: list[Path],
     read_rows: Callable[[Path], Iterator[tuple[str, Row]]],
     options: Options,
     findings: Findings,
 ) -> Generator[TokenDocument, None, None]:
-    """One table after the other; documents do not span files."""
+    """One recording after the other; documents do not span them."""
+    for name, files in recordings(paths):
+        tables = (_opened(path, read_rows(path), options, findings, layer) for path, layer in files.items())
+        yield from _gathered(next(tables), tables, name, options, findings)
+
+
+def recordings(paths: Iterable[Path]) -> list[tuple[str, dict[Path, int | None]]]:
+    """Files that are read together: those that differ in the number of a layer in their names; any other alone.
+
+    Returns:
+        A label of each, and its files with the numbers of layers in their names, None where there is none.
+
+    Example:
+        >>> [(name, list(files.values())) for name, files in recordings(map(Path, ["x/layer_2.csv", "x/layer_4.csv"]))]
+        [('x', [2, 4])]
+    """
+    groups: dict[tuple[object, ...], dict[Path, int | None]] = {}
     for path in paths:
-        table = read_rows(path)
-        first = next(table, None)
-        if first is None:
-            raise ImportMalformed(path, "holds no row")
-        columns = find_columns(first[0], first[1], options, findings)
-        yield from read_events(path, chain([first], table), columns, options, findings)
+        found = _LAYER_IN_NAME.search(path.name)
+        rest = (path.parent, path.name[: found.start()], path.name[found.end() :]) if found else (path,)
+        layer = int(found[1]) if found else None
+        group = groups.setdefault(rest, {})
+        if layer in group.values():
+            group = groups[path, layer] = {}  # layer1 and layer01: not one recording
+        group[path] = layer
+    return [
+        (stem(path) if len(files) == 1 else _common(path), files)
+        for files in groups.values()
+        for path in list(files)[:1]
+    ]
+
+
+def _common(path: Path) -> str:
+    """What the names of files of layers have in common; the folder's name, if that is nothing."""
+    name = stem(path.with_name(_LAYER_IN_NAME.sub("", path.name, count=1) or path.name)).strip("-_ ")
+    return name if name and not name.startswith(".") and name not in path.suffixes else stem(path.absolute().parent)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows of a file.
+
+    Attributes:
+        rows: Place and values of each row of routing.
+        model: What header lines say.
+        layer: The layer that its name says.
+    """
+
+    path: Path
+    columns: Columns
+    rows: Iterable[tuple[str, Row]]
+    model: ModelFacts = NO_MODEL
+    layer: int | None = None
+
+
+def _opened(
+    path: Path,
+    rows: Iterator[tuple[str, Row]],
+    options: Options,
+    findings: Findings,
+    layer: int | None = None,
+    needed: Sequence[str] = ("expert", "layer", "token"),
+) -> _Table:
+    """The table of a file: its header lines are read, its columns known, and lines of another type left out."""
+    model = NO_MODEL
+    routing = {*NAMES["experts"], *NAMES["expert"], *NAMES["count"], *options.fields.values()}
+    for number_of_row, (place, row) in enumerate(rows):
+        if routing & set(row) or number_of_row == MOST_HEADERS or not (facts := _facts(row, place)):
+            break
+        model = facts
+    else:
+        raise ImportMalformed(path, "holds no row")
+    columns = find_columns(place, row, options, findings, needed, layer)
+    kind = row.get("type")
+
+    def of_routing() -> Iterator[tuple[str, Row]]:
+        for where, cells in chain([(place, row)], rows):
+            if kind != cells.get("type") and (columns.experts or columns.expert or columns.count) not in cells:
+                findings.count("lines of another type than the first of routing were left out")
+            else:
+                yield where, cells
+
+    return _Table(path, columns, of_routing(), model, layer)
+
+
+def _facts(row: Row, place: str) -> ModelFacts | None:
+    """What a header line says of the model; None if it says nothing."""
+    found: dict[str, Any] = {}
+    for fact, names in FACTS.items():
+        name = next((name for name in names if row.get(name) is not None), None)
+        if name is not None:
+            found[fact] = str(row[name]) if fact == "name" else number(row[name], place, name, low=1, high=2**16)
+    return ModelFacts(**found) if found else None
 
 
 @dataclass(frozen=True)
@@ -141,14 +258,21 @@ class Columns:
     slot: str = ""
     document: str = ""
     domain: str = ""
+    cluster: str = ""
     phase: str = ""
+    count: str = ""
 
 
-def find_columns(place: str, row: Row, options: Options, findings: Findings) -> Columns:
+def find_columns(
+    place: str, row: Row, options: Options, findings: Findings, needed: Sequence[str], layer: int | None = None
+) -> Columns:
     """Find the columns by their known names.
 
+    Args:
+        needed: What there must be a column for.
+        layer: The layer that the name of the file says. Where no column does, rows may be tokens in order.
     Raises:
-        ImportIncomplete: No column holds the experts, the layer or the token.
+        ImportIncomplete: There is no column for something that is needed.
     """
     columns: dict[str, str] = {}
     for content, names in NAMES.items():
@@ -165,17 +289,29 @@ def find_columns(place: str, row: Row, options: Options, findings: Findings) -> 
     if "experts" in columns and not isinstance(row[columns["experts"]], list | str):
         columns.setdefault("expert", columns["experts"])  # long form under the name of a list
         del columns["experts"]
-    for content in ("expert", "layer", "token"):
-        if content not in columns and not (content == "expert" and "experts" in columns):
-            raise ImportIncomplete(
-                place,
-                f"has no column for {content}: none of {', '.join(NAMES[content])}",
-                f"give it with --field {content}=NAME; the columns are {', '.join(row)[:200]}",
-            )
+    by_name = layer is not None and "layer" not in columns
+    for content in needed:
+        if content in columns or (content == "expert" and "experts" in columns):
+            continue
+        if content == "expert" and isinstance(row.get(columns.get("count", "")), list) and "token" not in needed:
+            continue  # a list of the counts of all experts
+        if by_name and content in ("layer", "token"):
+            findings.warn(f"no column for {content}: " + _FROM_FILE[content])
+            continue
+        only_counts = content == "token" and "experts" not in columns
+        raise ImportIncomplete(
+            place,
+            f"has no column for {content}: none of {', '.join(NAMES[content])}",
+            f"give it with --field {content}=NAME; the columns are {', '.join(row)[:200]}"
+            + "; or count the rows: moescope import counts" * only_counts,
+        )
     for content in ("expert", "weight", "slot") if "experts" in columns else ("weights",):
         columns.pop(content, None)
-    if "document" not in columns:
-        findings.warn("no column separates documents: each file was taken to be one; --field document=NAME names it")
+    if "document" not in columns and "token" in needed and options.document_tokens is None:
+        findings.warn(
+            "no column separates documents: each file was taken to be one; --field document=NAME names it, "
+            "--document-tokens N divides the tokens"
+        )
     return Columns(**columns)
 
 
@@ -188,29 +324,43 @@ def read_events(
     model: ModelFacts = NO_MODEL,
 ) -> Generator[TokenDocument, None, None]:
     """Gather the rows of a table into documents."""
+    yield from _gathered(_Table(path, columns, table, model), (), stem(path), options, findings)
+
+
+def _gathered(
+    table: _Table, others: Iterable[_Table], name: str, options: Options, findings: Findings
+) -> Generator[TokenDocument, None, None]:
+    """Gather the rows of a recording's tables into documents."""
     documents = DocumentNumbers()
-    weights = bool(columns.weights or columns.weight)
-    events = _events(path, table, columns, documents, options, findings)
-    yield from gather(batches(events), documents, Meaning(weights, ranked=False, model=model), findings)
+    weights = bool(table.columns.weights or table.columns.weight)
+    events = chain.from_iterable(_events(one, documents, name, options, findings) for one in chain([table], others))
+    yield from gather(batches(events), documents, Meaning(weights, ranked=False, model=table.model), findings)
 
 
 def _events(
-    path: Path,
-    table: Iterable[tuple[str, Row]],
-    columns: Columns,
-    documents: DocumentNumbers,
-    options: Options,
-    findings: Findings,
+    table: _Table, documents: DocumentNumbers, name: str, options: Options, findings: Findings
 ) -> Iterator[Event]:
-    default = options.domain or stem(path)
+    path, columns = table.path, table.columns
+    default = options.domain or name
+    restarts: dict[tuple[object, ...], tuple[int, int]] = {}  # last token and how often its number fell
     unslotted: dict[tuple[int, int, int], int] = {}
     last = (-1, -1, -1)
-    for place, row in table:
-        token = number(row.get(columns.token), place, columns.token, high=2**40)
-        layer = number(row.get(columns.layer), place, columns.layer, high=65535)
+    for index, (place, row) in enumerate(table.rows):
+        token = number(row.get(columns.token), place, columns.token, high=2**40) if columns.token else index
+        layer = number(row.get(columns.layer), place, columns.layer, high=65535) if columns.layer else table.layer or 0
         domain = default if options.domain or not columns.domain else _label(row.get(columns.domain), place)
         key = _label(row.get(columns.document), place) if columns.document else ""
-        document = documents.number((domain, key), domain, f"{path}, document {key[:60]}" if key else str(path))
+        part = 0
+        if options.document_tokens is not None:
+            part = token // options.document_tokens
+        elif options.restarts:
+            before, part = restarts.get((domain, key, layer), (-1, 0))
+            part += token < before
+            restarts[domain, key, layer] = token, part
+        label = f"{key[:60]}, {part}" if part else key[:60]
+        cluster = _label(row.get(columns.cluster), place) if columns.cluster else None
+        where = f"{path}, document {label}" if label else str(path)
+        document = documents.number((domain, key, part), domain, where, cluster)
         token_id = UNKNOWN if not columns.token_id else number(row.get(columns.token_id), place, columns.token_id)
         phase = UNKNOWN if not columns.phase else _phase(row.get(columns.phase), place)
         if columns.logits:
@@ -247,6 +397,34 @@ def _events(
         weight = real(row.get(columns.weight), place, columns.weight) if columns.weight else math.nan
         chosen = number(row.get(columns.expert), place, columns.expert, low=-1, high=65535)
         yield document, token, layer, slot, chosen, weight, token_id, phase
+
+
+def _counted(table: _Table, options: Options) -> Generator[CountedDocument, None, None]:
+    """The documents of a table of counts, in order of appearance."""
+    columns, whole = table.columns, False
+    loads: dict[tuple[str, str], dict[int, NDArray[np.int64]]] = {}
+    for place, row in table.rows:
+        layer = number(row.get(columns.layer), place, columns.layer, high=65535)
+        domain = options.domain or (_label(row.get(columns.domain), place) if columns.domain else stem(table.path))
+        key = _label(row.get(columns.document), place) if columns.document else ""
+        of_layer = loads.setdefault((domain, key), {})
+        if len(loads) > MAX_DOCUMENTS:
+            raise ImportTooLarge(place, f"begins document number {len(loads):,}", "is it read from the right field?")
+        value = row.get(columns.count) if columns.count else 1
+        if whole := isinstance(value, list):
+            if layer in of_layer:
+                raise ImportMalformed(place, f"counts layer {layer} of a document again")
+            of_layer[layer] = integers(value, place, columns.count, ndim=1).astype(np.int64)
+            continue
+        expert = number(row.get(columns.expert or columns.experts), place, columns.expert, high=65535)
+        counts = of_layer.get(layer, np.zeros(0, np.int64))
+        if expert >= len(counts):
+            counts = np.append(counts, np.zeros(max(expert + 1, 2 * len(counts)) - len(counts), np.int64))
+        counts[expert] += number(value, place, columns.count or "count", high=2**40)
+        of_layer[layer] = counts
+    for (domain, key), by_layer in loads.items():
+        where = f"{table.path}, document {key[:60]}" if key else str(table.path)
+        yield CountedDocument(where, domain, by_layer, table.model, complete=whole)
 
 
 def _label(value: Any, place: str) -> str:

@@ -1,16 +1,20 @@
-"""Routed experts that SGLang and vLLM return with an answer: raw, base64, ``.npy``, or the JSON of their HTTP servers.
+"""Routed experts that SGLang, vLLM and Dynamo return with an answer: raw, base64, ``.npy``, or the JSON of a server.
 
 A document is an answer, one sequence: its prompt, then what was generated. The last generated token was never an
-input of the model, so there is one row less than tokens. Neither program marks dense layers: they are zeros (vLLM up to
-0.21 instead omits dense layers, and marks tokens of cached prefixes with -1).
+input of the model, so there is one row less than tokens. A request may leave out the rows of the first tokens, and an
+answer says so in one of several ways, or not at all. No program marks dense layers: they are zeros (vLLM up to 0.21
+instead omits dense layers, and marks tokens of cached prefixes with -1).
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +30,17 @@ from moescope.importers.findings import Findings, Options
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
 
 Id = Annotated[int, msgspec.Meta(ge=-1, le=65535)]
+Start = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Label = str | int
 
 
 class _Encoded(msgspec.Struct):
+    """Dynamo's: base64, or base85 in its first versions, with what is left out at the beginning."""
+
     data: str
     shape: list[int] = []
     dtype: str = "int32"
+    start: Start = 0
 
 
 Routes = str | list[list[list[Id]]] | _Encoded | None
@@ -42,16 +51,19 @@ class _Usage(msgspec.Struct):
     completion_tokens: int | None = None
 
 
-class _MetaInfo(_Usage):
-    routed_experts: Routes = None
-
-
 class _Extension(msgspec.Struct):
     routed_experts: Routes = None
+    routed_experts_start_len: Start | None = None
+
+
+class _MetaInfo(_Usage):
+    routed_experts: Routes = None
+    routed_experts_start_len: Start | None = None
 
 
 class _AnswerChoice(msgspec.Struct):
     routed_experts: Routes = None
+    sgl_ext: _Extension | None = None
     meta_info: _MetaInfo | None = None
     token_ids: list[TokenId] | None = None
     prompt_token_ids: list[TokenId] | None = None
@@ -63,10 +75,15 @@ class _Response(msgspec.Struct):
     choices: list[_AnswerChoice] = []
     meta_info: _MetaInfo | None = None
     sglext: _Extension | None = None
+    nvext: _Extension | None = None
     usage: _Usage | None = None
     model: str | None = None
     prompt_routed_experts: Routes = None
     routed_experts: Routes = None
+    routed_experts_start_len: Start | None = None
+    routed_experts_prompt_start: Start | None = None
+    domain: Label | None = None
+    cluster: Label | None = None
     prompt_token_ids: list[TokenId] | None = None
     input_ids: list[TokenId] | None = None
     output_ids: list[TokenId] | None = None
@@ -94,13 +111,23 @@ def _answers(
     """The documents of one response, one per choice."""
     documents = 0
     name = response.model or ""
+    if response.domain is not None and options.domain is None:
+        domain = str(response.domain)
     usage = response.usage or _Usage()
     choices = response.choices or [_AnswerChoice()]
     for index, choice in enumerate(choices):
         where = f"{place}, choice {index}" if len(choices) > 1 else place
         meta = choice.meta_info or response.meta_info or _MetaInfo()
-        extension = response.sglext.routed_experts if response.sglext and not index else None
-        routes = choice.routed_experts or meta.routed_experts or extension or response.routed_experts
+        extension = choice.sgl_ext or (None if index else response.sglext or response.nvext) or _Extension()
+        routes = choice.routed_experts or meta.routed_experts or extension.routed_experts or response.routed_experts
+        stated = (
+            routes.start if isinstance(routes, _Encoded) and routes.start else None,
+            extension.routed_experts_start_len,
+            meta.routed_experts_start_len,
+            response.routed_experts_start_len,
+            response.routed_experts_prompt_start,
+        )
+        skipped = next((start for start in stated if start is not None), None)
         prompt = choice.prompt_token_ids or response.prompt_token_ids or response.input_ids
         output = choice.token_ids if choice.token_ids is not None else response.output_ids
         num_prompt = len(prompt) if prompt is not None else meta.prompt_tokens or usage.prompt_tokens
@@ -119,7 +146,8 @@ def _answers(
         tokens = None if prompt is None or output is None else np.array([*prompt, *output], np.int64)
         completion = len(output) if output is not None else meta.completion_tokens or usage.completion_tokens
         total = None if num_prompt is None or completion is None else num_prompt + completion
-        yield _document(where, domain, ids, options, tokens, num_prompt, total, name, findings)
+        document = _document(where, domain, ids, options, tokens, num_prompt, total, name, findings, skipped)
+        yield document if response.cluster is None else replace(document, cluster=str(response.cluster))
     if not documents:
         raise ImportMalformed(place, "has no routed_experts", "was the server started to return routed experts?")
 
@@ -131,14 +159,14 @@ def _routes(routes: Any, place: str, options: Options) -> Ids:
     if isinstance(routes, _Encoded):
         if routes.dtype not in ("uint8", "int16", "uint16", "int32", "int64"):
             raise ImportMalformed(place, f"has routes of type {routes.dtype[:20]!r}")
-        dtype = np.dtype(routes.dtype)
-        data = _decoded(routes.data, place)
-        shape = routes.shape
-        if (
-            len(shape) != 3
-            or any(not 0 <= n < 2**31 for n in shape)
-            or shape[0] * shape[1] * shape[2] * dtype.itemsize != len(data)
-        ):
+        dtype, shape = np.dtype(routes.dtype), routes.shape
+        if len(shape) != 3 or any(not 0 <= n < 2**31 for n in shape):
+            raise ImportMalformed(place, f"has routes of shape {shape}, expected (token, layer, choice)")
+        size = math.prod(shape) * dtype.itemsize
+        with suppress(ValueError):
+            if len(routes.data) * 4 == size * 5 and len(data := base64.b85decode(routes.data)) == size:
+                return np.frombuffer(data, dtype).reshape(shape)
+        if len(data := _decoded(routes.data, place)) != size:
             raise ImportMalformed(place, f"has {len(data)} bytes of routes of shape {shape} of {dtype}")
         return np.frombuffer(data, dtype).reshape(shape)
     return integers(routes, place, "routed_experts", ndim=3)
@@ -190,8 +218,9 @@ def _document(
     num_tokens: int | None = None,
     model: str = "",
     findings: Findings | None = None,
+    skipped: int | None = None,
 ) -> TokenDocument:
-    """One answer; rows are counted back from the last token that was an input."""
+    """One answer; rows are counted back from the last token that was an input, or on from those that it skips."""
     rows, num_layers, top_k = ids.shape
     if options.layers is not None and options.num_layers is None and num_layers != len(options.layers):
         raise ImportMalformed(place, f"has {num_layers} layers, --layers names {len(options.layers)}")
@@ -211,10 +240,13 @@ def _document(
             place, f"has {num_layers} layers, expected {options.num_layers}", "give the routed layers with --layers"
         )
     phase, known_ids = None, None
+    first = skipped or 0
     if num_tokens is not None:
-        if rows > num_tokens:
-            raise ImportMalformed(place, f"has {rows} rows for {num_tokens} tokens, expected {num_tokens - 1}")
-        first = max(0, num_tokens - 1 - rows)
+        if rows + first > num_tokens:
+            beyond = f" from token {first} on" if first else ""
+            raise ImportMalformed(place, f"has {rows} rows{beyond} for {num_tokens} tokens, expected {num_tokens - 1}")
+        if skipped is None:
+            first = max(0, num_tokens - 1 - rows)
         if findings is not None and rows != num_tokens - 1:
             findings.count(
                 "answers have a row for their last token as well"
@@ -229,4 +261,6 @@ def _document(
     expert_ids = {layer: ids[:, index] for index, layer in enumerate(indices) if layer in wanted}
     facts = ModelFacts(model, num_layers=options.num_layers)
     dense = options.layers is None
-    return TokenDocument(place, domain, expert_ids, token_ids=known_ids, phase=phase, zero_is_dense=dense, model=facts)
+    return TokenDocument(
+        place, domain, expert_ids, token_ids=known_ids, phase=phase, zero_is_dense=dense, model=facts, skipped=first
+    )

@@ -160,6 +160,7 @@ class Tokens(Assembly):
             "document": np.repeat(np.arange(self.num_documents, self.num_documents + len(documents)), lengths),
             "domain": np.repeat(np.array([self.code_of(d.domain, d.place) for d in documents]), lengths),
             "starts": starts,
+            "skipped": np.repeat(np.array([d.skipped for d in documents], np.int64), lengths),
         }
         if self._all["token_ids"]:
             arrays["token_id"] = np.concatenate([np.asarray(d.token_ids) for d in documents]).astype(np.uint32)
@@ -277,7 +278,7 @@ class Tokens(Assembly):
                 )
                 return
             if (weights < 0).any():
-                self.findings.warn(f"layer {layer} has gate weights below 0; are they router logits?")
+                self.findings.warn_of_layer(layer, "gate weights are below 0; are they router logits?")
             unordered = (weights[:, 1:] > weights[:, :-1]).any(axis=1)
             if unordered.any():
                 rows = np.flatnonzero(unordered)
@@ -342,16 +343,17 @@ class Tokens(Assembly):
             missing = self._rows - facts.filled[top_k]
             without = self._rows - facts.recorded
             if without:
-                self.findings.warn(
-                    f"layer {index}: {without:,} of {self._rows:,} tokens were not recorded; no measure counts them"
+                self.findings.warn_of_layer(
+                    index, f"{without:,} of {self._rows:,} tokens were not recorded; no measure counts them"
                 )
             if missing > without:
-                self.findings.warn(
-                    f"layer {index}: {missing - without:,} of {self._rows:,} tokens have fewer than {top_k} experts; "
-                    "what is missing is recorded as assignments that ran no expert"
+                self.findings.warn_of_layer(
+                    index,
+                    f"{missing - without:,} of {self._rows:,} tokens have fewer than {top_k} experts; "
+                    "what is missing is recorded as assignments that ran no expert",
                 )
             if facts.largest == 0 and num_experts > 1:
-                self.findings.warn(f"layer {index} sends every token to expert 0; is it a dense layer?")
+                self.findings.warn_of_layer(index, "every token goes to expert 0; is it a dense layer?")
             drops, partial = missing > without, without > 0
             layers.append(Layer(index, num_experts, top_k, ranked=ranked, drops=drops, partial=partial))
         if (cells := self._largest_part * sum(layer.top_k for layer in layers)) > 2 * MAX_DOCUMENT_CELLS:
@@ -416,7 +418,7 @@ class Tokens(Assembly):
                 arrays["domain"],
                 names,
                 (counter - base).astype(np.uint32),
-                (rows - begin).astype(np.uint32),
+                (rows - begin + np.where(counter == base, arrays["skipped"], 0)).astype(np.uint32),
                 arrays["token_id"] if header.token_ids else np.zeros(len(rows), np.uint32),
                 ids,
                 weights,

@@ -130,18 +130,21 @@ def _check_ids(what: str, ids: NDArray[Any], layer: Layer, shape: tuple[int, int
 
 
 def _check_order(part: Part) -> None:
-    """Documents are contiguous; in each, sequences count from 0 and so do the positions of each sequence."""
+    """Documents are contiguous; in each, sequences count from 0 and so do the positions of each sequence.
+
+    Only the first sequence may begin later: where a source left out the first tokens.
+    """
     documents = part.document_starts()
     if len(np.unique(part.document[documents[:-1]])) != len(documents) - 1:
         raise ValueError("the rows of a document must be contiguous")
-    if part.sequence[documents[:-1]].any() or part.position[documents[:-1]].any():
-        raise ValueError("a document starts with sequence 0, position 0")
+    if part.sequence[documents[:-1]].any():
+        raise ValueError("a document starts with sequence 0")
     # Few rows do not advance by one position; only these may change the sequence or the document.
     jumps = np.flatnonzero(part.position[1:] != part.position[:-1] + 1) + 1
     sequences = run_starts(part.sequence)[1:-1]
     inner = np.setdiff1d(jumps, documents, assume_unique=True)  # where a document continues in its next sequence
     if (
-        not np.isin(np.concatenate([sequences, documents[1:-1]]), jumps).all()
+        not np.isin(np.setdiff1d(sequences, documents), jumps).all()
         or part.position[inner].any()
         or (part.sequence[inner] != part.sequence[inner - 1] + 1).any()
     ):
