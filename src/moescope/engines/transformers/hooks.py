@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from torch.utils.hooks import RemovableHandle
 from moescope.engines.transformers.routers import Experts, check_call
 from moescope.errors import ModelUnsupported, RouterSilent
 from moescope.trace.columns import DROPPED
-
-if TYPE_CHECKING:
-    from moescope.engines.transformers.lookahead import Lookahead
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,17 @@ class Choices:
     expert_ids: NDArray[np.int16]
     gate_weights: NDArray[np.float32]
     predicted: Mapping[int, NDArray[np.int16]] = field(default_factory=dict)
+
+
+class PredictingHooks(Protocol):
+    """What predicts choices during a forward pass, before they are made; its hooks last as long as those of a watch."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def take(self, num_tokens: int) -> Mapping[int, Mapping[int, NDArray[np.int16]]]:
+        """What was predicted in the last pass: for each layer and distance ids of shape (token, predicted)."""
 
 
 class _LastRouterCalled(BaseException):
@@ -100,11 +108,11 @@ class RouterWatch:
     Args:
         experts: The layers to watch.
         stop_at: Layer whose experts need not run any more, because it chooses last; None lets the pass run to its end.
-        lookahead: Predicts choices before they are made, with hooks that last as long; None for no predictions.
+        lookahead: Predicts choices before they are made; None for no predictions.
     """
 
     def __init__(
-        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: Lookahead | None = None
+        self, experts: Sequence[Experts], *, stop_at: int | None = None, lookahead: PredictingHooks | None = None
     ) -> None:
         self.experts = tuple(experts)
         self._stop_at = stop_at
@@ -165,6 +173,7 @@ class RouterWatch:
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
         choices = {}
+        predicted: Mapping[int, Mapping[int, NDArray[np.int16]]]
         predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
