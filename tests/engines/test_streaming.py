@@ -732,7 +732,7 @@ def test_a_spool_gives_back_what_a_layer_returned(tmp_path: Path) -> None:
             with pytest.raises(TraceDamaged):
                 opened.take(3)
             opened.close()
-        assert memory._left == budget
+        assert memory.left == budget
 
 
 def test_a_state_that_is_not_read_as_written_ends_the_recording(tmp_path: Path) -> None:

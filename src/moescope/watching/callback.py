@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
-from moescope.watching.live import Loads
+from moescope.watching.live import Loads, is_distributed
 from moescope.watching.watcher import Watch, watch
 
 ENOUGH_LOAD = 20
@@ -83,7 +82,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         self._watch.pause()
         if state.global_step % (self._every or max(1, int(state.logging_steps))):
             return
-        loads = self._watch.all_reduce() if _distributed() else self._watch.loads()
+        loads = self._watch.all_reduce() if is_distributed() else self._watch.loads()
         self._watch.reset()
         if not loads.tokens:
             return  # none of the steps since the last entry was one of those that count
@@ -146,7 +145,3 @@ def figures(loads: Loads, *, per_layer: bool = False) -> dict[str, float]:
             for layer in values["layer"].values.tolist():
                 entry[f"moe/layer_{layer}/{name}"] = float(values.sel(layer=layer))
     return {name: value for name, value in entry.items() if np.isfinite(value)}
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
 
 from moescope.engines.transformers.routers import Experts
 from moescope.errors import ModelUnsupported, RouterSilent
@@ -222,13 +222,16 @@ def _over(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
     return numerator / denominator.where(denominator > 0)
 
 
+def is_distributed() -> bool:
+    """Whether this is one of several processes that torch has joined."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _all_reduce(
     counts: Tensor, forwards: int, top_k: NDArray[np.int64], group: Any
 ) -> tuple[Tensor, int, NDArray[np.int64]]:
     """Sums over processes; a process that has seen no pass yet knows no top-k, so that is the largest."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return counts, forwards, top_k
     device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
     sums = torch.cat([counts.flatten(), torch.tensor([forwards])]).to(device)

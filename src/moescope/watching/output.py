@@ -44,7 +44,6 @@ class TraceOutput:
         self._path, self._experts, self._labels = path, experts, labels
         self._header, self._vocabulary = header, vocabulary
         self._weights, self._part_tokens, self._force = weights, part_tokens, force
-        self._writer: TraceWriter | None = None
         self._sequences: Sequences | None = None
         self._interrupted = False
         self._lock = threading.Lock()
@@ -60,15 +59,15 @@ class TraceOutput:
         call, past = current.call, current.past or 0
         counted, starts = current.counted, current.starts
         with self._lock:
-            if self._writer is None or self._sequences is None:
+            if self._sequences is None:
                 layers = zip(self._experts, choices, strict=True)
                 header = self._header(
                     tuple(describe_layer(experts, ids.shape[1]) for experts, (ids, _) in layers),
                     call.input_ids is not None,
                 )
-                self._writer = TraceWriter(self._path, header, self._vocabulary(), force=self._force)
-                self._sequences = Sequences(self._writer, self._part_tokens)
-            header = self._writer.header
+                writer = TraceWriter(self._path, header, self._vocabulary(), force=self._force)
+                self._sequences = Sequences(writer, self._part_tokens)
+            header = self._sequences.writer.header
             if header.token_ids and call.input_ids is None:
                 raise ModelUnsupported(
                     call.subject,
@@ -100,10 +99,9 @@ class TraceOutput:
     def close(self, *, complete: bool) -> None:
         """Write what is whole; the trace is complete if no error ended the block and no Ctrl-C came in between."""
         with self._lock:
-            if self._writer is None or self._sequences is None:
-                return
-            with self._writer:
-                self._sequences.finish(complete=complete and not self._interrupted)
+            if self._sequences is not None:
+                with self._sequences.writer:
+                    self._sequences.finish(complete=complete and not self._interrupted)
 
     def update(self, change: Callable[[Sequences], None]) -> None:
         """Have the sequences take note of what has ended, and write the parts that are full.

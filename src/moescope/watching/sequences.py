@@ -128,7 +128,7 @@ class Sequences:
     """Collects sequences and writes those that are whole, in parts of at least so many tokens."""
 
     def __init__(self, writer: TraceWriter, part_tokens: int) -> None:
-        self._writer = writer
+        self.writer = writer
         self._part_tokens = part_tokens
         self._batches: list[SequenceBatch] = []
         self._whole: list[Part] = []
@@ -231,7 +231,7 @@ class Sequences:
         if self._whole:
             self._write()
         if complete:
-            self._writer.finish({"documents": self.documents, "tokens": self.tokens})
+            self.writer.finish({"documents": self.documents, "tokens": self.tokens})
 
     def _take(self, domain: str, windows: list[dict[str, Any]]) -> None:
         code = self._domains.setdefault(domain, len(self._domains))
@@ -252,7 +252,7 @@ class Sequences:
     def _write(self) -> None:
         part = replace(Part.joined(self._whole), domain_names=tuple(self._domains))
         num_documents = len(part.document_starts()) - 1
-        self._writer.write(part, {"documents": num_documents, "tokens": part.num_tokens})
+        self.writer.write(part, {"documents": num_documents, "tokens": part.num_tokens})
         self._whole, self._domains, self._waiting = [], {}, 0  # only now: after an error the next part has them, too
         self.tokens += part.num_tokens
 

@@ -42,7 +42,7 @@ class Choices:
 
 
 class PredictingHooks(Protocol):
-    """What predicts choices during a forward pass, before they are made."""
+    """What predicts choices during a forward pass, before they are made; its hooks last as long as those of a watch."""
 
     def __enter__(self) -> object: ...
 
@@ -108,7 +108,7 @@ class RouterWatch:
     Args:
         experts: The layers to watch.
         stop_at: Layer whose experts need not run any more, because it chooses last; None lets the pass run to its end.
-        lookahead: Predicts choices before they are made, with hooks that last as long; None for no predictions.
+        lookahead: Predicts choices before they are made; None for no predictions.
     """
 
     def __init__(
@@ -125,8 +125,7 @@ class RouterWatch:
             for handle in listen(experts, self.note(experts)):
                 self.undo.callback(handle.remove)
         if self._lookahead is not None:
-            self._lookahead.__enter__()
-            self.undo.push(self._lookahead.__exit__)
+            self.undo.enter_context(self._lookahead)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,6 +173,7 @@ class RouterWatch:
                     "an experts implementation or kernel may bypass the module; load the model without it",
                 )
         choices = {}
+        predicted: Mapping[int, Mapping[int, NDArray[np.int16]]]
         predicted = {} if self._lookahead is None else self._lookahead.take(num_tokens)
         for experts, ids, weights in calls:
             if experts.in_decoder:
