@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from synthetic import VOCABULARY, make_part, make_trace
+from synthetic import VOCABULARY, make_counts, make_part, make_trace
 
 import moescope
 from moescope import cli
-from moescope.errors import NoSuchDomain, NotExportable, OutputExists
+from moescope.errors import NoSuchDomain, NotExportable, NotRecorded, OutputExists
+from moescope.simulation import eplb
 from moescope.trace import Header, Layer, Trace, TraceWriter, open_trace
 
 LAYERS = (Layer(1, 8, 2), Layer(3, 8, 2))
@@ -117,3 +119,27 @@ def test_the_command_writes_what_the_library_does(trace: Trace, tmp_path: Path) 
     assert (again.exit_code, "error[output-exists]" in again.stderr) == (1, True)
     wrong = CliRunner().invoke(cli.main, [*options[:3], "5", *options[4:], "--force"])
     assert (wrong.exit_code, "devices that divide them: 1, 2, 4, 8" in wrong.stderr) == (2, True)
+
+
+def test_counts_are_placed_as_the_tokens_that_they_count_are(trace: Trace, tmp_path: Path) -> None:
+    (part,) = trace.iter_parts()
+    table = {
+        (g, a.layer): np.bincount(part.expert_ids[a.layer][part.document == g].ravel(), minlength=8)
+        for g in range(4)
+        for a in LAYERS
+    }
+    loads = {g: {n: {e: int(x) for e, x in enumerate(table[g, n]) if x} for n in (1, 3)} for g in range(4)}
+    counts = make_counts(tmp_path / "counts.moe", loads, tuple(replace(layer, ranked=False) for layer in LAYERS))
+    for algorithm in ("linear", "random", "eplb", "eplb-replicated"):
+        one, other = (moescope.placement(source, algorithm, devices=4) for source in (trace, counts))
+        for layer in (1, 3):
+            np.testing.assert_array_equal(one.experts[layer], other.experts[layer])
+    hot = [moescope.export(one, tmp_path / f"{n}.json", format="hot-experts") for n, one in enumerate((trace, counts))]
+    assert len({json.dumps(json.loads(path.read_text())["layers"]) for path in hot}) == 1
+    one = moescope.placement(counts, "eplb", devices=4, domain="Github")
+    github = table[1, 1] + table[3, 1]
+    np.testing.assert_array_equal(one.experts[1], eplb.rebalance(github, 8, 1, 1, 4)[0])
+    with pytest.raises(NotRecorded, match="counts of assignments"):
+        moescope.placement(counts, "affinity", devices=4)
+    with pytest.raises(NoSuchDomain):
+        moescope.placement(counts, "eplb", devices=4, domain="Prose")

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moescope.trace import Layer, Trace
 
@@ -22,7 +21,7 @@ FORMAT = "moescope-hot-experts"
 
 def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
     """Write the loads of the layers of a trace, and the orders, to a file."""
-    loads = expert_loads(trace, layers)
+    loads = trace.expert_loads(layers)
     shares = {number: (load / max(1, load.sum())).tolist() for number, load in loads.items()}
     ranking = sorted((-value, number, expert) for number in shares for expert, value in enumerate(shares[number]))
     document = {
@@ -45,14 +44,3 @@ def write(trace: Trace, layers: tuple[Layer, ...], path: Path, _: str) -> None:
         "corpus": trace.header.corpus,
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def expert_loads(trace: Trace, layers: tuple[Layer, ...]) -> dict[int, NDArray[np.int64]]:
-    """By layer, the assignments that each of its routed experts received."""
-    loads = {layer.layer: np.zeros(layer.num_experts, np.int64) for layer in layers}
-    for part in trace.iter_parts(list(loads)):
-        for layer in layers:
-            ids = part.expert_ids[layer.layer].ravel()
-            ids = ids[(ids >= 0) & (ids < layer.num_experts)]
-            loads[layer.layer] += np.bincount(ids, minlength=layer.num_experts)
-    return loads

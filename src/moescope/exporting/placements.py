@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import NotExportable
-from moescope.exporting.hot_experts import expert_loads
 from moescope.exporting.output import new_output
 from moescope.exporting.vllm import num_model_layers
 from moescope.trace import Trace
@@ -91,7 +90,7 @@ def _sglang(placement: Placement, trace: Trace) -> dict[str, NDArray[np.int64]]:
 
 def _counts(placement: Placement, trace: Trace) -> dict[str, NDArray[np.int64]]:
     table = np.zeros((num_model_layers(trace), placement.layers[0].num_experts), np.int64)
-    for layer, loads in expert_loads(trace, placement.layers).items():
+    for layer, loads in trace.expert_loads(placement.layers).items():
         table[layer] = loads
     return {"logical_count": table}
 

@@ -184,7 +184,7 @@ def placement(
         ValueError: The experts cannot be shared out evenly, or there is no such placement.
         NoSuchLayer: A layer was not recorded.
         NoSuchDomain: The domain is not in the trace.
-        NotRecorded: The trace holds counts only.
+        NotRecorded: The trace holds counts only, and affinity needs tokens.
     Source:
         EPLB: github.com/deepseek-ai/EPLB; affinity is ours (`simulation.parallel_kernels.bring_together`).
     """
@@ -196,10 +196,14 @@ def placement(
         raise ValueError(f"a batch holds at least one token, not {batch_tokens}")
     if domain is not None and algorithm == "affinity":
         raise ValueError("affinity is fitted on all domains together; eplb and eplb-replicated can be on one")
-    trace.need_tokens()
     code = None if domain is None else trace.domain_code(domain)
+    if algorithm == "affinity":
+        trace.need_tokens()
     if algorithm not in FITTED:
         return place(algorithm, cluster, chosen, {}, seed=seed)
+    if trace.header.counts_only:
+        loads = trace.expert_loads(chosen, domain)
+        return place(algorithm, cluster, chosen, {layer: Fit(load) for layer, load in loads.items()}, seed=seed)
     kind = BatchKind("prefill", batch_tokens)
     counted = profile(trace, chosen, kind, Cells(trace), pairs=algorithm == "affinity", threads=threads)
     return place(algorithm, cluster, chosen, counted.fits(range(NUM_FOLDS), code), seed=seed)

@@ -16,8 +16,8 @@ from moescope.trace.header import Header
 
 COUNT_COLUMNS = ("document", "domain", "layer", "expert", "count")
 COUNTS_HINT = (
-    "`moescope shares`, `divergence`, `balance`, `claims` and `report` work on counts; what needs tokens, their "
-    "order or their words does not"
+    "`moescope shares`, `divergence`, `balance`, `claims`, `report`, `placement` and `export hot-experts` work on "
+    "counts; what needs tokens, their order or their words does not"
 )
 
 

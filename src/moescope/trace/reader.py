@@ -177,6 +177,31 @@ class Trace:
         for file in self.parts:
             yield file.read_counts()
 
+    def expert_loads(self, layers: Iterable[Layer], domain: str | None = None) -> dict[int, NDArray[np.int64]]:
+        """By layer, the assignments that each routed expert received, shape (expert,); of a trace of counts, too.
+
+        Raises:
+            NoSuchDomain: The domain is not in the trace.
+        """
+        chosen = tuple(layers)
+        loads = {layer.layer: np.zeros(layer.num_experts, np.int64) for layer in chosen}
+        if domain is not None:
+            self.domain_code(domain)
+        if self.header.counts_only:
+            for counts in self.iter_counts():
+                names = np.array(counts.domain_names, object)
+                kept = np.ones(len(counts.domain), np.bool_) if domain is None else names[counts.domain] == domain
+                for number, load in loads.items():
+                    of_layer = kept & (counts.layer == number)
+                    np.add.at(load, counts.expert[of_layer], counts.count[of_layer])
+            return loads
+        for part in self.iter_parts(list(loads), domains=None if domain is None else [domain]):
+            for layer in chosen:
+                ids = part.expert_ids[layer.layer].ravel()
+                ids = ids[(ids >= 0) & (ids < layer.num_experts)]
+                loads[layer.layer] += np.bincount(ids, minlength=layer.num_experts)
+        return loads
+
     def document(self, number: int, layers: Iterable[int] | None = None, *, weights: bool = False) -> Part:
         """The rows of one document.
 
