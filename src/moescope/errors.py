@@ -74,6 +74,14 @@ class CorpusField(CorpusError):
     """The field that should hold the text or the domain is not in the corpus."""
 
 
+class CorpusTooLarge(CorpusError):
+    """A record, or a file that must be held whole, is larger than memory is meant to be taken for it."""
+
+
+class CorpusChanged(CorpusError):
+    """The files of the corpus are no longer those whose fingerprint the trace holds."""
+
+
 class CorpusEmpty(CorpusError):
     """The corpus holds no document with text, or none of its documents yields a token."""
 

@@ -13,8 +13,8 @@ from moescope.errors import CorpusEmpty, CorpusError, CorpusField, CorpusMalform
 
 GOOD = b'{"text": "good", "meta": {"pile_set_name": "ArXiv"}}\n'
 EXPECTED = (
-    "hint: a corpus is a file of JSON lines (.jsonl, also as .zst or .gz), Parquet (.parquet) or text (.txt), a folder "
-    "of such JSON lines or Parquet files, or a folder of text files with one subfolder per domain"
+    "hint: a corpus is a file of JSON lines (.jsonl, also as .zst or .gz), a JSON array (.json), CSV, Parquet, Arrow "
+    "or text (.txt), a folder of such data files, or a folder of text files with one subfolder per domain"
 )
 BAD_LINES = {
     b'{"text": "x"': "not JSON (expecting ',' delimiter, character 13)",
@@ -135,7 +135,7 @@ def test_a_text_file_that_is_not_utf_8_is_left_out_never_repaired(tmp_path):
     corpus = open_corpus(tmp_path / "notes")
     assert told(lambda: list(corpus)) == (
         [Document(0, "code", "good")],
-        ["code/b.txt: not UTF-8 (byte 3); left out"],
+        ["code/b.txt: not UTF-8 (byte 3); left out", "notes: 1 of 2 files are text and were read"],
     )
 
 
@@ -190,7 +190,7 @@ def test_a_path_that_is_neither_file_nor_folder(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", b"plain words", b'[{"text": "a"}]', b""])
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", b"plain words", b'["text"', b""])
 def test_a_file_of_unknown_format(tmp_path, content):
     path = tmp_path / "data.bin"
     path.write_bytes(content)
@@ -221,9 +221,9 @@ def test_a_folder_that_is_something_else(tmp_path, files, what):
 
 def test_a_folder_of_two_formats(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
     assert rendered(tmp_path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {tmp_path}: it holds both JSON lines and Parquet files\n"
+        f"error[corpus-not-found]: {tmp_path}: it holds both JSON lines (a.jsonl) and Parquet (b.parquet)\n"
         "hint: give one of the files, or split them"
     )
 
@@ -231,18 +231,10 @@ def test_a_folder_of_two_formats(tmp_path):
 def test_a_folder_of_shards_and_folders(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(GOOD)
     (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "00.jsonl").write_bytes(GOOD)
     assert rendered(tmp_path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {tmp_path}: it holds both shards (val.jsonl) and folders (train), so the "
+        f"error[corpus-not-found]: {tmp_path}: it holds both shards (val.jsonl) and folders (train) of them, so the "
         "corpus is ambiguous\nhint: give one of the two"
-    )
-
-
-def test_shards_one_folder_further_down_are_not_taken_for_text(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "00.jsonl.zst").write_bytes(zstandard.compress(GOOD))
-    assert rendered(tmp_path, CorpusNotFound) == (
-        f"error[corpus-not-found]: {tmp_path}: its shards are in subfolders (train/00.jsonl.zst)\n"
-        "hint: give the folder that holds the shards"
     )
 
 

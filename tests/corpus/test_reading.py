@@ -122,7 +122,7 @@ def test_shards_of_a_folder_are_read_by_name_and_numbered_through(tmp_path):
     (tmp_path / "00.jsonl.zst").write_bytes(zstandard.compress(lines(PILE[1:]) + b"not JSON\n"))
     (tmp_path / ".hidden.jsonl").write_bytes(b"?")
     (tmp_path / "README.md").write_text("about")
-    with pytest.warns(UserWarning, match=r": not read, since the corpus is its jsonl files: README\.md$"):
+    with pytest.warns(UserWarning, match=r": not read, since the corpus is its JSON lines files: README\.md$"):
         corpus = open_corpus(tmp_path)
     with pytest.warns(UserWarning, match=r"^00\.jsonl\.zst, line 3: not JSON"):
         documents = list(corpus)
@@ -169,7 +169,7 @@ def test_in_a_folder_of_text_the_subfolders_are_the_domains(tmp_path):
         "code/.x": "hidden",
         "essays/1": "\ufeffone",
         "essays/2.md": "",
-        "loose.txt": "\r\nloose\x00",
+        "loose.txt": "\r\nloose\x01",
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode())
@@ -180,7 +180,7 @@ def test_in_a_folder_of_text_the_subfolders_are_the_domains(tmp_path):
         Document(1, "code", "a"),
         Document(2, "essays", "one"),
         Document(3, "essays", ""),
-        Document(4, "notes", "\r\nloose\x00"),
+        Document(4, "notes", "\r\nloose\x01"),
     ]
 
 
@@ -271,7 +271,7 @@ def test_parquet_gives_back_any_text(texts):
 
 
 @settings(deadline=None, max_examples=40)
-@given(texts)
+@given(st.lists(st.text().map(lambda text: f"{text.replace(chr(0), '')}a"), min_size=1, max_size=5))
 def test_text_files_give_back_any_text_but_for_a_byte_order_mark(texts):
     with tempfile.TemporaryDirectory() as folder:
         for number, text in enumerate(texts):

@@ -18,6 +18,7 @@ import moescope
 from moescope.corpus import Document
 from moescope.engines.transformers.tokenizer import Tokenizer
 from moescope.errors import (
+    CorpusChanged,
     CorpusEmpty,
     DiskFull,
     ModelDamaged,
@@ -259,6 +260,28 @@ def test_a_corpus_without_a_token_is_an_error(texts: list[str], tokenizer: Any, 
     documents = [Document(number, "d", text) for number, text in enumerate(texts)]
     with pytest.raises(CorpusEmpty, match=f"none of its {len(texts)} documents has a token"):
         record((tiny_model("mixtral"), tokenizer), documents, tmp_path / "t.moe")
+
+
+def test_a_corpus_that_is_changed_while_it_is_recorded_is_not_finished_and_its_parts_are_kept(tmp_path: Path) -> None:
+    def line(number: int) -> str:
+        return json.dumps({"text": f"the cat sat {number} " * 30, "meta": {"pile_set_name": "Github"}}) + "\n"
+
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(map(line, range(40))), encoding="utf-8")
+    model = tiny_model("mixtral", num_hidden_layers=1), byte_level_tokenizer()
+    changed: list[bool] = []
+
+    def change(_: Progress) -> None:
+        if not changed:
+            changed.append(True)
+            with corpus.open("a", encoding="utf-8") as file:
+                file.write(line(99))
+
+    with pytest.raises(CorpusChanged, match=r"c.jsonl was changed while it was read"):
+        record(model, corpus, tmp_path / "t.moe", part_tokens=100, window=60, progress=change)
+    kept = open_trace(tmp_path / "t.moe")
+    assert not kept.complete
+    assert kept.num_documents >= 40
 
 
 def test_documents_of_one_token_are_recorded(tokenizer: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from moescope.corpus.corpora import MAX_RECORD_BYTES
 from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, DTYPES, WINDOW
 from moescope.engines.work import has_work, work_folder
@@ -82,6 +83,13 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option("--sample-seed", type=int, default=SAMPLE_SEED, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
+@click.option(
+    "--max-record-bytes",
+    callback=_parse_size,
+    default=f"{MAX_RECORD_BYTES >> 20}MiB",
+    metavar="SIZE",
+    help="Largest record of the corpus, decompressed.",
+)
 @click.option("--strict", is_flag=True, help="Stop at a malformed record instead of counting it.")
 @click.option("--weights", is_flag=True, help="Record the gate weights, too.")
 @click.option(
@@ -134,7 +142,8 @@ def command(out: Path, **arguments: Any) -> None:
     """Run a model over a corpus and record its routing.
 
     MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
-    is downloaded. CORPUS is a file or folder of JSON lines (such as the Pile's .jsonl.zst), Parquet or text.
+    is downloaded. CORPUS is a file or folder of JSON lines (such as the Pile's .jsonl.zst), a JSON array, CSV, Parquet,
+    Arrow or text.
 
     A recording that was interrupted, even by kill -9, goes on when the same command is run again.
 

@@ -10,33 +10,54 @@ import msgspec
 
 from moescope.corpus.compression import BrokenFile, chunks
 from moescope.corpus.records import Record, Unreadable, kind
+from moescope.errors import CorpusTooLarge
 
 BOM = b"\xef\xbb\xbf"
 
 
-def read(path: Path) -> Iterator[Record]:
-    """Yield the record of each line; where a compressed file is damaged, an ``Unreadable`` is the last."""
+def read(path: Path, max_bytes: int) -> Iterator[Record]:
+    """Yield the record of each line; where a compressed file is damaged, an ``Unreadable`` is the last.
+
+    Raises:
+        CorpusTooLarge: A line is longer than so many bytes.
+    """
     try:
-        for index, line in enumerate(_lines(path)):
-            yield _decoded(line if index else line.removeprefix(BOM))
+        for index, line in enumerate(_lines(path, max_bytes)):
+            yield decoded(line if index else line.removeprefix(BOM))
     except BrokenFile as error:
         yield Unreadable(f"the file is damaged from here: {error}")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines without their newline; a line of any length is concatenated once."""
+def _lines(path: Path, max_bytes: int) -> Iterator[bytes]:
+    """Yield the lines without their newline; a line is concatenated once."""
     pieces: list[bytes] = []
+    number, size = 1, 0
     for chunk in chunks(path):
         end, *starts = chunk.split(b"\n")
         pieces.append(end)
+        size += len(end)
         for start in starts:
+            check_size(path, f"line {number}", size, max_bytes)
             yield b"".join(pieces)
-            pieces = [start]
+            number, pieces, size = number + 1, [start], len(start)
+        check_size(path, f"line {number}", size, max_bytes)
     if last := b"".join(pieces):
         yield last
 
 
-def _decoded(line: bytes) -> Record:
+def check_size(path: Path, place: str, size: int, max_bytes: int) -> None:
+    """Refuse a record that would take too much memory.
+
+    Raises:
+        CorpusTooLarge: It has more than so many bytes.
+    """
+    if size > max_bytes:
+        hint = f"if it is a text, --max-record-bytes {2 * size} reads it, in some five times that memory"
+        raise CorpusTooLarge(f"{path}, {place}", f"is longer than {max_bytes:,} bytes", hint)
+
+
+def decoded(line: bytes) -> Record:
+    """The record that some JSON holds, or why it holds none; None for a blank line."""
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -27,11 +27,32 @@ def read(path: Path, fields: Sequence[str] | None = None) -> Iterator[Record]:
             ) as parquet,
         ):
             for batch in parquet.iter_batches(ROWS, columns=fields, use_threads=False):
-                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-                for row in range(batch.num_rows):
-                    try:
-                        yield {name: column[row].as_py() for name, column in columns.items()}
-                    except UnicodeDecodeError as error:
-                        yield Unreadable(f"not UTF-8 (byte {error.start + 1} of its string)")
+                yield from rows_of(batch)
     except (pa.ArrowException, OSError) as error:
         yield Unreadable(f"the file cannot be read from here: {str(error).splitlines()[0]}")
+
+
+def rows_of(batch: pa.RecordBatch) -> Iterator[Record]:
+    """Yield the record of each row; whatever its decoding raises is of that record alone."""
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for row in range(batch.num_rows):
+        try:
+            yield {name: column[row].as_py() for name, column in columns.items()}
+        except UnicodeDecodeError as error:
+            yield Unreadable(f"not UTF-8 (byte {error.start + 1} of its string)")
+        except Exception as error:  # dates out of range, unknown time zones, types of other programs
+            yield Unreadable(f"cannot be decoded ({type(error).__name__}: {str(error)[:100]})")
+
+
+def schema(path: Path) -> pa.Schema:
+    """The columns of a file."""
+    return pq.read_schema(path)
+
+
+def field_names(columns: pa.Schema | pa.StructType, prefix: str = "") -> Iterator[str]:
+    """The paths of the fields of a schema, structs opened, in their order."""
+    for field in (columns.field(number) for number in range(len(columns.names))):
+        if pa.types.is_struct(field.type):
+            yield from field_names(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"

@@ -27,6 +27,7 @@ class Problems:
     count: int = 0
     first: list[str] = field(default_factory=list)
     _warned: int = field(default=0, repr=False)
+    _noted: set[str] = field(default_factory=set, repr=False)
 
     def begin(self) -> None:
         """Count from zero: a new pass begins."""
@@ -50,6 +51,12 @@ class Problems:
         """Report the total: the pass has reached the end of the corpus."""
         if self.count > REPORTED:
             self._warn(self.count, f"{self.count - REPORTED} more records could not be read; left out")
+
+    def note(self, message: str) -> None:
+        """Warn of something about the corpus, once, however often it is read."""
+        if message not in self._noted:
+            self._noted.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def _warn(self, number: int, message: str) -> None:
         if number > self._warned:

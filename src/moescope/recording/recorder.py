@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moescope.corpus import Corpus, Document, Sample, open_corpus, sample
+from moescope.corpus import MAX_RECORD_BYTES, Corpus, Document, Sample, open_corpus, sample
 from moescope.corpus.sampling import SAMPLE_SEED
 from moescope.engines.opening import open_engine
 from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DTYPES, WINDOW, EngineOptions
@@ -56,6 +56,7 @@ def record(
     text_field: str | None = None,
     domain_field: str | None = None,
     strict: bool = False,
+    max_record_bytes: int = MAX_RECORD_BYTES,
     force: bool = False,
     stream: bool | None = None,
     memory: int | None = None,
@@ -90,6 +91,7 @@ def record(
         text_field: Field of the corpus that holds the text.
         domain_field: Field of the corpus that holds the domain.
         strict: Stop at a malformed record instead of counting it.
+        max_record_bytes: Largest record of the corpus that is read, decompressed.
         force: Replace a finished trace, or one of another recording.
         stream: Go layer by layer (`docs/how-to/larger-than-memory.md`); None to do so if the model does not fit.
         memory: Bytes of memory that recording may take: what decides whether the model fits, and how much of what
@@ -123,7 +125,8 @@ def record(
     if not force and (out / SUMMARY).exists():  # TraceWriter would say so, too, but only after the model is loaded
         _refuse_complete(out)
     if isinstance(corpus, str | Path):
-        corpus = open_corpus(corpus, text_field=text_field, domain_field=domain_field, strict=strict)
+        fields = {"text_field": text_field, "domain_field": domain_field}
+        corpus = open_corpus(corpus, **fields, strict=strict, max_record_bytes=max_record_bytes)
     with open_engine(model, engine_options, out=out, force=force) as engine:
         tokenizer = engine.tokenizer
         documents = _documents(corpus, max_tokens_per_domain, max_documents_per_domain, sample_seed, tokenizer)
@@ -257,6 +260,9 @@ def _record_parts(
                 written.put((record_part(engine, portion, number, advance), portion.note()))
     if not totals["tokens"]:
         raise _empty(writer.header, totals["documents_read"])
+    files = documents.corpus if isinstance(documents, Sample) else documents
+    if isinstance(files, Corpus):
+        files.check_unchanged()
     problems = getattr(documents, "problems", None)
     writer.finish(totals | ({} if problems is None else {"malformed": problems.count}))
 
