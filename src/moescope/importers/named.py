@@ -187,7 +187,7 @@ def _common(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _LogFile:
     """The rows of a file.
 
     Attributes:
@@ -210,7 +210,7 @@ def _opened(
     findings: Findings,
     layer: int | None = None,
     needed: Sequence[str] = ("expert", "layer", "token"),
-) -> _Table:
+) -> _LogFile:
     """The table of a file: its header lines are read, its columns known, and lines of another type left out."""
     model = NO_MODEL
     routing = {*NAMES["experts"], *NAMES["expert"], *NAMES["count"], *options.fields.values()}
@@ -230,7 +230,7 @@ def _opened(
             else:
                 yield where, cells
 
-    return _Table(path, columns, of_routing(), model, layer)
+    return _LogFile(path, columns, of_routing(), model, layer)
 
 
 def _facts(row: Row, place: str) -> ModelFacts | None:
@@ -324,11 +324,11 @@ def read_events(
     model: ModelFacts = NO_MODEL,
 ) -> Generator[TokenDocument, None, None]:
     """Gather the rows of a table into documents."""
-    yield from _gathered(_Table(path, columns, table, model), (), stem(path), options, findings)
+    yield from _gathered(_LogFile(path, columns, table, model), (), stem(path), options, findings)
 
 
 def _gathered(
-    table: _Table, others: Iterable[_Table], name: str, options: Options, findings: Findings
+    table: _LogFile, others: Iterable[_LogFile], name: str, options: Options, findings: Findings
 ) -> Generator[TokenDocument, None, None]:
     """Gather the rows of a recording's tables into documents."""
     documents = DocumentNumbers()
@@ -338,7 +338,7 @@ def _gathered(
 
 
 def _events(
-    table: _Table, documents: DocumentNumbers, name: str, options: Options, findings: Findings
+    table: _LogFile, documents: DocumentNumbers, name: str, options: Options, findings: Findings
 ) -> Iterator[Event]:
     path, columns = table.path, table.columns
     default = options.domain or name
@@ -399,7 +399,7 @@ def _events(
         yield document, token, layer, slot, chosen, weight, token_id, phase
 
 
-def _counted(table: _Table, options: Options) -> Generator[CountedDocument, None, None]:
+def _counted(table: _LogFile, options: Options) -> Generator[CountedDocument, None, None]:
     """The documents of a table of counts, in order of appearance."""
     columns, whole = table.columns, False
     loads: dict[tuple[str, str], dict[int, NDArray[np.int64]]] = {}

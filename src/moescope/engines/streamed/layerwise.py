@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from moescope.engines.streamed.shards import Shards, StoredTensor
+from moescope.engines.transformers.faults import refuse_wrapped
 from moescope.engines.transformers.routers import Experts, hidden_size
 from moescope.errors import ModelDamaged, ModelNotStreamable
 
@@ -250,6 +251,7 @@ class Layerwise:
         gaps = sorted(filter(self._names_within(layer, bare=bare), missing))
         gaps += sorted([*info.conversion_errors, *(str(key[0]) for key in info.mismatched_keys)])
         if gaps:
+            refuse_wrapped(self.subject, sorted(self.shards.tensors))
             raise ModelDamaged(self.subject, f"{len(gaps)} tensors are missing or misshapen, such as {gaps[0]}")
 
     def _empty_out(self, layer: int | None) -> None:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moescope.engines.transformers.faults import CHOICES
+
 MIN_LAYERS = 8
 """Enough for every period that layers of released models have."""
 
@@ -22,7 +24,6 @@ _NULL_EXPERTS = 8
 _NARROWEST_HEAD, _NARROWEST_ROTARY = 8, 4
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "depth")
-_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 _CHUNKS = ("chunk_size", "mamba_chunk_size")  # of a scan, which pads to them
 _GROUPS = ("n_group", "num_expert_group")
 _WIDTH = re.compile(
@@ -111,7 +112,7 @@ def _shrink_sections(rope: dict[str, Any], factor: int) -> dict[str, Any]:
 def _num_experts(part: Any, value: int) -> int:
     """Enough for the choices of a token and two in each group, a multiple of the groups."""
     groups = max((number for name, number in _numbers(part) if name in _GROUPS), default=1) or 1
-    chosen = max((number for name, number in _numbers(part) if name in _CHOICES), default=1)
+    chosen = max((number for name, number in _numbers(part) if name in CHOICES), default=1)
     wanted = max(_EXPERTS, 2 * chosen, 2 * groups)
     return min(value, -(-wanted // groups) * groups)
 

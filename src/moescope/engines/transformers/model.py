@@ -20,6 +20,13 @@ from transformers.utils import logging
 
 from moescope.engines.options import EngineOptions
 from moescope.engines.transformers.batches import Batching
+from moescope.engines.transformers.faults import (
+    check_choices,
+    check_layers,
+    checkpoint_errors,
+    refuse_stand_ins,
+    refuse_wrapped,
+)
 from moescope.engines.transformers.hooks import RouterWatch
 from moescope.engines.transformers.lookahead import Lookahead, check_distances, find_lookahead
 from moescope.engines.transformers.provenance import (
@@ -171,10 +178,12 @@ def open_checkpoint(path: Path | str, options: EngineOptions) -> Checkpoint:
     with quiet():
         config = _load_config(folder, options.trust_remote_code)
         kind, config, renamed, elsewhere = _how_to_build(config)
-        with torch.device("meta"):
+        check_layers(config, path)
+        with checkpoint_errors(folder, "its model cannot be built"), torch.device("meta"):
             skeleton = text_tower(_build(kind, config, path, options.trust_remote_code))
-        experts = find_experts(skeleton, path, block=options.block)
+            experts = find_experts(skeleton, path, block=options.block)
         experts = select_experts(experts, options.layers, num_layers(config), path)
+        check_choices(config, max(block.num_experts + block.num_null_experts for block in experts), path)
         check_distances(options.lookahead, len(experts), path)
         tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
     name = folder.resolve().name if Path(path).is_dir() else str(path)
@@ -225,6 +234,7 @@ def find_checkpoint(path: Path | str) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
+        refuse_stand_ins(folder)
         if not (folder / "config.json").is_file():
             raise ModelNotFound(path, "is a folder without config.json, so it is not a checkpoint of transformers")
         return folder
@@ -248,7 +258,9 @@ def probe(model: Model) -> tuple[tuple[Layer, ...], int | None]:
     Returns:
         The layers as a trace describes them, and the layer after which a forward pass may stop: the last to choose.
     """
-    with weights_put_back(model), RouterWatch(model.experts) as watch:
+    folder = Path(getattr(model.body, "name_or_path", None) or model.description["name"])
+    boundary = checkpoint_errors(folder, "its first forward pass fails")
+    with boundary, weights_put_back(model), RouterWatch(model.experts) as watch:
         choices = watch.run(model.body, _a_few_tokens(model))
     layers = tuple(describe_layer(experts, choices[experts.layer].expert_ids.shape[1]) for experts in model.experts)
     return layers, list(choices)[-1]
@@ -343,12 +355,11 @@ def describe(
 def _load_config(folder: Path, trust_remote_code: bool) -> Any:
     if trust_remote_code and (code := sorted(path.name for path in folder.glob("*.py"))):
         warnings.warn(f"{folder}: code of the checkpoint runs: {', '.join(code)}", stacklevel=2)
-    failures = Exception if trust_remote_code else (OSError, ValueError, KeyError, TypeError)
     try:
         return transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except failures as error:
+    except Exception as error:
         if (family := _unknown_family(folder)) is not None:
             raise ModelUnsupported(
                 folder,
@@ -356,7 +367,8 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
                 + (f", and its own code fails: {error}" if trust_remote_code else ""),
                 "a newer transformers may know it; code that a checkpoint brings is run only with --trust-remote-code",
             ) from error
-        raise ModelDamaged(folder, f"its config.json cannot be read: {error}") from error
+        with checkpoint_errors(folder, "its config.json cannot be read"):
+            raise
 
 
 def _how_to_build(config: Any) -> tuple[Any, Any, dict[str, str], tuple[str, ...]]:
@@ -423,6 +435,7 @@ def _load_weights(checkpoint: Checkpoint, options: EngineOptions, **placement: A
     except Exception as error:  # whatever a damaged file makes three libraries raise
         hint = "does the device map name every module?" if placement else None
         raise ModelDamaged(folder, f"its weights cannot be loaded: {error}", hint) from error
+    refuse_wrapped(folder, sorted(map(str, loading["unexpected_keys"])) if loading["missing_keys"] else [])
     lacking = sorted({*loading["missing_keys"], *(str(key) for key in loading.get("mismatched_keys", ()))})
     if lacking:  # transformers would go on with random values
         raise ModelDamaged(folder, f"{len(lacking)} tensors are missing or misshapen, such as {lacking[0]}")

@@ -49,8 +49,11 @@ class Tokenizer:
             return cls(
                 AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise TokenizerMissing(folder, f"its tokenizer cannot be loaded: {error}") from error
+        except Exception as error:  # whatever its files make two libraries raise
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            files = ", ".join(sorted({file.name for pattern in _FILES for file in folder.glob(pattern)}))
+            hint = f"damaged, or of a newer version of tokenizers? Its files: {files}"
+            raise TokenizerMissing(folder, f"its tokenizer cannot be loaded: {text}", hint) from error
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Token ids of a text, none added, shape (token,)."""
