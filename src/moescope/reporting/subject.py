@@ -103,6 +103,12 @@ class PageTable:
     folded: str = ""
     heading: str = ""
 
+    @classmethod
+    def each(cls, tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
+        """Tables by name, each with the line that unfolds it, in the order of the lines; missing ones are left out."""
+        by_name = {table.name: table for table in tables}
+        return (cls(by_name[name], folded=line) for name, line in lines.items() if name in by_name)
+
 
 def where_known(result: xr.Dataset, name: str) -> xr.Dataset | None:
     """The result of a measure; None where the trace does not tell the value anywhere."""
@@ -111,14 +117,6 @@ def where_known(result: xr.Dataset, name: str) -> xr.Dataset | None:
 
 Block = PageFigure | PageTable | Table
 """What a subject shows of a result; a bare table is written to ``tables/`` and does not stand on the page."""
-
-
-def folded(tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
-    """Tables by name, each with the line that unfolds it, in the order of the lines; those that are missing are not."""
-    by_name = {table.name: table for table in tables}
-    for name, line in lines.items():
-        if name in by_name:
-            yield PageTable(by_name[name], folded=line)
 
 
 @dataclass(frozen=True)

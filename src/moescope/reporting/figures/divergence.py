@@ -1,4 +1,4 @@
-"""Maps of divergence: of each domain from the others by layer, and of any two domains; not in the paper."""
+"""Maps of divergence: of domains and of word classes from the others by layer, and of any two domains."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
     value = divergence["jsd_rest"].transpose("domain", "layer").values
     differs = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
-    return draw_map(names, divergence["layer"].values, value, differs)
+    return _draw_map(names, divergence["layer"].values, value, differs)
 
 
-def draw_map(
+def draw_word_classes(syntax: xr.Dataset) -> Figure:
+    """The map of all layers of a `moescope.syntax`; classes without a token are left out."""
+    data = syntax.transpose("word_class", "layer").sel(word_class=syntax["tokens"].values > 0)
+    differs = data["jsd_q"].values < SIGNIFICANT
+    return _draw_map(data["word_class"].values.tolist(), data["layer"].values, data["jsd"].values, differs)
+
+
+def _draw_map(
     names: Sequence[str], layers: NDArray[np.int64], value: NDArray[np.float64], differs: NDArray[np.bool_]
 ) -> Figure:
-    """A map of divergences, a row a name and a column a layer.
-
-    Args:
-        names: Of the rows.
-        layers: Of the columns.
-        value: Bits, shape (name, layer).
-        differs: Where a dot stands, same shape.
-    """
+    """A row a name, a column a layer, with the bits where there is space; a dot stands where they differ."""
     numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     with style.style():
         left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12

@@ -17,7 +17,7 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.trace import Trace
@@ -73,7 +73,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         ),
         frame=balance_frame(result),
     )
-    yield from folded(balance_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(balance_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument

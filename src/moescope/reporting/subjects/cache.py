@@ -22,17 +22,8 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import number, percent, plus_minus, spread
 from moescope.reporting.options import figures_option, layers_option, parse_integers, trace_argument
-from moescope.reporting.progress import layer_progress
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.printing import layer_progress
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Cell, Section, Table, grid
 from moescope.reporting.wording import capital
 from moescope.simulation.cache import cache
@@ -107,7 +98,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         ),
         frame=cache_frame(result),
     )
-    yield from folded(cache_tables(result), _FOLDED)
+    yield from PageTable.each(cache_tables(result), _FOLDED)
 
 
 def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from moescope.reporting.options import (
     shown_layers_option,
     trace_argument,
 )
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Table
 from moescope.reporting.wording import choice_of, first_or_all, listed

@@ -21,16 +21,7 @@ from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count, number, plus_minus
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
@@ -104,7 +95,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         cannot="Time, what a server mixes, and what a dropped token would do in later layers.",
         frame=parallel_frame(result),
     )
-    yield from folded(parallel_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(parallel_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument

@@ -19,16 +19,7 @@ from moescope.reporting.frames import kinds, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count, percent, spread
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Section, Table, grid
 from moescope.simulation.prefetch import prefetch
 from moescope.simulation.together import Job
@@ -88,7 +79,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         + ("" if ahead else " The routers of later layers were not asked: “moescope record --lookahead 1,2” does."),
         frame=prefetch_frame(result),
     )
-    yield from folded(prefetch_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(prefetch_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument

@@ -30,7 +30,7 @@ from moescope.reporting.options import (
     shown_layers_option,
     trace_argument,
 )
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import shorten, visible
