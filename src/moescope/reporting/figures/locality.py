@@ -69,7 +69,7 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
 
 def _panels(data: xr.Dataset, legend: list[Line2D]) -> tuple[Figure, list[Axes]]:
     """A panel a kind of repeat, under a legend."""
-    figure, panels = style.panels_of_kinds(known_kinds(data), int(data["top_k"].values.max()), legend, columns=4)
+    figure, panels = style.panels_of_kinds(known_kinds(data), data, legend, columns=4)
     for axes in panels:
         axes.grid(axis="y")
     return figure, panels

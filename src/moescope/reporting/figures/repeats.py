@@ -14,16 +14,15 @@ from moescope.reporting.figures.style import MOST_LAYERS_WITH_MARKERS, Mark
 def draw_repeats(repeats: xr.Dataset) -> Figure:
     """Figure 10 of all layers of a `moescope.repeats`."""
     marks = style.domain_marks(repeats["domain"].values.tolist())
-    top_k = int(repeats["top_k"].values.max())
     kinds = [kind for kind in ("first", "any") if kind in repeats["kind"].values]
-    kinds = kinds[:1] if top_k == 1 else kinds
+    kinds = kinds[:1] if int(repeats["top_k"].values.max()) == 1 else kinds
     with style.style():
         handles = [
             *style.line_handles(marks),
             style.line_handle("uniform routing", **style.UNIFORM),
             style.band_handle("popularity of the experts alone"),
         ]
-        figure, panels = style.panels_of_kinds(kinds, top_k, handles, columns=5 if len(marks) <= 8 else 4)
+        figure, panels = style.panels_of_kinds(kinds, repeats, handles, columns=5 if len(marks) <= 8 else 4)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, repeats.sel(kind=kind), marks)
         panels[0].set_ylabel("Repeated consecutive assignments (%)")

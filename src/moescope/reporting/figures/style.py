@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from moescope.reporting.colours import INK, MUTED, PAPER, RULE, domain_colours
 from moescope.reporting.figures import fonts
 from moescope.reporting.visible import shorten
-from moescope.reporting.wording import capital, describe_choice
+from moescope.reporting.wording import capital, describe_kind
 
 FULL_WIDTH = 6.75
 """Width of a page of text, inches."""
@@ -251,12 +251,12 @@ def panels_in_row(
 
 
 def panels_of_kinds(
-    kinds: Sequence[str], top_k: int, legend: Sequence[Artist] = (), **sizes: Any
+    kinds: Sequence[str], result: xr.Dataset, legend: Sequence[Artist] = (), **sizes: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; the rest as of `panels_in_row`."""
+    """A panel for each of the kinds of a result, under its title; the rest as of `panels_in_row`."""
     figure, panels = panels_in_row(len(kinds), legend, width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
     for axes, kind in zip(panels, kinds, strict=True):
-        panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
+        panel_title(axes, capital(describe_kind(kind, result)))
     return figure, panels
 
 
