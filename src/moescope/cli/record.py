@@ -19,7 +19,7 @@ from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, 
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.reporting.numbers import count
-from moescope.reporting.options import layers_option_for, parse_integers
+from moescope.reporting.options import layers_option_for, one_of, parse_integers
 from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace
 from moescope.trace.part_file import PART_TOKENS
@@ -72,12 +72,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
 )
-@click.option(
-    "--block",
-    type=click.Choice(BLOCKS),
-    default=BLOCKS[0],
-    help="Which routed blocks, of a model that routes its attention, too.",
-)
+@one_of("--block", BLOCKS, "Which routed blocks, of a model that routes its attention, too.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
 @click.option("--sample-seed", type=int, default=SAMPLE_SEED, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
@@ -90,12 +85,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="LIST",
     help="Record, too, which experts routers would choose so many layers ahead, such as 1,2,10.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default=DTYPES[0],
-    help="auto is the checkpoint's; another one changes some choices.",
-)
+@one_of("--dtype", DTYPES, "auto is the checkpoint's; another one changes some choices.")
 @click.option(
     "--device", default=DEVICE, callback=_parse_device, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
 )

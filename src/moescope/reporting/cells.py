@@ -32,12 +32,9 @@ def mark(q_value: xr.DataArray | float) -> str:
 
 
 def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
-    """A value in its unit, with the larger side of its interval, and the mark of its test.
+    """A value in its unit, with the larger side of its interval and the mark of its test, of which some may be missing.
 
-    Args:
-        place: One place of a result: no dims left. Of ``x_low``, ``x_high`` and ``x_q`` is shown what is in it.
-        name: The value.
-        digits: After the point; None for as many as the unit usually has.
+    The place has no dims left; there are `digits` after the point, None for as many as its unit usually has.
     """
     beside = (place[f"{name}_{end}"].item() if f"{name}_{end}" in place else nan for end in ("low", "high", "q"))
     return _in_unit(place[name].attrs.get("units", "1"), digits, place[name].item(), *beside)

@@ -32,11 +32,7 @@ class Segment(NamedTuple):
 
 
 def lay_out(texts: Sequence[str], width: int) -> list[list[Segment]]:
-    """Lines of segments, none wider than `width` columns.
-
-    Args:
-        texts: The characters of each token.
-        width: Columns of a line, at least 2.
+    """Lines of segments, none wider than `width` columns, of which there are at least 2.
 
     Example:
         >>> for line in lay_out(["if", " x", ":\\n   ", " go"], 8):

@@ -32,14 +32,9 @@ _LOOK = {
 _UNIFORM_LOOK: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 1.6))}
 
 
-def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
-    """Hit ratio of expert caches by size and by layer.
-
-    Args:
-        cache: Of `moescope.cache`.
-        size: Experts a layer of the panel by layer; None for about a quarter of them.
-    """
-    size = quarter(cache) if size is None else size
+def draw_cache(cache: xr.Dataset) -> Figure:
+    """Hit ratios of a `moescope.cache` by size, and by layer at the size of about a quarter of the experts."""
+    size = quarter(cache)
     policies = played_policies(cache)
     with style.style():
         handles = [_handle(policy) for policy in policies]

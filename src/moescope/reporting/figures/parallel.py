@@ -24,11 +24,7 @@ _DOTTED = (0, (1, 1.4))
 
 
 def draw_parallel(parallel: xr.Dataset) -> Figure:
-    """The figure of at most three kinds of batches that there are; by layer, of the first placement.
-
-    Args:
-        parallel: Of `moescope.parallel`.
-    """
+    """At most three kinds of batches of a `moescope.parallel`; by layer, those of the first placement."""
     kinds = [kind for kind in parallel["batch"].values.tolist() if int(parallel["batches"].sel(batch=kind))]
     kinds = kinds[:MOST_KINDS] or parallel["batch"].values.tolist()[:1]
     colours = domain_colours(len(kinds) + 1)[1:]

@@ -36,11 +36,7 @@ _LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 
 
 
 def draw_prefetch(prefetch: xr.Dataset) -> Figure:
-    """Left the layers together, right each by itself; bands are 95 % intervals.
-
-    Args:
-        prefetch: Of `moescope.prefetch`.
-    """
+    """The layers of a `moescope.prefetch`, left together, right each by itself; bands are 95 % intervals."""
     names = predictor_names(prefetch)
     distances = sorted({distance for distance in prefetch["distance"].values.tolist() if distance})
     looks: list[_Look] = []

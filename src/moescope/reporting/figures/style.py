@@ -153,10 +153,7 @@ def band_handle(label: str) -> Patch:
 def add_rectangles(axes: Axes, corners: NDArray[np.float64], **look: Any) -> PathPatch:
     """Draw rectangles of one look as one patch, which is much quicker than one each.
 
-    Args:
-        axes: Where.
-        corners: Left, bottom, right and top in data units, shape (rectangle, 4).
-        look: Properties of the patch.
+    The corners are left, bottom, right and top in data units, shape (rectangle, 4).
     """
     left, bottom, right, top = np.asarray(corners, float).T
     points = np.stack([left, bottom, right, bottom, right, top, left, top, left, bottom], axis=1).reshape(-1, 2)
@@ -229,17 +226,10 @@ def panels_in_row(
     number: int, legend: Sequence[Artist] = (), *, columns: int = 1, titles: float = 0.3, height: float = 2.2,
     width: float = FULL_WIDTH, left: float = 0.5, **layout: Any,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """A figure with panels side by side under a legend, over a line for the names of their axes; sizes in inches.
+    """A figure with panels side by side under a legend, over a line for the names of their axes.
 
-    Args:
-        number: Of panels.
-        legend: Its entries; may be empty.
-        columns: Of the legend.
-        titles: Space for the titles of the panels.
-        height: Of a panel.
-        width: Of the figure.
-        left: Margin.
-        layout: Arguments of `Figure.subplots`.
+    Sizes are in inches: `height` of a panel, `titles` the space for the titles of panels, `left` the margin. The layout
+    is that of `Figure.subplots`.
     """
     top = titles + (legend_rows(len(legend), columns) if legend else 0)
     figure = new_figure(width, top + 0.42 + height)

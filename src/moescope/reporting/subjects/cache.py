@@ -21,7 +21,7 @@ from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import number, percent, plus_minus, spread
-from moescope.reporting.options import figures_option, layers_option, parse_integers, trace_argument
+from moescope.reporting.options import figures_option, layers_option, one_of, parse_integers, trace_argument
 from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Cell, Section, Table, grid
@@ -124,13 +124,7 @@ def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | Non
     metavar="LIST",
     help="Experts a layer that the cache holds, such as 2,4.  [default: all from top-k]",
 )
-@click.option(
-    "--budget",
-    type=click.Choice(["layer", "global"]),
-    default="layer",
-    show_default=True,
-    help="A cache a layer, or one for all layers.",
-)
+@one_of("--budget", ["layer", "global"], "A cache a layer, or one for all layers.")
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences decoded together."
 )

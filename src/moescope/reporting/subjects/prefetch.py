@@ -156,10 +156,7 @@ def prefetch_tables(
 ) -> Iterator[Table]:
     """Recall over the layers together by experts loaded; then recall and gain at as many as a token needs, by layer.
 
-    Args:
-        prefetch: Of `moescope.prefetch`.
-        layers: Layers of the second table.
-        loaded: Numbers of experts loaded; None for k, 2k, 4k … and all.
+    The numbers of experts loaded are k, 2k, 4k … and all of them where they are None.
     """
     yield _by_loaded(prefetch, default_loaded(prefetch) if loaded is None else loaded)
     yield _by_layer(prefetch, layers)

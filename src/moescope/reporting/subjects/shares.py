@@ -108,12 +108,8 @@ def shares_table(
 ) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
-    Args:
-        shares: Of `moescope.shares`.
-        layers: Layers to show.
-        choice: A coordinate of `shares`: "all", "first", …
-        of: "assignments", as in Figure 7, or "tokens", OLMoE's domain specialization (its equation 7): the part of the
-            tokens that have the expert among their choices.
+    Of "tokens" it is OLMoE's domain specialization (its equation 7): the part of the tokens that have the expert among
+    their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
     if of == "tokens":

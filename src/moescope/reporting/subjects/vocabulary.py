@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -120,13 +121,11 @@ def command(
     trace: Trace,
     layers: tuple[int, ...] | None,
     by: str,
-    choice: str,
-    min_count: int,
     top: int | None,
     experts: tuple[int, ...] | None,
     tokens: tuple[str, ...],
-    permutations: int,
     figures: Path | None,
+    **settings: Any,  # the arguments of `moescope.vocabulary` that have these names
 ) -> Iterator[Table | Drawing]:
     """Show how consistently each token goes to one expert, and which tokens each expert gets.
 
@@ -151,12 +150,10 @@ def command(
         result = vocabulary(
             trace,
             shown if figures is None else None,
-            choice=choice,
-            min_count=min_count,
             top=listed,
             tokens=_token_ids(trace.vocabulary.pieces, tokens),
-            permutations=permutations,
             progress=progress,
+            **settings,
         )
     pieces = trace.vocabulary
     yield vocabulary_table(result, shown, pieces)
@@ -199,14 +196,9 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
 def expert_tokens_table(
     vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary, by: str = "input", top: int = 5
 ) -> Table:
-    """The tokens of each expert, a section a layer and a row an expert.
+    """The tokens of each expert, the `top` of them: a section a layer, a row an expert.
 
-    Args:
-        vocabulary: Of `moescope.vocabulary`.
-        layers: Layers to show.
-        pieces: Of the trace.
-        by: "input", the token itself; "next", the one after it.
-        top: Tokens an expert.
+    By the token itself ("input") or by the one after it ("next").
     """
     top = min(top, vocabulary.sizes["place"])
 
