@@ -141,5 +141,4 @@ def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
             markevery=1 if len(layers) <= style.MOST_LAYERS_WITH_MARKERS else 4,
         )
     style.layer_axis(axes, layers)
-    axes.set_xlabel("Layer", labelpad=2)
     style.panel_title(axes, f"By layer, {size} experts")

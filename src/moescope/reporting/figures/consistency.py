@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moescope.measures import schema
 from moescope.reporting.colours import MUTED, domain_colours
@@ -42,10 +41,8 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
             axes.plot(layers, percent["srp"].values, marker="o" if few else "", **look, label="measured")
             style.add_spread(axes, layers, percent["srp_low"].values, percent["srp_high"].values, colour, 0.18)
             style.panel_title(axes, f"{length} tokens")
-            axes.set_xlabel("Layer", labelpad=2)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            style.layer_ticks(axes, 6)
             axes.set_xlim(layers[0] - style.beside(layers), layers[-1] + style.beside(layers))
-            axes.grid(axis="y")
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("Best F1 of a fixed set, SRP (%)")
     return figure

@@ -105,10 +105,7 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
 
 
 def _draw_squares(axes: Axes, value: NDArray[np.float64], largest: float) -> QuadMesh:
-    mesh = axes.pcolormesh(value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
-    axes.invert_yaxis()
-    style.without_frame(axes)
-    return mesh
+    return style.add_map(axes, value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
 
 
 def _draw_dots(axes: Axes, differs: NDArray[np.bool_], dark: NDArray[np.bool_], size: float) -> None:

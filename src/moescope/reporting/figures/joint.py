@@ -180,8 +180,7 @@ def _draw_map(
     lift, differs = lift[np.ix_(rows, columns)], differs[np.ix_(rows, columns)]
     logs = _logs(lift)
     look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}
-    mesh = axes.pcolormesh(logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
-    axes.invert_yaxis()
+    mesh = style.add_map(axes, logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
     axes.set_aspect("equal")
     if few:
         for row, column in np.argwhere(np.isfinite(logs)):
@@ -194,7 +193,6 @@ def _draw_map(
         labels = [str(expert) for expert in ids] if len(ids) <= MOST_WITH_LABELS else []
         axis.set_ticks(np.arange(len(labels)) + 0.5, labels)
     axes.tick_params(pad=2, labelsize=6.5 if max(lift.shape) <= MOST_WITH_NUMBERS else 5)
-    style.without_frame(axes)
     return mesh
 
 

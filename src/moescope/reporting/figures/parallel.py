@@ -84,7 +84,6 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
     values = data["over_subscription"].values
     style.add_marked(axes, layers, values, colour, marker, markersize=3.4, linewidth=1.4, label="measured")
     style.layer_axis(axes, layers)
-    axes.set_xlabel("Layer", labelpad=2)
 
 
 def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...]) -> None:

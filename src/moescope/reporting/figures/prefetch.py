@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from moescope.reporting.colours import INK, domain_colours
 from moescope.reporting.figures import style
@@ -90,11 +90,9 @@ def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     _draw_lines(axes, as_many_as_chosen(prefetch), "layer", "recall", looks, markers=few)
     style.panel_title(axes, "By layer, as many loaded as chosen (k)")
-    axes.set_xlabel("Layer", labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    style.layer_ticks(axes, 6)
     if few:
         axes.set_xticks(layers)
-    axes.grid(axis="y")
 
 
 def _draw_lines(axes: Axes, data: xr.Dataset, dim: str, name: str, looks: list[_Look], *, markers: bool) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import cycle
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -278,11 +279,16 @@ def beside(layers: NDArray[np.integer[Any]]) -> float:
 
 
 def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
-    """Layers along x, each with its tick where there are few, and lines across."""
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    """Layers along x, each with its tick where there are few, and a little space on both sides; lines across."""
+    layer_ticks(axes)
     if len(layers) <= MOST_LAYERS_WITH_MARKERS:
         axes.set_xticks(layers)
     axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
+
+
+def layer_ticks(axes: Axes, most: int | Literal["auto"] = "auto") -> None:
+    """Layers along x, with so many ticks at most, and lines across."""
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("Layer", labelpad=2)
     axes.grid(axis="y")
 
@@ -295,11 +301,14 @@ def map_of_layers_axis(axes: Axes, layers: NDArray[np.integer[Any]], most: int |
     axes.set_xlabel("Layer", labelpad=2)
 
 
-def without_frame(axes: Axes) -> None:
-    """No ticks and no spines, as around a map."""
+def add_map(axes: Axes, *values: NDArray[Any], **look: Any) -> QuadMesh:
+    """Draw squares in colours, the first row above, without ticks and spines; the values are those of `pcolormesh`."""
+    mesh = axes.pcolormesh(*values, **look)
+    axes.invert_yaxis()
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return mesh
 
 
 def add_scale(

@@ -87,8 +87,7 @@ def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
     few = max(len(layers), len(value)) <= MOST_NUMBERED
     x, y = np.arange(len(layers) + 1) - 0.5, np.arange(len(value) + 1) - 0.5
     look = PAPER if few else "none"
-    axes.pcolormesh(x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=look, linewidth=0.5)
-    axes.invert_yaxis()
+    style.add_map(axes, x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=look, linewidth=0.5)
     if few:
         for (row, column), expert in np.ndenumerate(order):
             if np.isfinite(ordered[row, column]):
@@ -96,4 +95,3 @@ def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
                 axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color=colour)
     style.map_of_layers_axis(axes, layers, None if few else 8, shift=0)
     axes.set_yticks([])
-    style.without_frame(axes)
