@@ -40,6 +40,12 @@ def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
     return _in_unit(place[name].attrs.get("units", "1"), digits, place[name].item(), *beside)
 
 
+def with_interval(place: xr.Dataset, name: str) -> str:
+    """A value and the larger side of its interval, as a sentence has them."""
+    shown = cell(place, name)
+    return shown.value + shown.spread
+
+
 def rows_of(data: xr.Dataset, dim: str, names: Sequence[str]) -> tuple[Row, ...]:
     """A row a label of the one dim left, and in it a cell a variable."""
     return grid(data[dim].values.tolist(), names, lambda label, name: cell(data.sel({dim: label}), name))

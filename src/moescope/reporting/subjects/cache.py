@@ -16,11 +16,11 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import number, percent, plus_minus, spread
+from moescope.reporting.numbers import number, percent, plus_minus
 from moescope.reporting.options import figures_option, layers_option, one_of, parse_integers, trace_argument
 from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
@@ -403,23 +403,21 @@ def advise(cache: xr.Dataset) -> Recommendation:
     low_Z, high_Z = (curve[f"model_hit_ratio_{end}"].values - uniform_Z for end in ("low", "high"))
     played_Z = curve["model_hit_ratio"].notnull().values
     alike_Z = played_Z & (high_Z >= low_Z[z])
-    value, low, high = values(best, "model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high")
     kept = f"{size} of {_experts(cache)} experts a layer"
     kept += ", in one cache," if cache.attrs["budget"] == "global" else ""
     evidence = [
-        f"{capital(served(cache))}, {kept} hit {percent(value)}{spread(value, low, high)} % under "
+        f"{capital(served(cache))}, {kept} hit {with_interval(best, 'model_hit_ratio')} % under "
         f"{POLICY_NAMES[policy]}; uniform routing gives {percent(float(uniform_Z[z]))} %"
         + _if_known(", the tokens of each document in any order {} %", best["model_hit_ratio_null"].item())
         + _if_known("; no policy could hit more than {} %", _of(whole, "belady", size))
         + "."
     ]
     if policy != "lru":
-        closed, closed_low, closed_high = values(best, "closed", "closed_low", "closed_high")
         evidence.append(
-            f"LRU hits {percent(_of(whole, 'lru', size))} %: {POLICY_NAMES[policy]} goes {percent(closed)}"
-            f"{spread(closed, closed_low, closed_high)} % of the way from there to the optimum."
+            f"LRU hits {percent(_of(whole, 'lru', size))} %: {POLICY_NAMES[policy]} goes "
+            f"{with_interval(best, 'closed')} % of the way from there to the optimum."
         )
-    if isnan(low):
+    if isnan(best["model_hit_ratio_low"].item()):
         evidence.append("There are too few documents for an interval.")
     if low_Z[z] <= 0:
         advice = (

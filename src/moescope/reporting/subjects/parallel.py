@@ -15,7 +15,7 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
@@ -414,8 +414,9 @@ def _advised(held: str) -> str:
 
 def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
     """What the layers wait for under the placement held, and what it and replicas take off."""
-    slowest = data["slowest"]
-    text = f"{capital(batch)}: under {held} the slowest device has {_factor(data, held)} times the mean load"
+    slowest, under_held = data["slowest"], data.sel(placement=held)
+    load = with_interval(under_held, "slowest")
+    text = f"{capital(batch)}: under {held} the slowest device has {load} times the mean load"
     first = known[0]
     if held != first:
         text += f", {_less(data, held, first)} than {first} ({number(slowest.sel(placement=first).item())})"
@@ -424,13 +425,8 @@ def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[
         text += f", under {rest}, the next best, {_less(data, rest, first)}"
     if "eplb-replicated" in known and free != first:
         text += f"; replicas make that {_less(data, 'eplb-replicated', free)} than {free}"
-    null = data["slowest_null"].sel(placement=held).item()
+    null = under_held["slowest_null"].item()
     return text + ("" if isnan(null) else f"; without locality it would have {number(null)}") + "."
-
-
-def _factor(data: xr.Dataset, name: str) -> str:
-    value, low, high = values(data.sel(placement=name), "slowest", "slowest_low", "slowest_high")
-    return f"{number(value)}{plus_minus(value, low, high)}"
 
 
 def _less(data: xr.Dataset, name: str, against: str) -> str:

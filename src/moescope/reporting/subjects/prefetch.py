@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import cell, grid_of
+from moescope.reporting.cells import cell, grid_of, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, tidy
 from moescope.reporting.layers import shown_layers
@@ -253,14 +253,14 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         )
     p = int(np.nanargmax(gain_P))
     best = as_needed.isel(predictor=p)
-    recall, gain = ([best[f"model_{name}{end}"].item() for end in ("", "_low", "_high")] for name in ("recall", "gain"))
+    gain, low, high = values(best, "model_gain", "model_gain_low", "model_gain_high")
     popularity = as_needed["model_recall"].isel(predictor=prefetch["kind"].values.tolist().index("popularity")).item()
-    sign = "−" if gain[0] < 0 else ""
+    sign = "−" if gain < 0 else ""
     number_of = np.count_nonzero(~np.isnan(gain_P))
     evidence = [
-        f"With {loaded[0]} experts loaded, as many as a token needs, {percent(recall[0])}{spread(*recall)} % of the "
+        f"With {loaded[0]} experts loaded, as many as a token needs, {with_interval(best, 'model_recall')} % of the "
         f"needed ones are there; by popularity alone {percent(popularity)} %. The difference is {sign}"
-        f"{percent(abs(gain[0]))}{spread(*gain)} points"
+        f"{percent(abs(gain))}{spread(gain, low, high)} points"
         + (f", the largest of {number_of} predictors." if number_of > 1 else ".")
     ]
     wider = [float(prefetch["model_recall"].isel(predictor=p).sel(loaded=n)) for n in loaded[1:2]]
@@ -268,10 +268,10 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         evidence.append(f"With {loaded[1]} loaded: {percent(wider[0])} %.")
     if prefetch.attrs["unit"] != "document":
         evidence.append("One document, in stretches: nothing is said of others.")
-    if gain[1] > 0:
+    if low > 0:
         by = _ADVISED.get(str(best["kind"].item()), predictor_names(prefetch)[p])
         advice = f"Yes, by {by.format(count(int(best['distance']), 'layer'))}."
-    elif isnan(gain[1]):
+    elif isnan(low):
         advice = "Not known: there are too few documents for an interval."
     else:
         advice = (
