@@ -136,6 +136,7 @@ def command(out: Path, **arguments: Any) -> None:
       moescope record Mixtral-8x7B-v0.1 val.jsonl.zst -o pile.moe --max-tokens-per-domain 100000
     """
     from moescope.recording import record
+    from moescope.reporting.wording import describe_size
 
     if arguments["device_map"] and arguments["device"] != DEVICE:
         raise click.UsageError("--device and --device-map exclude each other.")
@@ -145,11 +146,7 @@ def command(out: Path, **arguments: Any) -> None:
     except KeyboardInterrupt:
         say(_what_is_kept(out), err=True)
         raise
-    say(
-        f"{out}: {count(trace.num_tokens, 'token')} of {count(trace.num_documents, 'document')} in "
-        f"{count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
-        err=True,
-    )
+    say(f"{out}: {describe_size(trace)}", err=True)
 
 
 def describe(progress: Progress) -> str:

@@ -20,12 +20,7 @@ TAB = "⇥   "
 
 
 class Segment(NamedTuple):
-    """Text of one token within one line.
-
-    Attributes:
-        text: Characters to show.
-        token: Index of the token.
-    """
+    """The characters of a token that stand in one line, and the token's index."""
 
     text: str
     token: int

@@ -21,13 +21,7 @@ from moescope.trace import Trace
 
 @dataclass(frozen=True)
 class Chapter:
-    """Sections of the page that belong together.
-
-    Attributes:
-        name: Its id in the page.
-        title: Its heading.
-        lead: What it is about.
-    """
+    """Sections of the page that belong together: the id in the page, the heading, and what they are about."""
 
     name: str
     title: str

@@ -7,6 +7,8 @@ capacity factor drops; what a batch waits for over all layers, a row a placement
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -77,9 +79,8 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
     band = data["over_subscription_quantile"].values
     axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
     for end, line in (("null", style.DASHED), ("uniform", _DOTTED)):
-        axes.plot(
-            layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
-        )
+        value = data[f"over_subscription_{end}"].values
+        axes.plot(layers, value, color=MUTED, linewidth=1.0, linestyle=line, label=end)
     style.add_intervals(axes, data, "over_subscription", colour, alpha=None)
     values = data["over_subscription"].values
     style.add_marked(axes, layers, values, colour, marker, markersize=3.4, linewidth=1.4, label="measured")
@@ -93,18 +94,10 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
         data = total(parallel).sel(batch=kind)
         for name, line in (("dropped_uniform", _DOTTED), ("dropped_null", style.DASHED), ("dropped", "-")):
             mean = 100 * data[name].mean("layer").values
-            axes.plot(
-                factors,
-                np.where(mean > 0, mean, np.nan),
-                color=colours[at],
-                linestyle=line,
-                linewidth=1.4 if line == "-" else 1.0,
-                marker=_MARKERS[at] if line == "-" else "",
-                markersize=3,
-                markevery=2,
-                markeredgewidth=0,
-                label=name,
-            )
+            above_zero, measured = np.where(mean > 0, mean, np.nan), line == "-"
+            look: dict[str, Any] = {"linestyle": line, "linewidth": 1.4 if measured else 1.0, "markersize": 3}
+            marker = _MARKERS[at] if measured else ""
+            style.add_marked(axes, factors, above_zero, colours[at], marker, markevery=2, label=name, **look)
     axes.axhline(0.1, color=INK, linewidth=0.7)
     axes.set_ylim(0.01, 100)
     axes.set_yscale("log")

@@ -103,13 +103,5 @@ def _draw_lines(axes: Axes, data: xr.Dataset, dim: str, name: str, looks: list[_
         of_predictor = data.isel(predictor=p)
         low, high = (100 * of_predictor[f"{name}_{end}"].values for end in ("low", "high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            x,
-            100 * of_predictor[name].values,
-            color=colour,
-            linestyle=line,
-            linewidth=1.3,
-            marker=marker if markers else "",
-            markersize=3.0,
-            markeredgewidth=0,
-        )
+        look = {"linestyle": line, "linewidth": 1.3, "markersize": 3.0}
+        style.add_marked(axes, x, 100 * of_predictor[name].values, colour, marker if markers else "", **look)

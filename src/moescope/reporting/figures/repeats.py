@@ -40,7 +40,6 @@ def _draw_lines(axes: Axes, data: xr.Dataset, marks: list[Mark]) -> None:
         low, high, rate = (100 * data[name].values[number] for name in ("rate_low", "rate_high", "rate"))
         shift = apart * ((number + 0.5) / len(marks) - 0.5) if few else 0.0
         style.add_spread(axes, layers + shift, low, high, mark.colour, 0.13, alpha=0.8)
-        size = 3.4 if few else 3.0
-        style.add_domain(axes, layers + shift, rate, mark, number, linewidth=1.2, markersize=size)
+        style.add_domain(axes, layers + shift, rate, mark, number, markersize=3.4 if few else 3.0)
     style.layer_axis(axes, layers)
     axes.set_ylim(bottom=0 if np.nanmin(100 * data["rate"].values, initial=100) < 40 else None)
