@@ -16,11 +16,11 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values, with_interval
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import number, percent, plus_minus
+from moescope.reporting.numbers import number, percent
 from moescope.reporting.options import figures_option, layers_option, one_of, parse_integers, trace_argument
 from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
@@ -317,8 +317,7 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
 
     def with_bound(policy: str, size: int) -> Cell:
         place = data.sel(policy=policy, size=size)
-        ends = values(place, "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
-        return Cell(number(ends[0]), plus_minus(*ends), "*" if place["link_bound"].item() else "")
+        return cell(place, "tokens_per_second")._replace(mark="*" if place["link_bound"].item() else "")
 
     sections = [Section("", grid(data["policy"].values.tolist(), sizes, with_bound))]
     sections += _baselines(data, sizes, "tokens_per_second")

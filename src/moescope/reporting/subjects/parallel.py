@@ -15,7 +15,7 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values, with_interval
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, grid_of_pairs, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
@@ -172,17 +172,11 @@ def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> Iterator[Tab
 def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     """Over-subscription: a section a kind of batches, a row a placement; then what there would be without locality."""
     columns = [*((layer, "over_subscription") for layer in layers), *((layers[0], name) for name in _SLOWEST)]
-
-    def rows(data: xr.Dataset) -> tuple[Row, ...]:
-        def of_column(placement: str, column: tuple[int, str]) -> Cell:
-            return cell(data.sel(placement=placement, layer=column[0]), column[1])
-
-        return grid(data["placement"].values.tolist(), columns, of_column)
-
     sections = []
     for batch in parallel["batch"].values.tolist():
         data = parallel.sel(batch=batch).isel(quantile=-1)
-        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", rows(data)))
+        rows = grid_of_pairs(data, "placement", "layer", columns)
+        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", rows))
     return Table(
         "parallel",
         f"Largest load over mean load of {_cluster(parallel)}, over batches",

@@ -17,7 +17,7 @@ import xarray as xr
 
 from moescope.measures.vocabulary import vocabulary
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, grid_of_pairs, mark
 from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
@@ -33,7 +33,7 @@ from moescope.reporting.options import (
 )
 from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
-from moescope.reporting.tables import Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
 from moescope.tallying import Counted
@@ -170,7 +170,6 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
     """Specialization by layer; the frame holds everything there is."""
     data = vocabulary.sel(layer=list(layers))
     columns = [*((by, name) for by in _BY for name in _MEASURED), ("input", "popularity")]
-    rows = grid(layers, columns, lambda layer, column: cell(data.sel(layer=layer, by=column[0]), column[1]))
     sizes = "; ".join(
         f"{words}: {count(int(data['ids'].sel(by=by)))} ids, {count(int(data['id_tokens'].sel(by=by)))} tokens"
         for by, words in _BY.items()
@@ -180,7 +179,7 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
         f"Vocabulary specialization, {choice_of(vocabulary)}, %",
         "layer",
         (*("measured", "rotated", "held out") * 2, "popularity"),
-        (Section("", rows),),
+        (Section("", grid_of_pairs(data, "layer", "by", columns)),),
         groups=((_BY["input"], 3), (_BY["next"], 3), ("", 1)),
         notes=(
             "Share of an id's tokens that chose its most frequent expert, mean over the ids of at least "
