@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
@@ -35,10 +33,9 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
         for axes, length in zip(panels, lengths, strict=True):
             percent = 100 * data.sel(length=length)
             axes.plot(layers, percent["srp_uniform"].values, **style.UNIFORM, label="uniform")
-            look: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "markersize": 2.8, "markeredgewidth": 0}
-            axes.plot(layers, percent["srp_null"].values, marker="s" if few else "", **look, label="random order")
-            look |= {"color": colour, "linewidth": 1.4, "markersize": 3.2}
-            axes.plot(layers, percent["srp"].values, marker="o" if few else "", **look, label="measured")
+            measured, null = percent["srp"].values, percent["srp_null"].values
+            style.add_marked(axes, layers, null, MUTED, "s" if few else "", markersize=2.8, label="random order")
+            style.add_marked(axes, layers, measured, colour, "o" if few else "", linewidth=1.4, label="measured")
             style.add_spread(axes, layers, percent["srp_low"].values, percent["srp_high"].values, colour, 0.18)
             style.panel_title(axes, f"{length} tokens")
             style.layer_ticks(axes, 6)

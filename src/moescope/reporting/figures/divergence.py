@@ -52,7 +52,7 @@ def _draw_map(
     """A row a name, a column a layer, with the bits where there is space; a dot stands where they differ."""
     numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     with style.style():
-        left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12
+        left, top, bottom, right = style.beside_names(names), 0.12, 0.72, 0.12
         cell = min((FULL_WIDTH - left - right) / len(layers), 0.62)
         figure = style.new_figure(
             max(left + right + cell * len(layers), left + LEGEND_WIDTH),
@@ -85,7 +85,7 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
     values = [divergence["jsd"].sel(layer=layer).values for layer in shown]
     largest = max(float(np.nanmax(value, initial=1e-6)) for value in values)
     with style.style():
-        left, top, between = 0.15 + 0.053 * max(map(len, names)), 0.28, 0.1
+        left, top, between = style.beside_names(names), 0.28, 0.1
         side = min((FULL_WIDTH - left - 0.1 - between * (len(shown) - 1)) / len(shown), 0.45 * len(names))
         bottom = left + 0.5
         width = max(left + 0.1 + (side + between) * len(shown), left + LEGEND_WIDTH)

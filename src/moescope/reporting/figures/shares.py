@@ -147,7 +147,7 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     bottom, top, between = 0.62, 0.24, 0.42
     figure = style.new_figure(FULL_WIDTH, bottom + top + height * len(panels) + between * (len(panels) - 1))
     all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    left = 0.15 + 0.053 * max(map(len, names))
+    left = style.beside_names(names)
     style.place(figure, left=left, right=0.12, top=top, bottom=bottom, between=between, rows=len(panels))
     for axes, (title, data), ratio in zip(all_axes, panels, ratios, strict=True):
         values = np.where(ratio == 0, -1.0, ratio)  # under the scale: black

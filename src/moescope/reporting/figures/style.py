@@ -112,6 +112,11 @@ def place(figure: Figure, *, left: float, right: float, top: float, bottom: floa
     )
 
 
+def beside_names(names: Sequence[str]) -> float:
+    """Space at the left for the names of rows, inches."""
+    return 0.15 + 0.053 * max(map(len, names))
+
+
 def legend_above(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     """A legend over the full width, at the top edge of the figure."""
     if not handles:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -72,8 +70,7 @@ def _draw_lines(axes: Axes, data: xr.Dataset, colour: str) -> None:
     style.add_spread(axes, place, low, high, colour, 0.2, few=MOST_NUMBERED, linewidth=1.0)
     axes.plot(place, popular, color=MUTED, linewidth=1.0, linestyle=DOTTED, label="popularity")
     axes.plot(place, null, color=colour, linewidth=1.0, linestyle=style.DASHED, label="null")
-    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "markeredgewidth": 0}
-    axes.plot(place, value, marker="o" if few else None, **look, label="specialization")
+    style.add_marked(axes, place, value, colour, "o" if few else "", linewidth=1.4, label="specialization")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.tick_params(labelbottom=False)
