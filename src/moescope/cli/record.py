@@ -19,7 +19,7 @@ from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, 
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.reporting.numbers import count
-from moescope.reporting.options import layers_option_for, one_of, parse_integers
+from moescope.reporting.options import layers_option_for, one_of, output_option, parse_integers
 from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace
 from moescope.trace.part_file import PART_TOKENS
@@ -63,9 +63,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="PATH", help="Folder of the trace."
-)
+@output_option(None, "Folder of the trace.")
 @layers_option_for("Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]")
 @click.option("--window", type=click.IntRange(2), default=WINDOW, help="Longest sequence the model reads.")
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
@@ -120,7 +118,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     help="Memory that recording may take, such as 24GB.  [default: what is free]",
 )
 @click.option("--force", is_flag=True, help="Replace a finished trace, or one of another recording.")
-def command(out: Path, **arguments: Any) -> None:
+def command(output: Path, **arguments: Any) -> None:
     """Run a model over a corpus and record its routing.
 
     MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
@@ -142,11 +140,11 @@ def command(out: Path, **arguments: Any) -> None:
         raise click.UsageError("--device and --device-map exclude each other.")
     try:
         with _progress_bar() as (progress, announce):
-            trace = record(out=out, progress=progress, announce=announce, **arguments)
+            trace = record(out=output, progress=progress, announce=announce, **arguments)
     except KeyboardInterrupt:
-        say(_what_is_kept(out), err=True)
+        say(_what_is_kept(output), err=True)
         raise
-    say(f"{out}: {describe_size(trace)}", err=True)
+    say(f"{output}: {describe_size(trace)}", err=True)
 
 
 def describe(progress: Progress) -> str:

@@ -115,12 +115,7 @@ Block = PageFigure | PageTable | Table
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do, in plain words.
-
-    Attributes:
-        advice: A sentence or two.
-        evidence: The numbers it rests on, with their 95 % intervals, and what it leaves open.
-    """
+    """What to do, in plain words; and the numbers it rests on, with their 95 % intervals, and what it leaves open."""
 
     advice: str
     evidence: str

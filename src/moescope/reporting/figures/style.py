@@ -53,15 +53,7 @@ _HATCHES = ("", "////", "....")
 
 
 class Mark(NamedTuple):
-    """How a domain is drawn.
-
-    Attributes:
-        name: Its label, safe and not too long.
-        colour: Of its bars and lines.
-        marker: Of its points.
-        line: Its line style.
-        hatch: Of its bars.
-    """
+    """How the bars, lines and points of a domain are drawn; its name is safe and not too long."""
 
     name: str
     colour: str
