@@ -95,10 +95,8 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
 def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
     """Experts in an order in which those often together stand side by side; those without any pair last.
 
-    Average linkage of limit - log2 lift, leaves ordered to be most like their neighbours (Bar-Joseph et al. 2001).
-
-    Args:
-        lift: Symmetric, shape (expert, expert); the diagonal is not looked at.
+    Average linkage of limit - log2 lift, leaves ordered to be most like their neighbours (Bar-Joseph et al. 2001). The
+    lift is symmetric, and its diagonal is not looked at.
     """
     logs = _logs(lift)
     np.fill_diagonal(logs, np.nan)
