@@ -94,7 +94,8 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
         data = total(parallel).sel(batch=kind)
         for name, line in (("dropped_uniform", _DOTTED), ("dropped_null", style.DASHED), ("dropped", "-")):
             mean = 100 * data[name].mean("layer").values
-            above_zero, measured = np.where(mean > 0, mean, np.nan), line == "-"
+            above_zero = np.where(mean > 0, mean, np.nan)
+            measured = line == "-"
             look: dict[str, Any] = {"linestyle": line, "linewidth": 1.4 if measured else 1.0, "markersize": 3}
             marker = _MARKERS[at] if measured else ""
             style.add_marked(axes, factors, above_zero, colours[at], marker, markevery=2, label=name, **look)

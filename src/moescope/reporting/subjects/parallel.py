@@ -408,7 +408,8 @@ def _advised(held: str) -> str:
 
 def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
     """What the layers wait for under the placement held, and what it and replicas take off."""
-    slowest, under_held = data["slowest"], data.sel(placement=held)
+    slowest = data["slowest"]
+    under_held = data.sel(placement=held)
     load = with_interval(under_held, "slowest")
     text = f"{capital(batch)}: under {held} the slowest device has {load} times the mean load"
     first = known[0]

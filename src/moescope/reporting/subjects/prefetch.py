@@ -156,7 +156,7 @@ def prefetch_tables(
 ) -> Iterator[Table]:
     """Recall over the layers together by experts loaded; then recall and gain at as many as a token needs, by layer.
 
-    The numbers of experts loaded are k, 2k, 4k … and all of them where they are None.
+    With None for the numbers of experts loaded these are k, 2k, 4k … and all.
     """
     yield _by_loaded(prefetch, default_loaded(prefetch) if loaded is None else loaded)
     yield _by_layer(prefetch, layers)
