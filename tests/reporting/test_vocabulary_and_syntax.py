@@ -159,7 +159,7 @@ def test_the_figure_of_vocabulary_draws_values_null_and_experts_in_order(vocabul
 
 
 def test_the_map_of_word_classes_draws_each_divergence_and_leaves_out_classes_without_a_token(syntax) -> None:
-    figure = figures.word_classes.draw_word_classes(syntax)
+    figure = figures.divergence.draw_word_classes(syntax)
     kept = syntax.sel(word_class=syntax["tokens"].values > 0)
     assert 3 < kept.sizes["word_class"] <= 8
     expected = kept["jsd"].transpose("word_class", "layer").values
@@ -172,7 +172,7 @@ def test_the_map_of_word_classes_draws_each_divergence_and_leaves_out_classes_wi
 def test_figures_are_written_and_the_same_bytes_every_time(run, mixtral, vocabulary, syntax, tmp_path: Path) -> None:
     for draw, data in (
         (figures.vocabulary.draw_vocabulary, vocabulary),
-        (figures.word_classes.draw_word_classes, syntax),
+        (figures.divergence.draw_word_classes, syntax),
     ):
         for name in ("a", "b"):
             figures.style.save(draw(data), tmp_path, name)

@@ -61,7 +61,7 @@ def _record(ctx: click.Context, path: Path) -> None:
         record,
         model=str(mini.model_path()),
         corpus=mini.corpus_path(),
-        out=path,
+        output=path,
         weights=True,
         lookahead=(1, 2),
         dtype="float32",

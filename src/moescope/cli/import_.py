@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from moescope.reporting.numbers import count
 from moescope.reporting.options import exclude_option, force_option, layers_option_for, output_option
 from moescope.reporting.printing import say
 
@@ -63,13 +62,9 @@ def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any
       moescope import sglang-returned answers.jsonl -o answers.moe --num-layers 48 --top-k 8 --num-experts 128
     """
     from moescope.importers import FORMATS, import_trace
+    from moescope.reporting.wording import describe_size
 
     if format not in FORMATS:
         raise click.BadParameter(f"{format!r} is none of {', '.join(FORMATS)}.", param_hint="FORMAT")
     trace = import_trace(format, files, output, **arguments)
-    what = count(trace.num_documents, "document")
-    tokens = "" if trace.header.counts_only else f"{count(trace.num_tokens, 'token')} of "
-    say(
-        f"{output}: {tokens}{what} in {count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
-        err=True,
-    )
+    say(f"{output}: {describe_size(trace)}", err=True)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from moescope.reporting.options import exclude_option, force_option, layers_option, output_option, trace_argument
+from moescope.reporting.options import (
+    exclude_option,
+    force_option,
+    layers_option,
+    one_of,
+    output_option,
+    trace_argument,
+)
 from moescope.reporting.printing import say
 
 
@@ -14,12 +22,11 @@ from moescope.reporting.printing import say
 @trace_argument
 @click.option("--devices", type=int, required=True, help="Devices that share the experts of each layer.")
 @click.option("--nodes", type=int, default=1, show_default=True, help="Nodes, of as many devices each.")
-@click.option(
+@one_of(
     "--algorithm",
-    type=click.Choice(["linear", "random", "eplb", "eplb-replicated", "affinity"]),
+    ["linear", "random", "eplb", "eplb-replicated", "affinity"],
+    "How experts are placed.",
     default="eplb-replicated",
-    show_default=True,
-    help="How experts are placed.",
 )
 @click.option("--redundant-experts", type=int, help="Slots beyond one an expert.  [default: one a device]")
 @click.option("--expert-groups", type=int, default=1, show_default=True, help="Groups the router chooses among first.")
@@ -36,17 +43,11 @@ from moescope.reporting.printing import say
 @force_option
 def command(
     trace: Path,
-    devices: int,
-    nodes: int,
-    algorithm: str,
-    redundant_experts: int | None,
-    expert_groups: int,
-    domain: str | None,
     format: str | None,
     output: Path,
-    layers: tuple[int, ...] | None,
     exclude: tuple[str, ...],
     force: bool,
+    **settings: Any,  # the arguments of `moescope.placement` that have these names
 ) -> None:
     """Write a placement of the experts, fitted on a trace.
 
@@ -65,16 +66,7 @@ def command(
 
     opened = open_trace(trace, exclude=exclude)
     try:
-        placed = placement(
-            opened,
-            algorithm,
-            devices=devices,
-            nodes=nodes,
-            redundant_experts=redundant_experts,
-            expert_groups=expert_groups,
-            layers=layers,
-            domain=domain,
-        )
+        placed = placement(opened, **settings)
         chosen = format or ("eplb" if output.suffix == ".npz" else "sglang")
         say(export_placement(placed, output, trace=opened, format=chosen, force=force))
     except ValueError as error:

@@ -20,7 +20,7 @@ from moescope.engines.options import BATCH_TOKENS, BLOCKS, DEVICE, DEVICE_MAPS, 
 from moescope.engines.work import has_work, work_folder
 from moescope.errors import TraceError
 from moescope.reporting.numbers import count
-from moescope.reporting.options import layers_option_for, parse_integers
+from moescope.reporting.options import layers_option_for, one_of, output_option, parse_integers
 from moescope.reporting.printing import print_styled, say
 from moescope.trace import open_trace
 from moescope.trace.part_file import PART_TOKENS
@@ -64,21 +64,14 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="PATH", help="Folder of the trace."
-)
+@output_option(None, "Folder of the trace.")
 @layers_option_for("Layers, such as 0,15,31, counted over the whole model.  [default: all with routed experts]")
 @click.option("--window", type=click.IntRange(2), default=WINDOW, help="Longest sequence the model reads.")
 @click.option("--max-tokens-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N tokens.")
 @click.option(
     "--max-documents-per-domain", type=click.IntRange(1), metavar="N", help="Sample each domain to N documents."
 )
-@click.option(
-    "--block",
-    type=click.Choice(BLOCKS),
-    default=BLOCKS[0],
-    help="Which routed blocks, of a model that routes its attention, too.",
-)
+@one_of("--block", BLOCKS, "Which routed blocks, of a model that routes its attention, too.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings; otherwise it is refused.")
 @click.option("--sample-seed", type=int, default=SAMPLE_SEED, help="Another seed draws another sample.")
 @click.option("--text-field", metavar="FIELD", help="Field that holds the text, dotted if nested.")
@@ -98,12 +91,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     metavar="LIST",
     help="Record, too, which experts routers would choose so many layers ahead, such as 1,2,10.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default=DTYPES[0],
-    help="auto is the checkpoint's; another one changes some choices.",
-)
+@one_of("--dtype", DTYPES, "auto is the checkpoint's; another one changes some choices.")
 @click.option(
     "--device", default=DEVICE, callback=_parse_device, help="auto is a GPU if there is one; or cpu, cuda, cuda:1 …"
 )
@@ -138,7 +126,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     help="Memory that recording may take, such as 24GB.  [default: what is free]",
 )
 @click.option("--force", is_flag=True, help="Replace a finished trace, or one of another recording.")
-def command(out: Path, **arguments: Any) -> None:
+def command(output: Path, **arguments: Any) -> None:
     """Run a model over a corpus and record its routing.
 
     MODEL is the folder of a checkpoint that transformers can load, or its name in the local Hugging Face cache; nothing
@@ -155,20 +143,17 @@ def command(out: Path, **arguments: Any) -> None:
       moescope record Mixtral-8x7B-v0.1 val.jsonl.zst -o pile.moe --max-tokens-per-domain 100000
     """
     from moescope.recording import record
+    from moescope.reporting.wording import describe_size
 
     if arguments["device_map"] and arguments["device"] != DEVICE:
         raise click.UsageError("--device and --device-map exclude each other.")
     try:
         with _progress_bar() as (progress, announce):
-            trace = record(out=out, progress=progress, announce=announce, **arguments)
+            trace = record(out=output, progress=progress, announce=announce, **arguments)
     except KeyboardInterrupt:
-        say(_what_is_kept(out), err=True)
+        say(_what_is_kept(output), err=True)
         raise
-    say(
-        f"{out}: {count(trace.num_tokens, 'token')} of {count(trace.num_documents, 'document')} in "
-        f"{count(len(trace.domains), 'domain')}, {count(len(trace.layers), 'layer')}",
-        err=True,
-    )
+    say(f"{output}: {describe_size(trace)}", err=True)
 
 
 def describe(progress: Progress) -> str:

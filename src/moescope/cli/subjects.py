@@ -22,11 +22,7 @@ from moescope.trace import Trace, open_trace
 
 
 def command_of(name: str) -> click.Command:
-    """The command of a subject.
-
-    Args:
-        name: One of ``moescope.reporting.subjects.SUBJECTS`` with a line of help.
-    """
+    """The command of a subject that has one."""
     show = load(name).command
     assert show is not None
     return exclude_option(format_option(click.command(name)(_run(show))))

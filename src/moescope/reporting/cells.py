@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import isnan, nan
+from typing import Any
 
 import xarray as xr
 
 from moescope.measures.schema import DIFFERENCE, EXPERT_ID, FRACTION
-from moescope.reporting.numbers import MISSING, bits, count, number, percent, points, spread
+from moescope.reporting.numbers import MISSING, bits, count, number, percent, plus_minus, points, spread
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, grid
 from moescope.reporting.visible import visible
 
@@ -32,20 +33,29 @@ def mark(q_value: xr.DataArray | float) -> str:
 
 
 def cell(place: xr.Dataset, name: str, digits: int | None = None) -> Cell:
-    """A value in its unit, with the larger side of its interval, and the mark of its test.
+    """A value in its unit, with the larger side of its interval and the mark of its test, of which some may be missing.
 
-    Args:
-        place: One place of a result: no dims left. Of ``x_low``, ``x_high`` and ``x_q`` is shown what is in it.
-        name: The value.
-        digits: After the point; None for as many as the unit usually has.
+    The place has no dims left; there are `digits` after the point, None for as many as its unit usually has.
     """
     beside = (place[f"{name}_{end}"].item() if f"{name}_{end}" in place else nan for end in ("low", "high", "q"))
     return _in_unit(place[name].attrs.get("units", "1"), digits, place[name].item(), *beside)
 
 
+def with_interval(place: xr.Dataset, name: str) -> str:
+    """A value and the larger side of its interval, as a sentence has them."""
+    shown = cell(place, name)
+    return shown.value + shown.spread
+
+
 def rows_of(data: xr.Dataset, dim: str, names: Sequence[str]) -> tuple[Row, ...]:
     """A row a label of the one dim left, and in it a cell a variable."""
     return grid(data[dim].values.tolist(), names, lambda label, name: cell(data.sel({dim: label}), name))
+
+
+def grid_of_pairs(data: xr.Dataset, row: str, column: str, pairs: Collection[tuple[Any, str]]) -> tuple[Row, ...]:
+    """A row a label of one dim, in it a cell for each pair of a label of another dim and a variable."""
+    labels = data[row].values.tolist()
+    return grid(labels, pairs, lambda label, pair: cell(data.sel({row: label, column: pair[0]}), pair[1]))
 
 
 def by_layer(
@@ -77,14 +87,14 @@ def _in_unit(unit: str, digits: int | None, value: float, low: float, high: floa
         return Cell(count(value))
     if isnan(value) and unit in (DIFFERENCE, EXPERT_ID):
         return Cell(MISSING)
-    half = max(value - low, high - value)
     if unit == FRACTION:
         text, beside = percent(value, digits), spread(value, low, high, digits)
     elif unit == DIFFERENCE:
-        text, beside = points(value, digits), "" if isnan(half) else f"±{100 * half:.{digits}f}"
+        half = 100 * max(value - low, high - value)
+        text, beside = points(value, digits), "" if isnan(half) else f"±{half:.{digits}f}"
     else:
         text = number(value, 0 if unit == EXPERT_ID else digits)
-        beside = "" if isnan(half) or not half else f"±{number(half, digits)}"
+        beside = plus_minus(value, low, high, digits)
     return Cell(text, beside, mark(q))
 
 

@@ -86,11 +86,7 @@ def choose_documents(
 ) -> list[Candidate]:
     """Some documents of each domain, in the order of the trace's domains, chosen by their text alone.
 
-    Args:
-        trace: The trace.
-        per_domain: Documents a domain.
-        most_tokens: Tokens that will be kept of a document.
-        words: Documents with many of these words come first.
+    Those come first in whose first `most_tokens`, the ones that will be kept, many of the words occur.
     """
     candidates = _candidates(trace)
     plain = _read(trace, [candidate for of_domain in candidates for candidate in of_domain], (), weights=False)

@@ -28,10 +28,7 @@ def render(table: Table, format: str) -> str:
 def styled(table: Table, width: int | None = None) -> Text:
     """The table for a terminal: headings bold, intervals and notes dim.
 
-    Args:
-        table: The table.
-        width: Columns of the terminal: a wider table without groups of columns is cut into blocks that fit. None cuts
-            nothing.
+    One without groups of columns that is wider than the terminal is cut into blocks that fit; None cuts nothing.
     """
     blocks = [table] if width is None else _blocks(table, width)
     return Text("\n").join(_block(block) for block in blocks)

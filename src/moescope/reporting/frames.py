@@ -23,15 +23,11 @@ SHAPES = ("num_experts", "num_ids", "top_k", "total")
 
 
 def tidy(result: xr.Dataset, *dims: str) -> pd.DataFrame:
-    """A result as rows: a row a combination of the dims, a column a variable that lies within them.
+    """A result as rows: a row a combination of the dims, the first the slowest, a column a variable within them.
 
     Columns are the dims, coordinates that name a row in another way, the variables in the order of the result, those
     with fewer dims repeated, and `SIZES`. The unit is in the name: a fraction is in per cent, a difference of fractions
     in points, `_bits` are bits. A row without any value, such as that of an expert beyond the layer's, is left out.
-
-    Args:
-        result: A result as `moescope.measures.schema` describes it, or some of its variables.
-        dims: Dims in the order of the rows, the first the slowest.
     """
     result = _quantiles_apart(result, dims)
     shape = {dim: result.sizes[dim] for dim in dims}

@@ -20,23 +20,14 @@ TAB = "⇥   "
 
 
 class Segment(NamedTuple):
-    """Text of one token within one line.
-
-    Attributes:
-        text: Characters to show.
-        token: Index of the token.
-    """
+    """The characters of a token that stand in one line, and the token's index."""
 
     text: str
     token: int
 
 
 def lay_out(texts: Sequence[str], width: int) -> list[list[Segment]]:
-    """Lines of segments, none wider than `width` columns.
-
-    Args:
-        texts: The characters of each token.
-        width: Columns of a line, at least 2.
+    """Lines of segments, none wider than `width` columns, of which there are at least 2.
 
     Example:
         >>> for line in lay_out(["if", " x", ":\\n   ", " go"], 8):

@@ -102,7 +102,7 @@ def points(difference: float, digits: int = 1) -> str:
     return text if float(text) == 0 else f"{'+' if difference > 0 else '−'}{text}"
 
 
-def plus_minus(value: float, low: float, high: float) -> str:
+def plus_minus(value: float, low: float, high: float, digits: int = 2) -> str:
     """The larger half of an interval around a plain number; empty where it is not known, or has no width.
 
     Example:
@@ -110,7 +110,7 @@ def plus_minus(value: float, low: float, high: float) -> str:
         ('±0.25', '', '')
     """
     half = max(value - low, high - value)
-    return "" if isnan(half) or half in (0, inf) else f"±{number(half)}"
+    return "" if isnan(half) or half in (0, inf) else f"±{number(half, digits)}"
 
 
 def _rounded(value: float, digits: int, whole: float | None = None) -> str:

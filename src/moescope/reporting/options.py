@@ -49,9 +49,9 @@ shown_layers_option = layers_option_for(
 """Layers of which a few are shown; None for three of them."""
 
 
-def one_of(option: str, values: Sequence[str], help: str) -> Callable[[Command], Command]:
-    """An option that takes one of a few words, the first of them by default."""
-    return click.option(option, type=click.Choice(values), default=values[0], show_default=True, help=help)
+def one_of(option: str, values: Sequence[str], help: str, default: str | None = None) -> Callable[[Command], Command]:
+    """An option that takes one of a few words, by default the first of them."""
+    return click.option(option, type=click.Choice(values), default=default or values[0], show_default=True, help=help)
 
 
 def format_option_for(*formats: str) -> Callable[[Command], Command]:

@@ -7,6 +7,8 @@ symbol. Data keeps its exact characters for a file or a pipe, which no terminal 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -51,6 +53,21 @@ def print_styled(console: Console, text: Text, *, end: str = "\n") -> None:
     else:
         text = type(text)(plain)
     console.print(text, soft_wrap=True, highlight=False, end=end)
+
+
+@contextmanager
+def layer_progress(task: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for a task such as "explaining": yields what to call with the layers done and all.
+
+    Nothing is drawn without a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        number = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(number, completed=done, total=total)
 
 
 def _visible_lines(text: str) -> str:

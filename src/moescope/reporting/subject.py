@@ -21,13 +21,7 @@ from moescope.trace import Trace
 
 @dataclass(frozen=True)
 class Chapter:
-    """Sections of the page that belong together.
-
-    Attributes:
-        name: Its id in the page.
-        title: Its heading.
-        lead: What it is about.
-    """
+    """Sections of the page that belong together: the id in the page, the heading, and what they are about."""
 
     name: str
     title: str
@@ -103,6 +97,12 @@ class PageTable:
     folded: str = ""
     heading: str = ""
 
+    @classmethod
+    def each(cls, tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
+        """Tables by name, each with the line that unfolds it, in the order of the lines; missing ones are left out."""
+        by_name = {table.name: table for table in tables}
+        return (cls(by_name[name], folded=line) for name, line in lines.items() if name in by_name)
+
 
 def where_known(result: xr.Dataset, name: str) -> xr.Dataset | None:
     """The result of a measure; None where the trace does not tell the value anywhere."""
@@ -113,22 +113,9 @@ Block = PageFigure | PageTable | Table
 """What a subject shows of a result; a bare table is written to ``tables/`` and does not stand on the page."""
 
 
-def folded(tables: Iterable[Table], lines: Mapping[str, str]) -> Iterator[PageTable]:
-    """Tables by name, each with the line that unfolds it, in the order of the lines; those that are missing are not."""
-    by_name = {table.name: table for table in tables}
-    for name, line in lines.items():
-        if name in by_name:
-            yield PageTable(by_name[name], folded=line)
-
-
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do, in plain words.
-
-    Attributes:
-        advice: A sentence or two.
-        evidence: The numbers it rests on, with their 95 % intervals, and what it leaves open.
-    """
+    """What to do, in plain words; and the numbers it rests on, with their 95 % intervals, and what it leaves open."""
 
     advice: str
     evidence: str

@@ -7,6 +7,7 @@ from typing import Literal
 
 import xarray as xr
 
+from moescope.reporting.numbers import count
 from moescope.reporting.visible import visible
 from moescope.tallying import Counted
 from moescope.trace import Trace
@@ -68,6 +69,13 @@ def listed(names: Sequence[str]) -> str:
         ('a', 'a, b and c')
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def describe_size(trace: Trace) -> str:
+    """What a trace holds, in numbers."""
+    tokens = "" if trace.header.counts_only else f"{count(trace.num_tokens, 'token')} of "
+    documents, domains = count(trace.num_documents, "document"), count(len(trace.domains), "domain")
+    return f"{tokens}{documents} in {domains}, {count(len(trace.layers), 'layer')}"
 
 
 def describe_cover(fraction: float) -> str:

@@ -24,7 +24,6 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
     """The agreement of all layers there are; `agreement` is that of a `moescope.Comparison`."""
     domains = agreement["domain"].values.tolist()
     marks = style.domain_marks(domains[1:]) if len(domains) > 2 else []
-    top_k = int(agreement["top_k"].values.max())
     kinds = known_kinds(agreement, "agreement")
     lowest = 100 * float(agreement["agreement_low"].sel(kind=kinds).min())
     bottom = min(lowest - 0.5, 100 - LEAST_RANGE) if lowest > NEARLY_THE_SAME else 0.0
@@ -33,7 +32,7 @@ def draw_agreement(agreement: xr.Dataset) -> Figure:
         if bottom == 0:  # else popularity is below what is shown
             handles.append(style.band_handle("popularity of the experts alone"))
         look: dict[str, Any] = {"columns": 5 if len(marks) <= 8 else 4, "left": 0.5 if bottom == 0 else 0.6}
-        figure, panels = style.panels_of_kinds(kinds, top_k, handles, **look, sharey=True)
+        figure, panels = style.panels_of_kinds(kinds, agreement, handles, **look, sharey=True)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_panel(axes, agreement.sel(kind=kind), marks)
         panels[0].set_ylim(bottom, 100)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -57,8 +55,8 @@ def _draw_imbalance(
         axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.12, linewidth=0)
         values, null = (data[name].values for name in ("batch_imbalance", "batch_imbalance_null"))
         style.add_marked(axes, x, values, colour, _MARKERS[number], label=_batch(size))
-        look: dict[str, Any] = {"color": colour, "linewidth": 1.0, "linestyle": style.DASHED}
-        axes.plot(layers, null, **look, label=f"{_batch(size)}, drawn")
+        drawn = f"{_batch(size)}, drawn"
+        axes.plot(layers, null, color=colour, linewidth=1.0, linestyle=style.DASHED, label=drawn)
     style.add_intervals(axes, whole, "imbalance")
     values = whole["imbalance"].values
     style.add_marked(axes, layers, values, INK, "s", markersize=3.4, linewidth=1.4, label="the whole trace")

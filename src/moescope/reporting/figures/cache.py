@@ -32,14 +32,9 @@ _LOOK = {
 _UNIFORM_LOOK: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 1.6))}
 
 
-def draw_cache(cache: xr.Dataset, size: int | None = None) -> Figure:
-    """Hit ratio of expert caches by size and by layer.
-
-    Args:
-        cache: Of `moescope.cache`.
-        size: Experts a layer of the panel by layer; None for about a quarter of them.
-    """
-    size = quarter(cache) if size is None else size
+def draw_cache(cache: xr.Dataset) -> Figure:
+    """Hit ratios of a `moescope.cache` by size, and by layer at the size of about a quarter of the experts."""
+    size = quarter(cache)
     policies = played_policies(cache)
     with style.style():
         handles = [_handle(policy) for policy in policies]
@@ -79,14 +74,9 @@ def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
             low, high = (100 * of_policy[f"model_hit_ratio_{end}"].values for end in ("low", "high"))
             axes.fill_between(sizes, low, high, color=_colour(policy), alpha=0.15, linewidth=0)
         marked = policy != "belady" and (few or known.sum() < len(sizes))
-        _draw_policy(
-            axes,
-            of_policy,
-            "size",
-            "model_hit_ratio",
-            linestyle="-" if known.sum() * 2 > len(sizes) else "",  # between sizes that were not simulated is no line
-            marker=_LOOK[policy][1] if marked else "",
-        )
+        line = "-" if known.sum() * 2 > len(sizes) else ""  # between sizes that were not simulated is no line
+        marker = _LOOK[policy][1] if marked else ""
+        _draw_policy(axes, of_policy, "size", "model_hit_ratio", marker, linestyle=line, markevery=None)
     if not few:
         _mark_apart(axes, cache, sizes)
     axes.axvline(size, color=MUTED, linewidth=0.6)
@@ -100,23 +90,15 @@ def _draw_sizes(axes: Axes, cache: xr.Dataset, size: int) -> None:
     style.panel_title(axes, "All layers")
 
 
-def _draw_policy(axes: Axes, data: xr.Dataset, dim: str, name: str, **look: Any) -> None:
+def _draw_policy(axes: Axes, data: xr.Dataset, dim: str, name: str, marker: str, **look: Any) -> None:
     """The line of a policy, and dashed that of tokens in random order under LRU and the optimum."""
     policy, values = data["policy"].item(), data[name].values
     known = np.isfinite(values)
     if policy in ("lru", "belady"):
         null = 100 * data[f"{name}_null"].values
         axes.plot(data[dim].values, null, color=_colour(policy), linewidth=1.0, linestyle=style.DASHED, label="null")
-    axes.plot(
-        data[dim].values[known],
-        100 * values[known],
-        color=_colour(policy),
-        linewidth=1.7 if policy == "belady" else 1.1,
-        markersize=3.4,
-        markeredgewidth=0,
-        label=POLICY_NAMES[policy],
-        **look,
-    )
+    look |= {"linewidth": 1.7 if policy == "belady" else 1.1, "markersize": 3.4, "label": POLICY_NAMES[policy]}
+    style.add_marked(axes, data[dim].values[known], 100 * values[known], _colour(policy), marker, **look)
 
 
 def _mark_apart(axes: Axes, cache: xr.Dataset, sizes: np.ndarray) -> None:
@@ -132,19 +114,13 @@ def _mark_apart(axes: Axes, cache: xr.Dataset, sizes: np.ndarray) -> None:
 
 def _draw_layers(axes: Axes, cache: xr.Dataset, size: int) -> None:
     layers = cache["layer"].values.astype(float)
+    few = len(layers) <= style.MOST_LAYERS_WITH_MARKERS
     data = total(cache).sel(size=size)
     axes.plot(layers, 100 * data["hit_ratio_uniform"].values, label="uniform", **_UNIFORM_LOOK)
     for policy in (p for p in ("lru", "belady") if p in cache["policy"].values):
         of_policy = data.sel(policy=policy)
         style.add_intervals(axes, of_policy, "hit_ratio", _colour(policy), scale=100)
-        _draw_policy(
-            axes,
-            of_policy,
-            "layer",
-            "hit_ratio",
-            marker=_LOOK[policy][1] if policy != "belady" else "",
-            markevery=1 if len(layers) <= style.MOST_LAYERS_WITH_MARKERS else 4,
-        )
+        marker = _LOOK[policy][1] if policy != "belady" else ""
+        _draw_policy(axes, of_policy, "layer", "hit_ratio", marker, markevery=1 if few else 4)
     style.layer_axis(axes, layers)
-    axes.set_xlabel("Layer", labelpad=2)
     style.panel_title(axes, f"By layer, {size} experts")

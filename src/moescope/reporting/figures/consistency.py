@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moescope.measures import schema
 from moescope.reporting.colours import MUTED, domain_colours
@@ -36,16 +33,13 @@ def draw_consistency(consistency: xr.Dataset) -> Figure:
         for axes, length in zip(panels, lengths, strict=True):
             percent = 100 * data.sel(length=length)
             axes.plot(layers, percent["srp_uniform"].values, **style.UNIFORM, label="uniform")
-            look: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "markersize": 2.8, "markeredgewidth": 0}
-            axes.plot(layers, percent["srp_null"].values, marker="s" if few else "", **look, label="random order")
-            look |= {"color": colour, "linewidth": 1.4, "markersize": 3.2}
-            axes.plot(layers, percent["srp"].values, marker="o" if few else "", **look, label="measured")
+            measured, null = percent["srp"].values, percent["srp_null"].values
+            style.add_marked(axes, layers, null, MUTED, "s" if few else "", markersize=2.8, label="random order")
+            style.add_marked(axes, layers, measured, colour, "o" if few else "", linewidth=1.4, label="measured")
             style.add_spread(axes, layers, percent["srp_low"].values, percent["srp_high"].values, colour, 0.18)
             style.panel_title(axes, f"{length} tokens")
-            axes.set_xlabel("Layer", labelpad=2)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            style.layer_ticks(axes, 6)
             axes.set_xlim(layers[0] - style.beside(layers), layers[-1] + style.beside(layers))
-            axes.grid(axis="y")
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("Best F1 of a fixed set, SRP (%)")
     return figure

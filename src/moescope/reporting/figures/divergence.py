@@ -1,4 +1,4 @@
-"""Maps of divergence: of each domain from the others by layer, and of any two domains; not in the paper."""
+"""Maps of divergence: of domains and of word classes from the others by layer, and of any two domains."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def draw_divergence(divergence: xr.Dataset) -> Figure:
     value = divergence["jsd_rest"].transpose("domain", "layer").values
     differs = divergence["jsd_rest_q"].transpose("domain", "layer").values < SIGNIFICANT
     names = [mark.name for mark in style.domain_marks(divergence["domain"].values.tolist())]
-    return draw_map(names, divergence["layer"].values, value, differs)
+    return _draw_map(names, divergence["layer"].values, value, differs)
 
 
-def draw_map(
+def draw_word_classes(syntax: xr.Dataset) -> Figure:
+    """The map of all layers of a `moescope.syntax`; classes without a token are left out."""
+    data = syntax.transpose("word_class", "layer").sel(word_class=syntax["tokens"].values > 0)
+    differs = data["jsd_q"].values < SIGNIFICANT
+    return _draw_map(data["word_class"].values.tolist(), data["layer"].values, data["jsd"].values, differs)
+
+
+def _draw_map(
     names: Sequence[str], layers: NDArray[np.int64], value: NDArray[np.float64], differs: NDArray[np.bool_]
 ) -> Figure:
-    """A map of divergences, a row a name and a column a layer.
-
-    Args:
-        names: Of the rows.
-        layers: Of the columns.
-        value: Bits, shape (name, layer).
-        differs: Where a dot stands, same shape.
-    """
+    """A row a name, a column a layer, with the bits where there is space; a dot stands where they differ."""
     numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     with style.style():
-        left, top, bottom, right = 0.15 + 0.053 * max(map(len, names)), 0.12, 0.72, 0.12
+        left, top, bottom, right = style.beside_names(names), 0.12, 0.72, 0.12
         cell = min((FULL_WIDTH - left - right) / len(layers), 0.62)
         figure = style.new_figure(
             max(left + right + cell * len(layers), left + LEGEND_WIDTH),
@@ -85,7 +85,7 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
     values = [divergence["jsd"].sel(layer=layer).values for layer in shown]
     largest = max(float(np.nanmax(value, initial=1e-6)) for value in values)
     with style.style():
-        left, top, between = 0.15 + 0.053 * max(map(len, names)), 0.28, 0.1
+        left, top, between = style.beside_names(names), 0.28, 0.1
         side = min((FULL_WIDTH - left - 0.1 - between * (len(shown) - 1)) / len(shown), 0.45 * len(names))
         bottom = left + 0.5
         width = max(left + 0.1 + (side + between) * len(shown), left + LEGEND_WIDTH)
@@ -105,10 +105,7 @@ def draw_domain_pairs(divergence: xr.Dataset, layers: Sequence[int]) -> Figure:
 
 
 def _draw_squares(axes: Axes, value: NDArray[np.float64], largest: float) -> QuadMesh:
-    mesh = axes.pcolormesh(value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
-    axes.invert_yaxis()
-    style.without_frame(axes)
-    return mesh
+    return style.add_map(axes, value, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=PAPER, linewidth=0.5)
 
 
 def _draw_dots(axes: Axes, differs: NDArray[np.bool_], dark: NDArray[np.bool_], size: float) -> None:

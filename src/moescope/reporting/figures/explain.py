@@ -8,11 +8,11 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moescope.reporting.colours import INK, MUTED
 from moescope.reporting.figures import style
 from moescope.reporting.figures.style import FULL_WIDTH, Mark
+from moescope.reporting.subjects.explain import known_sources
 
 COLUMNS = 3
 ROW_HEIGHT = 1.35
@@ -20,7 +20,7 @@ ROW_HEIGHT = 1.35
 
 def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
     """Bits by source of a `moescope.explain`, a panel a layer."""
-    sources = _known(explained.sel(layer=list(layers)))
+    sources = known_sources(explained.sel(layer=list(layers)))
     columns = min(COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
     most = float(np.nanmax(explained["entropy"].sel(layer=list(layers)).values, initial=0.0)) or 1.0
@@ -51,7 +51,7 @@ def draw_explained(explained: xr.Dataset, layers: Sequence[int]) -> Figure:
 
 def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
     """Share of the choice that each source of a `moescope.explain` explains, by layer, a line a source."""
-    sources = _known(explained)
+    sources = known_sources(explained)
     layers = explained["layer"].values
     with style.style():
         marks = _marks(explained, sources)
@@ -67,10 +67,8 @@ def draw_explained_by_layer(explained: xr.Dataset) -> Figure:
             low, high = np.nan_to_num(low, nan=0.0), np.where(np.isnan(high), share, high)
             style.add_line(axes, layers, share, low, high, mark, 0.15)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("Layer", labelpad=2)
         axes.set_ylabel("Share of the choice explained (%)")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(axis="y")
+        style.layer_ticks(axes)
     return figure
 
 
@@ -102,7 +100,3 @@ def _marks(explained: xr.Dataset, sources: Sequence[str]) -> list[Mark]:
     every = explained["source"].values.tolist()
     marks = style.domain_marks(every)
     return [marks[every.index(source)] for source in sources]
-
-
-def _known(explained: xr.Dataset) -> list[str]:
-    return [s for s in explained["source"].values.tolist() if explained["bits"].sel(source=s).notnull().any()]

@@ -95,10 +95,8 @@ def draw_transitions(transitions: xr.Dataset, layers: Sequence[int] | None = Non
 def order_of_pairs(lift: NDArray[np.float64]) -> NDArray[np.int64]:
     """Experts in an order in which those often together stand side by side; those without any pair last.
 
-    Average linkage of limit - log2 lift, leaves ordered to be most like their neighbours (Bar-Joseph et al. 2001).
-
-    Args:
-        lift: Symmetric, shape (expert, expert); the diagonal is not looked at.
+    Average linkage of limit - log2 lift, leaves ordered to be most like their neighbours (Bar-Joseph et al. 2001). The
+    lift is symmetric, and its diagonal is not looked at.
     """
     logs = _logs(lift)
     np.fill_diagonal(logs, np.nan)
@@ -180,8 +178,7 @@ def _draw_map(
     lift, differs = lift[np.ix_(rows, columns)], differs[np.ix_(rows, columns)]
     logs = _logs(lift)
     look = {"edgecolors": PAPER, "linewidth": 0.5} if max(lift.shape) <= MOST_WITH_LABELS else {"rasterized": True}
-    mesh = axes.pcolormesh(logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
-    axes.invert_yaxis()
+    mesh = style.add_map(axes, logs, cmap=DIVERGING, vmin=-LIMIT, vmax=LIMIT, **look)
     axes.set_aspect("equal")
     if few:
         for row, column in np.argwhere(np.isfinite(logs)):
@@ -194,7 +191,6 @@ def _draw_map(
         labels = [str(expert) for expert in ids] if len(ids) <= MOST_WITH_LABELS else []
         axis.set_ticks(np.arange(len(labels)) + 0.5, labels)
     axes.tick_params(pad=2, labelsize=6.5 if max(lift.shape) <= MOST_WITH_NUMBERS else 5)
-    style.without_frame(axes)
     return mesh
 
 

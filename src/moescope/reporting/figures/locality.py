@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from moescope.measures import schema
 from moescope.reporting.colours import INK
@@ -32,15 +30,15 @@ def draw_excess(locality: xr.Dataset) -> Figure:
     marks = {null: mark for null, mark in marks.items() if data["excess"].sel(null=null).notnull().any()}
     layers = data["layer"].values
     with style.style():
-        figure, panels = _panels(data, style.line_handles(list(marks.values())))
+        handles = style.line_handles(list(marks.values()))
+        figure, panels = style.panels_of_kinds(known_kinds(data), data, handles, columns=4)
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for null, mark in marks.items():
                 of_null = data.sel(null=null, kind=kind)
                 value, low, high = (100 * of_null[f"excess{end}"].values for end in ("", "_low", "_high"))
                 style.add_line(axes, layers, value, low, high, mark)
             axes.axhline(0, **style.UNIFORM)
-            axes.set_xlabel("Layer", labelpad=2)
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+            style.layer_ticks(axes)
         panels[0].set_ylabel("Repeats above the null (points)")
     return figure
 
@@ -52,7 +50,8 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
     lags = data["lag"].values
     with style.style():
         any_order = style.line_handle("document in any order", color=INK, linewidth=0.9, linestyle=DOTTED)
-        figure, panels = _panels(data, [*style.line_handles(marks), any_order])
+        handles = [*style.line_handles(marks), any_order]
+        figure, panels = style.panels_of_kinds(known_kinds(data), data, handles, columns=4)
         for axes, kind in zip(panels, known_kinds(data), strict=True):
             for layer, mark in zip(layers, marks, strict=True):
                 one = data.sel(layer=layer, kind=kind)
@@ -63,13 +62,6 @@ def draw_lags(locality: xr.Dataset, layers: Sequence[int]) -> Figure:
             axes.set_xticks(lags, [str(lag) for lag in lags])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("Tokens apart", labelpad=2)
+            axes.grid(axis="y")
         panels[0].set_ylabel("Repeats (%)")
     return figure
-
-
-def _panels(data: xr.Dataset, legend: list[Line2D]) -> tuple[Figure, list[Axes]]:
-    """A panel a kind of repeat, under a legend."""
-    figure, panels = style.panels_of_kinds(known_kinds(data), int(data["top_k"].values.max()), legend, columns=4)
-    for axes in panels:
-        axes.grid(axis="y")
-    return figure, panels

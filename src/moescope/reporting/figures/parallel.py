@@ -7,6 +7,8 @@ capacity factor drops; what a batch waits for over all layers, a row a placement
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -24,11 +26,7 @@ _DOTTED = (0, (1, 1.4))
 
 
 def draw_parallel(parallel: xr.Dataset) -> Figure:
-    """The figure of at most three kinds of batches that there are; by layer, of the first placement.
-
-    Args:
-        parallel: Of `moescope.parallel`.
-    """
+    """At most three kinds of batches of a `moescope.parallel`; by layer, those of the first placement."""
     kinds = [kind for kind in parallel["batch"].values.tolist() if int(parallel["batches"].sel(batch=kind))]
     kinds = kinds[:MOST_KINDS] or parallel["batch"].values.tolist()[:1]
     colours = domain_colours(len(kinds) + 1)[1:]
@@ -81,14 +79,12 @@ def _draw_layers(axes: Axes, data: xr.Dataset, colour: str, marker: str) -> None
     band = data["over_subscription_quantile"].values
     axes.fill_between(layers, band[:, 0], band[:, -1], color=colour, alpha=0.15, linewidth=0)
     for end, line in (("null", style.DASHED), ("uniform", _DOTTED)):
-        axes.plot(
-            layers, data[f"over_subscription_{end}"].values, color=MUTED, linewidth=1.0, linestyle=line, label=end
-        )
+        value = data[f"over_subscription_{end}"].values
+        axes.plot(layers, value, color=MUTED, linewidth=1.0, linestyle=line, label=end)
     style.add_intervals(axes, data, "over_subscription", colour, alpha=None)
     values = data["over_subscription"].values
     style.add_marked(axes, layers, values, colour, marker, markersize=3.4, linewidth=1.4, label="measured")
     style.layer_axis(axes, layers)
-    axes.set_xlabel("Layer", labelpad=2)
 
 
 def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tuple[str, ...]) -> None:
@@ -98,18 +94,11 @@ def _draw_drops(axes: Axes, parallel: xr.Dataset, kinds: list[str], colours: tup
         data = total(parallel).sel(batch=kind)
         for name, line in (("dropped_uniform", _DOTTED), ("dropped_null", style.DASHED), ("dropped", "-")):
             mean = 100 * data[name].mean("layer").values
-            axes.plot(
-                factors,
-                np.where(mean > 0, mean, np.nan),
-                color=colours[at],
-                linestyle=line,
-                linewidth=1.4 if line == "-" else 1.0,
-                marker=_MARKERS[at] if line == "-" else "",
-                markersize=3,
-                markevery=2,
-                markeredgewidth=0,
-                label=name,
-            )
+            above_zero = np.where(mean > 0, mean, np.nan)
+            measured = line == "-"
+            look: dict[str, Any] = {"linestyle": line, "linewidth": 1.4 if measured else 1.0, "markersize": 3}
+            marker = _MARKERS[at] if measured else ""
+            style.add_marked(axes, factors, above_zero, colours[at], marker, markevery=2, label=name, **look)
     axes.axhline(0.1, color=INK, linewidth=0.7)
     axes.set_ylim(0.01, 100)
     axes.set_yscale("log")

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from moescope.reporting.colours import INK, domain_colours
 from moescope.reporting.figures import style
@@ -36,11 +36,7 @@ _LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 
 
 
 def draw_prefetch(prefetch: xr.Dataset) -> Figure:
-    """Left the layers together, right each by itself; bands are 95 % intervals.
-
-    Args:
-        prefetch: Of `moescope.prefetch`.
-    """
+    """The layers of a `moescope.prefetch`, left together, right each by itself; bands are 95 % intervals."""
     names = predictor_names(prefetch)
     distances = sorted({distance for distance in prefetch["distance"].values.tolist() if distance})
     looks: list[_Look] = []
@@ -94,11 +90,9 @@ def _draw_by_layer(axes: Axes, prefetch: xr.Dataset, looks: list[_Look]) -> None
     few = len(layers) <= MOST_LAYERS_WITH_MARKERS
     _draw_lines(axes, as_many_as_chosen(prefetch), "layer", "recall", looks, markers=few)
     style.panel_title(axes, "By layer, as many loaded as chosen (k)")
-    axes.set_xlabel("Layer", labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    style.layer_ticks(axes, 6)
     if few:
         axes.set_xticks(layers)
-    axes.grid(axis="y")
 
 
 def _draw_lines(axes: Axes, data: xr.Dataset, dim: str, name: str, looks: list[_Look], *, markers: bool) -> None:
@@ -109,13 +103,5 @@ def _draw_lines(axes: Axes, data: xr.Dataset, dim: str, name: str, looks: list[_
         of_predictor = data.isel(predictor=p)
         low, high = (100 * of_predictor[f"{name}_{end}"].values for end in ("low", "high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            x,
-            100 * of_predictor[name].values,
-            color=colour,
-            linestyle=line,
-            linewidth=1.3,
-            marker=marker if markers else "",
-            markersize=3.0,
-            markeredgewidth=0,
-        )
+        look = {"linestyle": line, "linewidth": 1.3, "markersize": 3.0}
+        style.add_marked(axes, x, 100 * of_predictor[name].values, colour, marker if markers else "", **look)

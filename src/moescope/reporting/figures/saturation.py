@@ -31,7 +31,7 @@ def draw_saturation(saturation: xr.Dataset) -> Figure:
     data = total(saturation)
     kinds = known_kinds(data, "agreement")
     with style.style():
-        figure, panels = style.panels_of_kinds(kinds, int(data["top_k"].values.max()), height=2.23, sharey=True)
+        figure, panels = style.panels_of_kinds(kinds, data, height=2.23, sharey=True)
         figure.subplots_adjust(right=1 - 0.62 / figure.get_size_inches()[0])  # for the names of layers
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_lines(axes, data.sel(kind=kind), named=axes is panels[-1])

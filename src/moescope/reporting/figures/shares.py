@@ -147,10 +147,12 @@ def _draw_maps(panels: Sequence[tuple[str, xr.Dataset]]) -> Figure:
     bottom, top, between = 0.62, 0.24, 0.42
     figure = style.new_figure(FULL_WIDTH, bottom + top + height * len(panels) + between * (len(panels) - 1))
     all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    left = 0.15 + 0.053 * max(map(len, names))
+    left = style.beside_names(names)
     style.place(figure, left=left, right=0.12, top=top, bottom=bottom, between=between, rows=len(panels))
     for axes, (title, data), ratio in zip(all_axes, panels, ratios, strict=True):
-        mesh = _draw_map(axes, ratio, norm)
+        values = np.where(ratio == 0, -1.0, ratio)  # under the scale: black
+        mesh = style.add_map(axes, values, cmap=BELOW_AND_ABOVE, norm=norm, edgecolors="none", linewidth=0)
+        axes.set_xticks([])
         axes.set_yticks(np.arange(len(domains)) + 0.5, names)
         style.panel_title(axes, f"{title} ({int(data['num_experts'])} experts)")
     all_axes[-1].set_xlabel("Experts, the most used of each panel first", labelpad=3)
@@ -166,12 +168,3 @@ def _ratios(data: xr.Dataset) -> NDArray[np.float64]:
     share = data["share"].isel(expert=slice(int(data["num_ids"]))).transpose("domain", "expert").values
     means = np.nan_to_num(share).mean(axis=0)
     return share[:, np.argsort(-means, kind="stable")] / float(data["share_null"])
-
-
-def _draw_map(axes: Axes, ratio: NDArray[np.float64], norm: TwoSlopeNorm) -> Any:
-    shown = np.where(ratio == 0, -1.0, ratio)  # under the scale: black
-    mesh = axes.pcolormesh(shown, cmap=BELOW_AND_ABOVE, norm=norm, edgecolors="none", linewidth=0)
-    axes.invert_yaxis()
-    axes.set_xticks([])
-    style.without_frame(axes)
-    return mesh

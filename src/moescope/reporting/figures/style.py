@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import cycle
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from moescope.reporting.colours import INK, MUTED, PAPER, RULE, domain_colours
 from moescope.reporting.figures import fonts
 from moescope.reporting.visible import shorten
-from moescope.reporting.wording import capital, describe_choice
+from moescope.reporting.wording import capital, describe_kind
 
 FULL_WIDTH = 6.75
 """Width of a page of text, inches."""
@@ -52,15 +53,7 @@ _HATCHES = ("", "////", "....")
 
 
 class Mark(NamedTuple):
-    """How a domain is drawn.
-
-    Attributes:
-        name: Its label, safe and not too long.
-        colour: Of its bars and lines.
-        marker: Of its points.
-        line: Its line style.
-        hatch: Of its bars.
-    """
+    """How the bars, lines and points of a domain are drawn; its name is safe and not too long."""
 
     name: str
     colour: str
@@ -111,6 +104,11 @@ def place(figure: Figure, *, left: float, right: float, top: float, bottom: floa
     )
 
 
+def beside_names(names: Sequence[str]) -> float:
+    """Space at the left for the names of rows, inches."""
+    return 0.15 + 0.053 * max(map(len, names))
+
+
 def legend_above(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     """A legend over the full width, at the top edge of the figure."""
     if not handles:
@@ -153,10 +151,7 @@ def band_handle(label: str) -> Patch:
 def add_rectangles(axes: Axes, corners: NDArray[np.float64], **look: Any) -> PathPatch:
     """Draw rectangles of one look as one patch, which is much quicker than one each.
 
-    Args:
-        axes: Where.
-        corners: Left, bottom, right and top in data units, shape (rectangle, 4).
-        look: Properties of the patch.
+    The corners are left, bottom, right and top in data units, shape (rectangle, 4).
     """
     left, bottom, right, top = np.asarray(corners, float).T
     points = np.stack([left, bottom, right, bottom, right, top, left, top, left, bottom], axis=1).reshape(-1, 2)
@@ -229,17 +224,10 @@ def panels_in_row(
     number: int, legend: Sequence[Artist] = (), *, columns: int = 1, titles: float = 0.3, height: float = 2.2,
     width: float = FULL_WIDTH, left: float = 0.5, **layout: Any,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """A figure with panels side by side under a legend, over a line for the names of their axes; sizes in inches.
+    """A figure with panels side by side under a legend, over a line for the names of their axes.
 
-    Args:
-        number: Of panels.
-        legend: Its entries; may be empty.
-        columns: Of the legend.
-        titles: Space for the titles of the panels.
-        height: Of a panel.
-        width: Of the figure.
-        left: Margin.
-        layout: Arguments of `Figure.subplots`.
+    Sizes are in inches: `height` of a panel, `titles` the space for the titles of panels, `left` the margin. The layout
+    is that of `Figure.subplots`.
     """
     top = titles + (legend_rows(len(legend), columns) if legend else 0)
     figure = new_figure(width, top + 0.42 + height)
@@ -251,12 +239,12 @@ def panels_in_row(
 
 
 def panels_of_kinds(
-    kinds: Sequence[str], top_k: int, legend: Sequence[Artist] = (), **sizes: Any
+    kinds: Sequence[str], result: xr.Dataset, legend: Sequence[Artist] = (), **sizes: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A panel a kind, "first" choices or all of a token's `top_k`, under its title; the rest as of `panels_in_row`."""
+    """A panel for each of the kinds of a result, under its title; the rest as of `panels_in_row`."""
     figure, panels = panels_in_row(len(kinds), legend, width=FULL_WIDTH if len(kinds) > 1 else NARROW, **sizes)
     for axes, kind in zip(panels, kinds, strict=True):
-        panel_title(axes, capital(describe_choice("first" if kind == "first" else "all", top_k)))
+        panel_title(axes, capital(describe_kind(kind, result)))
     return figure, panels
 
 
@@ -288,11 +276,16 @@ def beside(layers: NDArray[np.integer[Any]]) -> float:
 
 
 def layer_axis(axes: Axes, layers: NDArray[np.integer[Any]]) -> None:
-    """Layers along x, each with its tick where there are few, and lines across."""
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    """Layers along x, each with its tick where there are few, and a little space on both sides; lines across."""
+    layer_ticks(axes)
     if len(layers) <= MOST_LAYERS_WITH_MARKERS:
         axes.set_xticks(layers)
     axes.set_xlim(layers[0] - beside(layers), layers[-1] + beside(layers))
+
+
+def layer_ticks(axes: Axes, most: int | Literal["auto"] = "auto") -> None:
+    """Layers along x, with so many ticks at most, and lines across."""
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("Layer", labelpad=2)
     axes.grid(axis="y")
 
@@ -305,11 +298,14 @@ def map_of_layers_axis(axes: Axes, layers: NDArray[np.integer[Any]], most: int |
     axes.set_xlabel("Layer", labelpad=2)
 
 
-def without_frame(axes: Axes) -> None:
-    """No ticks and no spines, as around a map."""
+def add_map(axes: Axes, *values: NDArray[Any], **look: Any) -> QuadMesh:
+    """Draw squares in colours, the first row above, without ticks and spines; the values are those of `pcolormesh`."""
+    mesh = axes.pcolormesh(*values, **look)
+    axes.invert_yaxis()
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return mesh
 
 
 def add_scale(

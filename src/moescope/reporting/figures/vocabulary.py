@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -72,8 +70,7 @@ def _draw_lines(axes: Axes, data: xr.Dataset, colour: str) -> None:
     style.add_spread(axes, place, low, high, colour, 0.2, few=MOST_NUMBERED, linewidth=1.0)
     axes.plot(place, popular, color=MUTED, linewidth=1.0, linestyle=DOTTED, label="popularity")
     axes.plot(place, null, color=colour, linewidth=1.0, linestyle=style.DASHED, label="null")
-    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "markeredgewidth": 0}
-    axes.plot(place, value, marker="o" if few else None, **look, label="specialization")
+    style.add_marked(axes, place, value, colour, "o" if few else "", linewidth=1.4, label="specialization")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.tick_params(labelbottom=False)
@@ -87,8 +84,7 @@ def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
     few = max(len(layers), len(value)) <= MOST_NUMBERED
     x, y = np.arange(len(layers) + 1) - 0.5, np.arange(len(value) + 1) - 0.5
     look = PAPER if few else "none"
-    axes.pcolormesh(x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=look, linewidth=0.5)
-    axes.invert_yaxis()
+    style.add_map(axes, x, y, ordered, cmap=FROM_NOTHING, vmin=0, vmax=largest, edgecolors=look, linewidth=0.5)
     if few:
         for (row, column), expert in np.ndenumerate(order):
             if np.isfinite(ordered[row, column]):
@@ -96,4 +92,3 @@ def _draw_experts(axes: Axes, data: xr.Dataset, largest: float) -> None:
                 axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color=colour)
     style.map_of_layers_axis(axes, layers, None if few else 8, shift=0)
     axes.set_yticks([])
-    style.without_frame(axes)

@@ -50,13 +50,10 @@ DRAWN_BY_PAGE = "tokens"
 
 
 def render_page(results: Results, shown: Contents, csvs: Mapping[str, str], svgs: Mapping[str, str]) -> str:
-    """The text of ``index.html``.
+    """The text of ``index.html``, from what a report shows.
 
-    Args:
-        results: What the report is of.
-        shown: Its figures and tables, in their places.
-        csvs: The CSV of each by its path in the report, without ending.
-        svgs: The element of each figure by name, but of the one that the page draws itself.
+    The CSV of each figure and table comes by its path in the report, without ending; the element of each figure by
+    name, but for the one that the page draws itself.
     """
     folder = resources.files(__package__)
     css, js, template = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js", "template.html.j2"))

@@ -33,14 +33,7 @@ MOST_SENTENCES = 12
 
 @dataclass(frozen=True)
 class FilledSection:
-    """A section with what its subjects say.
-
-    Attributes:
-        about: Its title and lead.
-        advice: What its results recommend.
-        sentences: What they say of a layer.
-        blocks: Figures and tables, in order.
-    """
+    """A section with what its subjects say: their advice, a sentence or none a layer, figures and tables in order."""
 
     about: PageSection
     advice: list[Recommendation] = field(default_factory=list)
@@ -56,13 +49,7 @@ class FilledSection:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report shows.
-
-    Attributes:
-        figures: All figures.
-        tables: All tables by name, whether they stand on the page or not.
-        chapters: What stands on the page.
-    """
+    """What a report shows: all figures, all tables by name, and in chapters what of them stands on the page."""
 
     figures: list[PageFigure]
     tables: dict[str, Table]

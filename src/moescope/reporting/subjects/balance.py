@@ -11,13 +11,13 @@ import xarray as xr
 from moescope.measures.balance import balance
 from moescope.measures.schema import by_domain, total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, cell
+from moescope.reporting.cells import BY_DOCUMENT, cell, grid_of, grid_of_pairs
 from moescope.reporting.chapters import STRUCTURE
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, shown_layers_option, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.trace import Trace
@@ -73,7 +73,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         ),
         frame=balance_frame(result),
     )
-    yield from folded(balance_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(balance_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -134,11 +134,9 @@ def balance_tables(balance: xr.Dataset, layers: Sequence[int]) -> Iterator[Table
         frame=balance_frame(data),
     )
     if sizes := batch_sizes(data):
-        yield _batches_table(data, layers, sizes)
+        yield _batches_table(data, sizes)
     if "weight" in data:
-        weights = grid(
-            layers, _WEIGHTS, lambda layer, name: cell(whole.sel(layer=layer, statistic=name), "weight", digits=3)
-        )
+        weights = grid_of(whole.sel(statistic=list(_WEIGHTS)), "layer", "statistic", "weight", digits=3)
         yield Table(
             "weights",
             "Gate weights of a token, normalised to sum 1; mean over the tokens of the trace",
@@ -171,11 +169,10 @@ def _load_cell(place: xr.Dataset, name: str) -> Cell:
     return Cell(str(number), "" if least == most else f" ({least}–{most})")
 
 
-def _batches_table(data: xr.Dataset, layers: Sequence[int], sizes: Sequence[int]) -> Table:
+def _batches_table(data: xr.Dataset, sizes: Sequence[int]) -> Table:
     """Imbalance within batches, three columns a size."""
     columns = [(size, f"batch_imbalance{end}") for size in sizes for end in ("", "_quantile", "_null")]
-    worst = data.isel(quantile=-1)
-    rows = grid(layers, columns, lambda layer, column: cell(worst.sel(layer=layer, batch=column[0]), column[1]))
+    rows = grid_of_pairs(data.isel(quantile=-1), "layer", "batch", columns)
     titles = tuple(
         (f"{count(size, 'sequence')}, {count(round(float(data['batch_tokens'].sel(batch=size))), 'token')}", 3)
         for size in sizes

@@ -16,23 +16,14 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
-from moescope.reporting.numbers import number, percent, plus_minus, spread
-from moescope.reporting.options import figures_option, layers_option, parse_integers, trace_argument
-from moescope.reporting.progress import layer_progress
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.numbers import number, percent
+from moescope.reporting.options import figures_option, layers_option, one_of, parse_integers, trace_argument
+from moescope.reporting.printing import layer_progress
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Cell, Section, Table, grid
 from moescope.reporting.wording import capital
 from moescope.simulation.cache import cache
@@ -107,7 +98,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         ),
         frame=cache_frame(result),
     )
-    yield from folded(cache_tables(result), _FOLDED)
+    yield from PageTable.each(cache_tables(result), _FOLDED)
 
 
 def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -133,13 +124,7 @@ def _parse_policies(ctx: click.Context, param: click.Parameter, value: str | Non
     metavar="LIST",
     help="Experts a layer that the cache holds, such as 2,4.  [default: all from top-k]",
 )
-@click.option(
-    "--budget",
-    type=click.Choice(["layer", "global"]),
-    default="layer",
-    show_default=True,
-    help="A cache a layer, or one for all layers.",
-)
+@one_of("--budget", ["layer", "global"], "A cache a layer, or one for all layers.")
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences decoded together."
 )
@@ -332,8 +317,7 @@ def _speed_table(speed: xr.Dataset, sizes: Sequence[int]) -> Table:
 
     def with_bound(policy: str, size: int) -> Cell:
         place = data.sel(policy=policy, size=size)
-        ends = values(place, "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
-        return Cell(number(ends[0]), plus_minus(*ends), "*" if place["link_bound"].item() else "")
+        return cell(place, "tokens_per_second")._replace(mark="*" if place["link_bound"].item() else "")
 
     sections = [Section("", grid(data["policy"].values.tolist(), sizes, with_bound))]
     sections += _baselines(data, sizes, "tokens_per_second")
@@ -418,23 +402,21 @@ def advise(cache: xr.Dataset) -> Recommendation:
     low_Z, high_Z = (curve[f"model_hit_ratio_{end}"].values - uniform_Z for end in ("low", "high"))
     played_Z = curve["model_hit_ratio"].notnull().values
     alike_Z = played_Z & (high_Z >= low_Z[z])
-    value, low, high = values(best, "model_hit_ratio", "model_hit_ratio_low", "model_hit_ratio_high")
     kept = f"{size} of {_experts(cache)} experts a layer"
     kept += ", in one cache," if cache.attrs["budget"] == "global" else ""
     evidence = [
-        f"{capital(served(cache))}, {kept} hit {percent(value)}{spread(value, low, high)} % under "
+        f"{capital(served(cache))}, {kept} hit {with_interval(best, 'model_hit_ratio')} % under "
         f"{POLICY_NAMES[policy]}; uniform routing gives {percent(float(uniform_Z[z]))} %"
         + _if_known(", the tokens of each document in any order {} %", best["model_hit_ratio_null"].item())
         + _if_known("; no policy could hit more than {} %", _of(whole, "belady", size))
         + "."
     ]
     if policy != "lru":
-        closed, closed_low, closed_high = values(best, "closed", "closed_low", "closed_high")
         evidence.append(
-            f"LRU hits {percent(_of(whole, 'lru', size))} %: {POLICY_NAMES[policy]} goes {percent(closed)}"
-            f"{spread(closed, closed_low, closed_high)} % of the way from there to the optimum."
+            f"LRU hits {percent(_of(whole, 'lru', size))} %: {POLICY_NAMES[policy]} goes "
+            f"{with_interval(best, 'closed')} % of the way from there to the optimum."
         )
-    if isnan(low):
+    if isnan(best["model_hit_ratio_low"].item()):
         evidence.append("There are too few documents for an interval.")
     if low_Z[z] <= 0:
         advice = (

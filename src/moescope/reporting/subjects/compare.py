@@ -21,7 +21,7 @@ from moescope.reporting.options import figures_option, layers_option, one_of
 from moescope.reporting.subject import Drawing, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
-from moescope.reporting.wording import describe_any, expert_name
+from moescope.reporting.wording import describe_kind, expert_name
 from moescope.trace import Trace
 
 MOST_TOKENS = 20
@@ -112,8 +112,6 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         for layer in layers
         if len(domains) > 1
     ]
-    top_k = int(data["top_k"].values.max())
-    titles = {"set": describe_any(top_k), "first": "first choice"}
     return Table(
         "agreement",
         f"Agreement of A, {visible(comparison.names[0])}, and B, {visible(comparison.names[1])}, %",
@@ -125,7 +123,7 @@ def agreement_table(comparison: Comparison, layers: Sequence[int]) -> Table:
         ),
         tuple(sections),
         groups=(
-            *((titles[kind], 3) for kind in kinds),
+            *((describe_kind(kind, data), 3) for kind in kinds),
             *(() if weights is None else (("gate weight of A", 3),)),
             ("experts", 1),
         ),

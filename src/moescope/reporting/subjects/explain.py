@@ -23,7 +23,7 @@ from moescope.reporting.options import (
     shown_layers_option,
     trace_argument,
 )
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Table
 from moescope.reporting.wording import choice_of, first_or_all, listed
@@ -135,7 +135,7 @@ def explain_table(explained: xr.Dataset, layers: Sequence[int]) -> Table:
     data = explained.sel(layer=list(layers))
     sections = by_layer(
         data,
-        lambda of_layer: tuple(Row(source, _cells(of_layer.sel(source=source))) for source in _known(of_layer)),
+        lambda of_layer: tuple(Row(source, _cells(of_layer.sel(source=source))) for source in known_sources(of_layer)),
         lambda of_layer: f": {_bits(of_layer['entropy'].item())} bits in all",
     )
     return Table(
@@ -169,7 +169,7 @@ def explain_sentence(explained: xr.Dataset, layer: int) -> str:
         return f"Layer {layer}: nothing was chosen."
     if entropy == 0:
         return f"Layer {layer}: every token makes the same choice; there is nothing to explain."
-    by_source = {source: of_layer.sel(source=source) for source in _known(of_layer)}
+    by_source = {source: of_layer.sel(source=source) for source in known_sources(of_layer)}
     if not by_source:
         return f"Layer {layer}: nothing is known of what explains the choice; that takes two documents."
     share = {source: float(one["share"]) for source, one in by_source.items()}
@@ -201,8 +201,9 @@ def _cells(place: xr.Dataset) -> tuple[Cell, ...]:
     return cell(place, "bits", DIGITS), cell(place, "share"), *bounds, cell(place, "bits_p", DIGITS)
 
 
-def _known(of_layer: xr.Dataset) -> list[str]:
-    return [str(source) for source in of_layer["source"].values if not isnan(of_layer["bits"].sel(source=source))]
+def known_sources(explained: xr.Dataset) -> list[str]:
+    """The sources of which it is known, in a layer at least, what they explain."""
+    return [one for one in explained["source"].values.tolist() if explained["bits"].sel(source=one).notnull().any()]
 
 
 def _bits(value: float) -> str:

@@ -19,7 +19,7 @@ from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import percent, points
 from moescope.reporting.options import figures_option, one_of, shown_layers_option, trace_argument
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible

@@ -15,22 +15,13 @@ import xarray as xr
 
 from moescope.measures.schema import total
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import CLUSTERED, cell, grid_of, values
+from moescope.reporting.cells import CLUSTERED, cell, grid_of, grid_of_pairs, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count, number, plus_minus
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table, grid
 from moescope.reporting.visible import visible
 from moescope.reporting.wording import capital
@@ -104,7 +95,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         cannot="Time, what a server mixes, and what a dropped token would do in later layers.",
         frame=parallel_frame(result),
     )
-    yield from folded(parallel_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(parallel_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -181,17 +172,11 @@ def parallel_tables(parallel: xr.Dataset, layers: Sequence[int]) -> Iterator[Tab
 def devices_table(parallel: xr.Dataset, layers: Sequence[int]) -> Table:
     """Over-subscription: a section a kind of batches, a row a placement; then what there would be without locality."""
     columns = [*((layer, "over_subscription") for layer in layers), *((layers[0], name) for name in _SLOWEST)]
-
-    def rows(data: xr.Dataset) -> tuple[Row, ...]:
-        def of_column(placement: str, column: tuple[int, str]) -> Cell:
-            return cell(data.sel(placement=placement, layer=column[0]), column[1])
-
-        return grid(data["placement"].values.tolist(), columns, of_column)
-
     sections = []
     for batch in parallel["batch"].values.tolist():
         data = parallel.sel(batch=batch).isel(quantile=-1)
-        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", rows(data)))
+        rows = grid_of_pairs(data, "placement", "layer", columns)
+        sections.append(Section(f"{batch}: {_batches(int(data['batches']))}", rows))
     return Table(
         "parallel",
         f"Largest load over mean load of {_cluster(parallel)}, over batches",
@@ -424,7 +409,9 @@ def _advised(held: str) -> str:
 def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[str]) -> str:
     """What the layers wait for under the placement held, and what it and replicas take off."""
     slowest = data["slowest"]
-    text = f"{capital(batch)}: under {held} the slowest device has {_factor(data, held)} times the mean load"
+    under_held = data.sel(placement=held)
+    load = with_interval(under_held, "slowest")
+    text = f"{capital(batch)}: under {held} the slowest device has {load} times the mean load"
     first = known[0]
     if held != first:
         text += f", {_less(data, held, first)} than {first} ({number(slowest.sel(placement=first).item())})"
@@ -433,13 +420,8 @@ def _of_batches(data: xr.Dataset, batch: str, held: str, free: str, known: list[
         text += f", under {rest}, the next best, {_less(data, rest, first)}"
     if "eplb-replicated" in known and free != first:
         text += f"; replicas make that {_less(data, 'eplb-replicated', free)} than {free}"
-    null = data["slowest_null"].sel(placement=held).item()
+    null = under_held["slowest_null"].item()
     return text + ("" if isnan(null) else f"; without locality it would have {number(null)}") + "."
-
-
-def _factor(data: xr.Dataset, name: str) -> str:
-    value, low, high = values(data.sel(placement=name), "slowest", "slowest_low", "slowest_high")
-    return f"{number(value)}{plus_minus(value, low, high)}"
 
 
 def _less(data: xr.Dataset, name: str, against: str) -> str:

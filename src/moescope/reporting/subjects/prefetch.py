@@ -13,22 +13,13 @@ import pandas as pd
 import xarray as xr
 
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import cell, grid_of
+from moescope.reporting.cells import cell, grid_of, values, with_interval
 from moescope.reporting.chapters import WORTH
 from moescope.reporting.frames import kinds, tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count, percent, spread
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
-from moescope.reporting.subject import (
-    Drawing,
-    PageFigure,
-    PageSection,
-    PageTable,
-    Recommendation,
-    Results,
-    Subject,
-    folded,
-)
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Recommendation, Results, Subject
 from moescope.reporting.tables import Section, Table, grid
 from moescope.simulation.prefetch import prefetch
 from moescope.simulation.together import Job
@@ -88,7 +79,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         + ("" if ahead else " The routers of later layers were not asked: “moescope record --lookahead 1,2” does."),
         frame=prefetch_frame(result),
     )
-    yield from folded(prefetch_tables(result, results.layers), _FOLDED)
+    yield from PageTable.each(prefetch_tables(result, results.layers), _FOLDED)
 
 
 @trace_argument
@@ -165,10 +156,7 @@ def prefetch_tables(
 ) -> Iterator[Table]:
     """Recall over the layers together by experts loaded; then recall and gain at as many as a token needs, by layer.
 
-    Args:
-        prefetch: Of `moescope.prefetch`.
-        layers: Layers of the second table.
-        loaded: Numbers of experts loaded; None for k, 2k, 4k … and all.
+    With None for the numbers of experts loaded these are k, 2k, 4k … and all.
     """
     yield _by_loaded(prefetch, default_loaded(prefetch) if loaded is None else loaded)
     yield _by_layer(prefetch, layers)
@@ -265,14 +253,14 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         )
     p = int(np.nanargmax(gain_P))
     best = as_needed.isel(predictor=p)
-    recall, gain = ([best[f"model_{name}{end}"].item() for end in ("", "_low", "_high")] for name in ("recall", "gain"))
+    gain, low, high = values(best, "model_gain", "model_gain_low", "model_gain_high")
     popularity = as_needed["model_recall"].isel(predictor=prefetch["kind"].values.tolist().index("popularity")).item()
-    sign = "−" if gain[0] < 0 else ""
+    sign = "−" if gain < 0 else ""
     number_of = np.count_nonzero(~np.isnan(gain_P))
     evidence = [
-        f"With {loaded[0]} experts loaded, as many as a token needs, {percent(recall[0])}{spread(*recall)} % of the "
+        f"With {loaded[0]} experts loaded, as many as a token needs, {with_interval(best, 'model_recall')} % of the "
         f"needed ones are there; by popularity alone {percent(popularity)} %. The difference is {sign}"
-        f"{percent(abs(gain[0]))}{spread(*gain)} points"
+        f"{percent(abs(gain))}{spread(gain, low, high)} points"
         + (f", the largest of {number_of} predictors." if number_of > 1 else ".")
     ]
     wider = [float(prefetch["model_recall"].isel(predictor=p).sel(loaded=n)) for n in loaded[1:2]]
@@ -280,10 +268,10 @@ def advise(prefetch: xr.Dataset) -> Recommendation:
         evidence.append(f"With {loaded[1]} loaded: {percent(wider[0])} %.")
     if prefetch.attrs["unit"] != "document":
         evidence.append("One document, in stretches: nothing is said of others.")
-    if gain[1] > 0:
+    if low > 0:
         by = _ADVISED.get(str(best["kind"].item()), predictor_names(prefetch)[p])
         advice = f"Yes, by {by.format(count(int(best['distance']), 'layer'))}."
-    elif isnan(gain[1]):
+    elif isnan(low):
         advice = "Not known: there are too few documents for an interval."
     else:
         advice = (

@@ -17,7 +17,7 @@ from moescope.reporting.options import shown_layers_option, trace_argument
 from moescope.reporting.subject import PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.reporting.wording import describe_any
+from moescope.reporting.wording import describe_any, describe_kind
 from moescope.tallying import tally
 from moescope.trace import Trace
 
@@ -88,7 +88,6 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
     kinds = [kind for kind in ("first", "any") if kind in data["kind"].values]
     columns = data.sel(kind=kinds).stack(column=("kind", "layer"))
     uniform = tuple(cell(columns.isel(column=place), "rate_uniform") for place in range(columns.sizes["column"]))
-    top_k = int(data["top_k"].values.max())
     rate, null = (grid_of(columns, "domain", "column", name) for name in ("rate", "rate_null"))
     return Table(
         "repeats",
@@ -101,7 +100,7 @@ def repeats_table(repeats: xr.Dataset, layers: Sequence[int]) -> Table:
             Section("expected from uniform routing", (Row("any domain", uniform),)),
             *(_published(data["domain"].values.tolist(), layers) if len(kinds) == 2 else []),
         ),
-        groups=tuple(("first choice" if kind == "first" else describe_any(top_k), len(layers)) for kind in kinds),
+        groups=tuple((describe_kind(kind, data), len(layers)) for kind in kinds),
         notes=(f"{CLUSTERED} Pairs never cross a sequence.",),
         frame=tidy(data, *DIMS),
     )

@@ -20,7 +20,7 @@ from moescope.reporting.subject import Drawing, Subject
 from moescope.reporting.subjects.compare import kappa_text
 from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import visible
-from moescope.reporting.wording import describe_any
+from moescope.reporting.wording import describe_kind
 from moescope.trace import Trace
 
 
@@ -79,28 +79,24 @@ def command(
 def saturation_table(saturation: xr.Dataset, kind: str = "set") -> Table:
     """Agreement of sets or first choices with the last checkpoint: a row a checkpoint, a column a layer."""
     together = total(saturation)
-    data = together.sel(kind=kind)
-
-    def rows(name: str) -> tuple[Row, ...]:
-        labelled = zip(data["step"].values.tolist(), grid_of(data, "step", "layer", name), strict=True)
-        return tuple(row._replace(label=f"{step:g}") for step, row in labelled)
-
+    data = together.sel(kind=kind).transpose("step", "layer", ...)
+    data = data.assign_coords(step=[f"{step:g}" for step in data["step"].values.tolist()])
     kappas = [
-        Row(f"{step:g}", tuple(Cell(kappa_text(value)) for value in data["kappa"].sel(step=step).values.tolist()))
-        for step in data["step"].values.tolist()
+        Row(step, tuple(map(Cell, map(kappa_text, values))))
+        for step, values in zip(data["step"].values.tolist(), data["kappa"].values.tolist(), strict=True)
     ]
-    top_k = int(data["top_k"].values.max())
-    what = describe_any(top_k) if kind == "set" else "first choice"
     reference = f"{visible(saturation.attrs['reference'])} ({saturation.attrs['reference_step']:g})"
     documents, tokens = (int(together[name].min()) for name in ("documents", "tokens"))
     return Table(
         "saturation",
-        f"Router saturation: agreement with {reference}, {what}, %",
+        f"Router saturation: agreement with {reference}, {describe_kind(kind, data)}, %",
         "step",
         tuple(f"layer {layer}" for layer in data["layer"].values.tolist()),
         (
-            Section("measured", rows("agreement")),
-            Section("expected from the popularity of the experts alone", rows("agreement_null")),
+            Section("measured", grid_of(data, "step", "layer", "agreement")),
+            Section(
+                "expected from the popularity of the experts alone", grid_of(data, "step", "layer", "agreement_null")
+            ),
             Section("kappa: from 0, popularity alone, to 1", tuple(kappas)),
         ),
         notes=(f"{BY_DOCUMENT[:-1]}; {count(tokens, 'token')} of {count(documents, 'document')}.",),

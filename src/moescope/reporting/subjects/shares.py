@@ -108,12 +108,8 @@ def shares_table(
 ) -> Table:
     """Share of the assignments that each expert receives: a section a layer, a row an expert, a column a domain.
 
-    Args:
-        shares: Of `moescope.shares`.
-        layers: Layers to show.
-        choice: A coordinate of `shares`: "all", "first", …
-        of: "assignments", as in Figure 7, or "tokens", OLMoE's domain specialization (its equation 7): the part of the
-            tokens that have the expert among their choices.
+    Of "tokens" it is OLMoE's domain specialization (its equation 7): the part of the tokens that have the expert among
+    their choices.
     """
     data = shares.sel(choice=choice, layer=list(layers))
     if of == "tokens":
@@ -123,12 +119,10 @@ def shares_table(
         null = data["share_null"] * (data["top_k"] if choice == "all" else 1)
         data = data.assign(share=tokens, share_low=low, share_high=high, share_null=null)
 
-    def rows(of_layer: xr.Dataset) -> Iterator[Row]:
-        of_layer = of_layer.isel(expert=slice(int(of_layer["num_ids"])))
-        for expert, row in enumerate(grid_of(of_layer, "expert", "domain", "share")):
-            yield row._replace(label=expert_name(expert, int(of_layer["num_experts"])))
+    def rows(of_layer: xr.Dataset) -> tuple[Row, ...]:
+        names = [expert_name(expert, int(of_layer["num_experts"])) for expert in range(int(of_layer["num_ids"]))]
+        return grid_of(of_layer.isel(expert=slice(len(names))).assign_coords(expert=names), "expert", "domain", "share")
 
-    top_k = int(data["top_k"].values.max())
     title = (
         "Share of the assignments that each expert receives" if of == "assignments" else "Tokens that have the expert"
     )
@@ -136,7 +130,7 @@ def shares_table(
     total += " times the choices of a token." if of == "tokens" and choice == "all" else "."
     return Table(
         "shares",
-        f"{title}, {describe_choice(choice, top_k)}, %",
+        f"{title}, {describe_choice(choice, int(data['top_k'].values.max()))}, %",
         "expert",
         tuple(map(visible, data["domain"].values.tolist())),
         by_layer(data, rows, lambda of_layer: f": uniform {percent(float(of_layer['share_null']))}"),

@@ -25,7 +25,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
     yield PageFigure(
         name="classes",
         file="word-classes",
-        draw=lambda: drawn.word_classes.draw_word_classes(result),
+        draw=lambda: drawn.divergence.draw_word_classes(result),
         label="Word classes",
         title="Word classes with experts of their own",
         caption=(
@@ -68,7 +68,7 @@ def command(
     result = syntax(trace, shown if figures is None else None, choice=choice)
     yield word_classes_table(result, shown)
     yield word_class_experts_table(result, shown)
-    yield Drawing(file="word_classes", draw=lambda: drawn.word_classes.draw_word_classes(result))
+    yield Drawing(file="word_classes", draw=lambda: drawn.divergence.draw_word_classes(result))
 
 
 def word_classes_table(syntax: xr.Dataset, layers: Sequence[int]) -> Table:

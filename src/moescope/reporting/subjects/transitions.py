@@ -21,7 +21,7 @@ from moescope.reporting.layers import among, shown_layers
 from moescope.reporting.lifts import MOST_LISTED, about_map, extremes
 from moescope.reporting.numbers import MISSING, count, percent
 from moescope.reporting.options import figures_option, layers_option, one_of, trace_argument
-from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, folded
+from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject
 from moescope.reporting.tables import SIGNIFICANT, Cell, Row, Section, Table
 from moescope.reporting.wording import first_or_all
 from moescope.trace import Trace
@@ -69,7 +69,7 @@ def blocks(result: xr.Dataset, results: Results) -> Iterator[PageFigure | PageTa
         ),
         frame=transitions_frame(result, layers),
     )
-    yield from folded(transitions_tables(result, layers), _FOLDED)
+    yield from PageTable.each(transitions_tables(result, layers), _FOLDED)
 
 
 @trace_argument

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,7 +17,7 @@ import xarray as xr
 
 from moescope.measures.vocabulary import vocabulary
 from moescope.reporting import figures as drawn
-from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, mark
+from moescope.reporting.cells import BY_DOCUMENT, FDR, by_layer, cell, grid_of_pairs, mark
 from moescope.reporting.chapters import VOCABULARY
 from moescope.reporting.frames import kinds, only, tidy
 from moescope.reporting.layers import shown_layers
@@ -30,9 +31,9 @@ from moescope.reporting.options import (
     shown_layers_option,
     trace_argument,
 )
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageTable, Results, Subject, where_known
-from moescope.reporting.tables import Cell, Row, Section, Table, grid
+from moescope.reporting.tables import Cell, Row, Section, Table
 from moescope.reporting.visible import shorten, visible
 from moescope.reporting.wording import capital, choice_of, expert_name
 from moescope.tallying import Counted
@@ -120,13 +121,11 @@ def command(
     trace: Trace,
     layers: tuple[int, ...] | None,
     by: str,
-    choice: str,
-    min_count: int,
     top: int | None,
     experts: tuple[int, ...] | None,
     tokens: tuple[str, ...],
-    permutations: int,
     figures: Path | None,
+    **settings: Any,  # the arguments of `moescope.vocabulary` that have these names
 ) -> Iterator[Table | Drawing]:
     """Show how consistently each token goes to one expert, and which tokens each expert gets.
 
@@ -151,12 +150,10 @@ def command(
         result = vocabulary(
             trace,
             shown if figures is None else None,
-            choice=choice,
-            min_count=min_count,
             top=listed,
             tokens=_token_ids(trace.vocabulary.pieces, tokens),
-            permutations=permutations,
             progress=progress,
+            **settings,
         )
     pieces = trace.vocabulary
     yield vocabulary_table(result, shown, pieces)
@@ -173,7 +170,6 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
     """Specialization by layer; the frame holds everything there is."""
     data = vocabulary.sel(layer=list(layers))
     columns = [*((by, name) for by in _BY for name in _MEASURED), ("input", "popularity")]
-    rows = grid(layers, columns, lambda layer, column: cell(data.sel(layer=layer, by=column[0]), column[1]))
     sizes = "; ".join(
         f"{words}: {count(int(data['ids'].sel(by=by)))} ids, {count(int(data['id_tokens'].sel(by=by)))} tokens"
         for by, words in _BY.items()
@@ -183,7 +179,7 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
         f"Vocabulary specialization, {choice_of(vocabulary)}, %",
         "layer",
         (*("measured", "rotated", "held out") * 2, "popularity"),
-        (Section("", rows),),
+        (Section("", grid_of_pairs(data, "layer", "by", columns)),),
         groups=((_BY["input"], 3), (_BY["next"], 3), ("", 1)),
         notes=(
             "Share of an id's tokens that chose its most frequent expert, mean over the ids of at least "
@@ -199,14 +195,9 @@ def vocabulary_table(vocabulary: xr.Dataset, layers: Sequence[int], pieces: Voca
 def expert_tokens_table(
     vocabulary: xr.Dataset, layers: Sequence[int], pieces: Vocabulary, by: str = "input", top: int = 5
 ) -> Table:
-    """The tokens of each expert, a section a layer and a row an expert.
+    """The tokens of each expert, the `top` of them: a section a layer, a row an expert.
 
-    Args:
-        vocabulary: Of `moescope.vocabulary`.
-        layers: Layers to show.
-        pieces: Of the trace.
-        by: "input", the token itself; "next", the one after it.
-        top: Tokens an expert.
+    By the token itself ("input") or by the one after it ("next").
     """
     top = min(top, vocabulary.sizes["place"])
 
