@@ -85,9 +85,21 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    """A public name; one whose extra is not installed is there, and says so when it is used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'moescope' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"moescope.{_HOMES[name]}"), name)
+    from moescope.errors import MissingExtra
+
+    try:
+        return getattr(importlib.import_module(f"moescope.{_HOMES[name]}"), name)
+    except MissingExtra as missing:
+        error = missing
+
+    def stand_in(*_: Any, **__: Any) -> Any:
+        raise error
+
+    stand_in.__name__, stand_in.__doc__ = name, str(error)
+    return stand_in
 
 
 def __dir__() -> list[str]:

@@ -41,7 +41,7 @@ class MoescopeError(Exception):
         return f"{line}\nhint: {self.hint}" if self.hint else line
 
 
-class MissingExtra(MoescopeError):
+class MissingExtra(MoescopeError, ImportError):
     """A command needs a package that only an extra installs; the hint says how to install it."""
 
 

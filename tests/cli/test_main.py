@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 import moescope
 from moescope import cli
-from moescope.errors import NoSuchLayer
+from moescope.cli import main
+from moescope.errors import MissingExtra, NoSuchLayer
 from moescope.reporting.options import format_option, layers_option
 
 RUN_LIGHT = """
@@ -162,8 +163,10 @@ def test_version_is_the_package_s():
     assert (result.exit_code, result.stdout) == (0, f"moescope {moescope.__version__}\n")
 
 
-@pytest.mark.parametrize(("given", "layers"), [("0,15,31", (0, 15, 31)), (" 3 , 1,3", (1, 3)), ("7", (7,))])
-def test_layers_are_numbers_with_commas(given, layers):
+@pytest.mark.parametrize(
+    ("given", "layers"), [("0,15,31", (0, 15, 31)), (" 3 , 1,3", (1, 3)), ("7", (7,)), ("0-3,2 - 4", (0, 1, 2, 3, 4))]
+)
+def test_layers_are_numbers_and_ranges_with_commas(given, layers):
     seen = []
     command = click.command()(layers_option(lambda layers: seen.append(layers)))
     assert CliRunner().invoke(command, ["--layers", given]).exit_code == 0
@@ -172,12 +175,12 @@ def test_layers_are_numbers_with_commas(given, layers):
     assert seen == [layers, layers, None]
 
 
-@pytest.mark.parametrize("given", ["", "a", "1,,2", "-1", "1.5", "²"])
+@pytest.mark.parametrize("given", ["", "a", "1,,2", "-1", "1.5", "²", "4-1", "0-99999999", "1-2-3"])
 def test_anything_else_is_not_a_list_of_layers(given):
     command = click.command()(layers_option(lambda layers: None))
     result = CliRunner().invoke(command, ["--layers", given])
     assert result.exit_code == 2
-    assert f"expected numbers with commas between them, such as 0,15,31; found {given!r}." in result.stderr
+    assert f"expected numbers or ranges, such as 0,15,20-31; found {given!r}." in result.stderr
 
 
 def test_the_format_is_text_unless_said():
@@ -185,3 +188,21 @@ def test_the_format_is_text_unless_said():
     assert CliRunner().invoke(command, []).stdout == "text\n"
     assert CliRunner().invoke(command, ["--format", "csv"]).stdout == "csv\n"
     assert CliRunner().invoke(command, ["--format", "xml"]).exit_code == 2
+
+
+def test_a_near_miss_of_a_command_is_suggested() -> None:
+    assert "No such command 'shars'. Did you mean 'shares'?" in CliRunner().invoke(main, ["shars", "x"]).stderr
+    assert "Did you mean" not in CliRunner().invoke(main, ["xyzzy"]).stderr
+
+
+def test_a_name_whose_extra_is_missing_is_there_and_says_so_when_it_is_used(monkeypatch) -> None:
+    def missing(module: str, *, extra: str) -> None:
+        raise MissingExtra(module, "is not installed", f"pip install 'moescope[{extra}]'")
+
+    for name in [name for name in sys.modules if name.startswith("moescope.watching")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("moescope.errors.require", missing)
+    stand_in = moescope.RoutingCallback
+    assert stand_in.__name__ == "RoutingCallback"
+    with pytest.raises(ImportError, match="is not installed"):
+        stand_in()

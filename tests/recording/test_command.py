@@ -71,7 +71,7 @@ def test_the_command_writes_a_trace_and_nothing_to_stdout(model: Path, corpus: P
         (["MODEL", "nothing"], 1, "error[corpus-not-found]"),
         (["CORPUS", "MODEL"], 1, "error["),
         (["MODEL", "CORPUS", "--layers", "7"], 1, "there is no layer 7; the layers with routed experts are 0-3"),
-        (["MODEL", "CORPUS", "--layers", "x"], 2, "expected numbers with commas"),
+        (["MODEL", "CORPUS", "--layers", "x"], 2, "expected numbers or ranges"),
         (["MODEL", "CORPUS", "--text-field", "body"], 1, "error[corpus-field]"),
         (["MODEL", "CORPUS", "--device", "hologram"], 2, "hologram"),
         (["MODEL"], 2, "Missing argument 'CORPUS'"),

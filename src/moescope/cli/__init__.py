@@ -14,6 +14,7 @@ import keyword
 import sys
 import traceback
 import warnings
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -65,6 +66,15 @@ class _Commands(click.Group):
         module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
         command: click.Command = importlib.import_module(f"moescope.cli.{module}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = " or ".join(map(repr, get_close_matches(args[0], self.list_commands(ctx), 2)))
+            raise click.UsageError(error.message + f" Did you mean {near}?" * bool(near), ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         plugins = {name: command.get_short_help_str(limit=200) for name, command in self._of_plugins().items()}

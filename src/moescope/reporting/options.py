@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,17 +12,24 @@ import click
 from moescope.reporting.numbers import count
 from moescope.reporting.printing import say
 
+MOST_IN_RANGE = 100_000
+"""Numbers of one range; no model has as many layers."""
+
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def parse_integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Read ``0,15,31``: whole numbers from 0, sorted, each once; None stays None. For ``callback=`` of an option."""
+    """Read ``0,15,20-31``: whole numbers from 0, sorted, each once; None stays None. For ``callback=`` of an option."""
     if value is None:
         return None
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise click.BadParameter(f"expected numbers with commas between them, such as 0,15,31; found {value!r}.")
-    return tuple(sorted({int(part) for part in parts}))
+    numbers: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + MOST_IN_RANGE:
+            raise click.BadParameter(f"expected numbers or ranges, such as 0,15,20-31; found {value!r}.")
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
 
 
 def _parse_words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

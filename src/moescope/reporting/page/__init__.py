@@ -42,8 +42,8 @@ MOST_DATA_BYTES = 200_000
 """A larger CSV is linked to instead of held in the page."""
 
 
-_SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|[0-9a-f]{40}|)", re.IGNORECASE)
-"""Names of folders in which a model may lie, but that do not name it."""
+_SAYS_NOTHING = re.compile(r"(model|checkpoint|snapshot|unknown|[0-9a-f]{40}|)", re.IGNORECASE)
+"""Names of folders in which a model may lie, but that do not name it, and what an import says for none."""
 
 DRAWN_BY_PAGE = "tokens"
 """The figure that the page draws itself, from the documents it holds."""

@@ -17,7 +17,7 @@ from moescope.reporting.frames import tidy
 from moescope.reporting.layers import shown_layers
 from moescope.reporting.numbers import count
 from moescope.reporting.options import figures_option, parse_integers, shown_layers_option, trace_argument
-from moescope.reporting.progress import layer_progress
+from moescope.reporting.printing import layer_progress
 from moescope.reporting.subject import Drawing, PageFigure, PageSection, PageTable, Results, Subject, where_known
 from moescope.reporting.tables import Row, Section, Table
 from moescope.reporting.visible import visible

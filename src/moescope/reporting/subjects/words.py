@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import click
@@ -46,7 +47,10 @@ def command(trace: Trace, words: tuple[str, ...], indentation: bool, layers: tup
     if not words and not indentation:
         words, indentation = WORDS, True
     shown = shown_layers(trace, layers)
-    yield words_table(words_of(trace, words, indentation=indentation, layers=shown), shown)
+    result = words_of(trace, words, indentation=indentation, layers=shown)
+    for word in result["word"].values[result["occurrences"].values == 0].tolist():
+        warnings.warn(f"{word!r} occurs nowhere as a whole word, with its case", stacklevel=2)
+    yield words_table(result, shown)
 
 
 def words_table(words: xr.Dataset, layers: Sequence[int]) -> Table:
