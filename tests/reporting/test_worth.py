@@ -10,6 +10,7 @@ import xarray as xr
 from synthetic import make_part, make_trace
 
 import moescope
+from moescope.measures.schema import DIFFERENCE, FRACTION
 from moescope.reporting.subject import Recommendation
 from moescope.reporting.subjects import load
 from moescope.trace import Layer, Trace
@@ -28,11 +29,11 @@ def cache_of(
     sizes = np.arange(top_k, num_experts + 1)
     return xr.Dataset(
         {
-            "model_hit_ratio": (flat, overall),
+            "model_hit_ratio": (flat, overall, {"units": FRACTION}),
             "model_hit_ratio_low": (flat, overall - half),
             "model_hit_ratio_high": (flat, overall + half),
             "model_hit_ratio_null": (flat, overall - 0.04),
-            "closed": (flat, way),
+            "closed": (flat, way, {"units": FRACTION}),
             "closed_low": (flat, way - 0.05),
             "closed_high": (flat, way + 0.05),
             "model_hit_ratio_uniform": (("domain", "size"), sizes[None] / num_experts),
@@ -117,10 +118,10 @@ def prefetch_of(gain: float, half: float, lookahead: int = 1, unit: str = "docum
     flat = ("predictor", "loaded")
     return xr.Dataset(
         {
-            "model_recall": (flat, popular + gains),
+            "model_recall": (flat, popular + gains, {"units": FRACTION}),
             "model_recall_low": (flat, popular + gains - 0.02),
             "model_recall_high": (flat, popular + gains + 0.02),
-            "model_gain": (flat, gains),
+            "model_gain": (flat, gains, {"units": DIFFERENCE}),
             "model_gain_low": (flat, gains - half),
             "model_gain_high": (flat, gains + half),
         },

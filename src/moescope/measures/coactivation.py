@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numba
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from moescope.measures.schema import FRACTION, labelled, layer_coordinates
 from moescope.measures.statistics import Numbers
 from moescope.tallying import Source
 from moescope.tallying.counted import counted
+from moescope.tallying.jit import kernel
 from moescope.tallying.joint import CoactivationCounter
 
 OLMOE = "OLMoE (arXiv 2409.02060), co-activation"
@@ -198,7 +198,7 @@ def fit_weights(inclusion: Numbers, size: int) -> Numbers:
     return weights
 
 
-@numba.njit(cache=True)
+@kernel()
 def _symmetric(w: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Elementary symmetric polynomials of degree 0 .. size."""
     r = np.zeros(size + 1)
@@ -209,7 +209,7 @@ def _symmetric(w: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     return r
 
 
-@numba.njit(cache=True)
+@kernel()
 def _remove(
     r: NDArray[np.float64], w: NDArray[np.float64], p: NDArray[np.float64], i: int, j: int
 ) -> NDArray[np.float64]:
@@ -232,7 +232,7 @@ def _remove(
     return out
 
 
-@numba.njit(cache=True)
+@kernel()
 def _without_each(
     w: NDArray[np.float64], p: NDArray[np.float64], r: NDArray[np.float64], size: int
 ) -> NDArray[np.float64]:
@@ -243,7 +243,7 @@ def _without_each(
     return rest
 
 
-@numba.njit(cache=True)
+@kernel()
 def _pairs(w: NDArray[np.float64], p: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     pair = np.zeros((w.size, w.size))
     if size < 2:

@@ -10,9 +10,10 @@ end; joint_XE counts all rows, value_X and load_E are its margins.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 FACTORS_A_LOGARITHM = 16
 """Factors multiplied before one logarithm is taken of them: each lies within 2^±36, a double within 2^±1022."""
@@ -23,7 +24,7 @@ Sums = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_joint(x_R: Rows, e_R: Rows, joint_XE: Counts) -> None:
     """Add the rows to a table of values by experts."""
     for r in range(x_R.size):
@@ -31,7 +32,7 @@ def count_joint(x_R: Rows, e_R: Rows, joint_XE: Counts) -> None:
             joint_XE[x_R[r], e_R[r]] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X: Counts, load_E: Counts) -> float:
     """Plug-in mutual information of the rows, bits.
 
@@ -55,7 +56,7 @@ def information(x_R: Rows, e_R: Rows, xlogx: Numbers, joint_XE: Counts, value_X:
     return (joint - value - load + xlogx[n]) / n if n else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def bits_by_strength(
     x_R: Rows,
     e_R: Rows,
@@ -104,7 +105,7 @@ def bits_by_strength(
     return rows
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def bits_by_document(
     x_R: Rows,
     e_R: Rows,
@@ -150,7 +151,7 @@ def bits_by_document(
         _clear_own(x_R, e_R, starts_G[g], starts_G[g + 1], own_XE, own_X, own_E)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_moments(e_R: Rows, starts_G: Sums, squared_E: Sums, by_made_E: Sums) -> int:
     """Add, over documents, the squares of how often each expert was chosen, and its products with all that was chosen.
 
@@ -175,7 +176,7 @@ def count_moments(e_R: Rows, starts_G: Sums, squared_E: Sums, by_made_E: Sums) -
     return made_squared
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> None:
     """Permute the rows of each document, in place (Fisher and Yates)."""
     for g in range(starts_G.size - 1):
@@ -185,7 +186,7 @@ def shuffle_within(starts_G: Sums, order_T: Rows, state: NDArray[np.uint64]) -> 
             order_T[start + last], order_T[start + other] = order_T[start + other], order_T[start + last]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def rotate_within(starts_G: Sums, x_T: Rows, order_T: Rows, state: NDArray[np.uint64]) -> None:
     """Set the order to that of the text, each document rotated so that its ends meet at a random change of the value.
 
@@ -206,7 +207,7 @@ def rotate_within(starts_G: Sums, x_T: Rows, order_T: Rows, state: NDArray[np.ui
             order_T[t] = t + start - seam if t >= seam else t + end - seam
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def draw_below(state: NDArray[np.uint64], bound: int) -> int:
     """A random whole number from 0 to bound - 1 (splitmix64; its own state, so threads do not share one).
 
@@ -220,7 +221,7 @@ def draw_below(state: NDArray[np.uint64], bound: int) -> int:
     return int(((z >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _take_logarithms(product_A: Numbers, sum_A: Numbers) -> None:
     """Add the logarithms of the products, and begin new ones."""
     for a in range(product_A.size):
@@ -228,19 +229,19 @@ def _take_logarithms(product_A: Numbers, sum_A: Numbers) -> None:
         product_A[a] = 1.0
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _popularity(load: int, total: int) -> float:
     """Share of an expert; one never seen has that of half a row, so that nothing is impossible."""
     return load / total if load > 0 else 0.5 / total
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _workspace(joint_XE: Counts) -> tuple[Counts, Counts, Counts]:
     num_values, num_ids = joint_XE.shape
     return np.zeros((num_values, num_ids), np.int32), np.zeros(num_values, np.int32), np.zeros(num_ids, np.int32)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _count_own(x_R: Rows, e_R: Rows, start: int, end: int, own_XE: Counts, own_X: Counts, own_E: Counts) -> int:
     n = 0
     for r in range(start, end):
@@ -252,7 +253,7 @@ def _count_own(x_R: Rows, e_R: Rows, start: int, end: int, own_XE: Counts, own_X
     return n
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _clear_own(x_R: Rows, e_R: Rows, start: int, end: int, own_XE: Counts, own_X: Counts, own_E: Counts) -> None:
     for r in range(start, end):
         if x_R[r] >= 0 and e_R[r] >= 0:

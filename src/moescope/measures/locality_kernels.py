@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.measures.explain_kernels import draw_below
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -29,7 +29,7 @@ State = NDArray[np.uint64]
 FIRST, ANY = 0, 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def set_masks(ids_KT: Ids, num_ids: int, mask_TW: Masks) -> None:
     """Set the bit of each chosen expert; a dropped assignment has none."""
     for k in range(ids_KT.shape[0]):
@@ -39,7 +39,7 @@ def set_masks(ids_KT: Ids, num_ids: int, mask_TW: Masks) -> None:
                 mask_TW[t, e >> 6] |= np.uint64(1) << np.uint64(e & 63)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_lags(
     first_T: Rows, mask_TW: Masks, starts_Q: Sums, document_Q: Sums, lag_A: Sums, repeat_GAS: Sums, pair_GA: Sums
 ) -> None:
@@ -59,7 +59,7 @@ def count_lags(
             pair_GA[g, a] += end - start - lag
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_neighbours(
     first_T: Rows, mask_TW: Masks, value_T: Rows, starts_Q: Sums, document_Q: Sums, repeat_GIS: Sums, pair_GI: Sums
 ) -> None:
@@ -73,7 +73,7 @@ def count_neighbours(
             repeat_GIS[g, equal, ANY] += _share(mask_TW, t, t + 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_stand_ins(
     first_T: Rows, mask_TW: Masks, left_RT: Rows, right_RT: Rows, document_T: Rows, value_T: Rows, repeat_GIS: Sums
 ) -> None:
@@ -92,7 +92,7 @@ def count_stand_ins(
                 repeat_GIS[g, equal, ANY] += _share(mask_TW, a, b)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_sharing(mask_TW: Masks, other_RT: Rows, document_T: Rows, sharing_G: Sums) -> None:
     """Add, for each document, the draws in which a token shares an expert with the token drawn for it."""
     for r in range(other_RT.shape[0]):
@@ -101,7 +101,7 @@ def count_sharing(mask_TW: Masks, other_RT: Rows, document_T: Rows, sharing_G: S
                 sharing_G[document_T[t]] += _share(mask_TW, t, other_RT[r, t])
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_equal_firsts(first_T: Rows, starts_G: Sums, num_ids: int, equal_G: Sums) -> None:
     """Add, for each document, its ordered pairs of different tokens with one first choice, at any distance."""
     load_E = np.zeros(num_ids, np.int64)
@@ -115,7 +115,7 @@ def count_equal_firsts(first_T: Rows, starts_G: Sums, num_ids: int, equal_G: Sum
                 load_E[first_T[t]] = 0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def draw_others(group_T: Rows, order_T: Rows, bounds_V: Sums, state: State, other_RT: Rows) -> None:
     """Draw for each token another token of its group; -1 where there is none."""
     place_T = np.empty(order_T.size, np.int64)
@@ -131,7 +131,7 @@ def draw_others(group_T: Rows, order_T: Rows, bounds_V: Sums, state: State, othe
             other_RT[r, t] = order_T[place + (place >= place_T[t])]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def draw_same_ids(
     value_T: Rows,
     document_T: Rows,
@@ -212,7 +212,7 @@ def draw_same_ids(
     return int(known)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_runs(first_T: Rows, starts_Q: Sums, document_Q: Sums, run_N: Sums, runs_G: Sums, tokens_G: Sums) -> None:
     """Add the runs of equal first choices by length (the last: or longer) and by document, and their tokens."""
     for q in range(document_Q.size):
@@ -229,7 +229,7 @@ def count_runs(first_T: Rows, starts_Q: Sums, document_Q: Sums, run_N: Sums, run
                 length = 0
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _share(mask_TW: Masks, a: int, b: int) -> bool:
     shared = np.uint64(0)
     for w in range(mask_TW.shape[1]):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Rows = NDArray[np.int32]
@@ -22,7 +23,7 @@ MOMENTS = 6
 """Over documents: tokens that chose the expert y, tokens with a choice n, y², y·n, n², documents."""
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def sort_rows(x_T: Rows, group_T: Rows, num_values: int, num_groups: int) -> tuple[Sums, Rows]:
     """Rows in the order of (value, group, place).
 
@@ -48,7 +49,7 @@ def sort_rows(x_T: Rows, group_T: Rows, num_values: int, num_groups: int) -> tup
     return starts, rows_R
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def gather(ids_KT: Ids, rows_R: Rows, ids_RK: Ids) -> None:
     """Set the choices of the rows, which are then read one after another."""
     for r in range(rows_R.size):
@@ -56,7 +57,7 @@ def gather(ids_KT: Ids, rows_R: Rows, ids_RK: Ids) -> None:
             ids_RK[r, k] = ids_KT[k, rows_R[r]]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_ids(
     ids_RK: Ids,
     starts: Sums,
@@ -134,7 +135,7 @@ def count_ids(
     return held_out, num_held_out
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_E: Sums) -> None:
     """The part of `count_ids` that its null needs: Σ of the largest share of each id, at the expert that has it."""
     num_ids = sums_E.size
@@ -150,7 +151,7 @@ def top_shares(ids_RK: Ids, starts: Sums, num_groups: int, sums_E: Numbers, ids_
         count_E[:] = 0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def pair_moments(
     ids_KT: Ids, rows_R: Rows, starts: Sums, num_groups: int, document_T: Rows, x_P: Sums, e_P: Sums, moments_P6: Sums
 ) -> None:
@@ -174,7 +175,7 @@ def pair_moments(
         _add_document(moments_P6[p], y, n)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_choices(ids_KT: Ids, id_T: Sums, chosen_E: Sums) -> int:
     """Add up which experts the tokens with an id chose; the number of such tokens with a choice."""
     n = 0
@@ -191,7 +192,7 @@ def count_choices(ids_KT: Ids, id_T: Sums, chosen_E: Sums) -> int:
     return n
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _count(ids_RK: Ids, first: int, end: int, one_E: Sums, other_E: Sums) -> int:
     """Add the choices of some rows to both counts; the number of tokens with a choice."""
     n = 0
@@ -207,7 +208,7 @@ def _count(ids_RK: Ids, first: int, end: int, one_E: Sums, other_E: Sums) -> int
     return n
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _clear(ids_RK: Ids, first: int, end: int, count_E: Sums) -> None:
     """Set to zero what some rows have counted."""
     if end - first > count_E.size:
@@ -220,7 +221,7 @@ def _clear(ids_RK: Ids, first: int, end: int, count_E: Sums) -> None:
                 count_E[e] = 0
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _add_document(moments: Sums, y: int, n: int) -> None:
     if n:
         moments[0] += y
@@ -231,7 +232,7 @@ def _add_document(moments: Sums, y: int, n: int) -> None:
         moments[5] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _place(best_N: Rows, share_N: Numbers, count_N: Sums, x: int, share: float, count: int) -> None:
     """Put an id into a list that is in order, if it is good enough."""
     last = best_N.size - 1

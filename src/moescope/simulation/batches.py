@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.tallying.jit import kernel
 from moescope.trace import Trace
 from moescope.trace.columns import PHASES
 
@@ -77,7 +77,7 @@ def batch_rows(
     return rows[decode_order(bounds, kind.tokens)]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def decode_order(starts: Rows, running: int) -> NDArray[np.int64]:
     """Tokens step by step: of each running sequence the next token; the next sequence takes the place of one that ends.
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -44,7 +45,7 @@ class Requests(NamedTuple):
     fresh_G: NDArray[np.bool_]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def request_groups(ids_LKT: Ids, offset_L: Sums, starts_S: Sums, fresh_S: NDArray[np.bool_], cell_T: Sums) -> Requests:
     """The request groups of steps: for each step and layer the distinct experts, each where it is first named.
 
@@ -81,7 +82,7 @@ def request_groups(ids_LKT: Ids, offset_L: Sums, starts_S: Sums, fresh_S: NDArra
     return Requests(object_R[:r], cell_R[:r], starts_G, fresh_G)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def first_uses(requests: Requests, base: int, first_N: Sums) -> None:
     """Lower `first_N` to the group, counted from `base`, that first uses each object."""
     object_R, _, starts_G, _ = requests
@@ -91,7 +92,7 @@ def first_uses(requests: Requests, base: int, first_N: Sums) -> None:
                 first_N[object_R[r]] = base + g
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def next_uses(requests: Requests, base: int, after_N: Sums) -> Sums:
     """The group that next uses the object of each request; `after_N` holds what follows these groups, and is changed
     to the first uses from their start on.
@@ -134,7 +135,7 @@ class LruStack(NamedTuple):
         return cls(state, last_N, value_N, order_N, place_N, np.zeros((rows, num_bins), np.int64))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def lru_distances(requests: Requests, layers: int, stack: LruStack) -> None:
     """Count requests by the size at which an LRU cache would just hold them.
 
@@ -184,7 +185,7 @@ class Tables(NamedTuple):
     starts_S: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def stack_distances(
     kind: int, requests: Requests, layers: int, next_R: Sums, tables: Tables, ageing: int, stack: LruStack
 ) -> None:
@@ -288,7 +289,7 @@ def stack_distances(
     state[0], state[1], state[2], state[3] = now, length, steps, row
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _before(a: int, b: int, value_N: Sums, last_N: Sums) -> bool:
     """Whether object a is kept rather than b."""
     return value_N[a] > value_N[b] or (value_N[a] == value_N[b] and last_N[a] > last_N[b])
@@ -323,7 +324,7 @@ class FifoQueues(NamedTuple):
         return cls(capacity, state, where_N, uses_N, small_N, main_N, ghost_N, hits_C)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def s3_fifo_hits(requests: Requests, queues: FifoQueues) -> None:
     """Count the hits of an S3-FIFO cache of one size.
 
@@ -416,7 +417,7 @@ def s3_fifo_hits(requests: Requests, queues: FifoQueues) -> None:
     state[0], state[1], state[2] = num_small, num_main, num_ghosts
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _take(queue_N: Sums, place: int, length: int) -> int:
     """Take an object out of a queue of so many; those after it move up."""
     taken = queue_N[place]
@@ -439,7 +440,7 @@ class Library(NamedTuple):
     value_VN: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def match_sequences(ids_LKT: Ids, offset_L: Sums, starts_Q: Sums, fold_Q: Sums, library: Library) -> Sums:
     """For each token which of the matrices of other documents is the most like its sequence so far.
 

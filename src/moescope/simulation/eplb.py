@@ -9,9 +9,10 @@ Shape suffixes: N things to pack, E experts, S slots.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from moescope.tallying.jit import kernel
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -60,7 +61,7 @@ def rebalance(
     return experts, replica
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def balanced_packing(weight_N: Floats, num_packs: int, pack_N: Integers, rank_N: Integers) -> None:
     """Put things into packs of equal number: the heaviest first, each into the lightest pack with room.
 
@@ -85,7 +86,7 @@ def balanced_packing(weight_N: Floats, num_packs: int, pack_N: Integers, rank_N:
         held[lightest] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def replicate(weight_E: Floats, expert_S: Integers, replica_S: Integers, count_E: Integers) -> None:
     """Give each slot beyond the number of experts to the expert with the largest load a replica.
 
@@ -108,7 +109,7 @@ def replicate(weight_E: Floats, expert_S: Integers, replica_S: Integers, count_E
         count_E[busiest] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _rebalance(
     weight_E: Floats, num_groups: int, num_nodes: int, num_devices: int, expert_S: Integers, replica_S: Integers
 ) -> None:

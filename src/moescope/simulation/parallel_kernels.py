@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -50,7 +51,7 @@ class LayerSums(NamedTuple):
     made_N: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_batches(
     ids_KT: Ids,
     rows_R: Sums,
@@ -158,7 +159,7 @@ def count_batches(
                 reached_PG2[p, g, 1] += nodes
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_loads(ids_KT: Ids, cell_T: Sums, loads_XE: Sums) -> None:
     """Add the loads of the routed experts, by cell."""
     for k in range(ids_KT.shape[0]):
@@ -168,7 +169,7 @@ def count_loads(ids_KT: Ids, cell_T: Sums, loads_XE: Sums) -> None:
                 loads_XE[cell_T[t], e] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_pairs(ids_KT: Ids, fold_T: Ids, pairs_2EE: NDArray[np.uint32]) -> None:
     """Add for each token each pair of its experts, in both orders."""
     num_experts = pairs_2EE.shape[1]
@@ -183,7 +184,7 @@ def count_pairs(ids_KT: Ids, fold_T: Ids, pairs_2EE: NDArray[np.uint32]) -> None
                         pairs_2EE[fold_T[t], j, i] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def draw_uniform(num_tokens: int, top_k: int, num_ids: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """Tokens with `top_k` distinct ids drawn uniformly, shape (K, T); of any order, by Floyd's algorithm.
 
@@ -203,7 +204,7 @@ def draw_uniform(num_tokens: int, top_k: int, num_ids: int, rng: np.random.Gener
     return ids_KT
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def bring_together(
     pairs_EE: NDArray[np.float64],
     load_E: NDArray[np.float64],
@@ -285,7 +286,7 @@ def bring_together(
             changed = True
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _find_top(load_D: NDArray[np.float64], top_3: Sums) -> None:
     """The three most loaded devices, -1 where there are fewer."""
     top_3[:] = -1
@@ -299,7 +300,7 @@ def _find_top(load_D: NDArray[np.float64], top_3: Sums) -> None:
             top_3[at] = d
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _sum_of_largest(
     loads_ME: NDArray[np.float64],
     load_MD: NDArray[np.float64],

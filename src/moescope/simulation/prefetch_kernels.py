@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.int32]
 Sums = NDArray[np.int64]
@@ -35,7 +36,7 @@ class Units(NamedTuple):
     fold_U: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_popularity(ids_KT: Ids, units: Units, row_U: Sums, count_RE: Sums) -> None:
     """Add the assignments that each expert received to the row of each unit."""
     counted_T, starts_U, _, _ = units
@@ -47,7 +48,7 @@ def count_popularity(ids_KT: Ids, units: Units, row_U: Sums, count_RE: Sums) -> 
                     count_RE[row_U[u], e] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_transitions(source_KT: Ids, ids_KT: Ids, units: Units, count_FSE: NDArray[np.uint32]) -> None:
     """Add, to the fold of each unit, the pairs of an expert at the source layer and one at this layer."""
     counted_T, starts_U, _, fold_U = units
@@ -65,7 +66,7 @@ def count_transitions(source_KT: Ids, ids_KT: Ids, units: Units, count_FSE: NDAr
                         count_FSE[fold_U[u], s, e] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def place_by_previous(ids_KT: Ids, first_T: Mask, units: Units, rank_FE: Sums, ranked: bool, hits_GN: Sums) -> None:
     """Place the needed experts in the order: those of the token before, then the others by popularity.
 
@@ -111,7 +112,7 @@ def place_by_previous(ids_KT: Ids, first_T: Mask, units: Units, rank_FE: Sums, r
                 hits_GN[group_U[u], place] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def place_by_transitions(
     source_KT: Ids, ids_KT: Ids, units: Units, table_FSE: NDArray[np.float32], rank_FE: Sums, hits_GN: Sums
 ) -> None:
@@ -140,7 +141,7 @@ def place_by_transitions(
                 hits_GN[group_U[u], place] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def place_by_prediction(predicted_MT: Ids, ids_KT: Ids, units: Units, num_experts: int, hits_GN: Sums) -> None:
     """Place the needed experts in the recorded lists, null experts left out; those not listed have no place."""
     counted_T, starts_U, group_U, _ = units

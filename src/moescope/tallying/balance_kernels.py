@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -38,7 +39,7 @@ class BatchSums(NamedTuple):
     token_sums_SB: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_sequences(
     ids_KT: Ids,
     starts_Q: Sums,
@@ -106,7 +107,7 @@ def count_sequences(
             edge_sequences_S2[s, side] = held_S[s]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def finish_batch(loads_E: Sums, num_experts: int, s: int, sums: BatchSums) -> None:
     """Note the imbalance of a batch of the s-th size; one without assignment to a routed expert has none."""
     total = largest = 0
@@ -125,7 +126,7 @@ def finish_batch(loads_E: Sums, num_experts: int, s: int, sums: BatchSums) -> No
         sums.imbalance_squared_S[s] += np.int64(np.rint(value * value * FIXED))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_weights(
     ids_KT: Ids,
     weights_KT: NDArray[np.float32],

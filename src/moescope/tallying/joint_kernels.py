@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -18,7 +19,7 @@ Table = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_set_pairs(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table) -> None:
     """Count the tokens by each pair of their experts, at (expert of the lower rank, of the higher rank).
 
@@ -39,7 +40,7 @@ def count_set_pairs(ids_KT: Ids, starts_D: Sums, group_D: Sums, pairs_GEE: Table
                         table_EE[ids_K[k], ids_K[j]] += np.uint32(1)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_moves(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: Sums, moves_GEF: Table) -> None:
     """Count the pairs of an assignment of a token at one layer and one at the next; pass one choice for the first."""
     num_before, num_after = moves_GEF.shape[1:]
@@ -53,7 +54,7 @@ def count_moves(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: Sums, mo
                         table_EF[a, b] += np.uint32(1)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_moves_of_few(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: Sums, moves_GEF: Table) -> None:
     """`count_moves` for at most 16 ids at both layers, none dropped."""
     for d in range(group_D.size):
@@ -66,7 +67,7 @@ def count_moves_of_few(before_KT: Ids, after_KT: Ids, starts_D: Sums, group_D: S
                 )
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_two(a_T: Ids, b_T: Ids, table_EF: NDArray[Any]) -> None:
     """Count pairs of ids below the sides of the table, which are at most 16."""
     # Two tables in turn, so that a run of equal pairs does not wait for its own last increment.
@@ -82,14 +83,14 @@ def count_two(a_T: Ids, b_T: Ids, table_EF: NDArray[Any]) -> None:
             table_EF[a, b] += even[a << 4 | b] + odd[a << 4 | b]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def extend_paths(path_N: Hashes, rows_N: Sums, first_choice_T: Ids) -> None:
     """Carry the hashes of paths on by one layer; -1, a dropped choice, is a choice of its own."""
     for n in range(path_N.size):
         path_N[n] = _mix(path_N[n] ^ np.uint64(np.int64(first_choice_T[rows_N[n]]) + 2))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def draw_paths(cumulative_LEF: NDArray[np.float64], path_N: Hashes, seed: int) -> None:
     """Draw first choices layer by layer, each given the one before, and set the hashes of the paths.
 
@@ -117,7 +118,7 @@ def draw_paths(cumulative_LEF: NDArray[np.float64], path_N: Hashes, seed: int) -
         path_N[n] = path
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _mix(x: Any) -> Any:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014), of a shifted argument so that 0 is no fixed point."""
     x = x + np.uint64(0x9E3779B97F4A7C15)

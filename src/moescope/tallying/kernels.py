@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.tallying.jit import kernel
 from moescope.tallying.joint_kernels import count_two
 
 Ids = NDArray[np.integer[Any]]
@@ -44,7 +44,7 @@ class RepeatSums(NamedTuple):
     repeats_by_pairs_DM: Sums
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_loads(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums) -> None:
     """Count the assignments each expert received and the assignments made, with their document moments."""
     num_choices = ids_KT.shape[0]
@@ -60,7 +60,7 @@ def count_loads(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums) -> 
         _add_document(count_CE, domain_G[g], sums)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_loads_and_pairs(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: LoadSums, pair_DEE: Sums) -> None:
     """`count_loads` for two choices of few experts, none dropped: one increment a token in a table of pairs.
 
@@ -80,7 +80,7 @@ def count_loads_and_pairs(ids_KT: Ids, starts_G: Sums, domain_G: Sums, sums: Loa
         _add_document(count_CE, d, sums)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_pairs(ids_KT: Ids, domain_T: Ids, pair_DEE: Sums) -> None:
     """Count tokens by first and second choice, any number of experts.
 
@@ -97,7 +97,7 @@ def count_pairs(ids_KT: Ids, domain_T: Ids, pair_DEE: Sums) -> None:
             pair_DEE[domain_T[t], a, b] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _add_document(count_CE: Sums, d: int, sums: LoadSums) -> None:
     num_choices, num_ids = count_CE.shape
     for c in range(1, num_choices):
@@ -117,7 +117,7 @@ def _add_document(count_CE: Sums, d: int, sums: LoadSums) -> None:
                 sums.loads_by_made_DCE[d, c, e] += y * made
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_repeats(
     ids_KT: Ids, num_ids: int, starts_Q: Sums, document_Q: Sums, domain_G: Sums, pairs_G: Sums, sums: RepeatSums
 ) -> None:
@@ -154,7 +154,7 @@ def count_repeats(
             _add_repeats(y_M, domain_G[g], pairs_G[g], sums)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_repeats_of_two(
     ids_KT: Ids, starts_Q: Sums, document_Q: Sums, domain_G: Sums, pairs_G: Sums, sums: RepeatSums
 ) -> None:
@@ -184,7 +184,7 @@ def count_repeats_of_two(
             _add_repeats(y_M, domain_G[g], pairs_G[g], sums)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _add_repeats(y_M: Sums, d: int, pairs: int, sums: RepeatSums) -> None:
     for m in range(3):
         sums.repeats_DM[d, m] += y_M[m]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -15,7 +16,7 @@ BLOCK = 2048
 """Tokens handled together: short loops of one comparison each run in SIMD lanes, and the block stays in the cache."""
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_shared(a_KT: Ids, b_KT: Ids, shared_T: NDArray[np.uint8]) -> None:
     """Count the experts that each token was sent to in both traces.
 
@@ -44,7 +45,7 @@ def count_shared(a_KT: Ids, b_KT: Ids, shared_T: NDArray[np.uint8]) -> None:
                 shared[t] += found[t] & np.uint8(b[t] >= 0)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_changes(a_KT: Ids, b_KT: Ids, starts_G: Sums, domain_G: Sums, sums_6DE: Sums) -> None:
     """Count the loads in both traces and the moments of their difference by document.
 
@@ -72,7 +73,7 @@ def count_changes(a_KT: Ids, b_KT: Ids, starts_G: Sums, domain_G: Sums, sums_6DE
             sums_6DE[5, d, expert] += change * (end - start)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _count_side(ids_KT: Ids, start: int, end: int, load_E: Sums, first_E: Sums) -> None:
     """Add the choices of a document to the loads, and those of rank 0 to the first choices."""
     for k in range(ids_KT.shape[0]):
@@ -84,7 +85,7 @@ def _count_side(ids_KT: Ids, start: int, end: int, load_E: Sums, first_E: Sums) 
             first_E += load_E
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def weigh_shared(
     a_KT: Ids, b_KT: Ids, weights_KT: NDArray[np.float32], kept_T: NDArray[np.float64], margin_T: NDArray[np.float64]
 ) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from math import exp
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -21,7 +22,7 @@ Sums = NDArray[np.int64]
 NEGLIGIBLE = 1e-17  # of a probability: below what a sum near 1 can hold in 64 bits
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_activations(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_Q: Sums, length: int, at_least_RV: Sums) -> None:
     """Count the pairs of a segment and an expert by how often the expert is active in the segment.
 
@@ -83,7 +84,7 @@ def _ones(context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_activations_in_sixteen(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_Q: Sums, at_least_RV: Sums) -> None:
     """`count_activations` for at most 8 experts and segments of 16 tokens.
 
@@ -118,7 +119,7 @@ def count_activations_in_sixteen(ids_KT: Ids, num_ids: int, starts_Q: Sums, row_
             at_least_RV[row_Q[q], v] += reached
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _turn(chosen_T: NDArray[np.uint8], words: int, bits_EW: NDArray[np.uint64]) -> None:
     """From a bit an expert for each token to a bit a token for each expert, 8 by 8 bits at a time.
 
@@ -139,13 +140,13 @@ def _turn(chosen_T: NDArray[np.uint8], words: int, bits_EW: NDArray[np.uint64]) 
             bits_EB[e, b] = np.uint8(x >> np.uint64(8 * e))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _behind(x: Any, after: Any, by: int) -> Any:
     """The bits of the places `by` further on."""
     return (x >> np.uint64(by)) | (after << np.uint64(64 - by))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _count_sixteen(bits_W: NDArray[np.uint64], num_places: int, exactly_V: Sums) -> None:
     """Add the places by how many of the 16 bits from them on are set, from 1; `a` to `d` sum 2, 4, 8 and 16 of them."""
     zero = np.uint64(0)
@@ -188,7 +189,7 @@ def _count_sixteen(bits_W: NDArray[np.uint64], num_places: int, exactly_V: Sums)
             exactly_V[4 * high + 3] += np.int64(_ones(of_high & low3))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def expect_activations(
     ids_KT: Ids,
     num_ids: int,
@@ -233,7 +234,7 @@ def expect_activations(
                         _add_hypergeometric(num_tokens, chosen, lengths_M[m], segments_GM[g, m], log_factorial, sums_V)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _add_hypergeometric(
     total: int, chosen: int, drawn: int, times: int, log_factorial: NDArray[np.float64], sums_V: NDArray[np.float64]
 ) -> None:

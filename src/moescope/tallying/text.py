@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.tallying.jit import kernel
 from moescope.trace import Vocabulary
 
 LINE_BREAK = 10
@@ -63,7 +63,7 @@ class Pieces:
         return _join(place, self.text, self.starts, document_starts)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _join(
     place_T: NDArray[np.int32],
     bytes_V: NDArray[np.uint8],

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moescope.tallying.jit import kernel
 
 Ids = NDArray[np.integer[Any]]
 Sums = NDArray[np.int64]
@@ -23,7 +24,7 @@ FIXED = 2**20
 """Expected counts are whole numbers of this fraction, so that the order of adding changes nothing."""
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def scan_text(
     text_B: Bytes, first_T: Sums, keywords: NDArray[np.uint64], indentation: int, keyword: int, command: int
 ) -> Bits:
@@ -74,7 +75,7 @@ def scan_text(
     return bits_T
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def pieces_in_place(
     piece_T: NDArray[np.int32],
     document_starts_D: Sums,
@@ -110,7 +111,7 @@ def pieces_in_place(
             after_letter = ends_I[i]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _mark(first_T: Sums, start: int, end: int, bits_T: Bits, bit: int, t: int) -> int:
     """Mark the tokens from `t` on that share a byte with a span; the first of them."""
     while first_T[t + 1] <= start:
@@ -123,22 +124,22 @@ def _mark(first_T: Sums, start: int, end: int, bits_T: Bits, bit: int, t: int) -
     return t
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _hash(word: np.uint64) -> np.uint64:
     return word * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(56)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _is_letter(byte: int) -> bool:
     return 65 <= byte <= 90 or 97 <= byte <= 122
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _in_word(byte: int) -> bool:
     return _is_letter(byte) or 48 <= byte <= 57 or byte == 95 or byte >= 128
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def count_classes(
     ids_KT: Ids,
     kind_T: NDArray[np.uint8],
