@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import xarray as xr
 
 from moescope.reporting.tables import Table
-from moescope.simulation.together import Job
 from moescope.tallying import Counted
 from moescope.trace import Trace
+
+if TYPE_CHECKING:
+    from moescope.simulation.together import Job
 
 
 @dataclass(frozen=True)

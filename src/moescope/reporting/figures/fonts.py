@@ -44,7 +44,7 @@ def families_in_pdf() -> list[str]:
     folder = Path(tempfile.mkdtemp(prefix="moescope-fonts-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"):
-        font = TTFont(Path(mpl.get_data_path()) / "fonts" / "ttf" / file)
+        font = TTFont(Path(mpl.get_data_path()) / "fonts" / "ttf" / file, recalcTimestamp=False)
         subsetter = subset.Subsetter(options)
         subsetter.populate(unicodes=[character for block in _CHARACTERS for character in block])
         subsetter.subset(font)
