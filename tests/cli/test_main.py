@@ -206,3 +206,11 @@ def test_a_name_whose_extra_is_missing_is_there_and_says_so_when_it_is_used(monk
     assert stand_in.__name__ == "RoutingCallback"
     with pytest.raises(ImportError, match="is not installed"):
         stand_in()
+
+
+def test_the_defaults_of_record_need_no_callback_since_demo_passes_them_on() -> None:
+    command = cli.main.get_command(click.Context(cli.main), "record")
+    ctx = click.Context(command)
+    for param in command.params:
+        if isinstance(default := param.get_default(ctx), (int, float, str)):
+            assert param.process_value(ctx, default) == param.type_cast_value(ctx, default), param.name

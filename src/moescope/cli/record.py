@@ -31,14 +31,18 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Read a size in bytes, such as 24GB, 1.5GiB or 500M."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
-    if match is None:
-        raise click.BadParameter(f"expected a size such as 24GB, 1.5GiB or 500MB; found {value!r}.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A size in bytes, such as 24GB, 1.5GiB or 500M."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?)?B?", value.strip().upper())
+        if match is None:
+            self.fail(f"expected a size such as 24GB, 1.5GiB or 500MB; found {value!r}.", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def _parse_distances(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -78,7 +82,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 @click.option("--domain-field", metavar="FIELD", help="Field that holds the domain, dotted if nested.")
 @click.option(
     "--max-record-bytes",
-    callback=_parse_size,
+    type=_Size(),
     default=f"{MAX_RECORD_BYTES >> 20}MiB",
     metavar="SIZE",
     help="Largest record of the corpus, decompressed.",
@@ -121,7 +125,7 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 )
 @click.option(
     "--memory",
-    callback=_parse_size,
+    type=_Size(),
     metavar="SIZE",
     help="Memory that recording may take, such as 24GB.  [default: what is free]",
 )
