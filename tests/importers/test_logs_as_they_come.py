@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from synthetic import make_part, make_trace
 
 import moescope
 from moescope.cli import main
 from moescope.errors import ForeignTraceError, ImportMalformed
 from moescope.importers.documents import CountedDocument
-from moescope.trace import Trace
+from moescope.trace import Layer, Trace
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(order of a token|number of experts|no column|answers lack).*:UserWarning"
@@ -221,3 +222,26 @@ def test_counted_documents_say_where_they_come_from(tmp_path: Path) -> None:
     again = log(tmp_path / "m.jsonl", *[{"layer": 0, "counts": [1, 2]}] * 2)
     with pytest.raises(ImportMalformed, match="counts layer 0 of a document again"):
         moescope.import_trace("counts", again, tmp_path / "u.moe", top_k=1)
+
+
+def test_a_servers_answers_match_a_recording_of_the_same_corpus_token_for_token(tmp_path: Path) -> None:
+    """Answers made of what a recording chose, with a row for the BOS that was fed, and an answer token."""
+    rng = np.random.default_rng(0)
+    layers = (Layer(0, 8, 2), Layer(1, 8, 2))
+    part = make_part(rng, layers, [30, 7, 41], window=64, domains=("code", "prose"))
+    ours = make_trace(tmp_path / "ours.moe", [part], layers)
+    answers = []
+    for number in range(3):
+        rows = part.rows(part.document == number)
+        routes = np.stack([rows.expert_ids[layer] for layer in (0, 1)], axis=1)
+        fed = np.concatenate([[[[0, 1], [2, 3]]], routes]).tolist()
+        choice = {"routed_experts": fed, "token_ids": [7]}
+        tokens = [49, *rows.token_id.tolist()]
+        answers.append({"choices": [choice], "prompt_token_ids": tokens, "domain": ("code", "prose")[number % 2]})
+    path = log(tmp_path / "answers.jsonl", *answers)
+    theirs = moescope.import_trace("vllm", path, tmp_path / "t.moe", num_experts=8, bos=49)
+    compared = moescope.compare(theirs, ours)
+    assert (compared.matching.tokens, theirs.num_tokens, ours.num_tokens) == (78, 78, 78)
+    assert float(compared.agreement["agreement"].sel(kind="set").min()) == 1
+    with_bos = moescope.import_trace("vllm", path, tmp_path / "b.moe", num_experts=8)
+    assert (with_bos.num_tokens, moescope.compare(with_bos, ours).matching.tokens) == (81, 0)

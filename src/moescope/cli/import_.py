@@ -47,6 +47,7 @@ def _parse_fields(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @click.option(
     "--document-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a document, where no column divides them."
 )
+@click.option("--bos", type=click.IntRange(0), metavar="ID", help="Leave out the first token of an answer if it is ID.")
 @exclude_option
 @force_option
 def command(format: str, files: tuple[Path, ...], output: Path, **arguments: Any) -> None:

@@ -70,6 +70,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     restarts: bool = False
     document_tokens: int | None = None
+    bos: int | None = None
 
     def need(self, name: str, place: object) -> int:
         """The number given for ``top_k`` or ``num_layers``.

@@ -136,6 +136,7 @@ def import_trace(
     exclude: Sequence[str] = (),
     restarts: bool = False,
     document_tokens: int | None = None,
+    bos: int | None = None,
     vocabulary: Vocabulary | None = None,
     force: bool = False,
 ) -> Trace:
@@ -157,6 +158,8 @@ def import_trace(
             without it.
         restarts: Whether a number of a token below the one before it begins a document, for jsonl, csv and parquet.
         document_tokens: Tokens of a document, for those of jsonl, csv and parquet that do not divide them.
+        bos: Token id that the tokenizer puts before a text, for sglang-returned and vllm; such a first token is left
+            out, as a recording leaves it out.
         vocabulary: Text pieces of the token ids.
         force: Replace a finished trace.
     Returns:
@@ -180,10 +183,14 @@ def import_trace(
     inputs = find(paths, chosen.folder or None)
     options = Options(
         num_experts, top_k, num_layers, None if layers is None else tuple(layers), domain, model, ranked, fields or {},
-        tuple(exclude), restarts, document_tokens,
+        tuple(exclude), restarts, document_tokens, bos,
     )  # fmt: skip
     findings = Findings()
-    given = {name: value for name, value in vars(options).items() if value and name not in ("domain", "model")}
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if (value or value == 0) and value is not False and name not in ("domain", "model")
+    }
     corpus = {
         "name": paths[0].name if len(paths) == 1 else f"{len(inputs)} files",
         "format": format,

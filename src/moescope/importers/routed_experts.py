@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.errors import ImportMalformed
+from moescope.errors import ImportIncomplete, ImportMalformed
 from moescope.importers.documents import Ids, ModelFacts, TokenDocument, TokenId, integers
 from moescope.importers.files import MAX_RESPONSE_BYTES, find, npy, objects, stem, whole
 from moescope.importers.findings import Findings, Options
@@ -32,6 +32,8 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
 Id = Annotated[int, msgspec.Meta(ge=-1, le=65535)]
 Start = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Label = str | int
+
+_TOKEN_IDS = "ask the server for them (vLLM: return_token_ids)"
 
 
 class _Encoded(msgspec.Struct):
@@ -147,9 +149,21 @@ def _answers(
         completion = len(output) if output is not None else meta.completion_tokens or usage.completion_tokens
         total = None if num_prompt is None or completion is None else num_prompt + completion
         document = _document(where, domain, ids, options, tokens, num_prompt, total, name, findings, skipped)
+        if options.bos is not None:
+            if tokens is None:
+                raise ImportIncomplete(where, "has no token ids, so --bos cannot find the first one", _TOKEN_IDS)
+            if tokens[0] == options.bos:
+                document = _without_first(document)
         yield document if response.cluster is None else replace(document, cluster=str(response.cluster))
     if not documents:
         raise ImportMalformed(place, "has no routed_experts", "was the server started to return routed experts?")
+
+
+def _without_first(document: TokenDocument) -> TokenDocument:
+    """An answer without its first token, which the tokenizer added; those after it are counted from 0."""
+    if document.skipped:
+        return replace(document, skipped=document.skipped - 1)
+    return document.rows(slice(1, None))
 
 
 def _routes(routes: Any, place: str, options: Options) -> Ids:
