@@ -50,7 +50,7 @@ def report(
     """
     require("matplotlib", extra="report")
     require("jinja2", extra="report")
-    from moescope.reporting.results import gather
+    from moescope.reporting.results import gathering
     from moescope.tallying import WORDS
     from moescope.trace import open_trace
 
@@ -58,14 +58,14 @@ def report(
     check_output(out, force=force)
     opened = open_trace(trace) if isinstance(trace, str | Path) else trace
     _keep_apart(opened, out)
-    results = gather(opened, layers, WORDS if words is None else words)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _write(results, beside)
-        _replace(beside, out, force=force)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with gathering(opened, layers, WORDS if words is None else words) as results:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            _write(results, beside)
+            _replace(beside, out, force=force)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return out / PAGE
 
 
@@ -139,14 +139,13 @@ def _write(results: Results, folder: Path) -> None:
 
     for name in ("figures", "tables"):
         (folder / name).mkdir()
-    shown = contents(results)
+    shown = contents(results, lambda figure: figures.style.save(figure.draw(), folder / "figures", figure.file))
     csvs, svgs = {}, {}
     for table in shown.tables.values():
         csvs[f"tables/{table.name}"] = frames.csv(table.frame)
         _write_text(folder / "tables" / f"{table.name}.tex", latex(table))
     for figure in shown.figures:
         csvs[f"figures/{figure.file}"] = frames.csv(figure.frame)
-        figures.style.save(figure.draw(), folder / "figures", figure.file)
         if figure.name != DRAWN_BY_PAGE:
             svg = (folder / "figures" / f"{figure.file}.svg").read_text("utf-8")
             svgs[figure.name] = inline_svg(svg, figure.name, f"{figure.label}: {figure.title}")

@@ -5,7 +5,7 @@ Subjects say what they show and in which section, and come in the order of the p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -56,13 +56,20 @@ class Contents:
     chapters: Mapping[Chapter, list[FilledSection]]
 
 
-def contents(results: Results) -> Contents:
-    """What the subjects show of their results; those that the trace cannot tell show nothing."""
+def contents(results: Results, draw: Callable[[PageFigure], object] = lambda _: None) -> Contents:
+    """What the subjects show of their results; those that the trace cannot tell show nothing.
+
+    Args:
+        results: The results.
+        draw: Called with each figure as soon as its result is there.
+    """
     shown = Contents([], {}, {})
     sections: dict[PageSection, FilledSection] = {}
     notes = tuple(cover_notes(results.trace))
-    for name, result in results.found.items():
+    for name in results.found:
+        known = len(shown.figures)
         with guarded(name):
+            result = results.found[name]
             if result is None or (subject := load(name)).blocks is None:
                 continue
             blocks = [_noted(block, notes) for block in subject.blocks(result, results)]
@@ -77,6 +84,8 @@ def contents(results: Results) -> Contents:
                     shown.tables[table.name] = table
             if section is not None:
                 sections.setdefault(section.about, FilledSection(section.about)).extend(section)
+        for figure in shown.figures[known:]:
+            draw(figure)
     chapters: dict[Chapter, list[FilledSection]] = {}
     for section in sections.values():
         if any(isinstance(block, PageFigure) for block in section.blocks):
