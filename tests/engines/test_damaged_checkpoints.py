@@ -76,6 +76,12 @@ def test_more_experts_a_token_than_there_are(changed: Callable[..., Path]) -> No
         assert "config.json: num_experts_per_tok is 99, expected 1 to 8" in refused(folder, ModelDamaged, stream=stream)
 
 
+def test_the_top_k_of_sampling_in_an_old_config_is_no_number_of_experts(changed: Callable[..., Path]) -> None:
+    folder = changed(top_k=50)
+    (folder.parent / "c.jsonl").write_text(CORPUS, encoding="utf-8")
+    assert record(folder, folder.parent / "c.jsonl", folder.parent / "t.moe").num_tokens
+
+
 @pytest.mark.parametrize("content", ["{", '{"version": "9.9", "model": {"type": "Nope"}}', "[]"])
 def test_a_tokenizer_that_cannot_be_parsed_is_named(content: str, changed: Callable[..., Path]) -> None:
     folder = changed()

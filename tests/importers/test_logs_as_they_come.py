@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def test_header_lines_of_another_type_say_what_the_model_is(tmp_path: Path) -> N
     header = {"type": "meta", "model_id": "org/some-moe", "layers_logged": [0], "top_k": 2, "num_experts": 8}
     routes = [row(token, [token, 5], type="route", req_id="r1") for token in range(4)]
     end = {"type": "done", "tokens": 4}
-    path = log(tmp_path / "log.jsonl", {"type": "started"} | header, *routes, end)
+    path = log(tmp_path / "log.jsonl", {"type": "started", "pid": 7}, header, *routes, end)
     with pytest.warns(UserWarning, match="lines of another type than the first of routing were left out"):
         trace = moescope.import_trace("jsonl", path, tmp_path / "t.moe")
     (layer,) = trace.layers
@@ -119,19 +120,29 @@ def test_a_cluster_a_document_is_kept(tmp_path: Path) -> None:
 COUNTS = {0: [3, 0, 1, 0], 2: [0, 2, 2, 0]}
 
 
-@pytest.mark.parametrize("kind", ["rows", "counted", "lists"])
+@pytest.mark.parametrize("kind", ["rows", "counted", "lists", "chosen", "parquet"])
 def test_counts_without_tokens_are_a_trace_of_counts(kind: str, tmp_path: Path) -> None:
     """Rows of llama.cpp's moe-trace, one an assignment; with a column of counts; and a list a layer."""
     path = tmp_path / "moe_trace.csv"
     if kind == "lists":
         log(path, *({"layer": layer, "counts": counts} for layer, counts in COUNTS.items()))
+    elif kind == "chosen":
+        rows = [
+            (layer, expert) for layer, counts in COUNTS.items() for expert, n in enumerate(counts) for _ in range(n)
+        ]
+        lines = "".join(json.dumps({"layer": layer, "topk_ids": [expert]}) + "\n" for layer, expert in rows)
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "parquet":
+        cells = [(layer, expert, n) for layer, counts in COUNTS.items() for expert, n in enumerate(counts)]
+        pq.write_table(pa.table(dict(zip(("layer", "expert", "hits"), zip(*cells, strict=True), strict=True))), path)
     else:
         cells = [(layer, expert, n) for layer, counts in COUNTS.items() for expert, n in enumerate(counts) if n]
         lines = ["layer,expert"] + [f"{layer},{expert}" for layer, expert, n in cells for _ in range(n)]
         if kind == "counted":
             lines = ["layer,expert,count"] + [f"{layer},{expert},{n}" for layer, expert, n in cells]
         path.write_text("\n".join(lines), encoding="utf-8")
-    trace = moescope.import_trace("counts", path, tmp_path / "t.moe", num_experts=4, top_k=1)
+    fields = {"count": "hits"} if kind == "parquet" else None
+    trace = moescope.import_trace("counts", path, tmp_path / "t.moe", num_experts=4, top_k=1, fields=fields)
     assert trace.header.counts_only
     share = moescope.shares(trace).isel(domain=0, choice=0)["share"]
     for layer, counts in COUNTS.items():
@@ -245,3 +256,15 @@ def test_a_servers_answers_match_a_recording_of_the_same_corpus_token_for_token(
     assert float(compared.agreement["agreement"].sel(kind="set").min()) == 1
     with_bos = moescope.import_trace("vllm", path, tmp_path / "b.moe", num_experts=8)
     assert (with_bos.num_tokens, moescope.compare(with_bos, ours).matching.tokens) == (81, 0)
+
+
+def test_rows_of_counts_that_differ_in_kind_are_refused(tmp_path: Path) -> None:
+    path = log(tmp_path / "l.jsonl", {"layer": 0, "counts": [1, 2]}, {"layer": 1, "expert": 0, "counts": 3})
+    with pytest.raises(ImportMalformed, match="a list in some rows and a number in others"):
+        moescope.import_trace("counts", path, tmp_path / "t.moe", top_k=1)
+
+
+def test_lines_without_routing_are_refused_by_what_the_first_lacks(tmp_path: Path) -> None:
+    path = log(tmp_path / "l.jsonl", *[{"type": "started", "layer": 0}] * 3)
+    with pytest.raises(ForeignTraceError, match=r"line 1: has no column for expert"):
+        moescope.import_trace("jsonl", path, tmp_path / "t.moe")

@@ -19,8 +19,8 @@ from moescope.corpus.parquet import rows_of
 from moescope.corpus.records import Record, Unreadable
 from moescope.errors import CorpusTooLarge
 
-MAX_ARRAY_BYTES = 1 << 30
-"""Largest JSON array; it is held whole."""
+MAX_ARRAY_BYTES = 1 << 29
+"""Largest JSON array; it is held whole, twice while it is put together."""
 
 
 def read_array(path: Path) -> Iterator[Record]:

@@ -27,7 +27,7 @@ from moescope.errors import ImportIncomplete, ImportMalformed, ImportTooLarge
 from moescope.importers import parquet_probe
 from moescope.importers.documents import NO_MODEL, CountedDocument, ModelFacts, TokenDocument, integers
 from moescope.importers.events import MAX_DOCUMENTS, UNKNOWN, DocumentNumbers, Event, Meaning, batches, gather
-from moescope.importers.files import decode, find, lines, number, real, stem, table
+from moescope.importers.files import decode, find, lines, number, plain, real, stem, table
 from moescope.importers.findings import Findings, Options
 
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -135,11 +135,12 @@ def parquet_rows(path: Path, wanted: Iterable[str] = ()) -> Iterator[tuple[str, 
 def read_counts(paths: Sequence[Path], options: Options, findings: Findings) -> Generator[CountedDocument, None, None]:
     """Documents of counts: a row is a layer and an expert, counted once or as a column says, or a layer and a list."""
     for path in find(paths):
-        with path.open("rb") as file:
-            head = file.read(4)
-        read_rows = parquet_rows if head == b"PAR1" else _json_rows if head[:1] in (b"{", b"[") else _csv_rows
-        table = _opened(path, read_rows(path), options, findings, needed=("expert", "layer"))
-        yield from _counted(table, options)
+        start = next(plain(path), b"")
+        if start.startswith(b"PAR1"):
+            rows = parquet_rows(path, options.fields.values())
+        else:
+            rows = _json_rows(path) if start.lstrip()[:1] == b"{" else _csv_rows(path)
+        yield from _counted(_opened(path, rows, options, findings, needed=("expert", "layer")), options)
 
 
 def _read(
@@ -212,14 +213,18 @@ def _opened(
     needed: Sequence[str] = ("expert", "layer", "token"),
 ) -> _LogFile:
     """The table of a file: its header lines are read, its columns known, and lines of another type left out."""
-    model = NO_MODEL
+    model, headers = NO_MODEL, list[tuple[str, Row]]()
     routing = {*NAMES["experts"], *NAMES["expert"], *NAMES["count"], *options.fields.values()}
-    for number_of_row, (place, row) in enumerate(rows):
-        if routing & set(row) or number_of_row == MOST_HEADERS or not (facts := _facts(row, place)):
+    for place, row in rows:
+        facts = None if routing & set(row) else _facts(row, place)
+        if routing & set(row) or len(headers) == MOST_HEADERS or not (facts or isinstance(row.get("type"), str)):
             break
-        model = facts
+        model = facts or model
+        headers.append((place, row))
     else:
-        raise ImportMalformed(path, "holds no row")
+        if not headers:
+            raise ImportMalformed(path, "holds no row")
+        place, row = headers[0]  # to say what it lacks
     columns = find_columns(place, row, options, findings, needed, layer)
     kind = row.get("type")
 
@@ -401,8 +406,9 @@ def _events(
 
 def _counted(table: _LogFile, options: Options) -> Generator[CountedDocument, None, None]:
     """The documents of a table of counts, in order of appearance."""
-    columns, whole = table.columns, False
+    columns = table.columns
     loads: dict[tuple[str, str], dict[int, NDArray[np.int64]]] = {}
+    lists: bool | None = None  # whether rows count all experts of a layer
     for place, row in table.rows:
         layer = number(row.get(columns.layer), place, columns.layer, high=65535)
         domain = options.domain or (_label(row.get(columns.domain), place) if columns.domain else stem(table.path))
@@ -411,20 +417,25 @@ def _counted(table: _LogFile, options: Options) -> Generator[CountedDocument, No
         if len(loads) > MAX_DOCUMENTS:
             raise ImportTooLarge(place, f"begins document number {len(loads):,}", "is it read from the right field?")
         value = row.get(columns.count) if columns.count else 1
-        if whole := isinstance(value, list):
+        if lists not in (None, isinstance(value, list)):
+            raise ImportMalformed(place, f"{columns.count}: a list in some rows and a number in others")
+        if lists := isinstance(value, list):
             if layer in of_layer:
                 raise ImportMalformed(place, f"counts layer {layer} of a document again")
             of_layer[layer] = integers(value, place, columns.count, ndim=1).astype(np.int64)
             continue
-        expert = number(row.get(columns.expert or columns.experts), place, columns.expert, high=65535)
-        counts = of_layer.get(layer, np.zeros(0, np.int64))
-        if expert >= len(counts):
-            counts = np.append(counts, np.zeros(max(expert + 1, 2 * len(counts)) - len(counts), np.int64))
-        counts[expert] += number(value, place, columns.count or "count", high=2**40)
-        of_layer[layer] = counts
+        name = columns.experts or columns.expert
+        times = number(value, place, columns.count, high=2**40)
+        for chosen in _list(row.get(name), place, name) if columns.experts else [row.get(name)]:
+            expert = number(chosen, place, name, high=65535)
+            counts = of_layer.get(layer, np.zeros(0, np.int64))
+            if expert >= len(counts):
+                counts = np.append(counts, np.zeros(max(expert + 1, 2 * len(counts)) - len(counts), np.int64))
+            counts[expert] += times
+            of_layer[layer] = counts
     for (domain, key), by_layer in loads.items():
         where = f"{table.path}, document {key[:60]}" if key else str(table.path)
-        yield CountedDocument(where, domain, by_layer, table.model, complete=whole)
+        yield CountedDocument(where, domain, by_layer, table.model, complete=bool(lists))
 
 
 def _label(value: Any, place: str) -> str:

@@ -64,12 +64,14 @@ def checkpoint_errors(folder: Path, problem: str) -> Iterator[None]:
 def check_choices(config: Any, num_experts: int, path: Path | str) -> None:
     """Refuse a configuration that gives a token more experts than there are.
 
+    ``top_k`` is not looked at: in an old config.json it may be that of sampling.
+
     Raises:
         ModelDamaged: It does.
     """
     for name in CHOICES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= num_experts:
+        value = None if name == "top_k" else getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= num_experts:
             raise ModelDamaged(
                 f"{path}/config.json", f"{name} is {value}, expected 1 to {num_experts}, the experts of a layer"
             )
