@@ -172,8 +172,8 @@ def answer(kind: str, start: int) -> dict[str, Any]:
         wrapped = {"data": raw, "shape": list(rows.shape), "dtype": "int32", "start": start}
         return {"nvext": {"routed_experts": wrapped}, "choices": [choice], **tokens}
     elif kind == "base85":
-        data = base64.b85encode(rows.astype(np.uint8).tobytes() * 4).decode()
-        shape = [4 * len(rows), 2, 1]
+        data = base64.b85encode(rows.astype(np.uint8).tobytes()).decode()
+        shape = [len(rows), 2, 1]
         return {"routed_experts": {"data": data, "shape": shape, "dtype": "uint8"}, "choices": [{}]}
     else:
         choice["routed_experts"] = rows.tolist()
@@ -213,7 +213,7 @@ def test_rows_beyond_the_answer_are_refused(tmp_path: Path) -> None:
 def test_base85_of_dynamos_first_versions_is_read(tmp_path: Path) -> None:
     path = log(tmp_path / "a.jsonl", answer("base85", 0))
     (part,) = moescope.import_trace("vllm", path, tmp_path / "t.moe", num_experts=4).iter_parts()
-    np.testing.assert_array_equal(part.expert_ids[1][:, 0], np.tile(ROUTES[:, 1, 0], 4))
+    np.testing.assert_array_equal(part.expert_ids[1][:, 0], ROUTES[:, 1, 0])
 
 
 def test_what_many_layers_have_in_common_is_one_warning(tmp_path: Path) -> None:
@@ -254,6 +254,9 @@ def test_a_servers_answers_match_a_recording_of_the_same_corpus_token_for_token(
     compared = moescope.compare(theirs, ours)
     assert (compared.matching.tokens, theirs.num_tokens, ours.num_tokens) == (78, 78, 78)
     assert float(compared.agreement["agreement"].sel(kind="set").min()) == 1
+    silent = log(tmp_path / "s.jsonl", {"choices": [{"routed_experts": fed}]})
+    with pytest.raises(ForeignTraceError, match="has no token ids, so --bos cannot find the first one"):
+        moescope.import_trace("vllm", silent, tmp_path / "s.moe", num_experts=8, bos=49)
     with_bos = moescope.import_trace("vllm", path, tmp_path / "b.moe", num_experts=8)
     assert (with_bos.num_tokens, moescope.compare(with_bos, ours).matching.tokens) == (81, 0)
 
